@@ -1,0 +1,91 @@
+"""WKV6, the recurrence of RWKV-6 (Finch; Peng et al. 2024, arXiv:2404.05892).
+
+A matrix state per head decays by a data-dependent rate per key channel; the present token is read
+through a bonus u instead of the state:
+
+    o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
+    S_t = diag(exp w_t) S_{t-1} + k_t v_t^T
+"""
+
+import jax.numpy as jnp
+
+from gt_jax.kernels import checks
+from gt_jax.kernels.dispatch import dispatch, resets_from_segments
+from gt_jax.kernels.wkv6.reference import wkv6_reference
+
+_IMPLS = {"reference": wkv6_reference}  # fastest first
+
+
+def wkv6(
+    r,
+    k,
+    v,
+    w,
+    u,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    precision="default",
+    impl="auto",
+):
+    """WKV6 over a sequence.
+
+    Args:
+        r: [B, T, H, K] receptance (query), any float dtype.
+        k: [B, T, H, K] key, the dtype of r.
+        v: [B, T, H, V] value, the dtype of r.
+        w: [B, T, H, K] log decay, at most 0 (-inf forgets everything); float32 recommended. RWKV-6's
+            raw decay omega gives w = -exp(omega).
+        u: [H, K] bonus of the present token.
+        initial_state: [B, H, K, V] state before the first token; zeros if None.
+        segment_ids: [B, T] int; where an id differs from the token before, the state is zero before
+            that token. initial_state belongs to the first segment, the final state to the last.
+        precision: "default" multiplies in the dtype of r (bfloat16 with float32 accumulation, or
+            true float32); "highest" multiplies in float32 whatever the inputs.
+        impl: "auto", "chunked" or "reference".
+
+    Returns:
+        o [B, T, H, V] in v.dtype, and the state after the last token [B, H, K, V] in float32
+        (float64 for float64 inputs). Gradients flow to every array argument and from both results.
+        There is no 1/sqrt(K) scale (flash-linear-attention's default has one).
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or an explicit impl cannot run here (says why).
+    """
+    B, T, H, K = checks.rank("wkv6", r=(r, 4))
+    V = checks.rank("wkv6", v=(v, 4))[-1]
+    checks.shapes(
+        "wkv6",
+        k=(k, (B, T, H, K)),
+        v=(v, (B, T, H, V)),
+        w=(w, (B, T, H, K)),
+        u=(u, (H, K)),
+        initial_state=(initial_state, (B, H, K, V)),
+        segment_ids=(segment_ids, (B, T)),
+    )
+    checks.same_float_dtype("wkv6", r=r, k=k, v=v)
+    checks.precision("wkv6", precision)
+    state_dtype = checks.state_dtype(r, k, v, w, u)
+    if initial_state is None:
+        initial_state = jnp.zeros((B, H, K, V), state_dtype)
+    resets = None if segment_ids is None else resets_from_segments(segment_ids)
+    return dispatch(
+        "wkv6", _IMPLS, impl, r, k, v, w, u, initial_state.astype(state_dtype), resets, precision
+    )
+
+
+def wkv6_step(r, k, v, w, u, state):
+    """WKV6 for one token.
+
+    Args:
+        r, k, w: [B, H, K]; v: [B, H, V]; w is the log decay, at most 0.
+        u: [H, K] bonus.
+        state: [B, H, K, V] state before this token, float32.
+
+    Returns:
+        o [B, H, V] in v.dtype, and the state after the token, in the dtype of `state`.
+    """
+    r_, k_, v_, w_, u_ = (x.astype(state.dtype) for x in (r, k, v, w, u))
+    kv = k_[..., :, None] * v_[..., None, :]  # [B, H, K, V]
+    o = jnp.sum(r_[..., None] * (state + u_[..., None] * kv), axis=-2)  # [B, H, V]
+    return o.astype(v.dtype), jnp.exp(w_)[..., None] * state + kv

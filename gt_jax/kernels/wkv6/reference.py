@@ -1,0 +1,32 @@
+"""WKV6 as it is defined, one token at a time: slow, obviously right, any float dtype.
+
+    o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
+    S_t = diag(exp w_t) S_{t-1} + k_t v_t^T
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def wkv6_reference(r, k, v, w, u, initial_state, resets, precision):
+    """Token-by-token WKV6 in the state's dtype; arguments as `wkv6`, resets [B, T] bool or None."""
+    del precision  # every product here is already exact to the state's dtype
+    dtype = initial_state.dtype
+    if resets is None:
+        resets = jnp.zeros(r.shape[:2], bool)
+    u = u.astype(dtype)
+
+    def step(state, inputs):
+        *inputs, reset = inputs
+        r_t, k_t, v_t, w_t = (x.astype(dtype) for x in inputs)  # [B, H, K] and [B, H, V]
+        state = jnp.where(reset[:, None, None, None], 0, state)
+        kv = k_t[..., :, None] * v_t[..., None, :]  # [B, H, K, V]
+        o_t = jnp.einsum(
+            "bhk,bhkv->bhv", r_t, state + u[..., None] * kv, precision=lax.Precision.HIGHEST
+        )
+        return jnp.exp(w_t)[..., None] * state + kv, o_t
+
+    over_time = [jnp.moveaxis(x, 1, 0) for x in (r, k, v, w, resets)]
+    final_state, o = jax.lax.scan(step, initial_state, over_time)
+    return jnp.moveaxis(o, 0, 1).astype(v.dtype), final_state
