@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from gt_jax.kernels import checks
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
+from gt_jax.kernels.ssd.chunked import ssd_chunked
 from gt_jax.kernels.ssd.reference import ssd_reference
 
-_IMPLS = {"reference": ssd_reference}  # fastest first
+_IMPLS = {"chunked": ssd_chunked, "reference": ssd_reference}  # fastest first
 
 
 def ssd(
@@ -79,20 +80,9 @@ def ssd(
         initial_state = jnp.zeros((batch, H, P, N), state_dtype)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
     resets = None if segment_ids is None else resets_from_segments(segment_ids)
-    y, final_state = dispatch(
-        "ssd",
-        _IMPLS,
-        impl,
-        x,
-        dt,
-        dt * A.astype(state_dtype),
-        B,
-        C,
-        initial_state.astype(state_dtype),
-        resets,
-        precision,
-    )
-    return _skip(y, x, D, state_dtype), final_state
+    a = dt * A.astype(state_dtype)  # log decay
+    state = initial_state.astype(state_dtype)
+    return dispatch("ssd", _IMPLS, impl, x, dt, a, B, C, D, state, resets, precision)
 
 
 def ssd_step(
@@ -125,7 +115,9 @@ def ssd_step(
     xB = (dt[..., None] * x.astype(dtype))[..., :, None] * B[..., None, :]  # [B, H, P, N]
     state = decay * state + xB
     y = jnp.sum(state * C[..., None, :], axis=-1)  # [B, H, P]
-    return _skip(y.astype(x.dtype), x, D, dtype), state
+    if D is not None:
+        y += D.astype(dtype)[:, None] * x.astype(dtype)
+    return y.astype(x.dtype), state
 
 
 def _step_size(dt, bias, softplus, limit, dtype):
@@ -138,10 +130,3 @@ def _step_size(dt, bias, softplus, limit, dtype):
     if tuple(limit) != (0.0, float("inf")):
         dt = jnp.clip(dt, *limit)
     return dt
-
-
-def _skip(y, x, D, dtype):
-    """y + D x, computed in the dtype of the state."""
-    if D is None:
-        return y
-    return (y.astype(dtype) + D.astype(dtype)[:, None] * x.astype(dtype)).astype(y.dtype)

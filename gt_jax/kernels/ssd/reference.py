@@ -1,6 +1,6 @@
 """SSD as it is defined, one token at a time: slow, obviously right, any float dtype.
 
-    S_t = exp(a_t) S_{t-1} + dt_t x_t B_t^T ;  y_t = S_t C_t
+    S_t = exp(a_t) S_{t-1} + dt_t x_t B_t^T ;  y_t = S_t C_t + D x_t
 """
 
 import jax
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def ssd_reference(x, dt, a, B, C, initial_state, resets, precision):
+def ssd_reference(x, dt, a, B, C, D, initial_state, resets, precision):
     """Token-by-token SSD in the state's dtype.
 
-    x [B, T, H, P], dt and log decay a [B, T, H], B and C [B, T, G, N], resets [B, T] bool or None.
+    x [B, T, H, P], dt and log decay a [B, T, H], B and C [B, T, G, N], D [H] or None,
+    resets [B, T] bool or None.
     """
     del precision  # every product here is already exact to the state's dtype
     dtype = initial_state.dtype
@@ -27,7 +28,7 @@ def ssd_reference(x, dt, a, B, C, initial_state, resets, precision):
         xB = (dt_t[..., None] * x_t)[..., :, None] * B_t[..., None, :]  # [B, H, P, N]
         state = jnp.exp(a_t)[..., None, None] * state + xB
         y_t = jnp.einsum("bhpn,bhn->bhp", state, C_t, precision=lax.Precision.HIGHEST)
-        return state, y_t
+        return state, y_t if D is None else y_t + D.astype(dtype)[:, None] * x_t
 
     over_time = [jnp.moveaxis(z, 1, 0) for z in (x, dt, a, B, C, resets)]
     final_state, y = jax.lax.scan(step, initial_state, over_time)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from gt_jax.kernels import checks
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
+from gt_jax.kernels.wkv6.chunked import wkv6_chunked
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 
-_IMPLS = {"reference": wkv6_reference}  # fastest first
+_IMPLS = {"chunked": wkv6_chunked, "reference": wkv6_reference}  # fastest first
 
 
 def wkv6(

@@ -1,0 +1,141 @@
+"""What the chunked rungs share: cutting time into chunks, sums of decays, carrying the state.
+
+Products of decays inside a chunk are exponentials of sums of log decays. Taking such a sum as the
+difference of two prefix sums loses digits and turns -inf into NaN, and factoring it into
+exp(G_i) exp(-G_j) overflows. Instead every pair of tokens i > j is met at exactly one level: the
+block of 2b tokens (b = 1, 2, 4, ...) whose middle separates them. With that middle as reference,
+
+    sum over (j, i) of w  =  [sum from the middle to i]  +  [sum from j to the middle]
+
+holds exactly and both parts are at most 0, so nothing overflows and nothing cancels.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
+LOWEST_LOG_DECAY = -1e4
+
+# Temporaries grow with the tokens worked on at once, so long sequences go group by group.
+_GROUP_TOKENS = 1024
+
+
+class Plan(NamedTuple):
+    """How a sequence is cut: `groups` one after the other, `chunks` of `steps` tokens at once."""
+
+    length: int
+    groups: int
+    chunks: int
+    steps: int
+    operand_dtype: jnp.dtype  # of matmul operands; products accumulate in the state's dtype
+
+
+def make_plan(length, chunk_size, dtype, precision, state_dtype):
+    """Cuts `length` tokens into equal groups of at most about _GROUP_TOKENS."""
+    if chunk_size < 2 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size={chunk_size} must be a power of two, at least 2")
+    steps = min(chunk_size, max(2, 1 << (length - 1).bit_length()))
+    groups = math.ceil(length / max(_GROUP_TOKENS, steps))
+    chunks = math.ceil(length / groups / steps)
+    exact = precision == "highest" or dtype == jnp.float16  # states can exceed float16's range
+    operand_dtype = jnp.dtype(state_dtype if exact else dtype)
+    return Plan(length, groups, chunks, steps, operand_dtype)
+
+
+def split(x, plan):
+    """[B, T, H, ...] -> [groups, B, H, chunks, steps, ...]; tokens past the end are zero."""
+    padding = plan.groups * plan.chunks * plan.steps - plan.length
+    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    B, _, *rest = x.shape
+    x = x.reshape(B, plan.groups, plan.chunks, plan.steps, *rest)
+    return jnp.moveaxis(x, (1, 4), (0, 2))
+
+
+def join(x, plan):
+    """[groups, B, H, chunks, steps, ...] -> [B, T, H, ...]."""
+    x = jnp.moveaxis(x, (0, 2), (1, 4))  # [B, groups, chunks, steps, H, ...]
+    B, _, _, _, *rest = x.shape
+    return x.reshape(B, -1, *rest)[:, : plan.length]
+
+
+class Levels(NamedTuple):
+    """Constants of a chunk of C steps; L = log2(C) levels, finest first."""
+
+    query: np.ndarray  # [L, C] bool: the token lies in the second half of its block
+    pair: np.ndarray  # [L, C, C] bool: i reads j at this level
+    before: np.ndarray  # [L, C, C] 0/1: s in [middle, i) for queries i, in (j, middle) for keys j
+    through: np.ndarray  # [L, C, C] 0/1: the same, but s in [middle, i] for queries
+
+
+@functools.cache
+def levels(steps):
+    """Levels of a chunk; see the module's docstring."""
+    t = np.arange(steps)
+    query, pair, before, through = [], [], [], []
+    for half in (1 << level for level in range(steps.bit_length() - 1)):
+        block, second = t // (2 * half), t // half % 2 == 1
+        middle = (2 * block + 1) * half
+        query.append(second)
+        pair.append((block[:, None] == block) & second[:, None] & ~second)
+        key_sum = (t > t[:, None]) & (t < middle[:, None]) & ~second[:, None]
+        from_middle = (t >= middle[:, None]) & second[:, None]
+        before.append(key_sum | (from_middle & (t < t[:, None])))
+        through.append(key_sum | (from_middle & (t <= t[:, None])))
+    as_float = lambda m: np.asarray(m, np.float32)
+    return Levels(np.array(query), np.array(pair), as_float(before), as_float(through))
+
+
+def product(equation, *operands, plan, dtype):
+    """einsum with operands in plan.operand_dtype and accumulation in `dtype`."""
+    if plan.operand_dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA's CPU matmuls take no bfloat16 into float32: round alike, multiply in float32
+        info = jnp.finfo(jnp.bfloat16)
+        operands = [lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant) for x in operands]
+    else:
+        operands = [x.astype(plan.operand_dtype) for x in operands]
+    return jnp.einsum(
+        equation, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    )
+
+
+def exact_sum(equation, pattern, x):
+    """einsum of a 0/1 pattern with x in x's own precision."""
+    pattern = jnp.asarray(pattern, x.dtype)
+    return jnp.einsum(equation, pattern, x, precision=lax.Precision.HIGHEST)
+
+
+def carry_state(state, decay, update, *, reverse=False):
+    """States around each chunk under S <- decay * S + update.
+
+    Args:
+        state: [B, H, X, Y] before the first chunk (after the last one if reverse).
+        decay: [B, H, M, X or 1, Y or 1] per chunk.
+        update: [B, H, M, X, Y] per chunk.
+
+    Returns:
+        [B, H, M, X, Y], the state each chunk starts from, and the state after them all.
+    """
+
+    def step(state, chunk):
+        decay, update = chunk
+        return decay * state + update, state
+
+    if update.shape[2] == 1:
+        return state[:, :, None], decay[:, :, 0] * state + update[:, :, 0]
+    by_chunk = (jnp.moveaxis(decay, 2, 0), jnp.moveaxis(update, 2, 0))
+    state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse)
+    return jnp.moveaxis(starts, 0, 2), state
+
+
+def scan_groups(body, carry, groups, *, reverse=False):
+    """lax.scan over the leading axis; a single group is inlined, so that XLA fuses across it."""
+    if groups[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, groups, reverse=reverse)
+    carry, outputs = body(carry, jax.tree.map(lambda x: x[0], groups))
+    return carry, jax.tree.map(lambda x: x[None], outputs)
