@@ -91,17 +91,31 @@ def levels(steps):
     return Levels(np.array(query), np.array(pair), as_float(before), as_float(through))
 
 
-def product(equation, *operands, plan, dtype):
-    """einsum with operands in plan.operand_dtype and accumulation in `dtype`."""
-    if plan.operand_dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA's CPU matmuls take no bfloat16 into float32: round alike, multiply in float32
-        info = jnp.finfo(jnp.bfloat16)
-        operands = [lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant) for x in operands]
-    else:
-        operands = [x.astype(plan.operand_dtype) for x in operands]
-    return jnp.einsum(
-        equation, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+def product(equation, *operands, plan, dtype, terms=1):
+    """einsum with operands in plan.operand_dtype and accumulation in `dtype`.
+
+    terms=2 takes the last operand as the sum of two bfloat16 numbers, good to 16 bits.
+    """
+    multiply = functools.partial(
+        jnp.einsum, equation, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
     )
+    if plan.operand_dtype != jnp.bfloat16:
+        return multiply(*(x.astype(plan.operand_dtype) for x in operands))
+    *others, last = operands
+    rounded = [_round_to_bfloat16(x) for x in others]
+    coarse = _round_to_bfloat16(last)
+    result = multiply(*rounded, coarse)
+    if terms == 2:
+        result += multiply(*rounded, _round_to_bfloat16(last - coarse.astype(last.dtype)))
+    return result
+
+
+def _round_to_bfloat16(x):
+    """x in bfloat16; on CPUs, whose matmuls cannot accumulate it in float32, in float32."""
+    if jax.default_backend() != "cpu":
+        return x.astype(jnp.bfloat16)
+    info = jnp.finfo(jnp.bfloat16)
+    return lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
 def exact_sum(equation, pattern, x):

@@ -1,4 +1,4 @@
-"""Which implementation of a recurrence runs: the first that takes the call, or the one asked for."""
+"""Which implementation of a recurrence runs: the first that takes the call, or the one named."""
 
 import jax
 
@@ -16,7 +16,9 @@ def dispatch(op, impls, impl, *args, **kwargs):
     """
     if impl != "auto":
         if impl not in impls:
-            raise ValueError(f"{op}: impl={impl!r} must be one of 'auto', {', '.join(map(repr, impls))}")
+            raise ValueError(
+                f"{op}: impl={impl!r} must be one of 'auto', {', '.join(map(repr, impls))}"
+            )
         try:
             return impls[impl](*args, **kwargs)
         except NotImplementedError as reason:

@@ -147,10 +147,11 @@ def _group_backward(state, x, dt, a, B, C, dy, dstate, plan):
     d_dt_times_L = LCB * dM
     ddt = jnp.sum(d_dt_times_L, axis=-2) + d_weight * to_end
 
-    # a_t decays every pair j < t <= i, reads at i >= t, tokens kept from j < t, and the state
+    # a_t decays every pair j < t <= i, reads at i >= t, tokens kept from j < t, and the state.
+    # These sums stay exact: rounding their terms alike would add up over time in the gradient of A.
     earlier, later = np.tri(steps, k=-1).T, np.tri(steps).T  # [j, t]: j < t; [t, i]: i >= t
-    by_end = dot("bgrmij,jt->bgrmit", d_dt_times_L * dt_[..., None, :], earlier)
-    d_read = jnp.sum(read * dot("bgmin,bgrmpn->bgrmip", C, states), axis=-1)
+    by_end = exact_sum("jt,bgrmij->bgrmit", earlier, d_dt_times_L * dt_[..., None, :])
+    d_read = jnp.sum(read * dot("bgmin,bgrmpn->bgrmip", C, states, terms=2), axis=-1)
     da = jnp.sum(jnp.where(later.T > 0, by_end, 0), axis=-2)
     da += exact_sum("ti,bgrmi->bgrmt", later, d_read)
     da += exact_sum("jt,bgrmj->bgrmt", earlier, d_weight * weight)

@@ -1,6 +1,6 @@
 """SSD as it is defined, one token at a time: slow, obviously right, any float dtype.
 
-    S_t = exp(a_t) S_{t-1} + dt_t x_t B_t^T ;  y_t = S_t C_t + D x_t
+S_t = exp(a_t) S_{t-1} + dt_t x_t B_t^T ;  y_t = S_t C_t + D x_t
 """
 
 import jax

@@ -35,8 +35,8 @@ def wkv6(
         r: [B, T, H, K] receptance (query), any float dtype.
         k: [B, T, H, K] key, the dtype of r.
         v: [B, T, H, V] value, the dtype of r.
-        w: [B, T, H, K] log decay, at most 0 (-inf forgets everything); float32 recommended. RWKV-6's
-            raw decay omega gives w = -exp(omega).
+        w: [B, T, H, K] log decay, at most 0 (-inf forgets everything); float32 recommended.
+            RWKV-6's raw decay omega gives w = -exp(omega).
         u: [H, K] bonus of the present token.
         initial_state: [B, H, K, V] state before the first token; zeros if None.
         segment_ids: [B, T] int; where an id differs from the token before, the state is zero before

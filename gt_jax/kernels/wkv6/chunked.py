@@ -31,7 +31,7 @@ from gt_jax.kernels.chunks import (
 
 
 def wkv6_chunked(r, k, v, w, u, initial_state, resets, precision, *, chunk_size=32):
-    """WKV6 by chunks; arguments as `wkv6`, resets [B, T] bool or None, chunk_size a power of two."""
+    """WKV6 by chunks; arguments as `wkv6_reference`, chunk_size a power of two."""
     plan = make_plan(r.shape[1], chunk_size, r.dtype, precision, initial_state.dtype)
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)

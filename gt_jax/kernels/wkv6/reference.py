@@ -1,7 +1,7 @@
 """WKV6 as it is defined, one token at a time: slow, obviously right, any float dtype.
 
-    o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
-    S_t = diag(exp w_t) S_{t-1} + k_t v_t^T
+o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
+S_t = diag(exp w_t) S_{t-1} + k_t v_t^T
 """
 
 import jax
