@@ -1,0 +1,46 @@
+"""`python -m gt_jax.models` prints every preset with its exact parameter counts."""
+
+from gt_jax.models.language_model import count_parameters
+from gt_jax.models.presets import ALIASES, PRESETS, make_config
+
+
+def rows():
+    """One tuple of strings per preset, after a header."""
+    yield (
+        *("preset", "architecture", "fusion", "dim", "layers", "heads", "vocab"),
+        *("parameters", "legacy", "embedding", "other", "about"),
+    )
+    for name, preset in PRESETS.items():
+        config = make_config(name, vocab_size=preset.vocab_size)
+        counts = count_parameters(config)
+        has_branch = config.architecture in ("hybrid", "rwkv6")
+        legacy = "-"
+        if has_branch:
+            legacy_config = make_config(name, vocab_size=preset.vocab_size, branch="legacy")
+            legacy = f"{count_parameters(legacy_config)['total']:,}"
+        heads = config.mamba_heads if config.architecture == "mamba2" else config.heads
+        embedding = sum(counts.get(part, 0) for part in ("embedding", "head"))
+        names = [name, *(alias for alias, target in ALIASES.items() if target == name)]
+        yield (
+            *(", ".join(names), config.architecture),
+            config.fusion if config.architecture == "hybrid" else "-",
+            *(str(config.dim), str(config.layers), str(heads), str(config.vocab_size)),
+            *(f"{counts['total']:,}", legacy, f"{embedding:,}"),
+            *(f"{counts['total'] - embedding:,}", preset.about),
+        )
+
+
+def main():
+    table = list(rows())
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text_columns = (0, 1, 2, len(widths) - 1)
+    for row in table:
+        cells = (
+            cell.ljust(width) if i in text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

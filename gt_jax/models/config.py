@@ -1,0 +1,130 @@
+"""Every architecture choice of a model, checked when it is made."""
+
+import dataclasses
+import difflib
+import numbers
+
+from gt_jax.errors import InputError
+
+MAMBA_HEAD_DIM = 64
+MAMBA_EXPAND = 2
+
+CHOICES = {
+    "architecture": ("hybrid", "rwkv6", "mamba2", "gpt2", "gpt1"),
+    "branch": ("official", "legacy"),
+    "legacy_wkv": ("a", "b1", "b2", "c"),
+    "init": ("official", "normal", "blinkdl"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model's architecture, initialisation and computation type. Parameters are float32.
+
+    Attributes:
+        vocab_size: number of token ids.
+        architecture: "hybrid" (RWKV-6 beside Mamba-2 in every block), "rwkv6", "mamba2", "gpt2"
+            (LayerNorm) or "gpt1" (RMSNorm).
+        dim: width of the residual stream.
+        layers: number of blocks.
+        heads: RWKV or attention heads. Mamba heads follow from dim: 2 dim / 64.
+        state_size: Mamba-2 state channels N per head.
+        fusion: how a hybrid joins its branches, a key of `gt_jax.models.fusion.FUSIONS`.
+        gate_init: weight of the RWKV branch at initialisation, in (0, 1), for fusions that have one
+            (hy, gf, ws, hgf, gru); None takes the fusion's own.
+        branch: RWKV mixer of "hybrid" and "rwkv6": "official" RWKV-6 or the "legacy" branch of the
+            GroundThink reference repository. Architectures without one ignore it.
+        legacy_wkv: recurrence of the legacy branch, see `gt_jax.models.legacy`.
+        init: "official" gives every part the init of its source; "normal" draws every dense kernel
+            and embedding from N(0, 0.02), as the reference repository did; "blinkdl" is "official"
+            with embeddings from U(-1e-4, 1e-4) and zero mixer-output and second FFN kernels.
+        tie_embeddings: share the embedding with the output head.
+        max_positions: longest document of "gpt2" and "gpt1" (learned positions, key-value cache).
+        dtype: type of matmuls and activations. Norms, decays, softmaxes, gates, recurrent states
+            and the residual stream stay float32.
+        impl: implementation of the recurrences, passed to `gt_jax.kernels`.
+        remat: recompute each block in the backward pass instead of storing its activations.
+
+    Raises:
+        InputError: a value is impossible; the message names the field and the mend.
+    """
+
+    vocab_size: int
+    architecture: str = "hybrid"
+    dim: int = 128
+    layers: int = 8
+    heads: int = 4
+    state_size: int = 64
+    fusion: str = "gf"
+    gate_init: float | None = None
+    branch: str = "official"
+    legacy_wkv: str = "a"
+    init: str = "official"
+    tie_embeddings: bool = True
+    max_positions: int = 1024
+    dtype: str = "float32"
+    impl: str = "auto"
+    remat: bool = False
+
+    def __post_init__(self):
+        for field, choices in CHOICES.items():
+            check_choice(field, getattr(self, field), choices)
+        for field in ("vocab_size", "dim", "layers", "heads", "state_size", "max_positions"):
+            value = getattr(self, field)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+                raise InputError(f"model.{field}={value!r} must be a whole number of at least 1")
+        for field in ("tie_embeddings", "remat"):
+            if not isinstance(getattr(self, field), bool):
+                raise InputError(f"model.{field}={getattr(self, field)!r} must be true or false")
+        self._check_widths()
+        self._check_gate()
+
+    def _check_widths(self):
+        if self.architecture != "mamba2" and self.dim % self.heads:
+            raise InputError(f"model.dim={self.dim} must be a multiple of model.heads={self.heads}")
+        if self.architecture in ("hybrid", "mamba2") and MAMBA_EXPAND * self.dim % MAMBA_HEAD_DIM:
+            raise InputError(
+                f"model.dim={self.dim} must be a multiple of {MAMBA_HEAD_DIM // MAMBA_EXPAND}: "
+                f"Mamba-2 heads have {MAMBA_HEAD_DIM} channels"
+            )
+
+    def _check_gate(self):
+        gate = self.gate_init
+        if gate is None:
+            return
+        if not isinstance(gate, numbers.Real) or not 0 < gate < 1:
+            raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
+        if self.fusion in ("rf", "cp"):
+            raise InputError(
+                f"model.gate_init={gate} has no meaning for model.fusion={self.fusion!r}: leave it "
+                "unset or choose a fusion with a gate (hy, gf, ws, hgf, gru)"
+            )
+
+    @property
+    def head_dim(self):
+        """Channels of an RWKV or attention head."""
+        return self.dim // self.heads
+
+    @property
+    def mamba_dim(self):
+        """Inner width of the Mamba-2 mixer."""
+        return MAMBA_EXPAND * self.dim
+
+    @property
+    def mamba_heads(self):
+        return self.mamba_dim // MAMBA_HEAD_DIM
+
+
+def check_choice(field, value, choices):
+    """Raises an InputError that names the nearest choice unless value is one of them."""
+    if value not in choices:
+        raise InputError(
+            f"model.{field}={value!r} must be one of {', '.join(choices)}{nearest(value, choices)}"
+        )
+
+
+def nearest(name, choices):
+    """'; did you mean ...?' when a choice resembles the name, else ''."""
+    close = difflib.get_close_matches(str(name).lower(), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,63 @@
+"""The hybrid block: RWKV-6 and Mamba-2 read the same normalised input, a fusion joins them.
+
+n = RMSNorm(x);  x += fuse(rwkv(n), mamba(n));  x += FeedForward(RMSNorm(x))
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gt_jax.models.config import ModelConfig
+from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.layers import FeedForward, rms_norm
+from gt_jax.models.legacy import LegacyBranch
+from gt_jax.models.mamba2 import Mamba2
+from gt_jax.models.rwkv6 import TimeMix
+
+
+class BlockState(NamedTuple):
+    """States of a block's branches and of its fusion (None if it keeps none)."""
+
+    rwkv: Any
+    mamba: Any
+    fusion: Any
+
+
+class Block(nn.Module):
+    """One hybrid block; sows "rwkv", "mamba" and "fused" [B, T, D] as activations."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids, rwkv_drop):
+        c = self.config
+        state = BlockState(None, None, None) if state is None else state
+        if c.branch == "official":
+            rwkv_mixer = TimeMix(c, self.layer, name="rwkv")
+        else:
+            rwkv_mixer = LegacyBranch(c, name="rwkv")
+
+        n = rms_norm(c, "mixer_norm")(x)
+        rwkv, rwkv_state = rwkv_mixer(n, state.rwkv, segment_ids=segment_ids)
+        mamba, mamba_state = Mamba2(c, name="mamba")(n, state.mamba, segment_ids=segment_ids)
+        if rwkv_drop is not None:
+            rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
+        fused, fusion_state = FUSIONS[c.fusion](c, name="fusion")(
+            rwkv, mamba, state.fusion, segment_ids
+        )
+        if not self.is_initializing():
+            for name, value in (("rwkv", rwkv), ("mamba", mamba), ("fused", fused)):
+                self.sow("activations", name, value)
+        x = x + fused
+        x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        return x, BlockState(rwkv_state, mamba_state, fusion_state)
+
+
+def drop_branch(branch, probability, key):
+    """Zeroes the whole branch with this probability, else divides it by the chance of staying."""
+    keep = jax.random.bernoulli(key, 1 - probability)
+    scale = jnp.where(keep, 1 / jnp.maximum(1 - probability, 1e-6), 0)
+    return branch * scale.astype(branch.dtype)

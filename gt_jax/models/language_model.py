@@ -1,0 +1,154 @@
+"""The language model around every kind of block: embedding, blocks, norm, output head."""
+
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import initializers
+
+from gt_jax.errors import InputError
+from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
+from gt_jax.models.config import ModelConfig, check_choice
+from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.layers import (
+    embedding_init,
+    kernel_init,
+    layer_norm,
+    normal,
+    rms_norm,
+    symmetric_uniform,
+)
+
+
+class Output(NamedTuple):
+    """logits [B, T, vocab] float32, and the state after the last token: one entry per block."""
+
+    logits: jax.Array
+    state: Any
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits and state out; the same call trains, prefills and steps."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):
+        """Applies the model.
+
+        Args:
+            tokens: [B, T] int.
+            state: `Output.state` of the tokens before, or `init_state`; None is the zero state.
+                With T = 1 and a state every recurrence takes its single-token form.
+            segment_ids: [B, T] int; a token whose id differs from the token before starts a
+                document that sees nothing of what came before. `state` belongs to the first one.
+            rwkv_drop: probability in [0, 1] of dropping the RWKV branch of a hybrid block: one draw
+                per block for the whole batch; a kept branch is divided by 1 - rwkv_drop. Draws from
+                `rngs={"dropout": key}`. None draws nothing.
+
+        Returns:
+            Output. Branches, gates and fused updates come with `mutable=["activations"]`.
+
+        Raises:
+            InputError: more positions than a GPT has (inside jit: NaN logits from there on), or
+                rwkv_drop for a model that is no hybrid.
+        """
+        c = self.config
+        chex.assert_rank(tokens, 2)
+        if rwkv_drop is not None and c.architecture != "hybrid":
+            raise InputError(
+                f"model.rwkv_dropout needs model.architecture='hybrid', not {c.architecture!r}"
+            )
+        block, norm, embed_init, head_init = parts(c)
+
+        # The residual stream is a long sum: float32 whatever the blocks compute in.
+        embedding = nn.Embed(c.vocab_size, c.dim, embedding_init=embed_init, name="embedding")
+        x = embedding(tokens)  # [B, T, D] float32
+        if c.architecture in ("gpt2", "gpt1"):
+            x = x + self._positions(tokens.shape, state, segment_ids)
+        block = nn.remat(block) if c.remat else block
+        states = []
+        for layer in range(c.layers):
+            before = None if state is None else state[layer]
+            x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)
+            states.append(after)
+        x = norm(c, "final_norm")(x)
+
+        if c.tie_embeddings:
+            head = embedding.embedding.T
+        else:
+            head = self.param("head", head_init, (c.dim, c.vocab_size))
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return Output(logits, tuple(states))
+
+    def _positions(self, shape, state, segment_ids):
+        """Learned position embeddings [B, T, D], NaN where there are none."""
+        c = self.config
+        table = self.param("positions", embedding_init(c), (c.max_positions, c.dim))
+        cache = None if state is None else state[0]
+        if segment_ids is None:
+            used = 0 if cache is None else cache.length
+            known = not isinstance(used, jax.core.Tracer)
+            needed = shape[1] + (int(np.max(used)) if known else 0)
+            if needed > c.max_positions:
+                raise InputError(
+                    f"model.max_positions={c.max_positions} must be at least the {needed} tokens "
+                    "to attend over: shorten the text or train with more positions"
+                )
+        place = gpt2.positions(shape, cache, segment_ids)
+        return jnp.take(table, place, axis=0, mode="fill", fill_value=jnp.nan)
+
+    def init_state(self, batch_size):
+        """The state before any token, for a state of static structure: zeros."""
+        key, tokens = jax.random.key(0), jnp.zeros((batch_size, 1), jnp.int32)
+        output, _ = jax.eval_shape(self.init_with_output, key, tokens)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output.state)
+
+
+def parts(config):
+    """The block, final norm, embedding initialiser and head initialiser of an architecture."""
+    if config.architecture == "rwkv6" and config.branch == "official":
+        gain = 0.5 * max(config.vocab_size / config.dim, 1) ** 0.5
+        embed = embedding_init(config, symmetric_uniform(1e-4))
+        return rwkv6.Block, layer_norm, embed, kernel_init(config, initializers.orthogonal(gain))
+    block, norm = {
+        "hybrid": (hybrid.Block, rms_norm),
+        "rwkv6": (legacy.Block, rms_norm),
+        "mamba2": (mamba2.Block, rms_norm),
+        "gpt2": (gpt2.Block, layer_norm),
+        "gpt1": (gpt2.Block, rms_norm),
+    }[config.architecture]
+    return block, norm, embedding_init(config), normal
+
+
+def make_model(config):
+    """The Flax module of a configuration.
+
+    Raises:
+        InputError: model.fusion is not in FUSIONS.
+    """
+    if config.architecture == "hybrid":
+        check_choice("fusion", config.fusion, tuple(FUSIONS))
+    return LanguageModel(config)
+
+
+PARTS = ("embedding", "positions", "head", "rwkv", "mamba", "attention", "fusion", "ffn")
+
+
+def count_parameters(config):
+    """Number of parameters by part, "norms" being what no other part holds, and their "total".
+
+    Nothing is allocated.
+    """
+    model = make_model(config)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, key, tokens)["params"]
+    counts = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        names = [entry.key for entry in path]
+        part = next((name for name in names if name in PARTS), "norms")
+        counts[part] = counts.get(part, 0) + leaf.size
+    return counts | {"total": sum(counts.values())}

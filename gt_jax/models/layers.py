@@ -1,0 +1,96 @@
+"""Small parts that several models share: dense layers, norms, the feed-forward, document bounds."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from gt_jax.models.config import ModelConfig
+
+normal = initializers.normal(0.02)
+
+
+def symmetric_uniform(bound):
+    """Initialiser U(-bound, bound)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def fan_in_uniform(scale=1.0):
+    """Initialiser U(+-scale / sqrt(in)) of an [in, out] kernel, PyTorch's default for Linear."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return symmetric_uniform(scale * shape[0] ** -0.5)(key, shape, dtype)
+
+    return init
+
+
+def kernel_init(config, official):
+    """Initialiser of a dense kernel whose source uses `official`."""
+    return normal if config.init == "normal" else official
+
+
+def output_init(config, official):
+    """As kernel_init, for the kernel that ends a mixer or feed-forward."""
+    return initializers.zeros if config.init == "blinkdl" else kernel_init(config, official)
+
+
+def embedding_init(config, official=normal):
+    """Initialiser of an embedding whose source uses `official`."""
+    return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
+
+
+def dense(config, features, name, init):
+    """A matrix without bias, applied in the computation dtype; its kernel is [in, features]."""
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
+
+
+def rms_norm(config, name):
+    """RMSNorm with a scale, eps 1e-6; statistics in float32, result in the computation dtype."""
+    return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
+
+
+def layer_norm(config, name):
+    """LayerNorm with scale and bias, eps 1e-5; statistics in float32."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=config.dtype, use_fast_variance=False, name=name)
+
+
+class FeedForward(nn.Module):
+    """x [B, T, D] -> W_down gelu(W_up x), four times as wide inside, no bias, exact GELU."""
+
+    config: ModelConfig
+    down_init: initializers.Initializer = normal
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
+        hidden = jax.nn.gelu(hidden, approximate=False)
+        return dense(c, c.dim, "down", output_init(c, self.down_init))(hidden)
+
+
+def segment_index(segment_ids):
+    """[B, T] ids -> [B, T] int32: 0 for the row's first segment, one more at every change of id."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+
+
+def previous_token(x, last, segment_ids):
+    """The input one token earlier, zero where a segment starts.
+
+    Args:
+        x: [B, T, D].
+        last: [B, D] input before the first token, of the first segment; zeros if None.
+        segment_ids: [B, T] int or None.
+    """
+    if last is None:
+        last = jnp.zeros_like(x[:, 0])
+    before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], axis=1)
+    if segment_ids is None:
+        return before
+    index = segment_index(segment_ids)
+    same = index == jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(same[..., None], before, 0)

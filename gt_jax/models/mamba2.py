@@ -1,0 +1,175 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): the mixer and the block of a pure Mamba-2 model.
+
+A short causal convolution, then one matrix state per head that decays by a data-dependent scalar.
+Parameters carry the names of the mamba_ssm package; dense kernels are [in, out].
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from gt_jax.kernels import ssd, ssd_step
+from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
+from gt_jax.models.layers import (
+    dense,
+    fan_in_uniform,
+    kernel_init,
+    output_init,
+    rms_norm,
+    segment_index,
+    symmetric_uniform,
+)
+
+CONV_WIDTH = 4
+
+
+class MambaState(NamedTuple):
+    """What a mixer remembers: ssm [B, H, P, N] float32, the last conv inputs [B, 3, 2D + 2N]."""
+
+    ssm: jax.Array
+    conv: jax.Array
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 mixer with one group, inner width E = 2D, heads of P = 64 channels.
+
+    z, xBC, dt = split(W_in x);   x, B, C = split(silu(conv(xBC)))
+    y = ssd(x, softplus(dt + bias), -exp(A_log), B, C) + D x
+    out = W_out (RMSNorm(y silu(z)))
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, state=None, *, segment_ids=None):
+        """Mixes over time.
+
+        Args:
+            x: [B, T, D] normalised input in the computation dtype.
+            state: MambaState before the first token; None is zeros. With T = 1 this is a step.
+            segment_ids: [B, T] int; the state is zero before a token whose id differs from the
+                token before. `state` belongs to the first segment.
+
+        Returns:
+            y [B, T, D] in the computation dtype, and the MambaState after the last token.
+        """
+        c = self.config
+        E, N, H = c.mamba_dim, c.state_size, c.mamba_heads
+        batch, T, _ = x.shape
+
+        projected = dense(c, 2 * E + 2 * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
+        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
+        tail = None if state is None else state.conv
+        xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
+        values, B, C = jnp.split(jax.nn.silu(xBC).astype(c.dtype), [E, E + N], axis=-1)
+        values = values.reshape(batch, T, H, MAMBA_HEAD_DIM)
+        B, C = B[:, :, None], C[:, :, None]  # [B, T, G=1, N]
+        dt = dt.astype(jnp.float32)
+
+        A = -jnp.exp(self.param("A_log", log_decay_rate_init, (H,)))
+        options = {
+            "D": self.param("D", initializers.ones, (H,)),
+            "dt_bias": self.param("dt_bias", step_bias_init, (H,)),
+            "dt_softplus": True,
+        }
+        if state is not None and T == 1:
+            y, ssm = ssd_step(values[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.ssm, **options)
+            y = y[:, None]
+        else:
+            initial = None if state is None else state.ssm
+            y, ssm = ssd(
+                values,
+                dt,
+                A,
+                B,
+                C,
+                initial_state=initial,
+                segment_ids=segment_ids,
+                impl=c.impl,
+                **options,
+            )
+        y = GatedNorm(name="norm")(y.reshape(batch, T, E), z).astype(c.dtype)
+        official_out = fan_in_uniform(c.layers**-0.5)
+        return dense(c, c.dim, "out_proj", output_init(c, official_out))(y), MambaState(ssm, tail)
+
+
+class CausalConv(nn.Module):
+    """Depthwise convolution over time that sees the present and the width - 1 tokens before."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, tail, segment_ids):
+        """Convolves in float32 as shifted multiply-adds, which fuse with what surrounds them.
+
+        Args:
+            x: [B, T, channels].
+            tail: [B, width - 1, channels] inputs before x, of its first segment; zeros if None.
+            segment_ids: [B, T] int or None; taps never cross a segment's start.
+
+        Returns:
+            [B, T, channels] float32, and the new tail in x.dtype.
+        """
+        batch, T, channels = x.shape
+        taps = self.width - 1
+        bound = symmetric_uniform(self.width**-0.5)  # PyTorch's default for Conv1d
+        weight = self.param("weight", bound, (channels, self.width))
+        bias = self.param("bias", bound, (channels,))
+        if tail is None:
+            tail = jnp.zeros((batch, taps, channels), x.dtype)
+        window = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # [B, taps + T, channels]
+        new_tail = window[:, T:]
+        if segment_ids is not None:
+            index = segment_index(segment_ids)
+            window_index = jnp.pad(index, ((0, 0), (taps, 0)))
+            of_last = window_index[:, T:] == index[:, -1:]
+            new_tail = jnp.where(of_last[..., None], new_tail, 0)
+
+        y = bias
+        for i in range(self.width):
+            term = window[:, i : i + T].astype(jnp.float32) * weight[:, i]
+            if segment_ids is not None:
+                same = window_index[:, i : i + T] == index
+                term = jnp.where(same[..., None], term, 0)
+            y = y + term
+        return y, new_tail
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm over all channels of y silu(z), eps 1e-5; y and z [B, T, E] -> float32."""
+
+    @nn.compact
+    def __call__(self, y, z):
+        y = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        scale = self.param("scale", initializers.ones, (y.shape[-1],))
+        return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5) * scale
+
+
+class Block(nn.Module):
+    """x += Mamba2(RMSNorm x), the whole block of the official language model."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids, rwkv_drop):
+        del rwkv_drop  # of hybrids
+        y, state = Mamba2(self.config, name="mamba")(
+            rms_norm(self.config, "mixer_norm")(x), state, segment_ids=segment_ids
+        )
+        return x + y, state
+
+
+def log_decay_rate_init(key, shape, dtype=jnp.float32):
+    """log A for A from U(1, 16)."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
+
+
+def step_bias_init(key, shape, dtype=jnp.float32):
+    """The bias whose softplus is a step size, log-uniform in [0.001, 0.1]."""
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(0.1)))
+    return step + jnp.log(-jnp.expm1(-step))  # softplus inverse

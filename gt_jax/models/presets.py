@@ -1,0 +1,94 @@
+"""Named models: `make_config("gf-mh", vocab_size=97)`."""
+
+import dataclasses
+from typing import NamedTuple
+
+from gt_jax.errors import InputError
+from gt_jax.models.config import ModelConfig, nearest
+
+
+class Preset(NamedTuple):
+    """What a name stands for: a line of description, ModelConfig fields, its usual vocabulary."""
+
+    about: str
+    fields: dict
+    vocab_size: int = 97
+
+
+PRESETS = {
+    "tiny": Preset(
+        "HY, a minute on a laptop", {"dim": 64, "layers": 4, "heads": 2, "fusion": "hy"}
+    ),
+    "hy": Preset("per-channel gains on normed branches", {"fusion": "hy"}),
+    "gf": Preset("one gate per position", {"fusion": "gf"}),
+    "gf-mh": Preset("GF, 30 % RWKV at the start", {"fusion": "gf", "gate_init": 0.3}),
+    "gf-rh": Preset("GF, 70 % RWKV at the start", {"fusion": "gf", "gate_init": 0.7}),
+    "gf-xm": Preset("GF, 3 % RWKV at the start", {"fusion": "gf", "gate_init": 0.03}),
+    "gf-xr": Preset("GF, 97 % RWKV at the start", {"fusion": "gf", "gate_init": 0.97}),
+    "ws": Preset("one weight per layer", {"fusion": "ws"}),
+    "rf": Preset("RWKV plus projected Mamba", {"fusion": "rf"}),
+    "cp": Preset("concatenate and project", {"fusion": "cp"}),
+    "hgf": Preset("one gate per position and channel", {"fusion": "hgf"}),
+    "hgf-mh": Preset("HGF, 30 % RWKV at the start", {"fusion": "hgf", "gate_init": 0.3}),
+    "hgf-rh": Preset("HGF, 70 % RWKV at the start", {"fusion": "hgf", "gate_init": 0.7}),
+    "gru": Preset("a GRU weighs the branches", {"fusion": "gru"}),
+    "medium": Preset("GF-MH, wider", {"dim": 192, "heads": 6, "fusion": "gf", "gate_init": 0.3}),
+    "hy-192x12": Preset(
+        "HY, wider and deeper", {"dim": 192, "layers": 12, "heads": 6, "fusion": "hy"}
+    ),
+    "gpt2": Preset("attention baseline", {"architecture": "gpt2", "dim": 192}),
+    "gpt2-3m": Preset("small GPT-2", {"architecture": "gpt2", "layers": 4}),
+    "gpt2-8m": Preset("large GPT-2", {"architecture": "gpt2", "dim": 256, "layers": 10}),
+    "gpt1": Preset(
+        "GPT with RMSNorm, 512 positions",
+        {"architecture": "gpt1", "dim": 144, "max_positions": 512, "init": "blinkdl"},
+        vocab_size=16000,
+    ),
+    "rwkv6": Preset(
+        "pure RWKV-6, head not tied",
+        {"architecture": "rwkv6", "dim": 144, "tie_embeddings": False},
+    ),
+    "mamba2": Preset(
+        "pure Mamba-2, no feed-forward",
+        {"architecture": "mamba2", "dim": 192, "layers": 12, "state_size": 128},
+    ),
+}
+
+ALIASES = {"1m": "tiny", "5m": "hy", "small": "hy", "8m": "medium", "gf-mh-8m": "medium"}
+
+
+def find_preset(name):
+    """The Preset of a name or alias in any case; InputError with the nearest name if none."""
+    key = str(name).lower()
+    key = ALIASES.get(key, key)
+    if key not in PRESETS:
+        names = (*PRESETS, *ALIASES)
+        raise InputError(
+            f"model.preset={name!r} must be one of {', '.join(names)}{nearest(name, names)}"
+        )
+    return PRESETS[key]
+
+
+def make_config(preset, *, vocab_size, **overrides):
+    """A preset's ModelConfig.
+
+    Args:
+        preset: a key of PRESETS or ALIASES, any case.
+        vocab_size: number of token ids, from the tokenizer.
+        **overrides: ModelConfig fields; None means "as the preset says".
+
+    Raises:
+        InputError: unknown preset or field (names the nearest), or an impossible value.
+    """
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for field in overrides:
+        if field not in known:
+            raise InputError(f"model.{field} is not a field{nearest(field, known)}")
+    fields = dict(find_preset(preset).fields)
+    if overrides.get("fusion") in ("rf", "cp"):
+        fields.pop("gate_init", None)  # the preset's gate has no place in these fusions
+    # The reference tied the embeddings of its RWKV model; official RWKV-6 does not.
+    if overrides.get("branch") == "legacy":
+        fields.pop("tie_embeddings", None)
+    fields |= {field: value for field, value in overrides.items() if value is not None}
+    return ModelConfig(vocab_size=vocab_size, **fields)

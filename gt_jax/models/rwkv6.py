@@ -1,0 +1,231 @@
+"""RWKV-6 "Finch" (x060; Peng et al. 2024, arXiv:2404.05892): time-mix, channel-mix and block.
+
+Every projection of the time-mix reads its own blend of the token and the one before, chosen per
+channel by a small network; the decay of the recurrence is chosen the same way. Parameters carry the
+official names; dense kernels are [in, out].
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.models.config import ModelConfig
+from gt_jax.models.layers import (
+    dense,
+    kernel_init,
+    layer_norm,
+    output_init,
+    previous_token,
+    symmetric_uniform,
+)
+
+MIX_RANK = 32
+DECAY_RANK = 64
+orthogonal = initializers.orthogonal
+
+
+class TimeMixState(NamedTuple):
+    """What a time-mix remembers: wkv [B, H, K, V] float32 and its last input [B, D]."""
+
+    wkv: jax.Array
+    last: jax.Array
+
+
+class TimeMix(nn.Module):
+    """The RWKV-6 mixer.
+
+    With x' = x_{t-1}, five inputs x_j = x + (x' - x) (mu_j + delta_j) for j in w k v r g, where
+    delta = tanh((x + (x' - x) mu_x) A1) A2:
+
+        r, k, v = W_r x_r, W_k x_k, W_v x_v;   log w = -exp(lambda + tanh(x_w B1) B2)
+        y = W_o (GroupNorm(wkv6(r, k, v, log w, u)) silu(W_g x_g))
+    """
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, state=None, *, segment_ids=None):
+        """Mixes over time.
+
+        Args:
+            x: [B, T, D] normalised input in the computation dtype.
+            state: TimeMixState before the first token; None is zeros. With T = 1 this is a step.
+            segment_ids: [B, T] int; the state is zero before a token whose id differs from the
+                token before. `state` belongs to the first segment.
+
+        Returns:
+            y [B, T, D] in the computation dtype, and the TimeMixState after the last token.
+        """
+        c = self.config
+        B, T, D = x.shape
+        H, K = c.heads, c.head_dim
+        x_w, x_k, x_v, x_r, x_g = self._shifted_inputs(x, state, segment_ids)
+
+        r = dense(c, D, "receptance", kernel_init(c, orthogonal(1.0)))(x_r)
+        k = dense(c, D, "key", kernel_init(c, orthogonal(0.1)))(x_k)
+        v = dense(c, D, "value", kernel_init(c, orthogonal(1.0)))(x_v)
+        g = dense(c, D, "gate", kernel_init(c, orthogonal(0.1)))(x_g)
+        log_w = self._log_decay(x_w)  # float32
+        u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
+
+        r, k, v, log_w = (z.reshape(B, T, H, K) for z in (r, k, v, log_w))
+        if state is not None and T == 1:
+            y, wkv = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state.wkv)
+            y = y[:, None]
+        else:
+            initial = None if state is None else state.wkv
+            y, wkv = wkv6(
+                r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids, impl=c.impl
+            )
+        y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
+        y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
+        y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
+        return y, TimeMixState(wkv, x[:, -1])
+
+    def _shifted_inputs(self, x, state, segment_ids):
+        """The inputs of decay, key, value, receptance and gate: [5, B, T, D]."""
+        B, T, D = x.shape
+        shares = {
+            name: self.param(
+                f"time_maa_{name}", shift_init(self.layer, self.config.layers, name), (D,)
+            )
+            for name in "xwkvrg"
+        }
+        w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * MIX_RANK))
+        w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, MIX_RANK, D))
+
+        delta = previous_token(x, None if state is None else state.last, segment_ids) - x
+        mixed = jnp.tanh((x + delta * shares["x"].astype(x.dtype)) @ w1.astype(x.dtype))
+        mixed = mixed.reshape(B, T, 5, MIX_RANK)
+        share = jnp.einsum("btjr,jrd->jbtd", mixed, w2.astype(x.dtype))  # [5, B, T, D]
+        base = jnp.stack([shares[name] for name in "wkvrg"]).astype(x.dtype)
+        return x + delta * (base[:, None, None] + share)
+
+    def _log_decay(self, x_w):
+        """-exp(omega) in float32: small decays and their gradients need the range."""
+        D = x_w.shape[-1]
+        base = self.param("time_decay", decay_init(self.layer, self.config.layers), (D,))
+        w1 = self.param("time_decay_w1", initializers.zeros, (D, DECAY_RANK))
+        w2 = self.param("time_decay_w2", symmetric_uniform(0.01), (DECAY_RANK, D))
+        change = jnp.tanh(x_w @ w1.astype(x_w.dtype)) @ w2.astype(x_w.dtype)
+        return -jnp.exp(base + change.astype(jnp.float32))
+
+
+class HeadNorm(nn.Module):
+    """GroupNorm with one group per head, [B, T, H, V] -> [B, T, H V] in float32."""
+
+    layer: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, y):
+        B, T, H, V = y.shape
+        y = y.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = (y * jax.lax.rsqrt(variance + 64e-5)).reshape(B, T, H * V)
+        scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
+        scale = self.param("scale", scale_at_start, (H * V,))
+        bias = self.param("bias", initializers.zeros, (H * V,))
+        return y * scale + bias
+
+
+class ChannelMix(nn.Module):
+    """The RWKV-6 feed-forward: sigmoid(W_r x_r) * W_v relu(W_k x_k)^2 on token-shifted inputs."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, last=None, *, segment_ids=None):
+        """x [B, T, D], last input [B, D] or None -> y [B, T, D] and the new last input [B, D]."""
+        c = self.config
+        D = c.dim
+        share_k, share_r = (
+            self.param(f"time_maa_{name}", shift_init(self.layer, c.layers, "channel"), (D,))
+            for name in "kr"
+        )
+        delta = previous_token(x, last, segment_ids) - x
+        hidden = int(3.5 * D) // 32 * 32
+        x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
+        k = dense(c, hidden, "key", kernel_init(c, orthogonal(1.0)))(x_k)
+        r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
+        y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))
+        return jax.nn.sigmoid(r.astype(jnp.float32)) * y, x[:, -1]
+
+
+class BlockState(NamedTuple):
+    """State of an RWKV-6 block: its TimeMixState and the channel-mix's last input [B, D]."""
+
+    rwkv: TimeMixState
+    ffn: jax.Array
+
+
+class Block(nn.Module):
+    """x += TimeMix(LN x); x += ChannelMix(LN x). The first block first normalises the embedding."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids, rwkv_drop):
+        del rwkv_drop  # of hybrids
+        c = self.config
+        state = BlockState(None, None) if state is None else state
+        if self.layer == 0:
+            x = layer_norm(c, "embedding_norm")(x).astype(x.dtype)
+        mixed, time_state = TimeMix(c, self.layer, name="rwkv")(
+            layer_norm(c, "mixer_norm")(x), state.rwkv, segment_ids=segment_ids
+        )
+        x = x + mixed
+        mixed, last = ChannelMix(c, self.layer, name="ffn")(
+            layer_norm(c, "ffn_norm")(x), state.ffn, segment_ids=segment_ids
+        )
+        return x + mixed, BlockState(time_state, last)
+
+
+def shift_init(layer, layers, name):
+    """Share of the token before, per channel i: 1 - (i/D)^a, less 0.3 depth for values.
+
+    Early channels and early layers look further back. `name` is x w k v r g or "channel".
+    """
+    depth, height = layer / max(layers - 1, 1), 1 - layer / layers
+    power = {"r": 0.5 * height, "g": 0.5 * height, "channel": height**3}.get(name, height)
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        position = jnp.arange(shape[0], dtype=dtype) / shape[0]
+        return 1 - position**power - (0.3 * depth if name == "v" else 0)
+
+    return init
+
+
+def decay_init(layer, layers):
+    """Raw decay omega per channel, from -6 (remembers ~400 tokens) to -1, more slow ones deeper."""
+    power = 0.7 + 1.3 * layer / max(layers - 1, 1)
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        return -6 + 5 * jnp.linspace(0, 1, shape[0], dtype=dtype) ** power
+
+    return init
+
+
+def bonus_init(layer, layers):
+    """Bonus of the present token: falls along the channels with depth, with a zigzag of 0.1."""
+    depth = layer / max(layers - 1, 1)
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        H, K = shape
+        channel = jnp.arange(H * K)
+        zigzag = 0.1 * ((channel + 1) % 3 - 1)
+        ramp = depth * (1 - channel / max(H * K - 1, 1))
+        return (ramp + zigzag).astype(dtype).reshape(shape)
+
+    return init
