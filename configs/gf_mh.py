@@ -1,0 +1,14 @@
+"""GF-MH, the main job: 8 hybrid blocks of width 128, a gate per position that begins at 30 % RWKV.
+
+500 steps of 64 x 64 characters of Shakespeare, warm-up 50, cosine to 10 %: configs/base.py as it is.
+
+    python -m gt_jax.train --config=configs/gf_mh.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    return base.get_config()

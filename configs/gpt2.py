@@ -1,0 +1,14 @@
+"""GPT-2: the attention baseline, trained like the hybrids. Otherwise as configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/gpt2.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.preset = "gpt2"
+    return config

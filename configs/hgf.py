@@ -1,0 +1,14 @@
+"""HGF: one gate per position and channel. Otherwise as configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/hgf.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.preset = "hgf"
+    return config

@@ -1,0 +1,14 @@
+"""HY: per-channel gains on normalised branches. Otherwise as configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/hy.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.preset = "hy"
+    return config

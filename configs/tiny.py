@@ -1,0 +1,19 @@
+"""A small hybrid (HY, 4 blocks of width 64), to see everything work on a laptop's CPU.
+
+    python -m gt_jax.train --config=configs/tiny.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.preset = "tiny"
+    config.optim.lr = 3e-3
+    config.train.steps = 200
+    config.train.batch_size = 16
+    config.train.eval_tokens = 16_384
+    config.checkpoint.every = 100
+    return config

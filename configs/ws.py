@@ -1,0 +1,14 @@
+"""WS: one learned weight per layer. Otherwise as configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/ws.py
+
+Expected: to be measured.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.model.preset = "ws"
+    return config

@@ -1,0 +1,22 @@
+"""Parallel RWKV-6 / Mamba-2 hybrid language models in JAX."""
+
+
+def load(path):
+    """A trained model, ready to apply.
+
+        model, params, tokenizer = gt_jax.load("runs/gf_mh")
+        output = model.apply({"params": params}, tokenizer.encode("ROMEO:")[None])
+        output.logits  # [1, 6, vocab] float32
+
+    Args:
+        path: a run's workdir (its latest checkpoint), one checkpoint folder or a converted model.
+
+    Returns:
+        (model, params, tokenizer).
+
+    Raises:
+        gt_jax.errors.InputError: there is no checkpoint at `path`, or it is damaged.
+    """
+    from gt_jax.training.checkpoint import load as load_checkpoint
+
+    return load_checkpoint(path)

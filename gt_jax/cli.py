@@ -1,0 +1,73 @@
+"""What the command-line programs share: absl flags of their own, and errors in one line."""
+
+import sys
+
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from gt_jax.config import flatten, nearest
+from gt_jax.errors import InputError
+
+
+def run(main) -> None:
+    """Call main(sys.argv); a mistake in the input prints as `error: ...` with exit status 1."""
+    try:
+        status = main(sys.argv)
+    except (InputError, OSError) as error:
+        if "--verbose" in sys.argv:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def new_flags() -> absl_flags.FlagValues:
+    """An empty set of flags plus --verbose and --help, independent of absl's global one."""
+    flags = absl_flags.FlagValues()
+    absl_flags.DEFINE_bool("verbose", False, "Show tracebacks of errors.", flag_values=flags)
+    absl_flags.DEFINE_bool("help", False, "Show this help.", flag_values=flags)
+    return flags
+
+
+def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> bool:
+    """Parse argv into flags. Returns False when --help was asked for and has been printed.
+
+    Raises:
+        InputError: unknown flag or argument, value of the wrong type, a required flag missing.
+    """
+    try:
+        rest = flags(argv)[1:]
+    except absl_flags.Error as error:
+        raise InputError(str(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise InputError(_unknown_field(argv) or str(error)) from error
+    if flags.help:
+        print(usage.strip(), flags.get_help(), sep="\n")
+        return False
+    if rest:
+        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
+    for name in required:
+        if not flags[name].present:
+            raise InputError(f"--{name} is missing; see --help")
+    return True
+
+
+def define_config(flags: absl_flags.FlagValues, argv) -> None:
+    """Add --config=FILE with its --config.group.field=value overrides."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/gf_mh.py.", sys_argv=argv, flag_values=flags
+    )
+
+
+def _unknown_field(argv) -> str | None:
+    """Name the override whose field does not exist; ml_collections' own error drops its group."""
+    without_overrides = [a for a in argv if not a.startswith("--config.")]
+    flags = new_flags()
+    define_config(flags, without_overrides)
+    flags(without_overrides, known_only=True)
+    known = flatten(flags.config.to_dict())
+    for argument in argv:
+        name = argument.split("=", 1)[0].removeprefix("--config.")
+        if argument.startswith("--config.") and name not in known:
+            return f"{name} is not a config field; {nearest(name, known)}"
+    return None

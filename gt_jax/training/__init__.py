@@ -1,0 +1,1 @@
+"""The trainer's parts; gt_jax/train.py joins them."""

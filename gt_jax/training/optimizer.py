@@ -1,0 +1,80 @@
+"""AdamW: warm-up and cosine, decay on weight matrices alone, a learning rate for each part."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gt_jax.config import Multipliers, Optim
+
+# Path piece -> label. Everything else (embedding, feed-forward, norms, head) is "rest".
+LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
+
+# What is no projection, though some of it is a matrix: embeddings, fusions, RWKV's token-shift
+# mixes and decays with their low-rank factors, Mamba's depthwise convolution.
+NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
+
+
+def label(path) -> str:
+    """The part of the model a parameter path belongs to: "rwkv", "mamba", "gate" or "rest"."""
+    pieces = _pieces(path)
+    return next((LABELS[piece] for piece in pieces if piece in LABELS), "rest")
+
+
+def is_decayed(path, value) -> bool:
+    """Whether weight decay acts on a parameter: on matrices, unless a piece of its name says no."""
+    return value.ndim >= 2 and not any(
+        name in piece for piece in _pieces(path) for name in NOT_DECAYED
+    )
+
+
+def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """Learning rate of update 0, 1, ..., steps - 1.
+
+    Linear warm-up, lr * (n + 1) / warmup_steps, so that the first update moves; then a cosine from
+    lr to min_lr_ratio * lr at the last update.
+    """
+    last = max(steps - 1, optim.warmup_steps + 1)
+
+    def schedule(count):
+        warm = (count + 1) / max(optim.warmup_steps, 1)
+        progress = jnp.clip((count - optim.warmup_steps) / (last - optim.warmup_steps), 0, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return optim.lr * jnp.minimum(warm, optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
+
+    return schedule
+
+
+def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled decay (lr * weight_decay), learning rate by part."""
+
+    def decay_mask(params):
+        return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, decay_mask),
+        _scale_by_label(optim.lr_multipliers),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def norms_by_label(grads) -> dict[str, jax.Array]:
+    """Global norm of the gradients of each label that occurs."""
+    groups = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        groups.setdefault(label(path), []).append(leaf)
+    return {name: optax.global_norm(leaves) for name, leaves in groups.items()}
+
+
+def _scale_by_label(multipliers: Multipliers) -> optax.GradientTransformation:
+    factors = {"rwkv": multipliers.rwkv, "mamba": multipliers.mamba, "gate": multipliers.gate}
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(
+            lambda path, update: update * factors.get(label(path), 1.0), updates
+        )
+    )
+
+
+def _pieces(path) -> list[str]:
+    return [str(getattr(key, "key", key)) for key in path]

@@ -1,0 +1,97 @@
+"""Several devices: the batch is spread over them, everything else is copied to each.
+
+"jit" lets the compiler insert the sums over devices; "pmap" writes them out (axis "batch"). Both
+run the same step function and keep the state in the same layout. Every process of a multi-host run
+makes the whole batch and hands its devices their rows of it.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gt_jax.training.step import TrainState
+
+
+def make_mesh() -> Mesh:
+    """All devices of the run in one axis, "batch"."""
+    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def state_sharding(mesh: Mesh) -> TrainState:
+    """Where a TrainState lives: carried rows with their batch rows, the rest on every device."""
+    copied = NamedSharding(mesh, P())
+    return _by_part(copied, carry=NamedSharding(mesh, P("batch")))
+
+
+def compile_train_step(make_step, mesh: Mesh, mode: str):
+    """The train step over all devices; the state given to it is used up.
+
+    Args:
+        make_step: axis_name -> train_step(state, batch), see gt_jax.training.step.
+        mesh: from `make_mesh`.
+        mode: "jit" or "pmap".
+
+    Returns:
+        step(state, batch) -> (state, metrics), with the batch as NumPy rows of all devices.
+    """
+    if mode == "jit":
+        shardings = state_sharding(mesh)
+        jitted = jax.jit(
+            make_step(None),
+            in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
+            out_shardings=(shardings, NamedSharding(mesh, P())),
+            donate_argnums=0,
+        )
+        return lambda state, batch: jitted(state, put_batch(batch, mesh))
+
+    axes = _by_part(None, carry=0)
+    mapped = jax.pmap(
+        make_step("batch"), "batch", in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0
+    )
+    return lambda state, batch: _pmapped(mapped, state, batch, mesh)
+
+
+def compile_eval_step(eval_step, mesh: Mesh):
+    """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
+    jitted = jax.jit(eval_step)
+    return lambda params, batch, carry: jitted(params, put_batch(batch, mesh), carry)
+
+
+def put_batch(batch, mesh: Mesh):
+    """A batch of NumPy arrays [B, ...] on the devices, rows spread over them."""
+    sharding = NamedSharding(mesh, P("batch"))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, _own_rows(x), x.shape), batch
+    )
+
+
+def _own_rows(x: np.ndarray) -> np.ndarray:
+    """The rows of a whole batch that belong to this process's devices."""
+    rows = x.shape[0] // jax.process_count()
+    return x[jax.process_index() * rows :][:rows]
+
+
+def _pmapped(mapped, state: TrainState, batch, mesh: Mesh):
+    """Call a pmapped step, which wants a leading device axis on every row-wise array."""
+    devices = jax.local_device_count()
+
+    def by_device(x):
+        return x.reshape(devices, -1, *x.shape[1:])
+
+    batch = jax.tree.map(lambda x: by_device(_own_rows(x)), batch)
+    state, metrics = mapped(state.replace(carry=jax.tree.map(by_device, state.carry)), batch)
+    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.carry)
+    return state.replace(carry=jax.device_put(joined, NamedSharding(mesh, P("batch")))), metrics
+
+
+def _by_part(copied, carry) -> TrainState:
+    return TrainState(
+        step=copied,
+        rng=copied,
+        params=copied,
+        opt_state=copied,
+        carry=carry,
+        skipped=copied,
+        skipped_in_a_row=copied,
+    )

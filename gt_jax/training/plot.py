@@ -1,0 +1,69 @@
+"""curve.png: a run's losses, learning rate and gates over its steps."""
+
+from pathlib import Path
+
+from gt_jax.training import metrics
+
+
+def draw_curve(workdir, *, title: str, unit: str) -> None:
+    """Draw WORKDIR/curve.png from WORKDIR/metrics.jsonl.
+
+    Args:
+        workdir: the run.
+        title: over the figure.
+        unit: of the loss, e.g. "nats per character".
+    """
+    from matplotlib.figure import Figure  # Slow to import, and no window is opened this way.
+    from matplotlib.ticker import MaxNLocator
+
+    rows = metrics.read(workdir)
+    has_gate = any("gate" in row for row in rows)
+    figure = Figure(figsize=(8, 8.5 if has_gate else 6), layout="constrained")
+    heights = (3, 1, 1.6)[: 3 if has_gate else 2]
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    figure.suptitle(title)
+
+    axes[0].plot(*_series(rows, "loss"), color="C0", lw=1, alpha=0.8, label="training")
+    steps, losses = _series(rows, "validation_loss")
+    axes[0].plot(steps, losses, color="C1", lw=1.8, marker="o", ms=3.5, label="validation")
+    axes[0].set_ylabel(f"loss ({unit})")
+    axes[0].legend(frameon=False)
+    if losses:
+        best = min(losses)
+        axes[0].axhline(best, color="C1", lw=0.8, ls=":")
+        axes[0].annotate(
+            f"best {best:.4f}", (0, best), (4, 3), ("axes fraction", "data"), "offset points",
+            va="bottom", color="C1",
+        )  # fmt: skip
+
+    axes[1].plot(*_series(rows, "lr"), color="C2")
+    axes[1].set_ylabel("learning rate")
+    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+    if has_gate:
+        steps, gates = _series(rows, "gate")
+        layers = len(gates[0])
+        shades = _shades(layers)
+        for layer in range(layers):
+            values = [gate[layer] for gate in gates]
+            axes[2].plot(steps, values, color=shades[layer], lw=1.3, label=f"layer {layer}")
+        axes[2].set_ylabel("mean gate\n(share of RWKV)")
+        axes[2].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(Path(workdir) / "curve.png", dpi=150)
+
+
+def _series(rows, name):
+    kept = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in kept], [row[name] for row in kept]
+
+
+def _shades(count):
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
