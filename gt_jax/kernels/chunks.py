@@ -118,10 +118,10 @@ def _round_to_bfloat16(x):
     return lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
-def exact_sum(equation, pattern, x):
-    """einsum of a 0/1 pattern with x in x's own precision."""
-    pattern = jnp.asarray(pattern, x.dtype)
-    return jnp.einsum(equation, pattern, x, precision=lax.Precision.HIGHEST)
+def exact(equation, *operands):
+    """einsum in the dtype of the last operand, at full precision."""
+    operands = [jnp.asarray(x, operands[-1].dtype) for x in operands]
+    return jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST)
 
 
 def carry_state(state, decay, update, *, reverse=False):
@@ -140,10 +140,9 @@ def carry_state(state, decay, update, *, reverse=False):
         decay, update = chunk
         return decay * state + update, state
 
-    if update.shape[2] == 1:
-        return state[:, :, None], decay[:, :, 0] * state + update[:, :, 0]
     by_chunk = (jnp.moveaxis(decay, 2, 0), jnp.moveaxis(update, 2, 0))
-    state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse)
+    unroll = min(8, update.shape[2])
+    state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse, unroll=unroll)
     return jnp.moveaxis(starts, 0, 2), state
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
     carry_state,
-    exact_sum,
+    exact,
     join,
     levels,
     make_plan,
@@ -76,13 +76,13 @@ def _decays(a, plan):
     """L [..., C, C], and the factors from the chunk's start, to its end and in total [..., C]."""
     level, C = levels(plan.steps), plan.steps
     a = jnp.maximum(a, LOWEST_LOG_DECAY)
-    sums = exact_sum("lts,bgrms->lbgrmt", level.through, a)
+    sums = exact("lts,bgrms->lbgrmt", level.through, a)
     between = sum(
         jnp.where(pair, s[..., :, None] + s[..., None, :], 0) for pair, s in zip(level.pair, sums)
     )
     L = jnp.where(np.tri(C, dtype=bool), jnp.exp(between), 0)
-    from_start = jnp.exp(exact_sum("ts,bgrms->bgrmt", np.tri(C), a))
-    to_end = jnp.exp(exact_sum("ts,bgrms->bgrmt", np.tri(C, k=-1).T, a))
+    from_start = jnp.exp(exact("ts,bgrms->bgrmt", np.tri(C), a))
+    to_end = jnp.exp(exact("ts,bgrms->bgrmt", np.tri(C, k=-1).T, a))
     return L, from_start, to_end, jnp.exp(jnp.sum(a, axis=-1))
 
 
@@ -138,23 +138,24 @@ def _group_backward(state, x, dt, a, B, C, dy, dstate, plan):
     dM = dot("bgrmip,bgrmjp->bgrmij", dy_, x_)  # gradient of L * C B^T * dt_j, the matrix of y
     kept = dot("bgmjn,bgrmpn->bgrmjp", B, dstates)  # gradient of weight * x
     dx = dot("bgrmij,bgrmip->bgrmjp", LCB, dy_) * dt_[..., None] + kept * weight[..., None]
-    dCB = jnp.sum(L * dM * dt_[..., None, :], axis=2)
+    dCB = exact("r,bgrmij->bgmij", np.ones(L.shape[2]), L * dM * dt_[..., None, :])
     dC = dot("bgmij,bgmjn->bgmin", dCB, B) + dot("bgrmip,bgrmpn->bgmin", read, states)
     dB = dot("bgmij,bgmin->bgmjn", dCB, C)
     dB += dot("bgrmjp,bgrmpn->bgmjn", x_ * weight[..., None], dstates)
 
-    d_weight = jnp.sum(kept * x_, axis=-1)
+    d_weight = exact("bgrmjp,bgrmjp->bgrmj", kept, x_)
     d_dt_times_L = LCB * dM
     ddt = jnp.sum(d_dt_times_L, axis=-2) + d_weight * to_end
 
     # a_t decays every pair j < t <= i, reads at i >= t, tokens kept from j < t, and the state.
     # These sums stay exact: rounding their terms alike would add up over time in the gradient of A.
     earlier, later = np.tri(steps, k=-1).T, np.tri(steps).T  # [j, t]: j < t; [t, i]: i >= t
-    by_end = exact_sum("jt,bgrmij->bgrmit", earlier, d_dt_times_L * dt_[..., None, :])
-    d_read = jnp.sum(read * dot("bgmin,bgrmpn->bgrmip", C, states, terms=2), axis=-1)
+    by_end = exact("jt,bgrmij->bgrmit", earlier, d_dt_times_L * dt_[..., None, :])
+    from_state = dot("bgmin,bgrmpn->bgrmip", C, states, terms=2)
+    d_read = exact("bgrmip,bgrmip->bgrmi", from_state, read)
     da = jnp.sum(jnp.where(later.T > 0, by_end, 0), axis=-2)
-    da += exact_sum("ti,bgrmi->bgrmt", later, d_read)
-    da += exact_sum("jt,bgrmj->bgrmt", earlier, d_weight * weight)
-    da += (total * jnp.sum(states * dstates, axis=(-2, -1)))[..., None]
+    da += exact("ti,bgrmi->bgrmt", later, d_read)
+    da += exact("jt,bgrmj->bgrmt", earlier, d_weight * weight)
+    da += (total * exact("bgrmpn,bgrmpn->bgrm", states, dstates))[..., None]
     grads = (_by_head(dx), _by_head(ddt), _by_head(da), dB, dC)
     return (*(g.astype(z.dtype) for g, z in zip(grads, (x, dt, a, B, C))), dstate)

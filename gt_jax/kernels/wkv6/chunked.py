@@ -20,7 +20,7 @@ import numpy as np
 from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
     carry_state,
-    exact_sum,
+    exact,
     join,
     levels,
     make_plan,
@@ -30,7 +30,7 @@ from gt_jax.kernels.chunks import (
 )
 
 
-def wkv6_chunked(r, k, v, w, u, initial_state, resets, precision, *, chunk_size=32):
+def wkv6_chunked(r, k, v, w, u, initial_state, resets, precision, *, chunk_size=16):
     """WKV6 by chunks; arguments as `wkv6_reference`, chunk_size a power of two."""
     plan = make_plan(r.shape[1], chunk_size, r.dtype, precision, initial_state.dtype)
     if resets is None:
@@ -81,7 +81,7 @@ def _decays(w, plan, dtype):
     """Factors exp(sum of w): per level [L, ..., C, K], from the start, to the end, and in total."""
     C = plan.steps
     w = jnp.maximum(w.astype(dtype), LOWEST_LOG_DECAY)
-    decay = jnp.exp(exact_sum("lts,bhmsk->lbhmtk", _sum_patterns(C), w))
+    decay = jnp.exp(exact("lts,bhmsk->lbhmtk", _sum_patterns(C), w))
     total = jnp.exp(jnp.sum(w, axis=-2))  # [B, H, M, K]
     return decay[:-2], decay[-2], decay[-1], total
 
@@ -103,7 +103,7 @@ def _intra(r, k, level_decay, plan, dtype):
     level = levels(plan.steps)
     Y = (_by_role(level.query, r, k) * level_decay).astype(plan.operand_dtype)
     per_level = product("lbhmik,lbhmjk->lbhmij", Y, Y, plan=plan, dtype=dtype)
-    A = jnp.sum(jnp.where(level.pair[:, None, None, None], per_level, 0), axis=0)
+    A = sum(jnp.where(pair, a, 0) for pair, a in zip(level.pair, per_level))
     return Y, A
 
 
@@ -113,7 +113,7 @@ def _group_forward(r, k, v, w, u, state, plan):
     r, k, v32, u = (x.astype(dtype) for x in (r, k, v, u))
     level_decay, from_start, to_end, total = _decays(w, plan, dtype)
     _, A = _intra(r, k, level_decay, plan, dtype)
-    own = jnp.sum(r * u[:, None, None] * k, axis=-1, keepdims=True)  # [B, H, M, C, 1]
+    own = exact("bhmck,bhmck->bhmc", r * u[:, None, None], k)[..., None]
     update = product("bhmck,bhmcv->bhmkv", k * to_end, v, plan=plan, dtype=dtype)
     states, final_state = carry_state(state, total[..., None], update)
     o = product("bhmij,bhmjv->bhmiv", A, v, plan=plan, dtype=dtype)
@@ -136,24 +136,27 @@ def _group_backward(state, r, k, v, w, do, u, dstate, plan):
         dstate, total[..., None], dot("bhmck,bhmcv->bhmkv", Q, do), reverse=True
     )  # dstates[m] is the gradient of the state that leaves chunk m
 
-    own = jnp.sum(r_ * u_ * k_, axis=-1, keepdims=True)
-    down = jnp.sum(do_ * v_, axis=-1, keepdims=True)
+    own = exact("bhmck,bhmck->bhmc", r_ * u_, k_)[..., None]
+    down = exact("bhmcv,bhmcv->bhmc", do_, v_)[..., None]
     dv = dot("bhmij,bhmiv->bhmjv", A, do) + dot("bhmck,bhmkv->bhmcv", Kh, dstates) + own * do_
     dQ = dot("bhmcv,bhmkv->bhmck", do, states)
     dKh = dot("bhmcv,bhmkv->bhmck", v, dstates)
 
     level = levels(plan.steps)
-    pair, query = level.pair[:, None, None, None], level.query[:, None, None, None, :, None]
     dA = dot("bhmiv,bhmjv->bhmij", do, v)
-    both = jnp.where(pair, dA, 0) + jnp.where(pair.mT, dA.mT, 0)  # [L, B, H, M, C, C]
-    dY = dot("lbhmij,lbhmjk->lbhmik", both, Y)
+    dA = jnp.where(np.tri(plan.steps, k=-1, dtype=bool), dA, dA.mT)  # both ways round
+    pair = (level.pair | level.pair.mT)[:, None, None, None]
+    dY = dot("lbhmij,lbhmjk->lbhmik", jnp.where(pair, dA, 0), Y)
     by_role = dY * level_decay
-    dr = jnp.sum(jnp.where(query, by_role, 0), axis=0) + dQ * from_start + down * u_ * k_
-    dk = jnp.sum(jnp.where(query, 0, by_role), axis=0) + dKh * to_end + down * u_ * r_
+    query = level.query[:, :, None]
+    dr = dQ * from_start + down * u_ * k_
+    dr += sum(jnp.where(q, d, 0) for q, d in zip(query, by_role))
+    dk = dKh * to_end + down * u_ * r_
+    dk += sum(jnp.where(q, 0, d) for q, d in zip(query, by_role))
     du = jnp.sum(down * r_ * k_, axis=(0, 2, 3))
 
     dsums = jnp.concatenate([Y.astype(dtype) * dY, (Q * dQ)[None], (Kh * dKh)[None]])
-    dw = exact_sum("lts,lbhmtk->bhmsk", _sum_patterns(plan.steps), dsums)
-    dw += (total * jnp.sum(states * dstates, axis=-1))[..., None, :]
+    dw = exact("lts,lbhmtk->bhmsk", _sum_patterns(plan.steps), dsums)
+    dw += (total * exact("bhmkv,bhmkv->bhmk", states, dstates))[..., None, :]
     grads = (g.astype(x.dtype) for g, x in zip((dr, dk, dv, dw), (r, k, v, w)))
     return (*grads, du, dstate)
