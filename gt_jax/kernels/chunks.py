@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
@@ -52,16 +53,12 @@ def split(x, plan):
     """[B, T, H, ...] -> [groups, B, H, chunks, steps, ...]; tokens past the end are zero."""
     padding = plan.groups * plan.chunks * plan.steps - plan.length
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    B, _, *rest = x.shape
-    x = x.reshape(B, plan.groups, plan.chunks, plan.steps, *rest)
-    return jnp.moveaxis(x, (1, 4), (0, 2))
+    return rearrange(x, "b (g m c) h ... -> g b h m c ...", g=plan.groups, c=plan.steps)
 
 
 def join(x, plan):
     """[groups, B, H, chunks, steps, ...] -> [B, T, H, ...]."""
-    x = jnp.moveaxis(x, (0, 2), (1, 4))  # [B, groups, chunks, steps, H, ...]
-    B, _, _, _, *rest = x.shape
-    return x.reshape(B, -1, *rest)[:, : plan.length]
+    return rearrange(x, "g b h m c ... -> b (g m c) h ...")[:, : plan.length]
 
 
 class Levels(NamedTuple):
