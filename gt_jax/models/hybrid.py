@@ -26,7 +26,7 @@ class BlockState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One hybrid block; sows "rwkv", "mamba" and "fused" [B, T, D] as activations."""
+    """One hybrid block; sows activations "rwkv_out", "mamba_out" and "fused" [B, T, D]."""
 
     config: ModelConfig
     layer: int
@@ -49,7 +49,7 @@ class Block(nn.Module):
             rwkv, mamba, state.fusion, segment_ids
         )
         if not self.is_initializing():
-            for name, value in (("rwkv", rwkv), ("mamba", mamba), ("fused", fused)):
+            for name, value in (("rwkv_out", rwkv), ("mamba_out", mamba), ("fused", fused)):
                 self.sow("activations", name, value)
         x = x + fused
         x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))

@@ -1,0 +1,142 @@
+"""Every fusion against NumPy, its start at exactly the asked share, and a new one of one's own."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from gt_jax.models import FUSIONS, make_model
+from tests.models.small_models import jit, lively_parameters, random_tokens, small_config
+
+D = 32
+
+
+def branches(T=9):
+    return tuple(jax.random.normal(jax.random.key(seed), (2, T, D)) for seed in (0, 1))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rms_norm(scale, x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def gated(g, a, m):
+    return g * a + (1 - g) * m
+
+
+def gru(p, a, m):
+    """Token by token; gates in the order reset, update, new."""
+    h, fused = np.zeros((2, D)), []
+    for t in range(a.shape[1]):
+        x = np.hstack([a[:, t], m[:, t]]) @ p["input_kernel"] + p["input_bias"]
+        y = h @ p["hidden_kernel"] + p["hidden_bias"]
+        reset, update = np.split(sigmoid(x[:, : 2 * D] + y[:, : 2 * D]), 2, axis=1)
+        new = np.tanh(x[:, 2 * D :] + reset * y[:, 2 * D :])
+        h = (1 - update) * new + update * h
+        score = h @ p["head_kernel"] + p["head_bias"]
+        fused.append(gated(sigmoid(score[:, :1] - score[:, 1:]), a[:, t], m[:, t]))
+    return np.stack(fused, axis=1)
+
+
+FORMULAS = {
+    "hy": lambda p, a, m: (
+        p["rwkv_gain"] * rms_norm(p["rwkv_norm"]["scale"], a)
+        + p["mamba_gain"] * rms_norm(p["mamba_norm"]["scale"], m)
+    ),
+    "gf": lambda p, a, m: gated(
+        sigmoid(np.concatenate([a, m], -1) @ p["kernel"] + p["bias"])[..., None], a, m
+    ),
+    "hgf": lambda p, a, m: gated(
+        sigmoid(np.concatenate([a, m], -1) @ p["kernel"] + p["bias"]), a, m
+    ),
+    "ws": lambda p, a, m: gated(p["alpha"], a, m),
+    "rf": lambda p, a, m: a + m @ p["kernel"],
+    "cp": lambda p, a, m: np.concatenate([a, m], -1) @ p["kernel"],
+    "gru": gru,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_fusion_matches_its_formula(name):
+    module = FUSIONS[name](small_config())
+    a, m = branches()
+    params = lively_parameters(module, a, m)
+    fused, _ = jit(module.apply)({"params": params}, a, m)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    assert_allclose(fused, FORMULAS[name](p, np.float64(a), np.float64(m)), rtol=1e-4, atol=1e-5)
+
+
+def start(name, **fields):
+    """Parameters, fused [B, T, D] and gate at initialisation."""
+    module = FUSIONS[name](small_config(**fields))
+    a, m = branches()
+    params = module.init(jax.random.key(0), a, m)["params"]
+    (fused, _), sown = module.apply({"params": params}, a, m, mutable=["activations"])
+    return params, fused, sown.get("activations", {}).get("gate", [None])[0]
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.5, 0.7, 0.97])
+@pytest.mark.parametrize("name", ["gf", "hgf", "ws", "gru", "hy"])
+def test_every_gate_starts_at_gate_init(name, share):
+    params, fused, gate = start(name, gate_init=share)
+    assert_allclose(gate, share, atol=1e-6)
+    if name == "hy":
+        assert_allclose(params["mamba_gain"], 1 - share, atol=1e-6)
+    else:
+        assert_allclose(fused, gated(share, *branches()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, share", [("gf", 0.5), ("hgf", 0.5), ("ws", 0.5), ("gru", 0.5)])
+def test_gates_start_even_by_default(name, share):
+    _, _, gate = start(name)
+    assert (gate == share).all()
+
+
+def test_gains_start_at_seven_to_three():
+    params, _, _ = start("hy")
+    assert_allclose(params["rwkv_gain"], 0.7)
+    assert_allclose(params["mamba_gain"], 0.3)
+
+
+def test_projections_keep_their_own_spread():
+    assert_allclose(start("rf", dim=32)[0]["kernel"].std(), 0.01, rtol=0.1)
+    assert_allclose(start("cp")[0]["kernel"].std(), 0.02, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["gf", "hgf"])
+def test_gate_kernels_are_zero_unless_the_reference_is_reproduced(name):
+    assert not start(name, init="normal")[0]["kernel"].any()
+    kernel = start(name, init="normal", branch="legacy")[0]["kernel"]
+    assert_allclose(kernel.std(), 0.02, rtol=0.3)
+
+
+class Maximum(nn.Module):
+    """A new fusion, as a user writes it: the larger of both, channel by channel, times a gain."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+        gain = self.param("gain", nn.initializers.ones, (self.config.dim,))
+        return gain * jnp.maximum(rwkv, mamba), state
+
+
+def test_a_new_fusion_trains_once_it_is_in_the_dict(monkeypatch):
+    monkeypatch.setitem(FUSIONS, "max", Maximum)
+    model = make_model(small_config(fusion="max", layers=1))
+    tokens = random_tokens(2, 9)
+    params = jit(model.init)(jax.random.key(0), tokens)["params"]
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, tokens[:, :-1]).logits)
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
+
+    before, gradient = jit(jax.value_and_grad(loss))(params)
+    after = jit(loss)(jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient))
+    assert gradient["blocks_0"]["fusion"]["gain"].any()
+    assert after < before
