@@ -1,5 +1,6 @@
 """What the command-line programs share: absl flags of their own, and errors in one line."""
 
+import logging
 import sys
 
 from absl import flags as absl_flags
@@ -11,10 +12,14 @@ from gt_jax.errors import InputError
 
 def run(main) -> None:
     """Call main(sys.argv); a mistake in the input prints as `error: ...` with exit status 1."""
+    verbose = any(argument.startswith("--verbose") for argument in sys.argv)
+    if not verbose:  # Orbax logs a failure before raising it, and its threads complain after.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None
     try:
         status = main(sys.argv)
     except (InputError, OSError) as error:
-        if "--verbose" in sys.argv:
+        if verbose:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         status = 1

@@ -236,6 +236,12 @@ def _model_config(config: Config, vocab_size: int) -> ModelConfig:
             f"train.carry_state=True needs a recurrent model, and model.preset={preset} attends "
             f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
         )
+    try:
+        count_parameters(model_config)  # Traces the model, whose recurrences may not run here.
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"model.impl={model_config.impl}: {error}") from error
     return model_config
 
 

@@ -66,7 +66,7 @@ class Writer:
             if step != best_step:
                 self._manager.delete(step)
         if steps and jax.process_index() == 0:
-            _write_sizes(self.folder / str(steps[-1]))
+            self._attempt(lambda: _write_sizes(self.folder / str(steps[-1])))
 
     def close(self) -> None:
         self._manager.close()
@@ -164,20 +164,20 @@ def _parts(state: TrainState) -> dict:
 
 
 def _read(folder: Path, name: str, like):
-    def shape_of(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     try:
-        args = ocp.args.StandardRestore(jax.tree.map(shape_of, like))
-        return reader.restore(folder / name, args=args)
-    except ValueError as error:
-        text = str(error)
-        if "Structure mismatch" in text or "not compatible with the stored shape" in text:
-            raise InputError(f"{folder} is a checkpoint of another model ({text})") from error
-        raise _damaged(folder, text[:200]) from error
-    except Exception as error:  # TensorStore's plain Exception for an unreadable array, and others.
+        stored = _shapes(reader.metadata(folder / name).item_metadata.tree)
+        if stored == _shapes(like):
+            return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
         raise _damaged(folder, str(error)[:200]) from error
+    raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
+
+
+def _shapes(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True): tuple(leaf.shape) for p, leaf in leaves}
 
 
 def _damaged(folder: Path, reason: str) -> InputError:
@@ -187,6 +187,8 @@ def _damaged(folder: Path, reason: str) -> InputError:
 
 
 def _write_sizes(folder: Path) -> None:
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "files.json"]
+    if (folder / "files.json").exists():
+        return
+    files = [p for p in folder.rglob("*") if p.is_file()]
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(files)}
     (folder / "files.json").write_text(json.dumps(sizes, indent=1))

@@ -64,7 +64,7 @@ def norms_by_label(grads) -> dict[str, jax.Array]:
     groups = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         groups.setdefault(label(path), []).append(leaf)
-    return {name: optax.global_norm(leaves) for name, leaves in groups.items()}
+    return {name: optax.tree.norm(leaves) for name, leaves in groups.items()}
 
 
 def _scale_by_label(multipliers: Multipliers) -> optax.GradientTransformation:
@@ -77,4 +77,4 @@ def _scale_by_label(multipliers: Multipliers) -> optax.GradientTransformation:
 
 
 def _pieces(path) -> list[str]:
-    return [str(getattr(key, "key", key)) for key in path]
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")

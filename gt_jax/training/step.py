@@ -104,7 +104,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
             unroll=microbatches == 1,
         )
         loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gt_jax.models import make_config as make_model_config
+from gt_jax.models import make_model
+from gt_jax.training import optimizer
+
+
+def parameters_of(preset, **fields):
+    model = make_model(make_model_config(preset, vocab_size=65, layers=2, **fields))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree_util.tree_leaves_with_path(params)
+
+
+def names_where(choose, parameters):
+    return {"/".join(key.key for key in path) for path, leaf in parameters if choose(path, leaf)}
+
+
+def test_weight_decay_acts_on_projections_alone():
+    block = names_where(optimizer.is_decayed, parameters_of("gf-mh"))
+    decayed = {name.removeprefix("blocks_1/") for name in block if name.startswith("blocks_1")}
+    assert decayed == {
+        "rwkv/receptance/kernel",
+        "rwkv/key/kernel",
+        "rwkv/value/kernel",
+        "rwkv/gate/kernel",
+        "rwkv/output/kernel",
+        "mamba/in_proj/kernel",
+        "mamba/out_proj/kernel",
+        "ffn/up/kernel",
+        "ffn/down/kernel",
+    }
+    assert all(name.startswith("blocks_") for name in block)  # neither embedding nor final norm
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "rwkv6", "mamba2", "cp", "rf", "hgf", "gru", "hy"])
+def test_weight_decay_spares_vectors_embeddings_and_fusions(preset):
+    parameters = parameters_of(preset)
+    decayed = names_where(optimizer.is_decayed, parameters)
+    assert decayed
+    for name in decayed:
+        assert not any(part in name for part in ("embedding", "positions", "fusion", "time_"))
+    assert not decayed & names_where(lambda _, leaf: leaf.ndim < 2, parameters)
+
+
+def test_labels_follow_the_parts_of_a_block():
+    parameters = parameters_of("gf-mh")
+    for path, _ in parameters:
+        pieces = [key.key for key in path]
+        expected = "rest"
+        if len(pieces) > 1 and pieces[0].startswith("blocks_"):
+            expected = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}.get(pieces[1], "rest")
+        assert optimizer.label(path) == expected
+    assert {optimizer.label(path) for path, _ in parameters} == {"rwkv", "mamba", "gate", "rest"}
+
+
+def test_schedule_warms_up_from_above_zero_and_ends_at_its_floor(make_config):
+    fields = {"optim.lr": 1.0, "optim.warmup_steps": 4, "optim.min_lr_ratio": 0.1}
+    schedule = optimizer.make_schedule(make_config(**fields).optim, steps=25)
+    rates = np.array([schedule(n) for n in range(25)])
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+    assert (np.diff(rates[4:]) < 0).all()
+    np.testing.assert_allclose(rates[14], 0.1 + 0.9 / 2, rtol=1e-6)  # half way from 4 to 24
+    np.testing.assert_allclose(rates[-1], 0.1, rtol=1e-6)
+
+
+def test_schedule_of_a_run_shorter_than_its_warm_up_only_warms_up(make_config):
+    optim = make_config(**{"optim.lr": 1.0, "optim.warmup_steps": 10}).optim
+    schedule = optimizer.make_schedule(optim, steps=3)
+    np.testing.assert_allclose([schedule(n) for n in range(3)], [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_learning_rate_multipliers_scale_the_whole_update_of_their_part(toy, make_config):
+    params = jax.jit(toy.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(**fields):
+        optim = make_config(**fields).optim
+        tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 20))
+        return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
+
+    plain = jax.tree_util.tree_leaves_with_path(updates())
+    scaled = updates(**{"optim.lr_multipliers.rwkv": 2.0, "optim.lr_multipliers.gate": 0.0})
+    for (path, before), after in zip(plain, jax.tree.leaves(scaled), strict=True):
+        factor = {"rwkv": 2.0, "gate": 0.0}.get(optimizer.label(path), 1.0)
+        np.testing.assert_allclose(after, factor * before, rtol=1e-6)
+
+
+def test_decay_is_decoupled_and_clip_bounds_the_gradient(toy, make_config):
+    """With zero gradients only decayed matrices move, by -lr * weight_decay * value."""
+    params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    optim = make_config(**{"optim.lr": 0.5, "optim.warmup_steps": 0}).optim
+    tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 20))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, value), update in zip(leaves, jax.tree.leaves(updates), strict=True):
+        expected = -0.5 * 0.1 * value if optimizer.is_decayed(path, value) else 0 * value
+        np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9)
+
+    huge = jax.tree.map(lambda x: 1e6 * jnp.ones_like(x), params)
+    _, state = tx.update(huge, tx.init(params), params)
+    first_moment = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(optax.tree.norm(first_moment), 0.1, rtol=1e-4)

@@ -1,0 +1,83 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Devices are counted when JAX starts, so four simulated ones need a process of their own.
+SCRIPT = """
+import functools, json
+import jax, numpy as np
+from configs import base
+from gt_jax.config import from_config_dict
+from gt_jax.data import make_batches
+from gt_jax.models import make_config, make_model
+from gt_jax.training import parallel
+from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.step import init_state, make_eval_step, make_train_step
+
+config = base.get_config()
+config.update_from_flattened_dict({
+    "train.batch_size": 16, "train.seq_len": 8, "optim.grad_accumulation": 2,
+    "train.carry_state": True, "data.order": "tracks", "model.rwkv_dropout_start": 0.3,
+})
+config = from_config_dict(config)
+model = make_model(make_config("gf-mh", vocab_size=20, dim=32, layers=1, heads=2, state_size=8))
+schedule = make_schedule(config.optim, 20)
+tx = make_optimizer(config.optim, schedule)
+make_step = functools.partial(make_train_step, model, tx, schedule, config)
+text = [np.random.default_rng(0).integers(0, 20, 1000, dtype=np.int32)]
+mesh = parallel.make_mesh()
+assert mesh.size == 4
+result = {}
+for mode in ("single", "jit", "pmap"):
+    batches = make_batches(text, order="tracks", batch_size=16, seq_len=8)
+    init = functools.partial(init_state, model, tx, config)
+    if mode == "single":
+        state, step = jax.jit(init)(), jax.jit(make_step(None))
+    else:
+        state = jax.jit(init, out_shardings=parallel.state_sharding(mesh))()
+        step = parallel.compile_train_step(make_step, mesh, mode)
+    rows = []
+    for _ in range(4):
+        state, numbers = step(state, next(batches))
+        numbers = {name: np.asarray(value).tolist() for name, value in numbers.items()}
+        rows.append(numbers)
+    if mode != "single":
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+        for leaf in jax.tree.leaves(state.carry):
+            assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [4] * 4
+        held_out = next(batches)
+        eval_step = parallel.compile_eval_step(make_eval_step(model), mesh)
+        sums, _ = eval_step(state.params, held_out, None)
+        rows.append({"loss": float(sums.loss), "tokens": int(sums.tokens)})
+    result[mode] = rows
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def results():
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_four_devices_train_like_one(results, mode):
+    """With carried state, accumulation and branch dropout; only the order of sums differs."""
+    for several, one in zip(results[mode], results["single"]):
+        assert several.keys() == one.keys()
+        for name in one:
+            assert several[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_four_devices_evaluate_alike_in_both_modes(results):
+    assert results["jit"][-1] == pytest.approx(results["pmap"][-1], rel=1e-5)
