@@ -120,6 +120,7 @@ def train(config: Config, workdir) -> Progress:
 
     # Model, optimizer, compiled steps.
     model_config = _model_config(config, text.tokenizer.vocab_size)
+    counts = _count_parameters(model_config)
     model = make_model(model_config)
     schedule = make_schedule(config.optim, steps)
     tx = make_optimizer(config.optim, schedule)
@@ -144,11 +145,10 @@ def train(config: Config, workdir) -> Progress:
     else:
         state = make_state()
 
-    _introduce(config, model_config, text, mesh, workdir, start)
+    _introduce(config, model_config, counts, text, mesh, workdir, start)
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
     speed = Speed(shape["batch_size"] * shape["seq_len"])
-
     report = functools.partial(_report, config, unit, speed, metrics)
 
     # The loop. A step's numbers are read while the next one runs, so the device never waits.
@@ -159,8 +159,8 @@ def train(config: Config, workdir) -> Progress:
             speed.count_step(numbers)
             if row:
                 row = report(display, row)
-            is_last, improved = step == steps, False
-            if every(config.log.every, step) or is_last or signals:
+            is_last, stopped, improved = step == steps, bool(signals), False
+            if every(config.log.every, step) or is_last or stopped:
                 row = {"step": step, **numbers}
 
             if every(config.train.eval_every, step) or is_last:
@@ -183,7 +183,7 @@ def train(config: Config, workdir) -> Progress:
                     )
                     _keep_sample(workdir, step, text.tokenizer.decode([*prompt, *tokens]), display)
 
-            if improved or every(config.checkpoint.every, step) or is_last or signals:
+            if improved or every(config.checkpoint.every, step) or is_last or stopped:
                 with speed.paused(state):
                     if row:  # Kept before the checkpoint that a resumed run goes on from.
                         row = report(display, row)
@@ -195,7 +195,7 @@ def train(config: Config, workdir) -> Progress:
                         "progress": dataclasses.asdict(progress),
                     }
                     writer.save(state, about, best_step=progress.best_step)
-            if is_last or signals:
+            if is_last or stopped:
                 break
 
     # The end: everything on disk, and where it is.
@@ -236,13 +236,17 @@ def _model_config(config: Config, vocab_size: int) -> ModelConfig:
             f"train.carry_state=True needs a recurrent model, and model.preset={preset} attends "
             f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
         )
+    return model_config
+
+
+def _count_parameters(model_config: ModelConfig) -> dict[str, int]:
+    """Parameters by part; traces the model, and so finds out whether its recurrences run here."""
     try:
-        count_parameters(model_config)  # Traces the model, whose recurrences may not run here.
+        return count_parameters(model_config)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"model.impl={model_config.impl}: {error}") from error
-    return model_config
 
 
 def _check_same_run(old: dict, config: Config, workdir: Path) -> None:
@@ -255,9 +259,8 @@ def _check_same_run(old: dict, config: Config, workdir: Path) -> None:
             )
 
 
-def _introduce(config: Config, model_config: ModelConfig, text: Text, mesh, workdir, start) -> None:
+def _introduce(config, model_config: ModelConfig, counts, text: Text, mesh, workdir, start):
     """Say what is about to be trained, on what, and how."""
-    counts = count_parameters(model_config)
     total = counts.pop("total")
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"model:  {config.model.preset}, {total:,} parameters ({parts})")

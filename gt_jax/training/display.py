@@ -37,7 +37,7 @@ class Display:
     def line(self, text: str) -> None:
         """Print a line that stays."""
         if self._progress:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
