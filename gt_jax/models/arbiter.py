@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.layers import segment_index, symmetric_uniform
+from gt_jax.models.layers import project, segment_index, symmetric_uniform
 
 
 class GRU(nn.Module):
@@ -30,7 +30,7 @@ class GRU(nn.Module):
         hidden_bias = self.param("hidden_bias", init, (3 * D,))
 
         pair = jnp.concatenate([rwkv, mamba], axis=-1)
-        inputs = (pair @ input_kernel.astype(pair.dtype)).astype(jnp.float32) + input_bias
+        inputs = project(pair, input_kernel).astype(jnp.float32) + input_bias
         starts = jnp.zeros((B, T), bool)
         if segment_ids is not None:
             index = segment_index(segment_ids)

@@ -18,7 +18,7 @@ from jax.nn import initializers
 
 from gt_jax.models.arbiter import GRU
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.layers import kernel_init, normal, rms_norm
+from gt_jax.models.layers import kernel_init, normal, project, rms_norm
 
 
 class Gains(nn.Module):
@@ -93,7 +93,7 @@ class Residual(nn.Module):
         c = self.config
         init = normal if reproduces_reference(c) else initializers.normal(0.01)
         kernel = self.param("kernel", init, (c.dim, c.dim))
-        return rwkv + mamba @ kernel.astype(mamba.dtype), state
+        return rwkv + project(mamba, kernel), state
 
 
 class Concat(nn.Module):
@@ -111,8 +111,7 @@ class Concat(nn.Module):
 def project_pair(rwkv, mamba, kernel):
     """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
     D = rwkv.shape[-1]
-    kernel = kernel.astype(rwkv.dtype)
-    return rwkv @ kernel[:D] + mamba @ kernel[D:]
+    return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
 
 
 def sow_gate(module, gate):

@@ -43,9 +43,32 @@ def embedding_init(config, official=normal):
     return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
 
 
+def project(x, kernel):
+    """x [..., in] @ kernel [in, out] in the dtype of x.
+
+    Tokens are flattened to one axis for the backward pass: XLA's CPU backend transposes [B, T, D]
+    element by element to get the kernel's gradient, which costs more than the product.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Dense(nn.Module):
+    """A matrix without bias applied in `dtype`; its float32 kernel is [in, features]."""
+
+    features: int
+    dtype: str
+    kernel_init: initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        return project(x.astype(self.dtype), kernel)
+
+
 def dense(config, features, name, init):
-    """A matrix without bias, applied in the computation dtype; its kernel is [in, features]."""
-    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
+    """A Dense in the computation dtype."""
+    return Dense(features, config.dtype, init, name=name)
 
 
 def rms_norm(config, name):
@@ -68,8 +91,12 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         c = self.config
         hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        return dense(c, c.dim, "down", output_init(c, self.down_init))(hidden)
+        return dense(c, c.dim, "down", output_init(c, self.down_init))(gelu(hidden))
+
+
+def gelu(x):
+    """Exact GELU through erf, twice as fast on CPUs as jax.nn.gelu through erfc."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def segment_index(segment_ids):

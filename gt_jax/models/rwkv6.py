@@ -20,6 +20,7 @@ from gt_jax.models.layers import (
     layer_norm,
     output_init,
     previous_token,
+    project,
     symmetric_uniform,
 )
 
@@ -88,8 +89,8 @@ class TimeMix(nn.Module):
         return y, TimeMixState(wkv, x[:, -1])
 
     def _shifted_inputs(self, x, state, segment_ids):
-        """The inputs of decay, key, value, receptance and gate: [5, B, T, D]."""
-        B, T, D = x.shape
+        """The inputs [B, T, D] of decay, key, value, receptance and gate."""
+        D = x.shape[-1]
         shares = {
             name: self.param(
                 f"time_maa_{name}", shift_init(self.layer, self.config.layers, name), (D,)
@@ -100,11 +101,12 @@ class TimeMix(nn.Module):
         w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, MIX_RANK, D))
 
         delta = previous_token(x, None if state is None else state.last, segment_ids) - x
-        mixed = jnp.tanh((x + delta * shares["x"].astype(x.dtype)) @ w1.astype(x.dtype))
-        mixed = mixed.reshape(B, T, 5, MIX_RANK)
-        share = jnp.einsum("btjr,jrd->jbtd", mixed, w2.astype(x.dtype))  # [5, B, T, D]
-        base = jnp.stack([shares[name] for name in "wkvrg"]).astype(x.dtype)
-        return x + delta * (base[:, None, None] + share)
+        hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
+        # Five products rather than one batched: XLA's CPU backend is three times as fast on them.
+        return [
+            x + delta * (shares[name].astype(x.dtype) + project(part, matrix))
+            for name, part, matrix in zip("wkvrg", jnp.split(hidden, 5, axis=-1), w2)
+        ]
 
     def _log_decay(self, x_w):
         """-exp(omega) in float32: small decays and their gradients need the range."""
@@ -112,7 +114,7 @@ class TimeMix(nn.Module):
         base = self.param("time_decay", decay_init(self.layer, self.config.layers), (D,))
         w1 = self.param("time_decay_w1", initializers.zeros, (D, DECAY_RANK))
         w2 = self.param("time_decay_w2", symmetric_uniform(0.01), (DECAY_RANK, D))
-        change = jnp.tanh(x_w @ w1.astype(x_w.dtype)) @ w2.astype(x_w.dtype)
+        change = project(jnp.tanh(project(x_w, w1)), w2)
         return -jnp.exp(base + change.astype(jnp.float32))
 
 
