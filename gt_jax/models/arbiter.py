@@ -6,14 +6,16 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.layers import project, segment_index, symmetric_uniform
+from gt_jax.models.layers import project, record, segment_starts, symmetric_uniform
 
 
 class GRU(nn.Module):
     """w_t = softmax(W h_t + b), fused = w_0 rwkv + w_1 mamba, h_t = GRU([rwkv; mamba], h_{t-1}).
 
-    z, q = sigmoid(update), sigmoid(reset);  n = tanh(in + b_in + q (W_n h + b_n))
-    h_t = (1 - z) n + z h_{t-1}              (Cho et al. 2014, as PyTorch's GRUCell)
+    The GRU is Cho et al.'s (2014) with the reset after the matrix, as PyTorch's GRUCell:
+
+    reset, update = sigmoid(x + y) for x = W_x [rwkv; mamba] + b_x, y = W_h h_{t-1} + b_h
+    h_t = (1 - update) tanh(x' + reset y') + update h_{t-1}, primes marking the last third
     """
 
     config: ModelConfig
@@ -31,17 +33,12 @@ class GRU(nn.Module):
 
         pair = jnp.concatenate([rwkv, mamba], axis=-1)
         inputs = project(pair, input_kernel).astype(jnp.float32) + input_bias
-        starts = jnp.zeros((B, T), bool)
-        if segment_ids is not None:
-            index = segment_index(segment_ids)
-            starts = index != jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
+        starts = segment_starts(segment_ids, (B, T))
 
         def step(h, inputs):
             x, start = inputs  # [B, 3D], [B]
             h = jnp.where(start[:, None], 0, h)
-            y = (h.astype(c.dtype) @ hidden_kernel.astype(c.dtype)).astype(
-                jnp.float32
-            ) + hidden_bias
+            y = project(h.astype(c.dtype), hidden_kernel).astype(jnp.float32) + hidden_bias
             gates = jax.nn.sigmoid(x[:, : 2 * D] + y[:, : 2 * D])
             reset, update = gates[:, :D], gates[:, D:]
             new = jnp.tanh(x[:, 2 * D :] + reset * y[:, 2 * D :])
@@ -51,8 +48,7 @@ class GRU(nn.Module):
         state = jnp.zeros((B, D)) if state is None else state
         state, h = jax.lax.scan(step, state, (inputs.swapaxes(0, 1), starts.T))
         weights = self._weights(h.swapaxes(0, 1))
-        if not self.is_initializing():
-            self.sow("activations", "gate", weights[..., :1])
+        record(self, gate=weights[..., :1])
         return weights[..., :1] * rwkv + weights[..., 1:] * mamba, state
 
     def _weights(self, h):

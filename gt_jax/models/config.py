@@ -15,6 +15,7 @@ CHOICES = {
     "legacy_wkv": ("a", "b1", "b2", "c"),
     "init": ("official", "normal", "blinkdl"),
     "dtype": ("float32", "bfloat16"),
+    "impl": ("auto", "reference", "chunked", "mosaic"),
 }
 
 

@@ -2,7 +2,7 @@
 
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
 fused [B, T, D]. These ones keep no state; `arbiter.py` has those that do. To add one, write the
-module and put it into FUSIONS. A fusion sows "gate", the weight of the RWKV branch, if it has one.
+module and put it into FUSIONS. A fusion that weighs the RWKV branch records that weight as "gate".
 
 The init of a gate is exact: its kernel is zero, so every gate equals `gate_init` at the first step.
 Only the legacy branch with init "normal" draws gate kernels from N(0, 0.02) and W_p of rf likewise,
@@ -18,7 +18,7 @@ from jax.nn import initializers
 
 from gt_jax.models.arbiter import GRU
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.layers import kernel_init, normal, project, rms_norm
+from gt_jax.models.layers import normal, project, record, rms_norm
 
 
 class Gains(nn.Module):
@@ -32,7 +32,7 @@ class Gains(nn.Module):
         share = 0.7 if c.gate_init is None else c.gate_init
         gain_r = self.param("rwkv_gain", initializers.constant(share), (c.dim,))
         gain_m = self.param("mamba_gain", initializers.constant(1 - share), (c.dim,))
-        sow_gate(self, gain_r)
+        record(self, gate=gain_r)
         rwkv = rms_norm(c, "rwkv_norm")(rwkv).astype(jnp.float32)
         mamba = rms_norm(c, "mamba_norm")(mamba).astype(jnp.float32)
         return gain_r * rwkv + gain_m * mamba, state
@@ -51,7 +51,7 @@ class Gate(nn.Module):
         rwkv, mamba = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
         score = jnp.sum(rwkv * kernel[:D] + mamba * kernel[D:], axis=-1, keepdims=True)
         gate = jax.nn.sigmoid(score + bias)  # [B, T, 1]
-        sow_gate(self, gate)
+        record(self, gate=gate)
         return gate * rwkv + (1 - gate) * mamba, state
 
 
@@ -66,7 +66,7 @@ class ChannelGate(nn.Module):
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D, D))
         bias = self.param("bias", initializers.constant(logit(self.config.gate_init)), (D,))
         gate = jax.nn.sigmoid(project_pair(rwkv, mamba, kernel).astype(jnp.float32) + bias)
-        sow_gate(self, gate)
+        record(self, gate=gate)
         return gate * rwkv + (1 - gate) * mamba, state
 
 
@@ -79,7 +79,7 @@ class WeightedSum(nn.Module):
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
         share = 0.5 if self.config.gate_init is None else self.config.gate_init
         alpha = self.param("alpha", initializers.constant(share), (1,))
-        sow_gate(self, alpha)
+        record(self, gate=alpha)
         return alpha * rwkv + (1 - alpha) * mamba, state
 
 
@@ -103,8 +103,8 @@ class Concat(nn.Module):
 
     @nn.compact
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
-        c = self.config
-        kernel = self.param("kernel", kernel_init(c, normal), (2 * c.dim, c.dim))
+        D = self.config.dim
+        kernel = self.param("kernel", normal, (2 * D, D))
         return project_pair(rwkv, mamba, kernel), state
 
 
@@ -112,12 +112,6 @@ def project_pair(rwkv, mamba, kernel):
     """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
     D = rwkv.shape[-1]
     return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
-
-
-def sow_gate(module, gate):
-    """Offers the weight of the RWKV branch to `mutable=["activations"]`."""
-    if not module.is_initializing():
-        module.sow("activations", "gate", gate)
 
 
 def logit(share):

@@ -22,6 +22,7 @@ from gt_jax.models.layers import (
     output_init,
     rms_norm,
     segment_index,
+    segment_starts,
 )
 
 
@@ -49,9 +50,7 @@ def positions(shape, state, segment_ids):
     steps = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), shape)
     if segment_ids is None:
         return length[:, None] + steps
-    index = segment_index(segment_ids)
-    starts = index != jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
-    start = jnp.where(starts, steps, -length[:, None])
+    start = jnp.where(segment_starts(segment_ids, shape), steps, -length[:, None])
     return steps - jax.lax.cummax(start, axis=1)
 
 
@@ -67,20 +66,19 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = dense(c, 3 * D, "qkv", kernel_init(c, normal))(x)
         q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, c.heads, c.head_dim), 2, 0)
-        index = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_index(segment_ids)
+        index = segment_index(segment_ids, (B, T))
 
-        causal = jnp.tril(jnp.ones((T, T), bool))
-        if state is None:
-            keys, values = k, v
-            mask = causal if segment_ids is None else causal & same_segment(index)
-        else:
+        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        if segment_ids is not None:
+            mask = mask & (index[:, :, None] == index[:, None, :])
+        keys, values = k, v
+        if state is not None:
             keys = jnp.concatenate([state.key, k], axis=1)  # [B, max_positions + T, H, K]
             values = jnp.concatenate([state.value, v], axis=1)
             slots = jnp.arange(c.max_positions)
             cached = (slots < state.length[:, None, None]) & (index == 0)[..., None]
-            mask = jnp.concatenate([cached, causal & same_segment(index)], axis=-1)
-        mask = jnp.broadcast_to(mask, (B, T, keys.shape[1]))[:, None]
-        y = jax.nn.dot_product_attention(q, keys, values, mask=mask).reshape(B, T, D)
+            mask = jnp.concatenate([cached, jnp.broadcast_to(mask, (B, T, T))], axis=-1)
+        y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None]).reshape(B, T, D)
 
         output = initializers.normal(0.02 * (2 * c.layers) ** -0.5)  # two sums into x per layer
         y = dense(c, D, "output", output_init(c, output))(y)
@@ -101,11 +99,6 @@ class Attention(nn.Module):
             state.value.at[rows, slots].set(v, mode="drop"),
             place[:, -1] + 1,
         )
-
-
-def same_segment(index):
-    """[B, T] -> [B, T, T], True where query and key share a segment."""
-    return index[:, :, None] == index[:, None, :]
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS
-from gt_jax.models.layers import FeedForward, rms_norm
+from gt_jax.models.layers import FeedForward, record, rms_norm
 from gt_jax.models.legacy import LegacyBranch
 from gt_jax.models.mamba2 import Mamba2
 from gt_jax.models.rwkv6 import TimeMix
@@ -26,7 +26,7 @@ class BlockState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One hybrid block; sows activations "rwkv_out", "mamba_out" and "fused" [B, T, D]."""
+    """One hybrid block; records activations rwkv_out, mamba_out and fused [B, T, D]."""
 
     config: ModelConfig
     layer: int
@@ -48,9 +48,7 @@ class Block(nn.Module):
         fused, fusion_state = FUSIONS[c.fusion](c, name="fusion")(
             rwkv, mamba, state.fusion, segment_ids
         )
-        if not self.is_initializing():
-            for name, value in (("rwkv_out", rwkv), ("mamba_out", mamba), ("fused", fused)):
-                self.sow("activations", name, value)
+        record(self, rwkv_out=rwkv, mamba_out=mamba, fused=fused)
         x = x + fused
         x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         return x, BlockState(rwkv_state, mamba_state, fusion_state)

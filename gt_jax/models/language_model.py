@@ -60,9 +60,10 @@ class LanguageModel(nn.Module):
         chex.assert_rank(tokens, 2)
         if rwkv_drop is not None and c.architecture != "hybrid":
             raise InputError(
-                f"model.rwkv_dropout needs model.architecture='hybrid', not {c.architecture!r}"
+                "model.rwkv_dropout_start and model.rwkv_dropout_end need "
+                f"model.architecture='hybrid', not {c.architecture!r}"
             )
-        block, norm, embed_init, head_init = parts(c)
+        block, norm, embed_init, head_init = anatomy(c)
 
         # The residual stream is a long sum: float32 whatever the blocks compute in.
         embedding = nn.Embed(c.vocab_size, c.dim, embedding_init=embed_init, name="embedding")
@@ -75,14 +76,13 @@ class LanguageModel(nn.Module):
             before = None if state is None else state[layer]
             x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)
             states.append(after)
-        x = norm(c, "final_norm")(x)
-
+        x = norm(c, "final_norm")(x).reshape(-1, c.dim)  # one axis of tokens, as in `project`
         if c.tie_embeddings:
             head = embedding.embedding.T
         else:
             head = self.param("head", head_init, (c.dim, c.vocab_size))
         logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return Output(logits, tuple(states))
+        return Output(logits.reshape(*tokens.shape, c.vocab_size), tuple(states))
 
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output.state)
 
 
-def parts(config):
+def anatomy(config):
     """The block, final norm, embedding initialiser and head initialiser of an architecture."""
     if config.architecture == "rwkv6" and config.branch == "official":
         gain = 0.5 * max(config.vocab_size / config.dim, 1) ** 0.5

@@ -25,15 +25,15 @@ from gt_jax.models.layers import (
     layer_norm,
     output_init,
     rms_norm,
-    segment_index,
+    segment_starts,
 )
 
 
 class VectorState(NamedTuple):
-    """State of variants b1, b2 and c, all [B, D] float32 but `started`.
+    """State of variants b1, b2 and c, float32, [B, D] but for `started`.
 
     numerator and denominator are the two decayed sums (b1 leaves the denominator at zero); started
-    [B] bool tells whether the document has had a token, because its first one is special.
+    [B] is one once the document has had a token, because its first one is special, else zero.
     """
 
     numerator: jax.Array
@@ -104,16 +104,12 @@ def vector_wkv(config, r, k, v, log_w, u, state, segment_ids):
     del r  # enters only outside
     B, T, D = k.shape
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    if config.legacy_wkv != "b1":
-        k = jnp.clip(
-            k, -10 if config.legacy_wkv == "c" else None, 10 if config.legacy_wkv == "c" else 30
-        )
+    k = jnp.clip(k, *{"b1": (None, None), "b2": (None, 30), "c": (-10, 10)}[config.legacy_wkv])
     if state is None:
         zeros = jnp.zeros((B, D))
-        state = VectorState(zeros, zeros, jnp.zeros((B,), bool))
-    index = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_index(segment_ids)
-    starts = index != jnp.pad(index[:, :-1], ((0, 0), (1, 0)))
-    first = starts.at[:, 0].set(~state.started)[..., None]  # [B, T, 1]
+        state = VectorState(zeros, zeros, jnp.zeros(B))
+    starts = segment_starts(segment_ids, (B, T))
+    first = starts.at[:, 0].set(state.started == 0)[..., None]  # [B, T, 1]
     decay = jnp.where(starts[..., None], 0, jnp.exp(log_w).reshape(D))
     bonus = jnp.exp(u).reshape(D)
 
@@ -126,7 +122,7 @@ def vector_wkv(config, r, k, v, log_w, u, state, segment_ids):
         denominator = decayed_sum(decay, weight, state.denominator)
         scale = jnp.where(first, bonus, 1)  # cancels, but for the 1e-6
         y = scale * numerator / (scale * denominator + 1e-6)
-    return y, VectorState(numerator[:, -1], denominator[:, -1], jnp.ones((B,), bool))
+    return y, VectorState(numerator[:, -1], denominator[:, -1], jnp.ones(B))
 
 
 def decayed_sum(decay, x, state):

@@ -124,7 +124,7 @@ class CausalConv(nn.Module):
         window = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # [B, taps + T, channels]
         new_tail = window[:, T:]
         if segment_ids is not None:
-            index = segment_index(segment_ids)
+            index = segment_index(segment_ids, (batch, T))
             window_index = jnp.pad(index, ((0, 0), (taps, 0)))
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
