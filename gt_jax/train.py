@@ -148,7 +148,7 @@ def train(config: Config, workdir) -> Progress:
     _introduce(config, model_config, counts, text, mesh, workdir, start)
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
-    speed = Speed(shape["batch_size"] * shape["seq_len"])
+    speed = Speed(shape["batch_size"] * shape["seq_len"], start=start)
     report = functools.partial(_report, config, unit, speed, metrics)
 
     # The loop. A step's numbers are read while the next one runs, so the device never waits.
@@ -156,7 +156,7 @@ def train(config: Config, workdir) -> Progress:
     with Display(start=start, steps=steps) as display, _stop_signals() as signals:
         for step in range(start + 1, steps + 1):
             state, numbers = train_step(state, next(batches))
-            speed.count_step(numbers)
+            speed.begin(numbers)
             if row:
                 row = report(display, row)
             is_last, stopped, improved = step == steps, bool(signals), False
@@ -209,8 +209,8 @@ def train(config: Config, workdir) -> Progress:
         return progress
     early = f", stopped early by train.patience={config.train.patience}" if step < steps else ""
     print(
-        f"\n{step} steps in {time.perf_counter() - began:.0f} s{early}; "
-        f"{speed.overall():,.0f} tokens/s in training\n"
+        f"\nstep {step} after {time.perf_counter() - began:.0f} s{early}; "
+        f"{speed.overall(step):,.0f} tokens/s in training\n"
         f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}, "
         f"last {progress.last_loss:.4f} nats/{unit}\n"
         f"curve:       {workdir / 'curve.png'}\n"
@@ -285,9 +285,9 @@ def _introduce(config, model_config: ModelConfig, counts, text: Text, mesh, work
 
 def _report(config, unit, speed: Speed, metrics: Metrics, display: Display, row: dict) -> None:
     """Fetch a step's numbers, keep them, show them, and end a run that no longer learns."""
-    row = jax.device_get(row) | {"tokens_per_second": round(speed.latest())}
+    row, step = jax.device_get(row), row["step"]
+    row["tokens_per_second"] = round(speed.latest(step))
     metrics.write(row)
-    step = row["step"]
     skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
     display.numbers(
         step,

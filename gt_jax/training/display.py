@@ -52,19 +52,17 @@ class Display:
 class Speed:
     """Tokens per second of training alone, without compiling, evaluating, sampling or writing."""
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: int, *, start: int):
         self._tokens = tokens_per_step
-        self._steps = self._steps_before = 0
+        self._first = self._last = start + 1  # This step compiles; the clock starts at its end.
         self._seconds = self._seconds_before = 0.0
         self._since = None
 
-    def count_step(self, numbers) -> None:
-        """One more step is on its way. The first one compiles: wait for its numbers, then start."""
+    def begin(self, numbers) -> None:
+        """A step is on its way. If it is the first, wait for its numbers and start the clock."""
         if self._since is None:
             jax.block_until_ready(numbers)
             self._since = time.perf_counter()
-        else:
-            self._steps += 1
 
     @contextlib.contextmanager
     def paused(self, pending):
@@ -74,19 +72,18 @@ class Speed:
         yield
         self._since = time.perf_counter()
 
-    def latest(self) -> float:
-        """Tokens per second since the last call; 0 before anything was counted."""
+    def latest(self, step: int) -> float:
+        """Tokens per second between the last call and the end of `step`, which is now."""
         self._read()
-        steps, seconds = self._steps - self._steps_before, self._seconds - self._seconds_before
-        self._steps_before, self._seconds_before = self._steps, self._seconds
+        steps, seconds = step - self._last, self._seconds - self._seconds_before
+        self._last, self._seconds_before = step, self._seconds
         return self._tokens * steps / seconds if seconds else 0.0
 
-    def overall(self) -> float:
-        """Tokens per second up to the last pause."""
-        return self._tokens * self._steps / self._seconds if self._seconds else 0.0
+    def overall(self, step: int) -> float:
+        """Tokens per second up to the last pause, at the end of `step`."""
+        return self._tokens * (step - self._first) / self._seconds if self._seconds else 0.0
 
     def _read(self):
-        if self._since is not None:
-            now = time.perf_counter()
-            self._seconds += now - self._since
-            self._since = now
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
