@@ -1,4 +1,4 @@
-"""What the main job ends at: GF-MH after 500 steps, as shipped and with one thing changed at a time.
+"""What the main job ends at: GF-MH after 500 steps, as shipped and with some things changed.
 
     python -m experiments.gf_mh --source=tinyshakespeare.txt
     python -m experiments.gf_mh --source=tinyshakespeare.txt --lr=1e-3,2e-3 --seeds=1

@@ -1,17 +1,15 @@
-"""Where a training step's time goes.
+"""Where a training step's time goes, on one device.
 
     python -m experiments.profile_training --config=configs/gf_mh.py [--config.model.impl=chunked]
 
-Trains on random tokens with the trainer's own compiled step. Prints seconds to compile, tokens per
-second (median of five timed stretches, without evaluation), peak memory of the device, and the
-costliest operations of a traced step by device time.
+Trains on random tokens with the trainer's own step. Prints seconds to the end of the first step,
+tokens per second (median of five timed stretches, without evaluation), peak memory of the device,
+and the costliest operations of a traced step by device time, like adding to like over the layers.
 """
 
 import collections
-import functools
 import glob
 import re
-import sys
 import tempfile
 import time
 
@@ -24,7 +22,6 @@ from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import Batch
 from gt_jax.models import make_model
 from gt_jax.train import _model_config as model_config_of
-from gt_jax.training import parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
@@ -38,71 +35,70 @@ def main(argv):
     if not cli.parse(flags, argv, usage=__doc__, required=("config",)):
         return
     config = from_config_dict(flags.config)
-    mesh = parallel.make_mesh()
     model = make_model(model_config_of(config, flags.vocab))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
-    make_step = functools.partial(make_train_step, model, tx, schedule, config)
-    step = parallel.compile_train_step(make_step, mesh, config.parallel.mode)
-    state = jax.jit(
-        functools.partial(init_state, model, tx, config),
-        out_shardings=parallel.state_sharding(mesh),
-    )()
-    shape = (config.train.batch_size, config.train.seq_len)
-    tokens = np.random.default_rng(0).integers(flags.vocab, size=(shape[0], shape[1] + 1))
-    tokens = tokens.astype(np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, np.ones(shape[0], bool))
-
-    def run(state, steps):
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        return state
+    state = jax.jit(lambda: init_state(model, tx, config))()
+    B, T = config.train.batch_size, config.train.seq_len
+    tokens = np.random.default_rng(0).integers(flags.vocab, size=(B, T + 1), dtype=np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, np.ones(B, bool))
 
     began = time.perf_counter()
-    state = run(state, 1)
+    train_step = jax.jit(make_train_step(model, tx, schedule, config), donate_argnums=0)
+    train_step = train_step.lower(state, batch).compile()
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = train_step(state, batch)
+        jax.block_until_ready(metrics)
+
+    run(1)
+    device, dtype = jax.devices()[0].device_kind, computation_dtype(config.model.dtype)
     print(
-        f"first step {time.perf_counter() - began:.1f} s ({mesh.devices.flat[0].device_kind}, "
-        f"{computation_dtype(config.model.dtype)}, jax {jax.__version__})"
+        f"{device}, {dtype}, jax {jax.__version__}: first step {time.perf_counter() - began:.1f} s"
     )
-    state = run(state, 10)
+    run(10)
     rates = []
     for _ in range(5):
         began = time.perf_counter()
-        state = run(state, flags.timed_steps)
-        rates.append(flags.timed_steps * shape[0] * shape[1] / (time.perf_counter() - began))
+        run(flags.timed_steps)
+        rates.append(flags.timed_steps * B * T / (time.perf_counter() - began))
+    rate = np.median(rates)
     print(
-        f"{np.median(rates):,.0f} tokens/s (from {min(rates):,.0f} to {max(rates):,.0f}), "
-        f"{1e3 * shape[0] * shape[1] / np.median(rates):.2f} ms a step of {shape[0]} x {shape[1]}"
+        f"{rate:,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), "
+        f"{1e3 * B * T / rate:.2f} ms a step of {B} x {T}"
     )
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
-    _print_costs(lambda: run(state, 3), steps=3, top=flags.top)
+    print_costs(run, train_step.as_text(), steps=3, top=flags.top)
 
 
-def _print_costs(traced, *, steps, top):
-    """Device time by operation; numbers in operations' names are dropped, so like adds to like."""
+def print_costs(run, hlo, *, steps, top):
+    """Device time by operation of the model over a traced run of some steps."""
+    origin = {}
+    for name, where in re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo):
+        where = re.sub(r"jit\(\w+\)/|LanguageModel|blocks_\d+/|while/body/|closed_call/", "", where)
+        origin[re.sub(r"\W", "_", name)] = where
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            traced()
+            run(steps)
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         planes = list(jax.profiler.ProfileData.from_file(path).planes)
     devices = [p for p in planes if p.name.startswith("/device:")] or planes
     total, count = collections.Counter(), collections.Counter()
-    for line in (line for plane in devices for line in plane.lines):
-        if line.name.startswith(("XLA", "Steps", "Framework", "Source")):
-            continue  # summaries of the streams' events
-        for event in line.events:
-            name = re.sub(r"[._]?\d+$", "", event.name)
-            total[name] += event.duration_ns / 1e6 / steps
-            count[name] += 1 / steps
+    for event in (event for plane in devices for line in plane.lines for event in line.events):
+        name = re.sub(r"\W", "_", event.name)
+        kind = re.sub(r"_\d+$", "", name)
+        key = f"{kind}: {origin[name]}" if name in origin else kind
+        total[key] += event.duration_ns / 1e6 / steps
+        count[key] += 1 / steps
     whole = sum(total.values())
     print(f"device busy {whole:.2f} ms a step, {sum(count.values()):.0f} kernels; the costliest:")
-    for name, ms in total.most_common(top):
-        print(f"  {ms:8.3f} ms  {100 * ms / whole:4.1f} %  {count[name]:6.1f} x  {name[:100]}")
+    for key, ms in total.most_common(top):
+        print(f"  {ms:8.3f} ms {100 * ms / whole:5.1f} % {count[key]:6.1f} x  {key}")
 
 
 if __name__ == "__main__":
     cli.run(main)
-    sys.exit()

@@ -59,7 +59,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
     Args:
         model: a gt_jax.models module.
         tx: the optimizer, and `schedule` its learning rate by update.
-        config: uses model.rwkv_dropout_*, optim.grad_accumulation and train.steps.
+        config: uses model.rwkv_dropout_*, optim.grad_accumulation, optim.clip and train.steps.
         axis_name: set under pmap: sums over that axis make the result the whole batch's.
 
     Returns:
@@ -104,7 +104,9 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
             unroll=microbatches == 1,
         )
         loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
-        grad_norm = optax.tree.norm(grads)
+        norms = optimizer.norms_by_label(grads)
+        grad_norm = optax.tree.norm(norms)
+        grads = optimizer.clip(grads, grad_norm, config.optim.clip)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -131,7 +133,6 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
-        norms = optimizer.norms_by_label(grads)
         metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
         if "rwkv" in norms and "mamba" in norms:
             metrics["r_m_ratio"] = norms["rwkv"] / norms["mamba"]
