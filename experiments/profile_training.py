@@ -8,6 +8,7 @@ and the costliest operations of a traced step by device time, like adding to lik
 """
 
 import collections
+import functools
 import glob
 import re
 import tempfile
@@ -22,6 +23,7 @@ from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import Batch
 from gt_jax.models import make_model
 from gt_jax.train import _model_config as model_config_of
+from gt_jax.training import parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
@@ -38,14 +40,17 @@ def main(argv):
     model = make_model(model_config_of(config, flags.vocab))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
-    state = jax.jit(lambda: init_state(model, tx, config))()
+    mesh = parallel.make_mesh()
+    state = jax.jit(
+        lambda: init_state(model, tx, config), out_shardings=parallel.state_sharding(mesh)
+    )()
     B, T = config.train.batch_size, config.train.seq_len
     tokens = np.random.default_rng(0).integers(flags.vocab, size=(B, T + 1), dtype=np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], None, np.ones(B, bool))
 
     began = time.perf_counter()
-    train_step = jax.jit(make_train_step(model, tx, schedule, config), donate_argnums=0)
-    train_step = train_step.lower(state, batch).compile()
+    make_step = functools.partial(make_train_step, model, tx, schedule, config)
+    train_step = parallel.compile_train_step(make_step, mesh, "jit")
 
     def run(steps):
         nonlocal state
@@ -72,7 +77,8 @@ def main(argv):
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
-    print_costs(run, train_step.as_text(), steps=3, top=flags.top)
+    again = jax.jit(make_step(), donate_argnums=0).lower(state, batch).compile()
+    print_costs(run, again.as_text(), steps=3, top=flags.top)
 
 
 def print_costs(run, hlo, *, steps, top):

@@ -17,7 +17,6 @@ from gt_jax.models.layers import (
     embedding_init,
     kernel_init,
     layer_norm,
-    normal,
     rms_norm,
     symmetric_uniform,
 )
@@ -121,7 +120,7 @@ def anatomy(config):
         "gpt2": (gpt2.Block, layer_norm),
         "gpt1": (gpt2.Block, rms_norm),
     }[config.architecture]
-    return block, norm, embedding_init(config), normal
+    return block, norm, embedding_init(config), embedding_init(config)
 
 
 def make_model(config):

@@ -19,6 +19,7 @@ from gt_jax.models.layers import (
     fan_in_uniform,
     kernel_init,
     output_init,
+    per_row,
     rms_norm,
     segment_index,
     symmetric_uniform,
@@ -129,9 +130,10 @@ class CausalConv(nn.Module):
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
-        y = bias
+        weight, bias = per_row(weight.T, batch), per_row(bias, batch)  # [B, width, channels], ...
+        y = bias[:, None]
         for i in range(self.width):
-            term = window[:, i : i + T].astype(jnp.float32) * weight[:, i]
+            term = window[:, i : i + T].astype(jnp.float32) * weight[:, i, None]
             if segment_ids is not None:
                 same = window_index[:, i : i + T] == index
                 term = jnp.where(same[..., None], term, 0)

@@ -19,6 +19,7 @@ from gt_jax.models.layers import (
     kernel_init,
     layer_norm,
     output_init,
+    per_row,
     previous_token,
     project,
     symmetric_uniform,
@@ -134,7 +135,7 @@ class HeadNorm(nn.Module):
         scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
         scale = self.param("scale", scale_at_start, (H * V,))
         bias = self.param("bias", initializers.zeros, (H * V,))
-        return y * scale + bias
+        return y * per_row(scale, B)[:, None] + per_row(bias, B)[:, None]
 
 
 class ChannelMix(nn.Module):
