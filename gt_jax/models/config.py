@@ -37,10 +37,10 @@ class ModelConfig:
         branch: RWKV mixer of "hybrid" and "rwkv6": "official" RWKV-6 or the "legacy" branch of the
             GroundThink reference repository. Architectures without one ignore it.
         legacy_wkv: recurrence of the legacy branch, see `gt_jax.models.legacy`.
-        init: "official" gives every mixer the init of its source and embeddings N(0, 1/dim);
-            "normal" draws every dense kernel and embedding from N(0, 0.02), as the reference
-            repository did; "blinkdl" is "official" with embeddings from U(-1e-4, 1e-4) and zero
-            mixer-output and second FFN kernels.
+        init: "official" gives every part the init of its source, and hybrids and Mamba-2
+            embeddings from N(0, 1/dim); "normal" draws every dense kernel and embedding from
+            N(0, 0.02), as the reference repository did; "blinkdl" is "official" with embeddings
+            from U(-1e-4, 1e-4) and zero mixer-output and second FFN kernels.
         tie_embeddings: share the embedding with the output head.
         max_positions: longest document of "gpt2" and "gpt1" (learned positions, key-value cache).
         dtype: type of matmuls and activations. Norms, decays, softmaxes, gates, recurrent states

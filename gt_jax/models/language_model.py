@@ -17,6 +17,7 @@ from gt_jax.models.layers import (
     embedding_init,
     kernel_init,
     layer_norm,
+    normal,
     rms_norm,
     symmetric_uniform,
 )
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module):
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""
         c = self.config
-        table = self.param("positions", embedding_init(c), (c.max_positions, c.dim))
+        table = self.param("positions", embedding_init(c, normal), (c.max_positions, c.dim))
         cache = None if state is None else state[0]
         if segment_ids is None:
             used = 0 if cache is None else cache.length
@@ -120,7 +121,9 @@ def anatomy(config):
         "gpt2": (gpt2.Block, layer_norm),
         "gpt1": (gpt2.Block, rms_norm),
     }[config.architecture]
-    return block, norm, embedding_init(config), embedding_init(config)
+    official = normal if config.architecture in ("gpt2", "gpt1") else None
+    embed = embedding_init(config, official)
+    return block, norm, embed, embed
 
 
 def make_model(config):

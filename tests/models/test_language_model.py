@@ -127,6 +127,14 @@ def test_normal_initialisation_draws_every_kernel_alike():
         assert_allclose(params["embedding"]["embedding"].std(), 0.02, rtol=0.1)
 
 
+def test_logits_start_with_unit_variance():
+    model = make_model(small_config(layers=1, dim=64, vocab_size=256))
+    params = initialise(model)
+    assert_allclose(params["embedding"]["embedding"].std(), 64**-0.5, rtol=0.05)
+    logits = jit(model.apply)({"params": params}, jnp.arange(64)[None]).logits
+    assert_allclose(logits.std(), 1, rtol=0.1)
+
+
 def test_blinkdl_initialisation_starts_every_block_as_the_identity():
     tokens = random_tokens(1, 9)
     for kind in ("gf", "rwkv6-legacy", "gpt1"):
