@@ -11,4 +11,5 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.model.preset = "gpt2"
+    config.optim.lr = 1e-3
     return config

@@ -1,7 +1,7 @@
 """What the main job ends at: GF-MH after 500 steps, as shipped and with some things changed.
 
-    python -m experiments.gf_mh --source=tinyshakespeare.txt
-    python -m experiments.gf_mh --source=tinyshakespeare.txt --lr=1e-3,2e-3 --seeds=1
+    python -m experiments.gf_mh --source=tinyshakespeare.txt --jobs=6
+    python -m experiments.gf_mh --source=tinyshakespeare.txt --lr=1e-3,2e-3 --out=results/lr.json
 
 Every run is the trainer's own, on the file named (`shakespeare` is the embedded corpus). With --lr
 only the shipped config runs, once per rate and seed. Prints a table of the last validation losses,
@@ -10,27 +10,27 @@ mean and sample standard deviation over seeds, and writes it to --out.
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import jax
-
-from configs import gf_mh
-from gt_jax.config import from_config_dict
-from gt_jax.train import train
-
-# What is compared with the shipped config: name -> overrides. "SOURCE" is the file of --source.
+# What is compared with the shipped config: name -> what changes.
 VARIANTS = {
     "as shipped": {},
     "learning rate 3e-4": {"optim.lr": 3e-4},
     "reference's split and order": {"data.split": "tracks", "data.order": "tracks"},
-    "legacy branch": {"model.branch": "legacy"},
+    "legacy branch": {"model.branch": "legacy", "model.init": "normal"},
     "legacy branch, 3e-4, reference's split": {
         "model.branch": "legacy",
+        "model.init": "normal",
         "optim.lr": 3e-4,
         "data.split": "tracks",
         "data.order": "tracks",
@@ -44,66 +44,63 @@ def main():
     parser.add_argument("--source", required=True, help="text file to train on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", help="comma-separated learning rates to sweep instead")
-    parser.add_argument("--set", action="append", default=[], help="field=value for every run")
+    parser.add_argument("--only", default="", help="only the variants with this in their name")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     parser.add_argument("--out", type=Path, default=Path("results/gf_mh.json"))
     options = parser.parse_args()
 
-    variants = VARIANTS
+    variants = {name: changes for name, changes in VARIANTS.items() if options.only in name}
     if options.lr:
         variants = {f"learning rate {lr}": {"optim.lr": float(lr)} for lr in options.lr.split(",")}
-    common = dict(pair.split("=", 1) for pair in options.set)
-    common = {name: _value(text) for name, text in common.items()}
+    began = time.perf_counter()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # jobs share a GPU's memory
+    pairs = list(itertools.product(variants.values(), range(options.seeds)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as pool:
+        runs = list(pool.map(functools.partial(run, options.source), *zip(*pairs)))
+
     rows = []
-    for name, changes in variants.items():
-        changes = {"data.source": options.source} | common | changes
-        began = time.perf_counter()
-        runs = [_run(changes | {"seed": seed}) for seed in range(options.seeds)]
-        losses, curves = zip(*runs)
+    for i, (name, changes) in enumerate(variants.items()):
+        mine = runs[i * options.seeds : (i + 1) * options.seeds]
+        losses = [run["loss"] for run in mine]
+        sd = statistics.stdev(losses) if len(losses) > 1 else None
         rows.append(
-            {
-                "name": name,
-                "changes": {k: v for k, v in changes.items() if k != "data.source"},
-                "losses": losses,
-                "mean": statistics.mean(losses),
-                "sd": statistics.stdev(losses) if len(losses) > 1 else None,
-                "seconds_per_run": (time.perf_counter() - began) / options.seeds,
-                "curves": curves,
-            }
+            {"name": name, "changes": changes, "mean": statistics.mean(losses), "sd": sd}
+            | {"runs": mine}
         )
-        spread = f" ± {rows[-1]['sd']:.4f}" if rows[-1]["sd"] is not None else ""
-        print(
-            f"{name:40}{rows[-1]['mean']:.4f}{spread}  n={options.seeds}"
-            f"  {rows[-1]['seconds_per_run']:.0f} s a run",
-            flush=True,
-        )
-    device = jax.devices()[0].device_kind
-    results = {"device": device, "jax": jax.__version__, "rows": rows}
+        spread = "" if sd is None else f" ± {sd:.4f}"
+        print(f"{name:40}{rows[-1]['mean']:.4f}{spread}  n={len(losses)}  from {min(losses):.4f}")
+    results = {"seconds": round(time.perf_counter() - began), "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _run(changes):
-    """(last validation loss, [(step, validation loss)]) of the trainer's run of the config."""
+def run(source, changes, seed):
+    """One run of the trainer: its losses in nats per character, its speed, and what it ran on."""
+    import jax
+
+    from configs import gf_mh
+    from gt_jax.config import from_config_dict
+    from gt_jax.train import train
+
     config = gf_mh.get_config()
     config.log.tensorboard = False
     config.train.sample_tokens = 0
-    config.train.eval_every = 50
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict({"data.source": source} | changes | {"seed": seed})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         progress = train(from_config_dict(config), Path(folder) / "run")
-        rows = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
-        curve = [
-            (r["step"], round(r["validation_loss"], 4)) for r in rows if "validation_loss" in r
-        ]
-    return progress.last_loss, curve
-
-
-def _value(text):
-    """A command-line value as number, bool or string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    curve = [(r["step"], round(r["validation_loss"], 4)) for r in rows if "validation_loss" in r]
+    return {
+        "seed": seed,
+        "loss": progress.last_loss,
+        "train_loss": rows[-1]["loss"],
+        "curve": curve,
+        "gate": [round(g, 3) for g in rows[-1].get("gate", [])],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
 
 
 if __name__ == "__main__":

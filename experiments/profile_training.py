@@ -20,10 +20,11 @@ from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
-from gt_jax.data import Batch
+from gt_jax.data import make_batches
 from gt_jax.models import make_model
-from gt_jax.train import _model_config as model_config_of
+from gt_jax.train import make_model_config
 from gt_jax.training import parallel
+from gt_jax.training.memory import keep_freed_memory
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
@@ -37,24 +38,29 @@ def main(argv):
     if not cli.parse(flags, argv, usage=__doc__, required=("config",)):
         return
     config = from_config_dict(flags.config)
-    model = make_model(model_config_of(config, flags.vocab))
+    model = make_model(make_model_config(config, flags.vocab))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     mesh = parallel.make_mesh()
     state = jax.jit(
         lambda: init_state(model, tx, config), out_shardings=parallel.state_sharding(mesh)
     )()
     B, T = config.train.batch_size, config.train.seq_len
-    tokens = np.random.default_rng(0).integers(flags.vocab, size=(B, T + 1), dtype=np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, np.ones(B, bool))
+    tokens = np.random.default_rng(0).integers(flags.vocab, size=4 * B * T + 1, dtype=np.int32)
+    batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
 
     began = time.perf_counter()
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     train_step = parallel.compile_train_step(make_step, mesh, "jit")
 
+    feed = parallel.in_bursts(batches, mesh, "jit")
+
     def run(steps):
         nonlocal state
         for _ in range(steps):
+            batch, _ = next(feed)
             state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
@@ -77,7 +83,7 @@ def main(argv):
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
-    again = jax.jit(make_step(), donate_argnums=0).lower(state, batch).compile()
+    again = jax.jit(make_step(), donate_argnums=0).lower(state, next(batches)).compile()
     print_costs(run, again.as_text(), steps=3, top=flags.top)
 
 

@@ -37,6 +37,7 @@ from gt_jax.generate import encode_prompt, generate
 from gt_jax.models import ModelConfig, count_parameters, make_config, make_model
 from gt_jax.training import checkpoint, parallel
 from gt_jax.training.display import Display, Speed
+from gt_jax.training.memory import keep_freed_memory
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.plot import draw_curve
@@ -87,6 +88,8 @@ def train(config: Config, workdir) -> Progress:
     # The folder, and the run in it if there is one.
     began = time.perf_counter()
     workdir, steps = Path(workdir), config.train.steps
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     mesh = parallel.make_mesh()
     check_devices(config, mesh.size)
     writer = checkpoint.Writer(workdir, keep=config.checkpoint.keep)
@@ -119,7 +122,7 @@ def train(config: Config, workdir) -> Progress:
         prompt = encode_prompt(text.tokenizer, config.train.sample_prompt, "train.sample_prompt")
 
     # Model, optimizer, compiled steps.
-    model_config = _model_config(config, text.tokenizer.vocab_size)
+    model_config = make_model_config(config, text.tokenizer.vocab_size)
     counts = _count_parameters(model_config)
     model = make_model(model_config)
     schedule = make_schedule(config.optim, steps)
@@ -151,11 +154,14 @@ def train(config: Config, workdir) -> Progress:
     speed = Speed(shape["batch_size"] * shape["seq_len"], start=start)
     report = functools.partial(_report, config, unit, speed, metrics)
 
+    feed = parallel.in_bursts(batches, mesh, config.parallel.mode)
+
     # The loop. A step's numbers are read while the next one runs, so the device never waits.
     row = None
     with Display(start=start, steps=steps) as display, _stop_signals() as signals:
         for step in range(start + 1, steps + 1):
-            state, numbers = train_step(state, next(batches))
+            batch, position = next(feed)
+            state, numbers = train_step(state, batch)
             speed.begin(numbers)
             if row:
                 row = report(display, row)
@@ -191,7 +197,7 @@ def train(config: Config, workdir) -> Progress:
                         "model": dataclasses.asdict(model_config),
                         "tokenizer": text.tokenizer.to_dict(),
                         "config": to_dict(config),
-                        "batches": batches.state(),
+                        "batches": position,
                         "progress": dataclasses.asdict(progress),
                     }
                     writer.save(state, about, best_step=progress.best_step)
@@ -225,7 +231,7 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _model_config(config: Config, vocab_size: int) -> ModelConfig:
+def make_model_config(config: Config, vocab_size: int) -> ModelConfig:
     fields = dataclasses.asdict(config.model)
     preset = fields.pop("preset")
     del fields["rwkv_dropout_start"], fields["rwkv_dropout_end"]  # The step's, not the model's.

@@ -51,7 +51,8 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
         return jax.tree_util.tree_map_with_path(is_decayed, params)
 
     return optax.chain(
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        # The moments as one vector: a step then takes and returns a third as many arrays.
+        optax.flatten(optax.scale_by_adam(optim.b1, optim.b2, optim.eps)),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
         _scale_by_label(optim.lr_multipliers),
         optax.scale_by_learning_rate(schedule),

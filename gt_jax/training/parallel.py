@@ -33,17 +33,16 @@ def compile_train_step(make_step, mesh: Mesh, mode: str):
         mode: "jit" or "pmap".
 
     Returns:
-        step(state, batch) -> (state, metrics), with the batch as NumPy rows of all devices.
+        step(state, batch) -> (state, metrics), with a batch from `in_bursts`.
     """
     if mode == "jit":
         shardings = state_sharding(mesh)
-        jitted = jax.jit(
+        return jax.jit(
             make_step(None),
             in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
         )
-        return lambda state, batch: jitted(state, put_batch(batch, mesh))
 
     axes = _by_part(None, carry=0)
     mapped = jax.pmap(
@@ -56,6 +55,19 @@ def compile_eval_step(eval_step, mesh: Mesh):
     """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
     jitted = jax.jit(eval_step)
     return lambda params, batch, carry: jitted(params, put_batch(batch, mesh), carry)
+
+
+def in_bursts(batches, mesh: Mesh, mode: str, size: int = 16):
+    """Training batches where the step wants them, each with the loader's position after it.
+
+    A transfer begins when the device has finished all it was given before; one ahead of every step
+    would leave it idle while the host prepares the step. So `size` batches go at once.
+    """
+    while True:
+        burst = [(next(batches), batches.state()) for _ in range(size)]
+        if mode == "jit":
+            burst = [(put_batch(batch, mesh), position) for batch, position in burst]
+        yield from burst
 
 
 def put_batch(batch, mesh: Mesh):

@@ -68,12 +68,14 @@ def toy():
 
 @pytest.fixture(scope="session")
 def make_config():
-    """make_config(**{"optim.lr": 1e-3, ...}) -> Config of a short run on [8, 6] batches."""
+    """make_config(**{"optim.lr": 3e-4, ...}) -> Config of a short run on [8, 6] batches."""
 
     def make(**fields):
         config = base.get_config()
         small = {"train.batch_size": 8, "train.seq_len": 6, "train.steps": 20}
-        config.update_from_flattened_dict(small | {"optim.warmup_steps": 2} | fields)
+        config.update_from_flattened_dict(
+            small | {"optim.lr": 1e-3, "optim.warmup_steps": 2} | fields
+        )
         return from_config_dict(config)
 
     return make
