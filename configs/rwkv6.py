@@ -2,7 +2,7 @@
 
     python -m gt_jax.train --config=configs/rwkv6.py
 
-Expected: to be measured.
+Expected: not measured yet.
 """
 
 from configs import base
