@@ -77,9 +77,21 @@ def test_chunked_matches_reference_at_every_length(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_long_accumulation_keeps_its_accuracy(dtype):
-    inputs = make(dtype, "near_one", batch=1, length=16384, heads=4)
+@pytest.mark.parametrize("regime, length", [("typical", 4096), ("near_one", 16384)])
+def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
+    inputs = make(dtype, regime, batch=1, length=length, heads=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
+
+
+def test_chunked_matches_reference_at_65536_tokens():
+    inputs = make("float32", batch=1, length=65536, heads=2, groups=1, P=4, N=4)
+    assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
+
+
+@pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
+def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
+    inputs = make("float32", batch=batch, length=40, heads=heads, groups=1, P=4, N=4)
+    assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
 @pytest.mark.parametrize("groups", (1, 2, 6))

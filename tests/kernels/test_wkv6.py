@@ -67,9 +67,15 @@ def test_chunked_matches_reference_at_every_length(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_long_accumulation_keeps_its_accuracy(dtype):
-    inputs = make(dtype, "near_one", batch=1, length=16384, heads=2, K=8, V=8)
+@pytest.mark.parametrize("regime, length", [("typical", 4096), ("near_one", 16384)])
+def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
+    inputs = make(dtype, regime, batch=1, length=length, heads=2, K=8, V=8)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
+
+
+def test_chunked_matches_reference_at_65536_tokens():
+    inputs = make("float32", batch=1, length=65536, heads=2, K=4, V=4)
+    assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
 def test_highest_precision_multiplies_bfloat16_inputs_in_float32():
@@ -80,7 +86,7 @@ def test_highest_precision_multiplies_bfloat16_inputs_in_float32():
     assert relative_rms(state, exact) < 1e-6
 
 
-@pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (33, 4), (257, 1)])
+@pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
 def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
     inputs = make("float32", batch=batch, length=40, heads=heads, K=4, V=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
