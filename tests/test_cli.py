@@ -14,7 +14,6 @@ import pytest
 
 import gt_jax
 from gt_jax import cli, evaluate, generate, train
-from gt_jax.data import make_batches
 from gt_jax.training import checkpoint, metrics
 
 ROOT = Path(__file__).parent.parent
@@ -111,23 +110,16 @@ def test_resumed_run_equals_one_that_went_straight_through(
 ):
     """A SIGTERM in step 10 saves and leaves cleanly; the same command goes on, to the bit."""
 
-    def interrupted(*args, **kwargs):
-        batches = make_batches(*args, **kwargs)
-        step = 0
+    in_bursts = train.parallel.in_bursts
 
-        class Interrupting(type(batches)):
-            def __next__(self):
-                nonlocal step
-                step += 1
-                if step == 10:
-                    signal.raise_signal(signal.SIGTERM)
-                return super().__next__()
-
-        batches.__class__ = Interrupting
-        return batches
+    def interrupted(*args):
+        for step, batch in enumerate(in_bursts(*args), start=1):
+            if step == 10:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "make_batches", interrupted)
+        patch.setattr(train.parallel, "in_bursts", interrupted)
         run_train(tmp_path, text)
     assert "stopped by SIGTERM after step 10; the same command goes on" in capsys.readouterr().out
     run_train(tmp_path, text)
