@@ -1,0 +1,136 @@
+"""What the Pallas kernels for Hopper share, and every difference between JAX versions.
+
+A kernel is written once. On an H100 or H200 it is compiled; inside `simulated("interpret")` it runs
+on any machine in JAX's interpreter, which checks values and races; inside `simulated("lower")` it
+may be traced and lowered for a GPU that is not there, which checks what the compiler accepts.
+"""
+
+import contextlib
+import contextvars
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+OLDEST_JAX = (0, 11, 0)  # first release whose Pallas has all that the kernels use
+CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
+
+_simulation = contextvars.ContextVar("simulation", default=None)
+
+
+@contextlib.contextmanager
+def simulated(mode):
+    """Kernels traced inside are interpreted ("interpret") or only lowered ("lower").
+
+    A function jitted before keeps what it was traced as.
+    """
+    token = _simulation.set(mode)
+    try:
+        yield
+    finally:
+        _simulation.reset(token)
+
+
+def interpreting():
+    """True where kernels run in the interpreter."""
+    return _simulation.get() == "interpret"
+
+
+def unsupported():
+    """Why no kernel can run here, or None. Holds the device, the JAX version and what is needed."""
+    if jax.__version_info__ < OLDEST_JAX:
+        needed = ".".join(map(str, OLDEST_JAX))
+        return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
+    if _simulation.get():
+        return None
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return (
+            "the Pallas kernels need a Hopper GPU (H100, H200; compute capability 9.0); "
+            f"this is {device.device_kind} under JAX {jax.__version__}"
+        )
+    return None
+
+
+def kernel(body, *, threads, **options):
+    """plgpu.kernel with `threads` warpgroups on the axis "wg"; approximate exp2 as on the GPU."""
+    interpret = False
+    if interpreting():
+        from jax._src.pallas.mosaic_gpu.interpret import params  # public from JAX 0.12 on
+
+        interpret = params.InterpretGPUParams()
+    return plgpu.kernel(
+        body,
+        num_threads=threads,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **options,
+    )
+
+
+def tile(*shape, dtype=jnp.bfloat16):
+    """Shared memory for matrices [..., rows, columns] in the layout wgmma and bulk copies want."""
+    columns = 128 // jnp.dtype(dtype).itemsize  # a swizzled row is 128 bytes
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def matmul(*sums):
+    """Sums of matrix products on the tensor cores, all in flight at once.
+
+    Each sum is (start, (a, b), (a, b), ...): `start` is a float32 value to add to, or the shape of
+    a result that starts at zero; `a` a value or a reference into shared memory, `b` a reference.
+    Returns one float32 value per sum.
+    """
+    if interpreting():  # knows neither operands in registers nor started accumulators
+        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        values = []
+        for start, *pairs in sums:
+            value = jnp.zeros(start, jnp.float32) if isinstance(start, tuple) else start
+            for a, b in pairs:
+                value += product(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
+            values.append(value)
+        return values
+
+    def issue(accumulators):
+        for accumulator, (_, *pairs) in zip(accumulators, sums):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+
+    return pl.run_state(issue)(tuple(plgpu.ACC.init(_started(start)) for start, *_ in sums))
+
+
+def _started(start):
+    if not isinstance(start, tuple):
+        return start
+    return plgpu.layout_cast(jnp.zeros(start, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def iota(shape, axis):
+    """Index along `axis` in the layout of accumulators."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def load_rows(ref):
+    """[rows] from shared memory, to be broadcast along the columns of an accumulator."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def load_columns(ref):
+    """[columns] from shared memory, to be broadcast along the rows of an accumulator."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+
+
+def over_rows(v, shape):
+    """[columns] -> shape, the same in every row."""
+    return jax.lax.broadcast_in_dim(v, shape, [1])
+
+
+def over_columns(v, shape):
+    """[rows] -> shape, the same in every column."""
+    return jax.lax.broadcast_in_dim(v, shape, [0])
