@@ -77,8 +77,12 @@ def dense(config, features, name, init):
 
 
 def rms_norm(config, name):
-    """RMSNorm with a scale, eps 1e-6; statistics in float32, result in the computation dtype."""
-    return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, name=name)
+    """RMSNorm with a scale; statistics in float32, result in the computation dtype.
+
+    eps is 1e-6, and 1e-5 in a pure Mamba-2 model, as in published ones.
+    """
+    epsilon = 1e-5 if config.architecture == "mamba2" else 1e-6
+    return nn.RMSNorm(epsilon=epsilon, dtype=config.dtype, name=name)
 
 
 def layer_norm(config, name):

@@ -25,8 +25,6 @@ from gt_jax.models.layers import (
     symmetric_uniform,
 )
 
-MIX_RANK = 32
-DECAY_RANK = 64
 orthogonal = initializers.orthogonal
 
 
@@ -98,8 +96,9 @@ class TimeMix(nn.Module):
             )
             for name in "xwkvrg"
         }
-        w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * MIX_RANK))
-        w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, MIX_RANK, D))
+        rank = mix_rank(D)
+        w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * rank))
+        w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, rank, D))
 
         delta = previous_token(x, None if state is None else state.last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
@@ -113,8 +112,9 @@ class TimeMix(nn.Module):
         """-exp(omega) in float32: small decays and their gradients need the range."""
         D = x_w.shape[-1]
         base = self.param("time_decay", decay_init(self.layer, self.config.layers), (D,))
-        w1 = self.param("time_decay_w1", initializers.zeros, (D, DECAY_RANK))
-        w2 = self.param("time_decay_w2", symmetric_uniform(0.01), (DECAY_RANK, D))
+        rank = 2 * mix_rank(D)
+        w1 = self.param("time_decay_w1", initializers.zeros, (D, rank))
+        w2 = self.param("time_decay_w2", symmetric_uniform(0.01), (rank, D))
         change = project(jnp.tanh(project(x_w, w1)), w2)
         return -jnp.exp(base + change.astype(jnp.float32))
 
@@ -190,6 +190,11 @@ class Block(nn.Module):
             layer_norm(c, "ffn_norm")(x), state.ffn, segment_ids=segment_ids
         )
         return x + mixed, BlockState(time_state, last)
+
+
+def mix_rank(dim):
+    """Rank of each input's blend; the decay's is twice that. The official 7B model doubles both."""
+    return 64 if dim >= 4096 else 32
 
 
 def shift_init(layer, layers, name):
