@@ -15,6 +15,7 @@ from jax.nn import initializers
 from gt_jax.kernels import ssd, ssd_step
 from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
 from gt_jax.models.layers import (
+    RMSNorm,
     dense,
     fan_in_uniform,
     kernel_init,
@@ -93,7 +94,8 @@ class Mamba2(nn.Module):
                 impl=c.impl,
                 **options,
             )
-        y = GatedNorm(name="norm")(y.reshape(batch, T, E), z).astype(c.dtype)
+        y = y.reshape(batch, T, E).astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        y = RMSNorm(1e-5, c.dtype, name="norm")(y)
         official_out = fan_in_uniform(c.layers**-0.5)
         return dense(c, c.dim, "out_proj", output_init(c, official_out))(y), MambaState(ssm, tail)
 
@@ -123,32 +125,53 @@ class CausalConv(nn.Module):
         if tail is None:
             tail = jnp.zeros((batch, taps, channels), x.dtype)
         window = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # [B, taps + T, channels]
-        new_tail = window[:, T:]
+        new_tail, same = window[:, T:], None
         if segment_ids is not None:
             index = segment_index(segment_ids, (batch, T))
             window_index = jnp.pad(index, ((0, 0), (taps, 0)))
+            seen = [window_index[:, i : i + T] == index for i in range(self.width)]
+            same = jnp.stack(seen, axis=1)[..., None]  # [B, width, T, 1]
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
         weight, bias = per_row(weight.T, batch), per_row(bias, batch)  # [B, width, channels], ...
-        y = bias[:, None]
-        for i in range(self.width):
-            term = window[:, i : i + T].astype(jnp.float32) * weight[:, i, None]
-            if segment_ids is not None:
-                same = window_index[:, i : i + T] == index
-                term = jnp.where(same[..., None], term, 0)
-            y = y + term
-        return y, new_tail
+        return bias[:, None] + _sum_of_taps(window, weight, same), new_tail
 
 
-class GatedNorm(nn.Module):
-    """RMSNorm over all channels of y silu(z), eps 1e-5; y and z [B, T, E] -> float32."""
+@jax.custom_vjp
+def _sum_of_taps(window, weight, same):
+    """y_t = sum over i of weight_i window_{t+i}, where same_{i,t} if given, in float32.
 
-    @nn.compact
-    def __call__(self, y, z):
-        y = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        scale = self.param("scale", initializers.ones, (y.shape[-1],))
-        return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5) * scale
+    window [B, width - 1 + T, channels], weight [B, width, channels], same [B, width, T, 1] bool.
+    """
+    width = weight.shape[1]
+    T = window.shape[1] - width + 1
+    y = 0
+    for i in range(width):
+        term = window[:, i : i + T].astype(jnp.float32) * weight[:, i, None]
+        y += term if same is None else jnp.where(same[:, i], term, 0)
+    return y
+
+
+def _sum_of_taps_forward(window, weight, same):
+    return _sum_of_taps(window, weight, same), (window, weight, same)
+
+
+def _sum_of_taps_backward(residuals, g):
+    # Shifts g, not the window: slices of the window would be kept from the forward pass, width of
+    # them in every layer.
+    window, weight, same = residuals
+    width = weight.shape[1]
+    d_window, d_weight = 0, []
+    for i in range(width):
+        shifted = g if same is None else jnp.where(same[:, i], g, 0)
+        shifted = jnp.pad(shifted, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
+        d_window += shifted * weight[:, i, None]
+        d_weight.append(jnp.sum(shifted * window, axis=1))
+    return d_window.astype(window.dtype), jnp.stack(d_weight, axis=1), None
+
+
+_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
 
 
 class Block(nn.Module):

@@ -1,0 +1,62 @@
+"""The layers that write their own gradients, against automatic ones of another formula."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from gt_jax.models.layers import RMSNorm
+from gt_jax.models.mamba2 import CausalConv
+
+B, T, D, WIDTH = 2, 11, 8, 4
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def same_with_gradients(f, g, *arguments):
+    """f and g agree in value and in the gradient of every argument, to float32 rounding."""
+    weight, every = draw(99, B, T, D), range(len(arguments))
+    rounding = {"rtol": 1e-5, "atol": 1e-5}
+    assert_allclose(f(*arguments), g(*arguments), **rounding)
+    found, expected = (
+        jax.grad(lambda *z, h=h: jnp.sum(h(*z) * weight), every)(*arguments) for h in (f, g)
+    )
+    for a, b in zip(found, expected):
+        assert_allclose(a, b, **rounding)
+
+
+def test_rms_norm_matches_flax():
+    ours, theirs = RMSNorm(1e-3), nn.RMSNorm(epsilon=1e-3)
+    same_with_gradients(
+        lambda x, scale: ours.apply({"params": {"scale": scale}}, x),
+        lambda x, scale: theirs.apply({"params": {"scale": scale}}, x),
+        draw(0, B, T, D),
+        draw(1, D),
+    )
+
+
+@pytest.mark.parametrize("ids", [None, [[4] * 2 + [9] * 5 + [4] * 4, [0] * 10 + [1]]])
+def test_convolution_matches_a_matrix_over_time(ids):
+    """y = sum over s of weight[t - s] x_s with s in the document of t, the tail in the first."""
+    segment = np.array(ids) if ids else np.zeros((B, T), int)
+    segment = np.cumsum(np.diff(segment, prepend=segment[:, :1]) != 0, axis=1)
+    segment = np.pad(segment, ((0, 0), (WIDTH - 1, 0)))  # [B, WIDTH - 1 + T], the tail first
+    lag = np.arange(T)[:, None] + WIDTH - 1 - np.arange(WIDTH - 1 + T)  # [t, s]
+    sees = (lag >= 0) & (lag < WIDTH) & (segment[:, WIDTH - 1 :, None] == segment[:, None])
+
+    def expected(x, tail, weight, bias):
+        taps = weight[:, np.clip(WIDTH - 1 - lag, 0, WIDTH - 1)]  # [D, t, s]
+        window = jnp.concatenate([tail, x], axis=1)
+        return jnp.einsum("dts,bts,bsd->btd", taps, sees.astype(np.float32), window) + bias
+
+    def found(x, tail, weight, bias):
+        params = {"weight": weight, "bias": bias}
+        return CausalConv(WIDTH).apply({"params": params}, x, tail, ids and jnp.array(ids))[0]
+
+    same_with_gradients(
+        found, expected, draw(0, B, T, D), draw(1, B, WIDTH - 1, D), draw(2, D, WIDTH), draw(3, D)
+    )
