@@ -20,7 +20,7 @@ ALLOWED = {
     "cli": {"config"},
     "training": {"config", "data", "kernels", "models"},
     "analysis": {"config", "data", "kernels", "models", "training"},
-    "convert": {"config", "data", "kernels", "models", "training"},
+    "convert": {"cli", "config", "data", "kernels", "models", "training"},
     "generate": {"cli", "config", "data", "models", "training"},
     "evaluate": {"cli", "config", "data", "models", "training"},
     "train": {"cli", "config", "data", "evaluate", "generate", "kernels", "models", "training"},

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gt_jax.data.corpora import replace_file
+from gt_jax.data.pretrained import PRETRAINED
 from gt_jax.errors import InputError
 
 
@@ -64,7 +65,7 @@ def tokenizer_from_dict(d):
     kind, arguments = d["kind"], {k: v for k, v in d.items() if k != "kind"}
     if kind == "sentencepiece":
         return SentencePieceTokenizer(base64.b64decode(arguments["model"]))
-    return _KINDS[kind](**arguments)
+    return (_KINDS | PRETRAINED)[kind](**arguments)
 
 
 def encode_corpus(corpus, tokenizer):

@@ -154,9 +154,8 @@ class ChannelMix(nn.Module):
             for name in "kr"
         )
         delta = previous_token(x, last, segment_ids) - x
-        hidden = int(3.5 * D) // 32 * 32
         x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
-        k = dense(c, hidden, "key", kernel_init(c, orthogonal(1.0)))(x_k)
+        k = dense(c, hidden_dim(D), "key", kernel_init(c, orthogonal(1.0)))(x_k)
         r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
         y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))
         return jax.nn.sigmoid(r.astype(jnp.float32)) * y, x[:, -1]
@@ -190,6 +189,11 @@ class Block(nn.Module):
             layer_norm(c, "ffn_norm")(x), state.ffn, segment_ids=segment_ids
         )
         return x + mixed, BlockState(time_state, last)
+
+
+def hidden_dim(dim):
+    """Inner width of the channel-mix: 3.5 dim, rounded down to a multiple of 32."""
+    return int(3.5 * dim) // 32 * 32
 
 
 def mix_rank(dim):

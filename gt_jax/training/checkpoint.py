@@ -158,6 +158,19 @@ def load(path):
     return model, _read(folder, "params", like), tokenizer_from_dict(about["tokenizer"])
 
 
+def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
+    """Write a model that no run trained here, for `load`; `folder` must not exist."""
+    about = {
+        "model": dataclasses.asdict(config),
+        "tokenizer": tokenizer.to_dict(),
+        "config": {"model": {"dtype": "auto"}},
+    }
+    items = ocp.args.Composite(params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder.absolute(), items)
+    _write_sizes(folder)
+
+
 def _parts(state: TrainState) -> dict:
     training = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {"params": training.pop("params"), "training": training}

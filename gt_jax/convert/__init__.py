@@ -1,0 +1,136 @@
+"""Weights in and out: models of other libraries as ours, and ours as theirs."""
+
+import importlib.util
+from pathlib import Path
+
+from gt_jax.convert import files, mamba2, rwkv6
+from gt_jax.convert.layout import read_params, write_arrays
+from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig
+from gt_jax.training import checkpoint
+
+LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+TOKENIZER_FILES = {"huggingface": "tokenizer.json", "rwkv-world": WORLD_FILE}
+
+
+def import_model(source, target, *, tokenizer=None) -> str:
+    """Write a model that another library stored as a folder for `gt_jax.load`.
+
+    Args:
+        source: a file of weights, or a folder of config.json and weights.
+        target: folder to be made.
+        tokenizer: a tokenizer.json, an RWKV vocabulary file, or "ids" for none; None takes what
+            lies beside the weights, else for RWKV's 65536 ids the World vocabulary if the rwkv
+            package is installed, else none.
+
+    Returns:
+        A line that says what was imported.
+
+    Raises:
+        InputError: the source is damaged or of another model than ours can be. Nothing is written.
+    """
+    files.check_free(target)
+    found = files.read(source)
+    try:
+        name = _find_layout(found.tensors)
+        config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
+        params = read_params(LAYOUTS[name], config, found.tensors)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    tokenizer = _find_tokenizer(tokenizer, found.folder, config)
+    with files.new(target) as unfinished:
+        checkpoint.save_model(unfinished, config, params, tokenizer)
+    return f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}"
+
+
+def export_model(source, target, *, layout: str) -> str:
+    """Write one of our models as another library stores it, with its tokenizer if that has a file.
+
+    Args:
+        source: what `gt_jax.load` takes.
+        target: file or folder to be made, as the layout has it.
+        layout: a key of LAYOUTS.
+
+    Returns:
+        A line that says what was exported.
+
+    Raises:
+        InputError: no such layout, or it cannot hold this model. Nothing is written.
+    """
+    target = Path(target)
+    files.check_free(target)
+    model, params, tokenizer = checkpoint.load(source)
+    config = model.config
+    fitting = [name for name, other in LAYOUTS.items() if _fits(other, config)]
+    if layout not in fitting:
+        mend = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
+        raise InputError(f"--format={layout} for {_describe(config)} {mend}")
+    weights = LAYOUTS[layout].weights
+    if weights is None and target.suffix not in (".pth", ".safetensors"):
+        raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")
+    if (weights or target.name).endswith(".safetensors"):
+        files.import_safetensors()
+    arrays = write_arrays(LAYOUTS[layout], config, params)
+    with files.new(target) as unfinished:
+        if weights is None:
+            files.write(unfinished, arrays)
+        else:
+            files.write_folder(unfinished, weights, arrays, LAYOUTS[layout].config(config))
+            if tokenizer.kind in TOKENIZER_FILES:
+                (unfinished / TOKENIZER_FILES[tokenizer.kind]).write_text(tokenizer.text)
+    return f"{_describe(config)}, written as {layout}: {target}"
+
+
+def _find_layout(tensors):
+    """The key of LAYOUTS whose names these are."""
+    for name, layout in LAYOUTS.items():
+        if layout.mark in tensors:
+            return name
+    marks = ", ".join(layout.mark for layout in LAYOUTS.values())
+    first = f"its first tensor is {next(iter(tensors))}" if tensors else "it holds no tensor"
+    raise InputError(f"no RWKV-6 or Mamba-2 language model: {first}; one of {marks} is needed")
+
+
+def _fits(layout, config):
+    """Whether a layout can hold a model of ours."""
+    legacy = config.architecture == "rwkv6" and config.branch == "legacy"
+    return config.architecture == layout.architecture and not legacy
+
+
+def _describe(config):
+    branch = ", legacy branch" if config.branch == "legacy" else ""
+    return (
+        f"{config.architecture}{branch} of {config.layers} blocks, dim {config.dim}, "
+        f"vocabulary {config.vocab_size:,}"
+    )
+
+
+def _find_tokenizer(wanted, folder: Path, config):
+    """As `import_model` says of its argument."""
+    if wanted == "ids":
+        return IdTokenizer(config.vocab_size)
+    beside = [folder / name for name in TOKENIZER_FILES.values()]
+    path = Path(wanted) if wanted else next((p for p in beside if p.is_file()), None)
+    if path is None and (config.architecture, config.vocab_size) == ("rwkv6", 65536):
+        package = importlib.util.find_spec("rwkv")
+        path = package and Path(package.origin).parent / WORLD_FILE
+    if path is None:
+        return IdTokenizer(config.vocab_size)
+    try:
+        text = path.read_text(encoding="utf-8")
+        is_json = path.suffix == ".json"
+        tokenizer = (
+            HuggingFaceTokenizer(text) if is_json else WorldTokenizer(WorldTokenizer.pack(text))
+        )
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(
+            f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
+        ) from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the "
+            "model's own with --tokenizer=FILE, or do without with --tokenizer=ids"
+        )
+    return tokenizer

@@ -1,0 +1,171 @@
+"""How another library names, shapes and stores the parameters of a model, and the way between.
+
+A layout is a table of rules, (our path, their name, change), with a * for the block's number. The
+same table serves both ways and tells which tensors are missing, unknown or of the wrong shape.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gt_jax.convert.tensor import Tensor
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig, make_model
+
+
+class Change(NamedTuple):
+    """What turns our array, or arrays, into theirs, and theirs back."""
+
+    there: Callable
+    back: Callable
+
+
+FLOATS = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+
+keep = Change(lambda x: x, lambda x: x)
+transpose = Change(np.transpose, np.transpose)  # dense kernels: ours [in, out], PyTorch's [out, in]
+
+
+class Rule(NamedTuple):
+    """One of their tensors; `ours` is a path such as "blocks_*/rwkv/key/kernel", or several."""
+
+    ours: str | tuple[str, ...]
+    theirs: str
+    change: Change = keep
+
+
+class Layout(NamedTuple):
+    """One library's way to store one architecture.
+
+    Attributes:
+        about: what it is, for people.
+        architecture: ModelConfig.architecture.
+        mark: a tensor that no other layout has.
+        rules: the table. Tied embeddings make do without the rule of "head".
+        fields: (tensors, config.json) -> fields of ModelConfig. Raises InputError for a model that
+            ours cannot be.
+        config: ModelConfig -> config.json; None where weights are a bare file.
+        weights: file name of the weights in their folder, or None.
+    """
+
+    about: str
+    architecture: str
+    mark: str
+    rules: tuple[Rule, ...]
+    fields: Callable
+    config: Callable | None
+    weights: str | None
+
+
+def count_blocks(tensors, pattern: str) -> int:
+    """How many different numbers stand for the * of a pattern, such as "blocks.*.", in names."""
+    number = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    return len({match[1] for match in map(number.match, tensors) if match})
+
+
+def shape_of(tensors, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells the model's sizes; InputError if it is not there."""
+    if name not in tensors or len(tensors[name].shape) != rank:
+        raise InputError(f"{name} is missing, or not of rank {rank}")
+    return tensors[name].shape
+
+
+def check_settings(config, wanted: dict, defaults=None, prefix="") -> None:
+    """Raise InputError unless every setting that changes the mathematics is as ours.
+
+    Args:
+        config: from config.json.
+        wanted: setting -> the value that our models have.
+        defaults: setting -> what it is where config is silent, if not the wanted value.
+        prefix: stands before the name in messages.
+    """
+    if not isinstance(config, dict):
+        raise InputError(f"config.json: {prefix.rstrip('.')} must be an object")
+    for name, value in wanted.items():
+        found = config.get(name, (defaults or {}).get(name, value))
+        if found != value:
+            raise InputError(f"config.json: {prefix}{name}={found!r} must be {value!r} here")
+
+
+def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Tensor]) -> dict:
+    """Their tensors as the parameters of our model, float32.
+
+    Raises:
+        InputError: tensors are missing, unknown, of another shape or no floating-point numbers;
+            the message names them and the shapes they should have.
+    """
+    rules, shapes = _expand(layout, model_config)
+    if model_config.tie_embeddings:
+        tensors = _without_tied_head(layout, tensors)
+        rules = [rule for rule in rules if rule.ours != "head"]
+    theirs = {rule.theirs: _their_shape(rule, shapes) for rule in rules}
+    faults = [f"{name} {list(theirs[name])} is missing" for name in theirs if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in theirs:
+            faults.append(f"{name} {list(tensor.shape)} is unknown")
+        elif tensor.shape != theirs[name]:
+            faults.append(f"{name} has shape {list(tensor.shape)}, not {list(theirs[name])}")
+        elif tensor.dtype not in FLOATS:
+            faults.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError("; ".join(faults[:3]) + more)
+    params = {}
+    for rule in rules:
+        arrays = rule.change.back(tensors[rule.theirs].read().astype(np.float32))
+        params |= zip(_paths(rule), arrays if isinstance(rule.ours, tuple) else [arrays])
+    return unflatten_dict(params, sep="/")
+
+
+def write_arrays(layout: Layout, model_config: ModelConfig, params) -> dict[str, np.ndarray]:
+    """Our parameters as their tensors, float32 by name; a tied head is written out."""
+    rules, _ = _expand(layout, model_config)
+    ours = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
+    ours.setdefault("head", ours["embedding/embedding"].T)
+    return {rule.theirs: rule.change.there(*(ours[p] for p in _paths(rule))) for rule in rules}
+
+
+def _without_tied_head(layout, tensors):
+    """The tensors less a head that repeats the embedding."""
+    by_path = {rule.ours: rule.theirs for rule in layout.rules}
+    head, embedding = by_path["head"], by_path["embedding/embedding"]
+    if head not in tensors:
+        return tensors
+    if not np.array_equal(tensors[head].read(), tensors[embedding].read()):
+        raise InputError(f"{head} differs from {embedding}, and config.json says they are one")
+    return {name: tensor for name, tensor in tensors.items() if name != head}
+
+
+def _expand(layout, model_config):
+    """The rules with block numbers filled in, and the shapes of our parameters by path."""
+    model = make_model(model_config)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, key, tokens)["params"]
+    shapes = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+    rules = []
+    for rule in layout.rules:
+        numbers = range(model_config.layers) if "*" in rule.theirs else (0,)
+        rules += [_of_block(rule, number) for number in numbers]
+    return rules, shapes
+
+
+def _of_block(rule, number):
+    ours = tuple(path.replace("*", str(number)) for path in _paths(rule))
+    theirs = rule.theirs.replace("*", str(number))
+    return rule._replace(ours=ours if isinstance(rule.ours, tuple) else ours[0], theirs=theirs)
+
+
+def _paths(rule):
+    return rule.ours if isinstance(rule.ours, tuple) else (rule.ours,)
+
+
+def _their_shape(rule, shapes):
+    # An array of one number, however large its shape.
+    zeros = [np.broadcast_to(np.float32(0), shapes[path]) for path in _paths(rule)]
+    return rule.change.there(*zeros).shape

@@ -1,0 +1,234 @@
+"""RWKV-6 (x060) as RWKV-LM, Hugging Face and flash-linear-attention (fla) store it."""
+
+import numpy as np
+
+from gt_jax.convert.layout import (
+    Change,
+    Layout,
+    Rule,
+    check_settings,
+    count_blocks,
+    shape_of,
+    transpose,
+)
+from gt_jax.models.rwkv6 import hidden_dim, mix_rank
+
+row = Change(lambda x: x[None, None], lambda x: x[0, 0])  # [D] and their [1, 1, D]
+
+RWKV_LM = (
+    Rule("embedding/embedding", "emb.weight"),
+    Rule("head", "head.weight", transpose),
+    Rule("final_norm/scale", "ln_out.weight"),
+    Rule("final_norm/bias", "ln_out.bias"),
+    Rule("blocks_0/embedding_norm/scale", "blocks.0.ln0.weight"),
+    Rule("blocks_0/embedding_norm/bias", "blocks.0.ln0.bias"),
+    Rule("blocks_*/mixer_norm/scale", "blocks.*.ln1.weight"),
+    Rule("blocks_*/mixer_norm/bias", "blocks.*.ln1.bias"),
+    Rule("blocks_*/ffn_norm/scale", "blocks.*.ln2.weight"),
+    Rule("blocks_*/ffn_norm/bias", "blocks.*.ln2.bias"),
+    Rule("blocks_*/rwkv/time_maa_x", "blocks.*.att.time_maa_x", row),
+    Rule("blocks_*/rwkv/time_maa_w", "blocks.*.att.time_maa_w", row),
+    Rule("blocks_*/rwkv/time_maa_k", "blocks.*.att.time_maa_k", row),
+    Rule("blocks_*/rwkv/time_maa_v", "blocks.*.att.time_maa_v", row),
+    Rule("blocks_*/rwkv/time_maa_r", "blocks.*.att.time_maa_r", row),
+    Rule("blocks_*/rwkv/time_maa_g", "blocks.*.att.time_maa_g", row),
+    Rule("blocks_*/rwkv/time_maa_w1", "blocks.*.att.time_maa_w1"),
+    Rule("blocks_*/rwkv/time_maa_w2", "blocks.*.att.time_maa_w2"),
+    Rule("blocks_*/rwkv/time_decay", "blocks.*.att.time_decay", row),
+    Rule("blocks_*/rwkv/time_decay_w1", "blocks.*.att.time_decay_w1"),
+    Rule("blocks_*/rwkv/time_decay_w2", "blocks.*.att.time_decay_w2"),
+    Rule("blocks_*/rwkv/time_faaaa", "blocks.*.att.time_faaaa"),
+    Rule("blocks_*/rwkv/receptance/kernel", "blocks.*.att.receptance.weight", transpose),
+    Rule("blocks_*/rwkv/key/kernel", "blocks.*.att.key.weight", transpose),
+    Rule("blocks_*/rwkv/value/kernel", "blocks.*.att.value.weight", transpose),
+    Rule("blocks_*/rwkv/gate/kernel", "blocks.*.att.gate.weight", transpose),
+    Rule("blocks_*/rwkv/output/kernel", "blocks.*.att.output.weight", transpose),
+    Rule("blocks_*/rwkv/ln_x/scale", "blocks.*.att.ln_x.weight"),
+    Rule("blocks_*/rwkv/ln_x/bias", "blocks.*.att.ln_x.bias"),
+    Rule("blocks_*/ffn/time_maa_k", "blocks.*.ffn.time_maa_k", row),
+    Rule("blocks_*/ffn/time_maa_r", "blocks.*.ffn.time_maa_r", row),
+    Rule("blocks_*/ffn/key/kernel", "blocks.*.ffn.key.weight", transpose),
+    Rule("blocks_*/ffn/receptance/kernel", "blocks.*.ffn.receptance.weight", transpose),
+    Rule("blocks_*/ffn/value/kernel", "blocks.*.ffn.value.weight", transpose),
+)
+
+
+def _hugging_face(name):
+    """Hugging Face's name for RWKV-LM's."""
+    name = name.replace(".ln0.", ".pre_ln.").replace(".att.", ".attention.")
+    name = name.replace(".ffn.", ".feed_forward.").replace("emb.", "embeddings.")
+    return name if name == "head.weight" else f"rwkv.{name}"
+
+
+HUGGING_FACE = tuple(rule._replace(theirs=_hugging_face(rule.theirs)) for rule in RWKV_LM)
+
+# fla joins what belongs to the five inputs, in an order of its own.
+TO_FLA = ["wkvrg".index(name) for name in "rwkvg"]
+FROM_FLA = ["rwkvg".index(name) for name in "wkvrg"]
+stack = Change(lambda *inputs: np.stack(inputs), tuple)
+mix_in = Change(  # [D, 5 R] and their [5 R, D]
+    lambda x: x.reshape(len(x), 5, -1)[:, TO_FLA].reshape(x.shape).T,
+    lambda x: x.T.reshape(x.shape[1], 5, -1)[:, FROM_FLA].reshape(x.shape[::-1]),
+)
+mix_out = Change(  # [5, R, D] and their [D, 5 R]
+    lambda x: x[TO_FLA].reshape(-1, x.shape[-1]).T,
+    lambda x: x.T.reshape(5, -1, len(x))[FROM_FLA],
+)
+# Its norm of the heads has eps 1e-5 where RWKV-LM has 64e-5. What it norms is linear in the values:
+# with values an eighth as large all variances are 1/64 and both norms give the same.
+eighth = Change(lambda x: x.T / 8, lambda x: x.T * 8)
+
+FLA = (
+    Rule("embedding/embedding", "model.embeddings.weight"),
+    Rule("head", "lm_head.weight", transpose),
+    Rule("final_norm/scale", "model.norm.weight"),
+    Rule("final_norm/bias", "model.norm.bias"),
+    Rule("blocks_0/embedding_norm/scale", "model.layers.0.pre_norm.weight"),
+    Rule("blocks_0/embedding_norm/bias", "model.layers.0.pre_norm.bias"),
+    Rule("blocks_*/mixer_norm/scale", "model.layers.*.attn_norm.weight"),
+    Rule("blocks_*/mixer_norm/bias", "model.layers.*.attn_norm.bias"),
+    Rule("blocks_*/ffn_norm/scale", "model.layers.*.ffn_norm.weight"),
+    Rule("blocks_*/ffn_norm/bias", "model.layers.*.ffn_norm.bias"),
+    Rule("blocks_*/rwkv/time_maa_x", "model.layers.*.attn.x_proj.0.mu"),
+    Rule(
+        tuple(f"blocks_*/rwkv/time_maa_{name}" for name in "rwkvg"),
+        "model.layers.*.attn.x_bias",
+        stack,
+    ),
+    Rule("blocks_*/rwkv/time_maa_w1", "model.layers.*.attn.x_proj.0.linear.weight", mix_in),
+    Rule("blocks_*/rwkv/time_maa_w2", "model.layers.*.attn.x_proj.2.weight", mix_out),
+    Rule("blocks_*/rwkv/time_decay", "model.layers.*.attn.w_proj.linear.lora.2.bias"),
+    Rule(
+        "blocks_*/rwkv/time_decay_w1",
+        "model.layers.*.attn.w_proj.linear.lora.0.weight",
+        transpose,
+    ),
+    Rule(
+        "blocks_*/rwkv/time_decay_w2",
+        "model.layers.*.attn.w_proj.linear.lora.2.weight",
+        transpose,
+    ),
+    Rule("blocks_*/rwkv/time_faaaa", "model.layers.*.attn.bonus"),
+    Rule("blocks_*/rwkv/receptance/kernel", "model.layers.*.attn.r_proj.linear.weight", transpose),
+    Rule("blocks_*/rwkv/key/kernel", "model.layers.*.attn.k_proj.linear.weight", transpose),
+    Rule("blocks_*/rwkv/value/kernel", "model.layers.*.attn.v_proj.linear.weight", eighth),
+    Rule("blocks_*/rwkv/gate/kernel", "model.layers.*.attn.g_proj.linear.weight", transpose),
+    Rule("blocks_*/rwkv/output/kernel", "model.layers.*.attn.o_proj.weight", transpose),
+    Rule("blocks_*/rwkv/ln_x/scale", "model.layers.*.attn.g_norm.weight"),
+    Rule("blocks_*/rwkv/ln_x/bias", "model.layers.*.attn.g_norm.bias"),
+    Rule("blocks_*/ffn/time_maa_k", "model.layers.*.ffn.key.mu"),
+    Rule("blocks_*/ffn/time_maa_r", "model.layers.*.ffn.receptance.mu"),
+    Rule("blocks_*/ffn/key/kernel", "model.layers.*.ffn.key.linear.weight", transpose),
+    Rule(
+        "blocks_*/ffn/receptance/kernel", "model.layers.*.ffn.receptance.linear.weight", transpose
+    ),
+    Rule("blocks_*/ffn/value/kernel", "model.layers.*.ffn.value.weight", transpose),
+)
+
+
+def _fields(embedding, blocks, bonus, wanted):
+    """Layout.fields from the names of the embedding and the bonus, and config.json's settings."""
+
+    def fields(tensors, config):
+        check_settings(config, wanted, {"expand_k": 0.5})
+        vocab_size, dim = shape_of(tensors, embedding, 2)
+        return {
+            "architecture": "rwkv6",
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "layers": count_blocks(tensors, blocks),
+            "heads": shape_of(tensors, bonus, 2)[0],
+            "tie_embeddings": False,
+        }
+
+    return fields
+
+
+def _hugging_face_config(c):
+    return {
+        "architectures": ["Rwkv6ForCausalLM"],
+        "model_type": "rwkv6",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "attention_hidden_size": c.dim,
+        "intermediate_size": hidden_dim(c.dim),
+        "num_hidden_layers": c.layers,
+        "head_size": c.head_dim,
+        "rescale_every": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+    } | HUGGING_FACE_SETTINGS
+
+
+def _fla_config(c):
+    return {
+        "architectures": ["RWKV6ForCausalLM"],
+        "model_type": "rwkv6",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": hidden_dim(c.dim),
+        "num_hidden_layers": c.layers,
+        "num_heads": c.heads,
+        "proj_low_rank_dim": mix_rank(c.dim),
+        "gate_low_rank_dim": 2 * mix_rank(c.dim),
+        "torch_dtype": "float32",
+    } | FLA_SETTINGS
+
+
+# What has to be so for the mathematics to be ours.
+HUGGING_FACE_SETTINGS = {
+    "layer_norm_epsilon": 1e-5,
+    "head_size_divisor": 8,
+    "tie_word_embeddings": False,
+}
+FLA_SETTINGS = {
+    "expand_k": 1.0,
+    "expand_v": 1.0,
+    "hidden_act": "sqrelu",
+    "norm_first": True,
+    "norm_bias": True,
+    "norm_eps": 1e-5,
+    "attn": None,
+    "tie_word_embeddings": False,
+}
+
+LAYOUTS = {
+    "rwkv-lm": Layout(
+        about="RWKV-LM's x060, a .pth or .safetensors file",
+        architecture="rwkv6",
+        mark="emb.weight",
+        rules=RWKV_LM,
+        fields=_fields("emb.weight", "blocks.*.", "blocks.0.att.time_faaaa", {}),
+        config=None,
+        weights=None,
+    ),
+    "rwkv-hf": Layout(
+        about="Hugging Face's Rwkv6ForCausalLM, a folder",
+        architecture="rwkv6",
+        mark="rwkv.embeddings.weight",
+        rules=HUGGING_FACE,
+        fields=_fields(
+            "rwkv.embeddings.weight",
+            "rwkv.blocks.*.",
+            "rwkv.blocks.0.attention.time_faaaa",
+            HUGGING_FACE_SETTINGS,
+        ),
+        config=_hugging_face_config,
+        weights="model.safetensors",
+    ),
+    "fla": Layout(
+        about="flash-linear-attention's RWKV6ForCausalLM, a folder",
+        architecture="rwkv6",
+        mark="model.embeddings.weight",
+        rules=FLA,
+        fields=_fields(
+            "model.embeddings.weight",
+            "model.layers.*.",
+            "model.layers.0.attn.bonus",
+            FLA_SETTINGS,
+        ),
+        config=_fla_config,
+        weights="model.safetensors",
+    ),
+}
