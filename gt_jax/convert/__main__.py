@@ -4,8 +4,8 @@
     python -m gt_jax.convert export SRC DST --format=NAME
 
 import: SRC is a file of weights (.pth, .safetensors) or a folder of config.json and weights; DST
-becomes a folder that `gt_jax.load`, generate and evaluate take. No code in SRC is run.
-export: SRC is what `gt_jax.load` takes, of a pure RWKV-6 or Mamba-2 model.
+becomes a folder for `gt_jax.load` and `gt_jax.generate`. No code in SRC is run.
+export: SRC is what `gt_jax.load` takes, of a pure RWKV-6 or Mamba-2 model; NAME is one of
 """
 
 from absl import flags as absl_flags
@@ -17,7 +17,7 @@ from gt_jax.errors import InputError
 def main(argv):
     from gt_jax.convert import LAYOUTS, export_model, import_model
 
-    formats = ", ".join(f"{name}: {layout.about}" for name, layout in LAYOUTS.items())
+    formats = "\n".join(f"  {name:10} {layout.about}" for name, layout in LAYOUTS.items())
     flags = cli.new_flags()
     absl_flags.DEFINE_string(
         "tokenizer",
@@ -25,10 +25,10 @@ def main(argv):
         'import: a tokenizer.json, an RWKV vocabulary, or "ids" for none. Default: beside SRC.',
         flag_values=flags,
     )
-    absl_flags.DEFINE_string("format", None, f"export: {formats}.", flag_values=flags)
+    absl_flags.DEFINE_string("format", None, "export: what to write.", flag_values=flags)
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]
-    if not cli.parse(flags, [argv[0], *options], usage=__doc__):
+    if not cli.parse(flags, [argv[0], *options], usage=__doc__ + formats):
         return
     match words:
         case ["import", source, target]:

@@ -121,13 +121,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise InputError(f"{index} lists no shards: it needs a weight_map of tensor to file")
-    tensors = {}
-    for name in dict.fromkeys(map(str, file_of.values())):
-        if Path(name).name != name:
+    names = list(dict.fromkeys(map(str, file_of.values())))
+    for name in names:
+        if Path(name).name != name or name in ("", ".."):
             raise InputError(f"{index} lists {name!r}; a shard must be a file beside the index")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index.parent / name} is missing, and {index.name} lists it")
+    tensors = {}
+    for name in names:
         shard = index.parent / name
-        if not shard.is_file():
-            raise InputError(f"{shard} is missing, and {index.name} lists it")
         found = _read_weights(shard)
         for tensor in found:
             if file_of.get(tensor) != name:

@@ -127,6 +127,8 @@ def write(path, arrays: dict[str, np.ndarray]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
     items = []
     with zipfile.ZipFile(path, "w") as archive:
+        # A ZipInfo has no time of its own: same arrays, same bytes.
+        add = lambda name, data: archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
         for key, (name, array) in enumerate(arrays.items()):
             array = np.ascontiguousarray(array)
             strides = tuple(stride // array.itemsize for stride in array.strides)
@@ -142,11 +144,11 @@ def write(path, arrays: dict[str, np.ndarray]) -> None:
                 _call(_global("collections", "OrderedDict")),
             )
             items += [_plain(name), tensor]
-            archive.writestr(f"archive/data/{key}", array.reshape(-1).view(np.uint8).data)
+            add(f"data/{key}", array.reshape(-1).view(np.uint8).data)
         content = pickle.EMPTY_DICT + pickle.MARK + b"".join(items) + pickle.SETITEMS
-        archive.writestr("archive/data.pkl", pickle.PROTO + b"\2" + content + pickle.STOP)
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
+        add("data.pkl", pickle.PROTO + b"\2" + content + pickle.STOP)
+        add("byteorder", "little")
+        add("version", "3\n")
 
 
 # A pickle is a program for a stack machine; these are its pieces that leave one value on the stack.

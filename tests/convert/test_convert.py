@@ -1,0 +1,142 @@
+"""Import and export: what comes back, in every layout and file format, and the command line."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import gt_jax
+from gt_jax import cli
+from gt_jax.convert import LAYOUTS, __main__, export_model, files, import_model
+from gt_jax.convert.layout import read_params
+from gt_jax.errors import InputError
+from gt_jax.generate import generate
+from gt_jax.models import make_model
+from tests.convert import small
+
+PAIRS = [
+    (name, layout)
+    for name, config in small.MODELS.items()
+    for layout in LAYOUTS
+    if LAYOUTS[layout].architecture == config.architecture
+]
+
+
+def need_safetensors(layout):
+    if LAYOUTS[layout].weights == "model.safetensors":
+        pytest.importorskip("safetensors")
+
+
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
+def test_export_and_import_give_the_same_model(tmp_path, name, layout):
+    need_safetensors(layout)
+    there = tmp_path / ("there.pth" if LAYOUTS[layout].weights is None else "there")
+    export_model(small.save(name, tmp_path / "ours"), there, layout=layout)
+    import_model(there, tmp_path / "back")
+    model, params, tokenizer = gt_jax.load(tmp_path / "back")
+    assert model.config == small.MODELS[name]
+    small.assert_same(params, small.params_of(name))
+    assert tokenizer.vocab_size == small.VOCAB
+
+
+@pytest.mark.parametrize("layout", ["mamba-ssm", "mamba2-hf"])
+def test_large_models_are_written_and_read_in_shards(tmp_path, monkeypatch, layout):
+    need_safetensors(layout)
+    monkeypatch.setattr(files, "SHARD_BYTES", 50_000)
+    folder = small.store("mamba2", layout, tmp_path)
+    weights = LAYOUTS[layout].weights
+    index = json.loads((folder / f"{weights}.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert not (folder / weights).exists()
+    found = files.read(folder)
+    params = read_params(LAYOUTS[layout], small.MODELS["mamba2"], found.tensors)
+    small.assert_same(params, small.params_of("mamba2"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floating_point_types_are_read(tmp_path, suffix, dtype):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    arrays = small.arrays_of("rwkv6", "rwkv-lm")
+    arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+    files.write(tmp_path / f"a{suffix}", arrays)
+    tensors = files.read(tmp_path / f"a{suffix}").tensors
+    params = read_params(LAYOUTS["rwkv-lm"], small.MODELS["rwkv6"], tensors)
+    want = {name: array.astype(np.float32) for name, array in arrays.items()}
+    np.testing.assert_array_equal(params["embedding"]["embedding"], want["emb.weight"])
+    np.testing.assert_array_equal(params["head"], want["head.weight"].T)
+
+
+def test_a_tied_head_may_be_left_out_or_repeated(tmp_path):
+    layout, config = LAYOUTS["mamba2-hf"], small.MODELS["mamba2-tied"]
+    arrays = small.arrays_of("mamba2-tied", "mamba2-hf")
+    for names in (set(arrays), set(arrays) - {"lm_head.weight"}):
+        files.write(tmp_path / "a.bin", {name: arrays[name] for name in names})
+        params = read_params(layout, config, files.read(tmp_path / "a.bin").tensors)
+        small.assert_same(params, small.params_of("mamba2-tied"))
+
+
+@pytest.mark.parametrize(("dim", "mix", "decay"), [(2048, 32, 64), (2560, 32, 64), (4096, 64, 128)])
+def test_ranks_are_those_of_the_official_models(dim, mix, decay):
+    """RWKV-6 1.6B, 3B and 7B."""
+    config = dataclasses.replace(small.MODELS["rwkv6"], dim=dim, heads=dim // 64)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    mixer = jax.eval_shape(make_model(config).init, key, tokens)["params"]["blocks_1"]["rwkv"]
+    assert mixer["time_maa_w1"].shape == (dim, 5 * mix)
+    assert mixer["time_decay_w2"].shape == (decay, dim)
+
+
+def run(*words):
+    return __main__.main(["convert", *map(str, words)])
+
+
+def test_command_line_imports_a_model_that_generates(tmp_path, capsys):
+    run("import", small.store("rwkv6", "rwkv-lm", tmp_path), tmp_path / "a")
+    assert "rwkv6 of 2 blocks, dim 64, vocabulary 29, read as rwkv-lm" in capsys.readouterr().out
+    model, params, tokenizer = gt_jax.load(tmp_path / "a")
+    ids = list(generate(model, params, tokenizer.encode("1 2 3"), max_tokens=4))
+    assert all(0 <= i < small.VOCAB for i in ids)
+    run("export", tmp_path / "a", tmp_path / "b.pth", "--format=rwkv-lm")
+    assert (tmp_path / "b.pth").read_bytes() == (tmp_path / "model.pth").read_bytes()
+    run("--help")
+    assert (
+        "fla        flash-linear-attention's RWKV6ForCausalLM, a folder" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "say import SRC DST, or export SRC DST"),
+        (("import", "a"), "say import SRC DST"),
+        (("import", "a", "b", "--what=1"), "Unknown command line flag 'what'"),
+        (("export", "ours", "b.pth"), "--format=None for mamba2 of 2 blocks.*must be mamba-ssm or"),
+        (("export", "ours", "b", "--format=fla"), "must be mamba-ssm or mamba2-hf"),
+        (("export", "nothing", "b", "--format=fla"), "holds no checkpoint"),
+        (("import", "ours", "ours"), "ours exists; name another place"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    small.save("mamba2", tmp_path / "ours")
+    monkeypatch.setattr(sys, "argv", ["convert", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(__main__.main)
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    with pytest.raises(InputError, match=message):
+        raise InputError(printed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    small.save("rwkv6", tmp_path / "ours")
+    with pytest.raises(InputError, match=r"must end in .pth or .safetensors"):
+        export_model(tmp_path / "ours", tmp_path / "b.bin", layout="rwkv-lm")
