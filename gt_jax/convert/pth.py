@@ -1,13 +1,15 @@
 """Tensors of a torch.save file, read and written without torch.
 
 The file is a zip of data.pkl, which describes the tensors, and one file of raw numbers a storage.
-Pickles can run code; this reader knows the few names that describe tensors and refuses all others.
+A pickle can run any code. This reader knows what describes tensors and refuses all else unrun.
 """
 
 import collections
 import functools
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 
 import ml_dtypes
@@ -28,7 +30,15 @@ DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-LARGEST_PICKLE = 1 << 26  # bytes; the largest models need some 200 kB
+LARGEST_PICKLE = 1 << 23  # bytes; the largest models need some 200 kB
+# What tensors by name need. Some others can ask for any amount of memory.
+NEEDED = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
+    SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
+    SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID
+    REDUCE BUILD
+"""
+OPCODES = frozenset(NEEDED.split())
 
 
 def read(path) -> dict[str, Tensor]:
@@ -38,51 +48,60 @@ def read(path) -> dict[str, Tensor]:
         InputError: not such a file, damaged, or more than tensors by name.
     """
     try:
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-        if len(pickles) != 1 or len(set(names)) != len(names) or packed:
-            raise InputError(f"{path} is a zip file, but not one that torch.save wrote")
-        root = pickles[0].split("/")[0]
-        order = f"{root}/byteorder"
-        if order in names and archive.read(order) != b"little":
-            raise InputError(f"{path} was written on a big-endian machine; save it on another")
-        if archive.getinfo(pickles[0]).file_size > LARGEST_PICKLE:
-            raise InputError(f"{path} has a data.pkl of over {LARGEST_PICKLE:,} bytes")
-        with archive.open(pickles[0]) as file:
-            content = _Unpickler(file, functools.partial(_Storage, archive, root)).load()
-    except InputError as error:
-        raise InputError(
-            f"{path}: {error}" if str(path) not in str(error) else str(error)
-        ) from None
-    except Exception as error:  # A damaged pickle can raise anything.
-        raise InputError(f"{path} is damaged or no torch.save file ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: {str(name)[:80]!r} is no tensor; save the state_dict alone")
-    return dict(content)
+        return _read(zipfile.ZipFile(path))
+    except Exception as error:  # A damaged zip file or pickle can raise anything.
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is no torch.save file of tensors by name: {reason}") from error
+
+
+def _read(archive):
+    names = archive.namelist()
+    pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    if len(pickles) != 1 or len(set(names)) != len(names) or packed:
+        raise ValueError("it is another kind of zip file")
+    root = pickles[0].split("/")[0]
+    if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    program = archive.read(pickles[0])
+    _check_opcodes(program)
+    tensors = _Unpickler(io.BytesIO(program), functools.partial(_Storage, archive, root)).load()
+    if not isinstance(tensors, dict):
+        raise ValueError(f"it holds a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"it holds a {type(name).__name__} for a name")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; save the state_dict alone")
+    return dict(tensors)
+
+
+def _check_opcodes(program: bytes):
+    if len(program) > LARGEST_PICKLE:
+        raise ValueError(f"its pickle has {len(program):,} bytes, over {LARGEST_PICKLE:,}")
+    for opcode, argument, _ in pickletools.genops(program):
+        too_far = opcode.name == "LONG_BINPUT" and argument > len(program)
+        if opcode.name not in OPCODES or too_far:
+            raise ValueError(f"its pickle holds {opcode.name}, which tensors do not need")
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file, make_storage):
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file)
         self._make_storage = make_storage
 
     def find_class(self, module, name):
         if module == "torch" and name in DTYPES:
-            return DTYPES[name]
+            return name  # not the dtype: a pickle can change an object
         if (module, name) not in KNOWN:
-            raise InputError(f"refused: its pickle asks for {module}.{name}, which is no tensor")
+            raise ValueError(f"its pickle asks for {module}.{name}, which tensors do not need")
         return KNOWN[module, name]
 
     def persistent_load(self, pid):
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise InputError("refused: its pickle refers to something that is no tensor storage")
-        return self._make_storage(key, dtype, size)
+        kind, storage, key, _, size = pid
+        if (kind, type(storage), type(key), type(size)) != ("storage", str, str, int):
+            raise ValueError("its pickle refers to something that is no tensor storage")
+        return self._make_storage(key, DTYPES[storage], size)
 
 
 class _Storage:
@@ -93,7 +112,7 @@ class _Storage:
         self.dtype, self.size = dtype, size
         stored = archive.getinfo(self._name).file_size
         if stored != size * dtype.itemsize:
-            raise InputError(f"{self._name} has {stored} bytes, not {size} x {dtype.itemsize}")
+            raise ValueError(f"{self._name} has {stored} bytes, not {size} x {dtype.itemsize}")
 
     def read(self, offset, shape, strides):
         try:
@@ -107,12 +126,11 @@ class _Storage:
 def _rebuild_tensor(storage, offset, shape, strides, *_):
     numbers = (offset, *shape, *strides)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
-        raise InputError(f"a tensor has offset {offset}, shape {shape} and strides {strides}")
+        raise ValueError("a tensor's offset, shape and strides do not fit together")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
     if 0 not in shape and max(last + 1, math.prod(shape)) > storage.size:
-        raise InputError(f"a tensor of shape {shape} needs more than its {storage.size} numbers")
-    read = functools.partial(storage.read, offset, shape, strides)
-    return Tensor(tuple(shape), storage.dtype, read)
+        raise ValueError(f"a tensor of shape {shape} needs more than its {storage.size} numbers")
+    return Tensor(shape, storage.dtype, functools.partial(storage.read, offset, shape, strides))
 
 
 KNOWN = {

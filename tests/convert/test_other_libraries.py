@@ -188,7 +188,7 @@ def test_state_dict_of_a_module_is_read(tmp_path):
 
 def test_torch_files_that_hold_more_are_refused(tmp_path):
     torch.save(torch.nn.Linear(3, 2), tmp_path / "module.pth")
-    with pytest.raises(gt_jax.errors.InputError, match=r"asks for torch\.nn.*Linear"):
+    with pytest.raises(gt_jax.errors.InputError, match="NEWOBJ, which tensors do not need"):
         files.read(tmp_path / "module.pth")
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(gt_jax.errors.InputError, match=r"format before 1\.6"):
