@@ -123,7 +123,7 @@ def train(config: Config, workdir) -> Progress:
 
     # Model, optimizer, compiled steps.
     model_config = make_model_config(config, text.tokenizer.vocab_size)
-    counts = _count_parameters(model_config)
+    counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     model = make_model(model_config)
     schedule = make_schedule(config.optim, steps)
     tx = make_optimizer(config.optim, schedule)
@@ -243,16 +243,6 @@ def make_model_config(config: Config, vocab_size: int) -> ModelConfig:
             f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
         )
     return model_config
-
-
-def _count_parameters(model_config: ModelConfig) -> dict[str, int]:
-    """Parameters by part; traces the model, and so finds out whether its recurrences run here."""
-    try:
-        return count_parameters(model_config)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"model.impl={model_config.impl}: {error}") from error
 
 
 def _check_same_run(old: dict, config: Config, workdir: Path) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.errors import InputError
 from gt_jax.models.config import ModelConfig
 
 normal = initializers.normal(0.02)
@@ -155,6 +156,22 @@ def per_row(param, rows):
     step a GPU has too few columns to sum in parallel.
     """
     return jax.lax.optimization_barrier(jnp.broadcast_to(param, (rows, *param.shape)))
+
+
+def recurrence(op, config, *arrays, **options):
+    """op(*arrays, **options), of `gt_jax.kernels`, by config.impl.
+
+    Raises:
+        InputError: config.impl cannot run here, for the reason that op gives.
+    """
+    try:
+        return op(*arrays, impl=config.impl, **options)
+    except ValueError as error:
+        if config.impl == "auto":
+            raise
+        raise InputError(
+            f"model.impl={config.impl}: {error}; model.impl=auto takes the fastest that can"
+        ) from error
 
 
 def record(module, **activations):

@@ -24,6 +24,7 @@ from gt_jax.models.layers import (
     kernel_init,
     layer_norm,
     output_init,
+    recurrence,
     rms_norm,
     segment_starts,
 )
@@ -93,8 +94,8 @@ def matrix_wkv(config, r, k, v, log_w, u, state, segment_ids):
     if state is not None and T == 1:
         y, state = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state)
     else:
-        y, state = wkv6(
-            r, k, v, log_w, u, initial_state=state, segment_ids=segment_ids, impl=config.impl
+        y, state = recurrence(
+            wkv6, config, r, k, v, log_w, u, initial_state=state, segment_ids=segment_ids
         )
     return y.reshape(B, T, D), state
 

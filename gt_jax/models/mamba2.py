@@ -21,6 +21,7 @@ from gt_jax.models.layers import (
     kernel_init,
     output_init,
     per_row,
+    recurrence,
     rms_norm,
     segment_index,
     symmetric_uniform,
@@ -83,17 +84,8 @@ class Mamba2(nn.Module):
             y = y[:, None]
         else:
             initial = None if state is None else state.ssm
-            y, ssm = ssd(
-                values,
-                dt,
-                A,
-                B,
-                C,
-                initial_state=initial,
-                segment_ids=segment_ids,
-                impl=c.impl,
-                **options,
-            )
+            options |= {"initial_state": initial, "segment_ids": segment_ids}
+            y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
         y = y.reshape(batch, T, E).astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
         y = RMSNorm(1e-5, c.dtype, name="norm")(y)
         official_out = fan_in_uniform(c.layers**-0.5)

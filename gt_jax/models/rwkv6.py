@@ -22,6 +22,7 @@ from gt_jax.models.layers import (
     per_row,
     previous_token,
     project,
+    recurrence,
     symmetric_uniform,
 )
 
@@ -79,8 +80,8 @@ class TimeMix(nn.Module):
             y = y[:, None]
         else:
             initial = None if state is None else state.wkv
-            y, wkv = wkv6(
-                r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids, impl=c.impl
+            y, wkv = recurrence(
+                wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
         y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
         y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)

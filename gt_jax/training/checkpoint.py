@@ -150,8 +150,9 @@ def load(path):
     """
     folder = find(path)
     about = read_about(folder)
-    dtype = computation_dtype(about["config"]["model"]["dtype"])  # of this machine if "auto"
-    model = make_model(ModelConfig(**about["model"] | {"dtype": dtype}))
+    # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
+    dtype = computation_dtype(about["config"]["model"]["dtype"])
+    model = make_model(ModelConfig(**about["model"] | {"dtype": dtype, "impl": "auto"}))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
