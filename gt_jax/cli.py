@@ -6,8 +6,8 @@ import sys
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from gt_jax.config import flatten, nearest
-from gt_jax.errors import InputError
+from gt_jax.config import flatten
+from gt_jax.errors import InputError, did_you_mean
 
 
 def run(main) -> None:
@@ -74,5 +74,6 @@ def _unknown_field(argv) -> str | None:
     for argument in argv:
         name = argument.split("=", 1)[0].removeprefix("--config.")
         if argument.startswith("--config.") and name not in known:
-            return f"{name} is not a config field; {nearest(name, known)}"
+            mend = did_you_mean(name, known) or "; configs/base.py has them all"
+            return f"{name} is not a config field{mend}"
     return None

@@ -6,7 +6,6 @@ compiled.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -156,19 +155,14 @@ def check_devices(config: Config, devices: int) -> None:
         )
 
 
-def nearest(name: str, known) -> str:
-    """`; did you mean "x"?` when a known name is close, else a list of them all."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f'did you mean "{close[0]}"?' if close else "choose from " + ", ".join(sorted(known))
-
-
 def _build(cls, values: dict, prefix: str):
     if not isinstance(values, dict):
         raise InputError(f"{prefix[:-1]}={values!r} must be a group of fields, not one value")
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise InputError(f"{prefix}{name} is not a config field; {nearest(name, fields)}")
+            mend = did_you_mean(name, fields) or "; configs/base.py has them all"
+            raise InputError(f"{prefix}{name} is not a config field{mend}")
     for name in fields:
         if name not in values:
             raise InputError(f"{prefix}{name} is missing; configs/base.py has a default for it")
@@ -246,7 +240,8 @@ def _check(config: Config) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise InputError(
-                f"{name}={values[name]!r} is unknown; " + nearest(values[name], choices)
+                f"{name}={values[name]!r} must be one of {', '.join(choices)}"
+                + did_you_mean(values[name], choices)
             )
     train, accumulation = config.train, config.optim.grad_accumulation
     if train.batch_size % accumulation:

@@ -1,4 +1,6 @@
-"""The one exception for mistakes in what the user gave."""
+"""The one exception for mistakes in what the user gave, and a hint at misspelt names."""
+
+import difflib
 
 
 class InputError(ValueError):
@@ -6,3 +8,9 @@ class InputError(ValueError):
 
     Command-line programs print it as `error: ...` and exit with status 1, without a traceback.
     """
+
+
+def did_you_mean(name, known) -> str:
+    """`; did you mean 'x'?` to end a message with if a known name is close to this one, else ""."""
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -8,11 +8,10 @@ import os
 import re
 import urllib.error
 import urllib.request
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, did_you_mean
 
 
 class Corpus(NamedTuple):
@@ -207,9 +206,8 @@ def _load_path(source, field):
             raise InputError(f"data.source={source!r} holds no .txt or .jsonl file; add one")
         return [document for file in files for document in _read_documents(file, field)[0]], None
     if not path.exists():
-        near = get_close_matches(source, _SHAKESPEARE, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"name one, or {' or '.join(_SHAKESPEARE)}"
-        raise InputError(f"data.source={source!r} is no file, folder or built-in text; {mend}")
+        hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
+        raise InputError(f"data.source={source!r} is no file, folder or built-in text{hint}")
     return _read_documents(path, field)
 
 

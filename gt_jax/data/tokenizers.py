@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from gt_jax.data.corpora import replace_file
 from gt_jax.data.pretrained import PRETRAINED
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, did_you_mean
 
 
 class CorpusTokens(NamedTuple):
@@ -53,10 +52,8 @@ def make_tokenizer(kind, corpus, *, vocab_size=None, cache_dir=None):
     if kind in ("char", "char97"):
         alphabet = set().union(*corpus.train, *corpus.validation)
         return _KINDS[kind](alphabet)
-    near = get_close_matches(str(kind), _KINDS, n=1)
     raise InputError(
-        f"data.tokenizer={kind!r} must be one of {', '.join(_KINDS)}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+        f"data.tokenizer={kind!r} must be one of {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}"
     )
 
 

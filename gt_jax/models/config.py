@@ -1,10 +1,9 @@
 """Every architecture choice of a model, checked when it is made."""
 
 import dataclasses
-import difflib
 import numbers
 
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, did_you_mean
 
 MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
@@ -122,11 +121,6 @@ def check_choice(field, value, choices):
     """Raises an InputError that names the nearest choice unless value is one of them."""
     if value not in choices:
         raise InputError(
-            f"model.{field}={value!r} must be one of {', '.join(choices)}{nearest(value, choices)}"
+            f"model.{field}={value!r} must be one of {', '.join(choices)}"
+            + did_you_mean(value, choices)
         )
-
-
-def nearest(name, choices):
-    """'; did you mean ...?' when a choice resembles the name, else ''."""
-    close = difflib.get_close_matches(str(name).lower(), choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

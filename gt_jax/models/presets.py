@@ -3,8 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-from gt_jax.errors import InputError
-from gt_jax.models.config import ModelConfig, nearest
+from gt_jax.errors import InputError, did_you_mean
+from gt_jax.models.config import ModelConfig
 
 
 class Preset(NamedTuple):
@@ -64,7 +64,7 @@ def find_preset(name):
     if key not in PRESETS:
         names = (*PRESETS, *ALIASES)
         raise InputError(
-            f"model.preset={name!r} must be one of {', '.join(names)}{nearest(name, names)}"
+            f"model.preset={name!r} must be one of {', '.join(names)}{did_you_mean(name, names)}"
         )
     return PRESETS[key]
 
@@ -83,7 +83,7 @@ def make_config(preset, *, vocab_size, **overrides):
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     for field in overrides:
         if field not in known:
-            raise InputError(f"model.{field} is not a field{nearest(field, known)}")
+            raise InputError(f"model.{field} is not a field{did_you_mean(field, known)}")
     fields = dict(find_preset(preset).fields)
     if overrides.get("fusion") in ("rf", "cp"):
         fields.pop("gate_init", None)  # the preset's gate has no place in these fusions
