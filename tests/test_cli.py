@@ -165,6 +165,17 @@ def test_loaded_model_gives_logits_and_state(finished):
     assert output.logits.shape == (1, 5, tokenizer.vocab_size)
 
 
+def test_model_runs_where_its_implementation_does_not(finished, tmp_path):
+    """One trained by the kernels of a GPU, on this machine."""
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    about = checkpoint.find(tmp_path) / "about" / "metadata"
+    written = about.read_text()
+    assert '"impl": "auto"' in written
+    about.write_text(written.replace('"impl": "auto"', '"impl": "mosaic"'))
+    (about.parents[1] / "files.json").unlink()
+    assert gt_jax.load(tmp_path)[0].config.impl == "auto"
+
+
 def test_patience_ends_a_run_early(text, tmp_path, capsys):
     still = ["--config.optim.lr=1e-30", "--config.train.patience=2", "--config.train.eval_every=2"]
     run_train(tmp_path, text, *still)
@@ -184,16 +195,16 @@ def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
     ("argument", "message"),
     [
         ("--config.model.preset=gf-mg", "model.preset='gf-mg' must be one of"),
-        ("--config.optim.lrr=1", "optim.lrr is not a config field; did you mean \"optim.lr\"?"),
-        ("--config.optm.lr=1", "optm.lr is not a config field; did you mean \"optim.lr\"?"),
+        ("--config.optim.lrr=1", "optim.lrr is not a config field; did you mean 'optim.lr'?"),
+        ("--config.optm.lr=1", "optm.lr is not a config field; did you mean 'optim.lr'?"),
         ("--config.train.steps=many", "--config.train.steps=many"),
         ("--config.model.dim=2.5", "--config.model.dim=2.5"),
         ("--config.optim.grad_accumulation=3", "must be a multiple of optim.grad_accumulation=3"),
-        ("--config.data.order=random", "data.order='random' is unknown"),
+        ("--config.data.order=random", "data.order='random' must be one of windows, tracks"),
         ("--config.train.seq_len=100000", "train.seq_len=100000"),
         ("--config.train.sample_prompt=Ω", "train.sample_prompt='Ω'"),
         ("--config.data.source=nowhere.txt", "data.source"),
-        ("--config.model.impl=mosiac", 'did you mean "mosaic"?'),
+        ("--config.model.impl=mosiac", "did you mean 'mosaic'?"),
         ("--config.model.impl=mosaic", "model.impl=mosaic: "),
         ("--workdr=x", "workdr"),
         ("stray", "stray is not a flag"),
