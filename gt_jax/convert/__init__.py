@@ -35,6 +35,8 @@ def import_model(source, target, *, tokenizer=None) -> str:
     found = files.read(source)
     try:
         name = _find_layout(found.tensors)
+        if LAYOUTS[name].weights and not found.config:
+            raise InputError("config.json belongs to these weights; give the folder of both")
         config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
@@ -79,7 +81,7 @@ def export_model(source, target, *, layout: str) -> str:
         else:
             files.write_folder(unfinished, weights, arrays, LAYOUTS[layout].config(config))
             if tokenizer.kind in TOKENIZER_FILES:
-                (unfinished / TOKENIZER_FILES[tokenizer.kind]).write_text(tokenizer.text)
+                (unfinished / TOKENIZER_FILES[tokenizer.kind]).write_text(tokenizer.text, "utf-8")
     return f"{_describe(config)}, written as {layout}: {target}"
 
 

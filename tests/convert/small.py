@@ -29,9 +29,10 @@ def params_of(name):
     return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
 
 
-def save(name, folder):
+def save(name, folder, tokenizer=None):
     """Write MODELS[name] as `gt_jax.load` takes it; returns the folder."""
-    checkpoint.save_model(folder, MODELS[name], params_of(name), IdTokenizer(VOCAB))
+    tokenizer = tokenizer or IdTokenizer(VOCAB)
+    checkpoint.save_model(folder, MODELS[name], params_of(name), tokenizer)
     return folder
 
 

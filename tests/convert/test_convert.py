@@ -14,9 +14,11 @@ import gt_jax
 from gt_jax import cli
 from gt_jax.convert import LAYOUTS, __main__, export_model, files, import_model
 from gt_jax.convert.layout import read_params
+from gt_jax.data.pretrained import WorldTokenizer
 from gt_jax.errors import InputError
 from gt_jax.generate import generate
 from gt_jax.models import make_model
+from gt_jax.models.layers import rms_norm
 from tests.convert import small
 
 PAIRS = [
@@ -90,6 +92,22 @@ def test_ranks_are_those_of_the_official_models(dim, mix, decay):
     mixer = jax.eval_shape(make_model(config).init, key, tokens)["params"]["blocks_1"]["rwkv"]
     assert mixer["time_maa_w1"].shape == (dim, 5 * mix)
     assert mixer["time_decay_w2"].shape == (decay, dim)
+
+
+def test_norms_of_a_pure_mamba2_model_have_the_published_eps():
+    assert rms_norm(small.MODELS["mamba2"], "norm").epsilon == 1e-5
+
+
+def test_tokenizer_travels_with_the_model(tmp_path):
+    pytest.importorskip("safetensors")
+    lines = [f"{i} '{i:x}' {len(f'{i:x}')}\n" for i in range(1, small.VOCAB)]
+    tokenizer = WorldTokenizer(WorldTokenizer.pack("".join(lines)))
+    small.save("rwkv6", tmp_path / "ours", tokenizer)
+    export_model(tmp_path / "ours", tmp_path / "there", layout="rwkv-hf")
+    import_model(tmp_path / "there", tmp_path / "back")
+    back = gt_jax.load(tmp_path / "back")[2]
+    assert back.encode("f1b").tolist() == [15, 27]
+    assert back.to_dict() == tokenizer.to_dict()
 
 
 def run(*words):

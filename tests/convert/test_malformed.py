@@ -345,6 +345,7 @@ def test_tensor_in_two_shards_is_refused(tmp_path, sharded):
 def test_folder_without_config_or_weights_is_refused(tmp_path):
     folder = small.store("mamba2", "mamba-ssm", tmp_path)
     (folder / "pytorch_model.bin").rename(tmp_path / "elsewhere")
+    refuse(tmp_path / "elsewhere", tmp_path / "new", "config.json belongs to these weights")
     refuse(folder, tmp_path / "new", "holds no weights: neither model.safetensors nor pytorch")
     (folder / "config.json").unlink()
     refuse(folder, tmp_path / "new", "config.json cannot be read")
