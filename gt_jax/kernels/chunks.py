@@ -66,8 +66,8 @@ class Levels(NamedTuple):
 
     query: np.ndarray  # [L, C] bool: the token lies in the second half of its block
     pair: np.ndarray  # [L, C, C] bool: i reads j at this level
-    before: np.ndarray  # [L, C, C] 0/1: s in [middle, i) for queries i, in (j, middle) for keys j
-    through: np.ndarray  # [L, C, C] 0/1: the same, but s in [middle, i] for queries
+    before: np.ndarray  # [L, C, C] bool: s in [middle, i) for queries i, in (j, middle) for keys j
+    through: np.ndarray  # [L, C, C] bool: the same, but s in [middle, i] for queries
 
 
 @functools.cache
@@ -84,8 +84,7 @@ def levels(steps):
         from_middle = (t >= middle[:, None]) & second[:, None]
         before.append(key_sum | (from_middle & (t < t[:, None])))
         through.append(key_sum | (from_middle & (t <= t[:, None])))
-    as_float = lambda m: np.asarray(m, np.float32)
-    return Levels(np.array(query), np.array(pair), as_float(before), as_float(through))
+    return Levels(*map(np.array, (query, pair, before, through)))
 
 
 def product(equation, *operands, plan, dtype, terms=1):
@@ -116,8 +115,9 @@ def _round_to_bfloat16(x):
 
 
 def exact(equation, *operands):
-    """einsum in the dtype of the last operand, at full precision."""
-    operands = [jnp.asarray(x, operands[-1].dtype) for x in operands]
+    """einsum in the dtype of the last operand, at full precision; masks may be bool."""
+    # Converted in the program, so that a mask enters it with a byte an element.
+    operands = [jnp.asarray(x).astype(operands[-1].dtype) for x in operands]
     return jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST)
 
 

@@ -89,8 +89,8 @@ def _decays(w, plan, dtype):
 @functools.cache
 def _sum_patterns(C):
     """[L + 2, C, C]: the sums of each level, then those from the chunk's start and to its end."""
-    from_start, to_end = np.tri(C, k=-1), np.tri(C, k=-1).T
-    return np.concatenate([levels(C).before, [from_start, to_end]])
+    from_start = np.tri(C, k=-1, dtype=bool)
+    return np.concatenate([levels(C).before, [from_start, from_start.T]])
 
 
 def _by_role(query, r, k):
