@@ -10,7 +10,7 @@ mean and sample standard deviation over seeds, and writes it to --out.
 
 import argparse
 import contextlib
-import functools
+import importlib
 import io
 import itertools
 import json
@@ -53,11 +53,10 @@ def main():
     if options.lr:
         variants = {f"learning rate {lr}": {"optim.lr": float(lr)} for lr in options.lr.split(",")}
     began = time.perf_counter()
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # jobs share a GPU's memory
-    pairs = list(itertools.product(variants.values(), range(options.seeds)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as pool:
-        runs = list(pool.map(functools.partial(run, options.source), *zip(*pairs)))
+    source = {"data.source": options.source}
+    changed = [source | changes for changes in variants.values()]
+    tasks = list(itertools.product(["gf_mh"], changed, range(options.seeds)))
+    runs = list(run_all(tasks, jobs=options.jobs))
 
     rows = []
     for i, (name, changes) in enumerate(variants.items()):
@@ -75,18 +74,29 @@ def main():
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def run(source, changes, seed):
-    """One run of the trainer: its losses in nats per character, its speed, and what it ran on."""
+def run_all(tasks, *, jobs):
+    """Yields run(*task) for every task in order, `jobs` of them at a time, a process each."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # jobs share a GPU's memory
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        yield from pool.map(run, *zip(*tasks))
+
+
+def run(name, changes, seed):
+    """One run of the trainer on configs/<name>.py with some fields changed.
+
+    Returns its losses in nats per character, its speed, and what it ran on.
+    """
     import jax
 
-    from configs import gf_mh
     from gt_jax.config import from_config_dict
     from gt_jax.train import train
 
-    config = gf_mh.get_config()
+    config = importlib.import_module(f"configs.{name}").get_config()
     config.log.tensorboard = False
     config.train.sample_tokens = 0
-    config.update_from_flattened_dict({"data.source": source} | changes | {"seed": seed})
+    config.update_from_flattened_dict(changes | {"seed": seed})
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         progress = train(from_config_dict(config), Path(folder) / "run")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
@@ -98,6 +108,9 @@ def run(source, changes, seed):
         "train_loss": rows[-1]["loss"],
         "curve": curve,
         "gate": [round(g, 3) for g in rows[-1].get("gate", [])],
+        "steps": rows[-1]["step"],
+        "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in rows)),
+        "seconds": round(time.perf_counter() - began),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
