@@ -32,7 +32,9 @@ def get_config():
             impl="auto",  # of the recurrences: "auto", "chunked" or "reference"
             rwkv_dropout_start=0.0,  # chance that a block drops its RWKV branch, at step 0 ...
             rwkv_dropout_end=0.0,  # ... and at the last step, linear in between
-            remat=False,  # recompute blocks in the backward pass: less memory, a third more time
+            # Recompute blocks in the backward pass: less memory, a third more time. JAX 0.10 undoes
+            # it on CPUs.
+            remat=False,
         ),
         data=group(
             source="shakespeare",  # "shakespeare", "shakespeare-all", a file, a folder, "tfds:NAME"
