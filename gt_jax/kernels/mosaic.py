@@ -3,6 +3,9 @@
 A kernel is written once. On an H100 or H200 it is compiled; inside `simulated("interpret")` it runs
 on any machine in JAX's interpreter, which checks values and races; inside `simulated("lower")` it
 may be traced and lowered for a GPU that is not there, which checks what the compiler accepts.
+
+A trap neither of them shows: sums over the rows of an accumulator (axis 0) go through one scratch
+area that all warpgroups of a block share, so two of them must not take such sums at once.
 """
 
 import contextlib
@@ -54,8 +57,11 @@ def unsupported():
     return None
 
 
-def kernel(body, *, threads, **options):
-    """plgpu.kernel with `threads` warpgroups on the axis "wg"; approximate exp2 as on the GPU."""
+def kernel(body, *, threads, manual_barriers=False, **options):
+    """plgpu.kernel with `threads` warpgroups on the axis "wg"; approximate exp2 as on the GPU.
+
+    With manual_barriers, the body orders what its own warps write and read in shared memory.
+    """
     interpret = False
     if interpreting():
         from jax._src.pallas.mosaic_gpu.interpret import params  # public from JAX 0.12 on
@@ -67,7 +73,9 @@ def kernel(body, *, threads, **options):
         thread_name="wg",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=manual_barriers,
         ),
         **options,
     )
@@ -111,9 +119,29 @@ def _started(start):
     return plgpu.layout_cast(jnp.zeros(start, jnp.float32), plgpu.Layout.WGMMA)
 
 
+def loop(steps, body, carry):
+    """carry after body(0, carry) ... body(steps - 1, carry); counts in int32 whatever the flags."""
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
+
+
 def iota(shape, axis):
     """Index along `axis` in the layout of accumulators."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def tokens(m):
+    """The tokens of chunk m."""
+    return pl.ds(pl.multiple_of(m * CHUNK, CHUNK), CHUNK)
+
+
+def full(shape, value, dtype):
+    """A constant in the layout of accumulators."""
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), plgpu.Layout.WGMMA)
+
+
+def load(ref):
+    """A tile from shared memory in the layout of accumulators."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
 
 
 def load_rows(ref):

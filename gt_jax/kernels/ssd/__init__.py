@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from gt_jax.kernels import checks
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
 from gt_jax.kernels.ssd.chunked import ssd_chunked
+from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
 
-_IMPLS = {"chunked": ssd_chunked, "reference": ssd_reference}  # fastest first
+# fastest first
+_IMPLS = {"mosaic": ssd_mosaic, "chunked": ssd_chunked, "reference": ssd_reference}
 
 
 def ssd(
@@ -49,7 +51,8 @@ def ssd(
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of x (bfloat16 with float32 accumulation, or
             true float32); "highest" multiplies in float32 whatever the inputs.
-        impl: "auto", "chunked" or "reference".
+        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16, P = 64, N = 64 or 128),
+            "chunked" or "reference".
 
     Returns:
         y [B, T, H, P] in x.dtype, and the state after the last token [B, H, P, N] in float32

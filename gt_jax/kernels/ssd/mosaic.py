@@ -1,0 +1,262 @@
+"""SSD on Hopper GPUs: one fused Pallas kernel walks the chunks of a head with its state on chip.
+
+A block of the grid owns one batch row and two heads of a group: a warpgroup per head computes, one
+more keeps bulk copies of the coming chunks in flight. Per chunk, with g the running sum of log2
+decays from the chunk's start (so exp2(g_i - g_j) is what passes from j to i >= j):
+
+    y = (exp2(g_i - g_j) * C B^T * dt_j) x + exp2(g_i) (C S^T) + D x
+    S <- exp2(g_end) S + (exp2(g_end - g) dt x)^T B
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.ssd.mosaic_backward import ROWS, backward
+
+# exp of this is 0 in float32, and a chunk's sum of it is finite
+_LOWEST_LOG_DECAY = -104.0
+_LOG2_E = math.log2(math.e)
+_STAGES = 3  # chunks in flight
+
+
+class Sizes(NamedTuple):
+    """Extents of one call."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    P: int
+    N: int
+
+    @property
+    def chunks(self):
+        return -(-self.length // CHUNK)
+
+    @property
+    def heads_per_block(self):
+        return 2 if self.heads // self.groups % 2 == 0 else 1
+
+
+def _sizes(x, B):
+    return Sizes(*x.shape[:3], B.shape[2], x.shape[3], B.shape[3])
+
+
+def _by_chunk(v, size):
+    """[B, T, H] -> [B, H, chunks, CHUNK] float32, zero past the end."""
+    v = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, size.chunks * CHUNK - size.length), (0, 0)))
+    return v.transpose(0, 2, 1).reshape(size.batch, size.heads, size.chunks, CHUNK)
+
+
+def _token_scalars(dt, a, size):
+    """[B, H, chunks, 2, CHUNK]: g, the running sum of log2 decays in each chunk, and dt."""
+    a = _by_chunk(jnp.maximum(a, _LOWEST_LOG_DECAY), size)
+    until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
+    g = jnp.matmul(a * _LOG2_E, until, precision=lax.Precision.HIGHEST)
+    return jnp.stack([g, _by_chunk(dt, size)], axis=3)
+
+
+def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
+    """SSD on a Hopper GPU; arguments as `ssd_reference`.
+
+    Raises:
+        NotImplementedError: the device, JAX, a dtype or a size is not supported (says which).
+    """
+    reason = mosaic.unsupported() or _refusal(x, B, initial_state, precision)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    if resets is not None:
+        a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
+    D = jnp.zeros(x.shape[2], jnp.float32) if D is None else D.astype(jnp.float32)
+    length = x.shape[1]
+    end = (0, -length % 8)  # bulk copies move 8 rows at least
+    x, dt, a, B, C = (
+        z if end == (0, 0) else jnp.pad(z, ((0, 0), end) + ((0, 0),) * (z.ndim - 2))
+        for z in (x, dt, a, B, C)
+    )
+    y, final_state = _ssd(x, dt, a, B, C, D, initial_state)
+    return y[:, :length], final_state
+
+
+def _refusal(x, B, state, precision):
+    """What of a call the kernel does not do, or None."""
+    P, N = x.shape[-1], B.shape[-1]
+    if x.dtype != jnp.bfloat16 or state.dtype != jnp.float32:
+        return (
+            f"the kernel is for bfloat16 x with a float32 state; these are {x.dtype}, {state.dtype}"
+        )
+    if precision == "highest":
+        return "the kernel multiplies bfloat16; precision='highest' asks for float32"
+    if P != 64 or N not in (64, 128):
+        return f"the kernel is for P=64 and N=64 or 128; this call has P={P}, N={N}"
+    return None
+
+
+@jax.custom_vjp
+def _ssd(x, dt, a, B, C, D, state):
+    return _forward(x, B, C, _token_scalars(dt, a, _sizes(x, B)), D, state, save_states=False)[:2]
+
+
+def _ssd_forward(x, dt, a, B, C, D, state):
+    scalars = _token_scalars(dt, a, _sizes(x, B))
+    y, final_state, states = _forward(x, B, C, scalars, D, state, save_states=True)
+    return (y, final_state), (x, a, B, C, scalars, D, states)
+
+
+def _ssd_backward(residuals, cotangents):
+    x, a, B, C, scalars, D, states = residuals
+    size = _sizes(x, B)
+    dy, dstate = cotangents
+    dx, dB, dC, rows, dD, dstate = backward(size, x, B, C, scalars, D, states, dy, dstate)
+    ddt, da = _of_token_scalars(scalars, rows)
+    da = jnp.where(a < _LOWEST_LOG_DECAY, 0, _by_token(da, size))
+    dB, dC = (_sum_blocks(z, size).astype(B.dtype) for z in (dB, dC))
+    return dx, _by_token(ddt, size), da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
+
+
+def _of_token_scalars(scalars, rows):
+    """Gradients of dt and of the log decay, [B, H, chunks, CHUNK]."""
+    g, dt = scalars[..., 0, :], scalars[..., 1, :]
+    ddt, kept, read, carried, between = (rows[..., n, :] for n in range(len(ROWS)))
+    kept *= jnp.exp2(g[..., -1:] - g)
+    until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
+    # a_t decays what is read at i >= t, what was kept from j < t, and the state carried through
+    total = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    da = (
+        between + total(read, until.T) + total(kept * dt, until - jnp.eye(CHUNK, dtype=jnp.float32))
+    )
+    return ddt + kept, da + jnp.sum(carried, axis=-1, keepdims=True)
+
+
+def _by_token(v, size):
+    """[B, H, chunks, CHUNK] -> [B, T, H]."""
+    return v.reshape(size.batch, size.heads, -1).transpose(0, 2, 1)[:, : size.length]
+
+
+def _sum_blocks(z, size):
+    """[B, T, blocks, N] -> [B, T, G, N] float32, summed over the blocks of a group."""
+    z = z[:, : size.length].reshape(size.batch, size.length, size.groups, -1, size.N)
+    return jnp.sum(z, axis=3, dtype=jnp.float32)
+
+
+def _forward(x, B, C, scalars, D, state, *, save_states):
+    """y, the final state, and with save_states the state each chunk starts from, in bfloat16."""
+    size = _sizes(x, B)
+    P, N, W = size.P, size.N, size.heads_per_block
+    square = (CHUNK, CHUNK)
+    chunk_states = (size.batch, size.heads, size.chunks, P, N) if save_states else (1,)
+
+    def body(x_, B_, C_, scalars_, D_, state_, y_, final_, states_, x_s, B_s, C_s, scalars_s,
+             S_s, xw_s, y_s, ready, consumed):  # fmt: skip
+        row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
+        group = head0 // (size.heads // size.groups)
+        wg = lax.axis_index("wg")
+
+        def tokens(m):
+            return pl.ds(pl.multiple_of(m * CHUNK, CHUNK), CHUNK)
+
+        @pl.when(wg == W)
+        def _copy():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def fetch(m, _):
+                slot = lax.rem(m, jnp.int32(_STAGES))
+
+                @pl.when(m >= _STAGES)
+                def _():
+                    plgpu.barrier_wait(consumed.at[slot])
+
+                there = ready.at[slot]
+                plgpu.copy_gmem_to_smem(B_.at[row, tokens(m), group], B_s.at[slot], there)
+                plgpu.copy_gmem_to_smem(C_.at[row, tokens(m), group], C_s.at[slot], there)
+                for h in range(W):
+                    head = head0 + h
+                    plgpu.copy_gmem_to_smem(x_.at[row, tokens(m), head], x_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(scalars_.at[row, head, m], scalars_s.at[slot, h], there)
+
+            mosaic.loop(size.chunks, fetch, None)
+            for m in range(max(0, size.chunks - _STAGES), size.chunks):  # see every chunk out
+                plgpu.barrier_wait(consumed.at[m % _STAGES])
+
+        def compute(wg):  # a plain number: addresses known when compiling save registers
+            plgpu.set_max_registers(240, action="increase")
+            head = head0 + wg
+            S_b, xw_b, y_b = S_s.at[wg], xw_s.at[wg], y_s.at[wg]
+            D_h = D_[head]
+            i, j = mosaic.iota(square, 0), mosaic.iota(square, 1)
+
+            def step(m, S):
+                slot = lax.rem(m, jnp.int32(_STAGES))
+                x_b, B_b, C_b = x_s.at[slot, wg], B_s.at[slot], C_s.at[slot]
+                if save_states:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # S_b is free; y may be leaving
+                S_b[...] = S.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                if save_states:
+                    plgpu.copy_smem_to_gmem(S_b, states_.at[row, head, m])
+                plgpu.barrier_wait(ready.at[slot])
+                CB, CS = matmul(
+                    (square, (C_b, B_b.T)),
+                    ((CHUNK, P), (C_b, S_b.T)),
+                )
+                g_ref, dt_ref = scalars_s.at[slot, wg, 0], scalars_s.at[slot, wg, 1]
+                g_i, dt_i = mosaic.load_rows(g_ref), mosaic.load_rows(dt_ref)
+                g_j, dt_j = mosaic.load_columns(g_ref), mosaic.load_columns(dt_ref)
+                g_end = scalars_s[slot, wg, 0, CHUNK - 1]
+                between = over_columns(g_i, square) - over_rows(g_j, square)
+                L = jnp.exp2(jnp.where(i >= j, between, -jnp.inf))
+                M = (L * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
+                x = plgpu.load(x_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                weight = jnp.exp2(g_end - g_i) * dt_i
+                xw_b[...] = (x * over_columns(weight, x.shape)).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                y = CS * over_columns(jnp.exp2(g_i), x.shape) + x * D_h
+                y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), (xw_b.T, B_b)))
+                plgpu.barrier_arrive(consumed.at[slot])
+                plgpu.wait_smem_to_gmem(1 if save_states else 0, wait_read_only=True)  # y_b is free
+                y_b[...] = y.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_b, y_.at[row, tokens(m), head])
+                return S
+
+            start = plgpu.load(state_.at[row, head], layout=plgpu.Layout.WGMMA, optimized=False)
+            final_[row, head] = mosaic.loop(size.chunks, step, start)
+            plgpu.wait_smem_to_gmem(0)
+
+        for n in range(W):
+            pl.when(wg == n)(functools.partial(compute, n))
+
+    return mosaic.kernel(
+        body,
+        threads=W + 1,
+        grid=(size.batch, size.heads // W),
+        grid_names=("row", "heads"),
+        out_type=(
+            jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct(state.shape, jnp.float32),
+            jax.ShapeDtypeStruct(chunk_states, jnp.bfloat16),
+        ),
+        scratch_types=(
+            mosaic.tile(_STAGES, W, CHUNK, P),
+            mosaic.tile(_STAGES, CHUNK, N),
+            mosaic.tile(_STAGES, CHUNK, N),
+            plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
+            mosaic.tile(W, P, N),
+            mosaic.tile(W, CHUNK, P),
+            mosaic.tile(W, CHUNK, P),
+            plgpu.Barrier(num_arrivals=2 + 2 * W, num_barriers=_STAGES),
+            plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
+        ),
+    )(x, B, C, scalars, D, state)
