@@ -13,6 +13,7 @@ import pytest
 
 from gt_jax.kernels import choose_impl, mosaic, ssd
 from gt_jax.kernels.cases import SSD_REGIMES, segments, ssd_inputs
+from gt_jax.kernels.ssd import mosaic_pieces
 from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
@@ -83,9 +84,18 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
 
 
 @too_old
+def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, monkeypatch):
+    monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
+    inputs = per_token(*make(length=180))  # pieces of two chunks, the second one padded
+    with mosaic.simulated("interpret"):
+        assert_accurate(run(ssd_mosaic), run(ssd_reference), inputs, NAMES, "bfloat16")
+
+
+@too_old
 @pytest.mark.parametrize("heads, groups", [(4, 2), (3, 1)])
 @pytest.mark.parametrize("N", (64, 128))
-@pytest.mark.parametrize("length", (64, 130))
+@pytest.mark.parametrize("length", (64, 130, 2048))  # the longest in pieces
 def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups):
     inputs = per_token(*make(batch=2, length=length, heads=heads, groups=groups, N=N))
 
@@ -166,6 +176,14 @@ def test_kernel_matches_reference_at_every_length(hopper, length):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 64), (1, 5000, 2), (2, 2048, 24)])
+def test_few_heads_in_pieces_match_reference(hopper, batch, length, heads):
+    inputs = per_token(*make(batch=batch, length=length, heads=heads, N=128))
+    candidate, reference = run(ssd_mosaic), run(ssd_reference)
+    assert_accurate(candidate, reference, inputs, NAMES, "bfloat16")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads, groups", [(24, 1), (24, 24), (33, 11), (132, 2), (260, 1)])
 def test_kernel_matches_reference_for_any_number_of_heads(hopper, heads, groups):
     inputs = make(heads=heads, groups=groups, N=64)
@@ -182,7 +200,7 @@ def test_kernel_starts_segments_from_zero(hopper):
 
 @pytest.mark.gpu
 def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(hopper):
-    inputs = make(batch=4, length=1000, heads=64, N=128)
+    inputs = make(batch=4, length=900, heads=64, N=128)  # too short for pieces, even alone
     both = lambda z: values_and_gradients(public("mosaic"), z, (z[0], z[-1]))
     first = both(inputs)
     for _ in range(20):

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows, tokens
 from gt_jax.kernels.ssd.mosaic_backward import ROWS, backward
+from gt_jax.kernels.ssd.mosaic_pieces import choose_pieces, piece_states
 
 # exp of this is 0 in float32, and a chunk's sum of it is finite
 _LOWEST_LOG_DECAY = -104.0
@@ -78,13 +79,19 @@ def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
     D = jnp.zeros(x.shape[2], jnp.float32) if D is None else D.astype(jnp.float32)
     length = x.shape[1]
-    end = (0, -length % 8)  # bulk copies move 8 rows at least
-    x, dt, a, B, C = (
-        z if end == (0, 0) else jnp.pad(z, ((0, 0), end) + ((0, 0),) * (z.ndim - 2))
-        for z in (x, dt, a, B, C)
-    )
-    y, final_state = _ssd(x, dt, a, B, C, D, initial_state)
-    return y[:, :length], final_state
+    pieces = choose_pieces(_sizes(x, B))
+    # Pieces are whole chunks, and bulk copies move 8 rows at least.
+    end = (0, -length % (8 if pieces == 1 else pieces * CHUNK))
+    x, dt, a, B, C = (_cut(z, end, pieces) for z in (x, dt, a, B, C))
+    y, final_state = _ssd(pieces, x, dt, a, B, C, D, initial_state)
+    return y.reshape(-1, length + end[1], *y.shape[2:])[:, :length], final_state
+
+
+def _cut(z, end, pieces):
+    """[B, T, ...] -> [B * pieces, T / pieces, ...] after padding."""
+    if end != (0, 0):
+        z = jnp.pad(z, ((0, 0), end) + ((0, 0),) * (z.ndim - 2))
+    return z.reshape(z.shape[0] * pieces, -1, *z.shape[2:])
 
 
 def _refusal(x, B, state, precision):
@@ -101,26 +108,31 @@ def _refusal(x, B, state, precision):
     return None
 
 
-@jax.custom_vjp
-def _ssd(x, dt, a, B, C, D, state):
-    return _forward(x, B, C, _token_scalars(dt, a, _sizes(x, B)), D, state, save_states=False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(pieces, x, dt, a, B, C, D, state):
+    return _ssd_forward(pieces, x, dt, a, B, C, D, state, save_states=False)[0]
 
 
-def _ssd_forward(x, dt, a, B, C, D, state):
-    scalars = _token_scalars(dt, a, _sizes(x, B))
-    y, final_state, states = _forward(x, B, C, scalars, D, state, save_states=True)
-    return (y, final_state), (x, a, B, C, scalars, D, states)
+def _ssd_forward(pieces, x, dt, a, B, C, D, state, *, save_states=True):
+    size = _sizes(x, B)
+    scalars = _token_scalars(dt, a, size)
+    if pieces > 1:
+        state = piece_states(size, pieces, x, B, scalars, state)
+    y, final, states = _forward(x, B, C, scalars, D, state, save_states=save_states)
+    return (y, final[pieces - 1 :: pieces]), (x, a, B, C, scalars, D, states)
 
 
-def _ssd_backward(residuals, cotangents):
+def _ssd_backward(pieces, residuals, cotangents):
     x, a, B, C, scalars, D, states = residuals
     size = _sizes(x, B)
     dy, dstate = cotangents
+    if pieces > 1:
+        dstate = piece_states(size, pieces, dy, C, scalars, dstate, reverse=True)
     dx, dB, dC, rows, dD, dstate = backward(size, x, B, C, scalars, D, states, dy, dstate)
     ddt, da = _of_token_scalars(scalars, rows)
     da = jnp.where(a < _LOWEST_LOG_DECAY, 0, _by_token(da, size))
     dB, dC = (_sum_blocks(z, size).astype(B.dtype) for z in (dB, dC))
-    return dx, _by_token(ddt, size), da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
+    return dx, _by_token(ddt, size), da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate[::pieces]
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
@@ -163,9 +175,6 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
-
-        def tokens(m):
-            return pl.ds(pl.multiple_of(m * CHUNK, CHUNK), CHUNK)
 
         @pl.when(wg == W)
         def _copy():
@@ -218,7 +227,7 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
                 between = over_columns(g_i, square) - over_rows(g_j, square)
                 L = jnp.exp2(jnp.where(i >= j, between, -jnp.inf))
                 M = (L * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
-                x = plgpu.load(x_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                x = mosaic.load(x_b).astype(jnp.float32)
                 weight = jnp.exp2(g_end - g_i) * dt_i
                 xw_b[...] = (x * over_columns(weight, x.shape)).astype(jnp.bfloat16)
                 plgpu.commit_smem()

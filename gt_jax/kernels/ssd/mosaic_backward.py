@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows, tokens
 
 _STAGES = 2  # chunks in flight
 ROWS = ("ddt", "kept", "read", "carried", "between")  # vectors over the tokens of a chunk
@@ -52,9 +52,6 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
         head0 = block * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
-
-        def tokens(m):
-            return pl.ds(pl.multiple_of(m * CHUNK, CHUNK), CHUNK)
 
         @pl.when(wg == W)
         def _copy():
@@ -104,7 +101,7 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
 
             def not_before(z):
                 """z [j, i] where i >= j, else 0; a mask from iotas would hold registers."""
-                before = plgpu.load(before_s, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                before = mosaic.load(before_s).astype(jnp.float32)
                 return z - z * before
 
             def step(k, carry):
@@ -138,9 +135,9 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 plgpu.barrier_wait(S_ready)
                 CS, kept = matmul(((CHUNK, P), (C_b, S_b.T)), ((CHUNK, P), (B_b, dS_b.T)))
                 from_start = jnp.exp2(g)
-                dy = plgpu.load(dy_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                dy = mosaic.load(dy_b).astype(jnp.float32)
                 per_token["read"] = jnp.sum(CS * dy, axis=1) * from_start
-                x = plgpu.load(x_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                x = mosaic.load(x_b).astype(jnp.float32)
                 per_token["kept"] = jnp.sum(kept * x, axis=1)
                 dD += jnp.sum(dy * x, axis=1)
                 weight = over_columns(jnp.exp2(g_end - g) * dt, x.shape)
@@ -153,12 +150,12 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 per_token["between"] = jnp.sum(not_before(between), axis=1)
                 dx = dx.astype(jnp.bfloat16)
                 dCB_b[...] = dCB
-                dy = plgpu.load(dy_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                dy = mosaic.load(dy_b).astype(jnp.float32)
                 dy_b[...] = (dy * over_columns(from_start, dy.shape)).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(operands_ready)
                 through = jnp.exp2(g_end)
-                S = plgpu.load(S_b, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                S = mosaic.load(S_b).astype(jnp.float32)
                 per_token["carried"] = jnp.sum(S * dS, axis=1) * through
                 (dS,) = matmul((dS * through, (dy_b.T, C_b)))
 
@@ -174,7 +171,6 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                     sums.append((matmul((wide, *pairs))[0].astype(jnp.bfloat16), B_b, dB_))
                 plgpu.barrier_arrive(operands_read)
                 plgpu.barrier_wait(operands_read)
-                plgpu.barrier_arrive(S_consumed)
                 x_b[...] = dx  # results leave from the places of operands
                 dS_b[...] = dS.astype(jnp.bfloat16)
                 for value, place, _ in sums:
@@ -182,6 +178,7 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 for n, name in enumerate(ROWS):
                     rows_b[n] = per_token[name]
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(S_consumed)
                 plgpu.copy_smem_to_gmem(x_b, dx_.at[row, tokens(m), head])
                 plgpu.copy_smem_to_gmem(rows_b, rows_.at[row, head, m])
                 for _, place, out_ in sums:

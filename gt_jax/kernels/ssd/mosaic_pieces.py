@@ -1,0 +1,118 @@
+"""Cutting a long sequence of few heads into pieces that a Hopper GPU works on at the same time.
+
+A piece maps the state S it starts from to d S + U, with d its total decay and U what it adds. One
+pass over x and B finds every U, a scan over the few pieces their starting states, and then each
+piece is a row of a batch of its own. Backward the same, from the end, with dy and C.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.chunks import carry_state
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, tokens
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
+_LEAST_CHUNKS = 8  # of a piece
+_STAGES = 4  # chunks in flight
+
+
+def choose_pieces(size):
+    """Into how many pieces each row is cut: a power of two, 1 where the heads fill the GPU."""
+    blocks, pieces = size.batch * (size.heads // size.heads_per_block), 1
+    while 2 * pieces * blocks <= _MULTIPROCESSORS and size.chunks >= 2 * pieces * _LEAST_CHUNKS:
+        pieces *= 2
+    return pieces
+
+
+def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):
+    """State each piece starts from (ends with if reverse), [rows, H, P, N], rows = batch * pieces.
+
+    Args:
+        size: Sizes of the pieces as rows.
+        z, V: x and B, or dy and C if reverse; [rows, T, ...].
+        state: [batch, H, P, N] before the first piece, or the gradient after the last.
+    """
+    apart = lambda v: v.reshape(-1, pieces, *v.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces, ...]
+    decay = jnp.exp2(jnp.sum(scalars[..., 0, -1], axis=-1))  # [rows, H]
+    update = _additions(size, z, V, scalars, reverse)
+    states, _ = carry_state(state, apart(decay)[..., None, None], apart(update), reverse=reverse)
+    return states.swapaxes(1, 2).reshape(update.shape)
+
+
+def _additions(size, z, V, scalars, reverse):
+    """What each row adds to its state, [rows, H, P, N] float32."""
+    P, N, W = size.P, size.N, size.heads_per_block
+
+    def body(z_, V_, scalars_, U_, z_s, V_s, scalars_s, zw_s, ready, consumed):
+        row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
+        group = head0 // (size.heads // size.groups)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == W)
+        def _copy():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def fetch(k, _):
+                m = size.chunks - 1 - k if reverse else k
+                slot = lax.rem(k, jnp.int32(_STAGES))
+
+                @pl.when(k >= _STAGES)
+                def _():
+                    plgpu.barrier_wait(consumed.at[slot])
+
+                there = ready.at[slot]
+                plgpu.copy_gmem_to_smem(V_.at[row, tokens(m), group], V_s.at[slot], there)
+                for h in range(W):
+                    head = head0 + h
+                    plgpu.copy_gmem_to_smem(z_.at[row, tokens(m), head], z_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(scalars_.at[row, head, m], scalars_s.at[slot, h], there)
+
+            mosaic.loop(size.chunks, fetch, None)
+            for k in range(max(0, size.chunks - _STAGES), size.chunks):
+                plgpu.barrier_wait(consumed.at[k % _STAGES])
+
+        def compute(wg):
+            plgpu.set_max_registers(240, action="increase")
+
+            def step(k, U):
+                slot = lax.rem(k, jnp.int32(_STAGES))
+                plgpu.barrier_wait(ready.at[slot])
+                g = mosaic.load_rows(scalars_s.at[slot, wg, 0])
+                dt = mosaic.load_rows(scalars_s.at[slot, wg, 1])
+                g_end = scalars_s[slot, wg, 0, CHUNK - 1]
+                weight = jnp.exp2(g) if reverse else jnp.exp2(g_end - g) * dt
+                z = mosaic.load(z_s.at[slot, wg]).astype(jnp.float32)
+                zw_s[wg] = (z * over_columns(weight, z.shape)).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                (U,) = matmul((U * jnp.exp2(g_end), (zw_s.at[wg].T, V_s.at[slot])))
+                plgpu.barrier_arrive(consumed.at[slot])
+                return U
+
+            U_[row, head0 + wg] = mosaic.loop(
+                size.chunks, step, mosaic.full((P, N), 0, jnp.float32)
+            )
+
+        for n in range(W):
+            pl.when(wg == n)(functools.partial(compute, n))
+
+    return mosaic.kernel(
+        body,
+        threads=W + 1,
+        grid=(size.batch, size.heads // W),
+        grid_names=("row", "heads"),
+        out_type=jax.ShapeDtypeStruct((size.batch, size.heads, P, N), jnp.float32),
+        scratch_types=(
+            mosaic.tile(_STAGES, W, CHUNK, P),
+            mosaic.tile(_STAGES, CHUNK, N),
+            plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
+            mosaic.tile(W, CHUNK, P),
+            plgpu.Barrier(num_arrivals=1 + 2 * W, num_barriers=_STAGES),
+            plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
+        ),
+    )(z, V, scalars)
