@@ -4,8 +4,6 @@ import jax
 
 from gt_jax.kernels import mosaic
 
-_WITH_KERNELS = ("ssd",)
-
 
 def dispatch(op, impls, impl, *args, **kwargs):
     """Calls impls[impl], or under "auto" the first whose call does not raise NotImplementedError.
@@ -47,7 +45,7 @@ def choose_impl(op):
     if op not in ("wkv6", "ssd"):
         raise ValueError(f"op={op!r} must be 'wkv6' or 'ssd'")
     device = jax.devices()[0].device_kind
-    if op in _WITH_KERNELS and mosaic.unsupported() is None:
+    if mosaic.unsupported() is None:
         return "mosaic", f"Pallas kernels for {device}, bfloat16; other dtypes take chunked"
     return "chunked", f"portable matmuls over chunks, runs on {device}"
 

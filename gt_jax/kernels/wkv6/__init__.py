@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from gt_jax.kernels import checks
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
 from gt_jax.kernels.wkv6.chunked import wkv6_chunked
+from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 
-_IMPLS = {"chunked": wkv6_chunked, "reference": wkv6_reference}  # fastest first
+# fastest first
+_IMPLS = {"mosaic": wkv6_mosaic, "chunked": wkv6_chunked, "reference": wkv6_reference}
 
 
 def wkv6(
@@ -43,7 +45,8 @@ def wkv6(
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of r (bfloat16 with float32 accumulation, or
             true float32); "highest" multiplies in float32 whatever the inputs.
-        impl: "auto", "chunked" or "reference".
+        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16, K and V up to 64),
+            "chunked" or "reference".
 
     Returns:
         o [B, T, H, V] in v.dtype, and the state after the last token [B, H, K, V] in float32

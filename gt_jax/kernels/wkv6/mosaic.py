@@ -1,0 +1,266 @@
+"""WKV6 on Hopper GPUs: one fused Pallas kernel walks the chunks of a head with its state on chip.
+
+A block of the grid owns two heads: a warpgroup per head computes, one more keeps bulk copies of the
+coming chunks in flight. Per chunk, with E and F the sums of log decays from the chunk's start and
+to its end,
+
+    A_ij = sum_k r_ik k_jk exp(sum of w over (j, i))   for i > j,     A_ii = r_i . (u * k_i)
+    o = A v + (r exp(E)) S                              S <- exp(sum w) S + (k exp(F))^T v
+
+A is built level by level as in chunks.py: at each level one 64 x 64 product of the sums' 0/1
+pattern with the log decays gives every exponent, and one product of Y = [r or k] exp(.) with itself
+gives the entries of A whose tokens part there. The state is held transposed, [V, K], so that the
+decay of a key channel runs along its columns, which is how the products deliver it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.wkv6.mosaic_backward import backward
+from gt_jax.kernels.wkv6.mosaic_levels import (
+    FROM_START,
+    SIZE,
+    TO_END,
+    Fresh,
+    log2_decay,
+    sum_patterns,
+)
+
+_HEADS = 2  # per block
+
+
+def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
+    """WKV6 on a Hopper GPU; arguments as `wkv6_reference`.
+
+    Raises:
+        NotImplementedError: the device, JAX, a dtype or a size is not supported (says which).
+    """
+    reason = mosaic.unsupported() or _refusal(r, v, initial_state, precision)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    length, K, V = r.shape[1], r.shape[-1], v.shape[-1]
+    inputs, own = (r, k, v, w), 0
+    if resets is not None:
+        # A token that starts a segment reads nothing but itself, and passes nothing earlier on.
+        resets = resets[..., None, None]  # [B, T, 1, 1]
+        own = jnp.sum((r * k).astype(u.dtype) * u, axis=-1, keepdims=True) * v  # [B, T, H, V]
+        own = jnp.where(resets, own, 0).astype(v.dtype)
+        inputs = (jnp.where(resets, 0, r), k, v, jnp.where(resets, -jnp.inf, w))
+    # Bulk copies move 8 rows at least; zeros are tokens and channels that change nothing.
+    r, k, v, w = (_pad(z, (0, -length % 8), (0, 0), (0, SIZE - z.shape[-1])) for z in inputs)
+    u = _pad(u.astype(jnp.float32), (0, SIZE - K))
+    state = _pad(initial_state, (0, SIZE - K), (0, SIZE - V))
+    o, final_state = _wkv6(r, k, v, w.astype(jnp.float32), u, state)
+    return o[:, :length, :, :V] + own, final_state[..., :K, :V]
+
+
+def _refusal(r, v, state, precision):
+    """What of a call the kernel does not do, or None."""
+    K, V = r.shape[-1], v.shape[-1]
+    if r.dtype != jnp.bfloat16 or state.dtype != jnp.float32:
+        return (
+            f"the kernel is for bfloat16 r with a float32 state; these are {r.dtype}, {state.dtype}"
+        )
+    if precision == "highest":
+        return "the kernel multiplies bfloat16; precision='highest' asks for float32"
+    if max(K, V) > SIZE:
+        return f"the kernel is for K and V up to {SIZE}; this call has K={K}, V={V}"
+    return None
+
+
+def _pad(z, *last):
+    """z with its last axes padded by (before, after) zeros; z itself where there are none."""
+    if not any(map(any, last)):
+        return z
+    return jnp.pad(z, ((0, 0),) * (z.ndim - len(last)) + last)
+
+
+@jax.custom_vjp
+def _wkv6(r, k, v, w, u, state):
+    return _forward(r, k, v, w, u, state, save=False)[:2]
+
+
+def _wkv6_forward(r, k, v, w, u, state):
+    o, final_state, *saved = _forward(r, k, v, w, u, state, save=True)
+    return (o, final_state), (r, k, v, w, u, *saved)
+
+
+def _wkv6_backward(residuals, cotangents):
+    do, dstate = cotangents
+    *grads, du, dstate = backward(*residuals, do, dstate.mT)
+    return *grads, jnp.sum(du, axis=0), dstate.mT
+
+
+_wkv6.defvjp(_wkv6_forward, _wkv6_backward)
+
+
+def _forward(r, k, v, w, u, state, *, save):
+    """o, the final state and, with save, what the backward pass reads of every chunk.
+
+    Returns:
+        o [B, T, H, V]; the final state [B, H, K, V]; the transposed state each chunk starts from
+        [B, M, H, V, K] and A [B, M, H, C, C], both bfloat16 (one chunk long without save).
+    """
+    batch, T, H, _ = r.shape
+    chunks, rows = pl.cdiv(T, CHUNK), batch * H
+    heads = min(_HEADS, rows)
+    levels = CHUNK.bit_length() - 1
+    bf16, square = jnp.bfloat16, (CHUNK, SIZE)
+
+    def body(r_, k_, v_, w_, u_, state_, patterns_, o_, final_, states_, scores_,
+             patterns_s, r_s, k_s, v_s, w_s, g_s, y_s, S_s, o_s, u_s, zero_s,
+             start, ready, ready_v, taken, taken_v):  # fmt: skip
+        wg = lax.axis_index("wg")
+
+        def place(n):
+            """Batch row and head of the n-th warpgroup; a last odd one repeats its neighbour."""
+            row = jnp.minimum(lax.axis_index("rows") * heads + n, rows - 1)
+            return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
+
+        @pl.when(wg == heads)
+        def _copy():
+            plgpu.set_max_registers(24, action="decrease")
+            plgpu.copy_gmem_to_smem(patterns_, patterns_s, start)
+
+            def fetch(n, m, sources, targets, barrier):
+                b, h = place(n)
+                for source, target in zip(sources, targets):
+                    tokens = mosaic.tokens(m)
+                    plgpu.copy_gmem_to_smem(source.at[b, tokens, h], target.at[n], barrier.at[n])
+
+            fetch_inputs = functools.partial(
+                fetch, sources=(r_, k_, w_), targets=(r_s, k_s, w_s), barrier=ready
+            )
+            fetch_v = functools.partial(fetch, sources=(v_,), targets=(v_s,), barrier=ready_v)
+            for n in range(heads):
+                fetch_inputs(n, jnp.int32(0))
+                fetch_v(n, jnp.int32(0))
+
+            def step(m, _):
+                for n in range(heads):
+                    plgpu.barrier_wait(taken.at[n])
+                    pl.when(m + 1 < chunks)(lambda n=n: fetch_inputs(n, m + 1))
+                for n in range(heads):
+                    plgpu.barrier_wait(taken_v.at[n])
+                    pl.when(m + 1 < chunks)(lambda n=n: fetch_v(n, m + 1))
+
+            mosaic.loop(chunks, step, None)
+
+        @pl.when(wg < heads)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            b, h = place(wg)
+            initial_u = plgpu.load(u_.at[h], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            u_s.at[wg][...] = initial_u
+            zero_s[wg] = jnp.int32(0)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(start)
+            fresh = Fresh(zero_s.at[wg])
+            ones = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+
+            def step(m, S):
+                at = wg + fresh.zero()
+                g = g_s.at[at]
+                plgpu.barrier_wait(ready.at[at])
+                g[...] = log2_decay(mosaic.load(w_s.at[at])).astype(g.dtype)
+                r, k = (mosaic.load(x.at[at]).astype(jnp.float32) for x in (r_s, k_s))
+                S_s.at[at][...] = S.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(taken.at[at])
+                if save:
+                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h])
+
+                def by_role(level, exponent):
+                    Y = jnp.where(fresh.query(level), r, k)
+                    return (Y if exponent is None else Y * jnp.exp2(exponent)).astype(bf16)
+
+                def sums(place):
+                    zero = fresh.zero()
+                    return square, (patterns_s.at[place + zero], g_s.at[wg + zero])
+
+                Y = y_s.at[wg + fresh.zero(), 0]
+                Y[...] = by_role(0, None)
+                plgpu.commit_smem()
+                met, exponent = matmul(((CHUNK, CHUNK), (Y, Y.T)), sums(levels - 2))
+                A = jnp.where(fresh.pair(0), met, 0.0)
+                for level in reversed(range(1, levels)):
+                    Y = y_s.at[wg + fresh.zero(), level % 2]
+                    Y[...] = by_role(level, exponent)
+                    plgpu.commit_smem()
+                    following = sums(level - 2 if level > 1 else FROM_START)
+                    met, exponent = matmul(((CHUNK, CHUNK), (Y, Y.T)), following)
+                    A = jnp.where(fresh.pair(level), met, A)
+
+                at = wg + fresh.zero()
+                Y, Q, S_n, o_n = y_s.at[at, 1], y_s.at[at, 0], S_s.at[at], o_s.at[at]
+                u = over_rows(mosaic.load_columns(u_s.at[at]), square)
+                own = over_columns(jnp.sum(r * k * u, axis=1), (CHUNK, CHUNK))
+                A = jnp.where(fresh.diagonal(), own, A).astype(bf16)
+                Q[...] = (r * jnp.exp2(exponent)).astype(bf16)
+                if save:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    o_n[...] = A
+                plgpu.commit_smem()
+                if save:
+                    plgpu.copy_smem_to_gmem(o_n, scores_.at[b, m, h])
+                plgpu.barrier_wait(ready_v.at[at])
+                o, exponent, total = matmul(
+                    (square, (Q, S_n.T), (A, v_s.at[at])),
+                    sums(TO_END),
+                    ((SIZE, SIZE), (ones, g_s.at[at])),  # the chunk's whole sum, in every row
+                )
+                at = wg + fresh.zero()
+                Y, o_n = y_s.at[at, 1], o_s.at[at]
+                Y[...] = (k * jnp.exp2(exponent)).astype(bf16)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o_n[...] = o.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h])
+                (S,) = matmul((S * jnp.exp2(total), (v_s.at[at].T, Y)))
+                plgpu.barrier_arrive(taken_v.at[at])
+                return S
+
+            S = plgpu.load(state_.at[b, h], layout=plgpu.Layout.WGMMA, optimized=False)
+            final_.at[b, h][...] = mosaic.loop(chunks, step, S)
+            plgpu.wait_smem_to_gmem(0)
+
+    saved = (batch, chunks) if save else (1, 1)
+    o, final_state, states, scores = mosaic.kernel(
+        body,
+        threads=heads + 1,
+        manual_barriers=True,
+        out_type=(
+            jax.ShapeDtypeStruct(v.shape, bf16),
+            jax.ShapeDtypeStruct((batch, H, SIZE, SIZE), jnp.float32),
+            jax.ShapeDtypeStruct((*saved, H, SIZE, SIZE), bf16),
+            jax.ShapeDtypeStruct((*saved, H, CHUNK, CHUNK), bf16),
+        ),
+        scratch_types=[
+            mosaic.tile(levels + 1, CHUNK, CHUNK, dtype=jnp.float16),
+            mosaic.tile(heads, *square),  # r
+            mosaic.tile(heads, *square),  # k
+            mosaic.tile(heads, *square),  # v
+            mosaic.tile(heads, *square, dtype=jnp.float32),  # w
+            mosaic.tile(heads, *square, dtype=jnp.float16),  # log2 decays
+            mosaic.tile(heads, 2, *square),  # Y
+            mosaic.tile(heads, SIZE, SIZE),  # state
+            mosaic.tile(heads, *square),  # o
+            plgpu.SMEM((heads, SIZE), jnp.float32),
+            plgpu.SMEM((heads,), jnp.int32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=heads, num_arrivals=3),
+            plgpu.Barrier(num_barriers=heads),
+            plgpu.Barrier(num_barriers=heads),
+            plgpu.Barrier(num_barriers=heads),
+        ],
+        grid=(pl.cdiv(rows, heads),),
+        grid_names=("rows",),
+    )(r, k, v, w, u, state.mT, sum_patterns())
+    return o, final_state.mT, states, scores

@@ -1,0 +1,268 @@
+"""Backward pass of WKV6 on Hopper GPUs: one fused Pallas kernel walks the chunks in reverse.
+
+It reads the state each chunk starts from and the matrix A from the forward pass, and carries dS,
+the gradient of the state that leaves the chunk. With Q = r exp(E) and Kh = k exp(F),
+
+    dv = A^T do + Kh dS^T      dQ = do S^T      dKh = v dS^T      dS <- exp(sum w) dS + Q^T do
+
+and per level dY = M Y, where M holds the entries of do v^T (both ways round) of the tokens that
+part there. A log decay gets the sum of all products Y * dY, Q * dQ and Kh * dKh in whose exponent
+it stands, and the column sums of exp(sum w) S * dS: products of the 0/1 patterns again, in which
+nothing cancels.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.wkv6.mosaic_levels import (
+    FROM_START,
+    SIZE,
+    TO_END,
+    Fresh,
+    log2_decay,
+    sum_patterns,
+)
+
+_HEADS = 2  # per block
+
+# The patterns are float16, as the decays they sum in the forward direction; gradients need the
+# range of bfloat16. The bits of 1 in float16 are 2^-7 in bfloat16, so one table serves both.
+_FLOAT16_ONE_AS_BFLOAT16 = 2.0**-7
+
+
+def backward(r, k, v, w, u, states, scores, do, dstate):
+    """Gradients of one call.
+
+    Args:
+        r, k, v, do: [B, T, H, 64] bfloat16; w: [B, T, H, 64] float32; u: [H, 64] float32.
+        states: [B, M, H, V, K] bfloat16, transposed state each chunk starts from.
+        scores: [B, M, H, C, C] bfloat16, the matrix A of each chunk.
+        dstate: [B, H, V, K] float32, gradient of the final state, transposed.
+
+    Returns:
+        dr, dk, dv, dw like r, k, v, w; du [B, H, K] float32, of each batch row; the gradient of the
+        initial state [B, H, V, K] float32, transposed.
+    """
+    batch, T, H, _ = r.shape
+    chunks, rows = pl.cdiv(T, CHUNK), batch * H
+    heads = min(_HEADS, rows)
+    levels = CHUNK.bit_length() - 1
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    square = (CHUNK, SIZE)
+    one = 1.0 if mosaic.interpreting() else _FLOAT16_ONE_AS_BFLOAT16
+
+    def body(r_, k_, v_, w_, u_, states_, scores_, do_, dfinal_, patterns_, ones_,
+             dr_, dk_, dv_, dw_, du_, dinitial_,
+             patterns_s, r_s, k_s, v_s, do_s, y_s, z_s, d_s, w_s, g_s, u_s, ones_s, zero_s,
+             start, ready, done):  # fmt: skip
+        sums_s, dsums_s = (patterns_s,) * 2 if mosaic.interpreting() else patterns_s
+        wg = lax.axis_index("wg")
+
+        def place(n):
+            """Batch row and head of the n-th warpgroup; a last odd one repeats its neighbour."""
+            row = jnp.minimum(lax.axis_index("rows") * heads + n, rows - 1)
+            return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
+
+        @pl.when(wg == heads)
+        def _copy():
+            plgpu.set_max_registers(24, action="decrease")
+            plgpu.copy_gmem_to_smem(patterns_, sums_s, start)
+            plgpu.copy_gmem_to_smem(ones_, ones_s, start)
+
+            def fetch(n, m):
+                b, h = place(n)
+                by_token = ((r_, r_s), (k_, k_s), (v_, v_s), (do_, do_s), (w_, w_s))
+                for source, target in by_token:
+                    tile = source.at[b, mosaic.tokens(m), h]
+                    plgpu.copy_gmem_to_smem(tile, target.at[n], ready.at[n])
+                for source, target in ((states_, y_s), (scores_, z_s)):
+                    plgpu.copy_gmem_to_smem(source.at[b, m, h], target.at[n], ready.at[n])
+
+            def store(n, m):
+                b, h = place(n)
+                for source, target in ((r_s, dr_), (k_s, dk_), (v_s, dv_), (w_s, dw_)):
+                    plgpu.copy_smem_to_gmem(source.at[n], target.at[b, mosaic.tokens(m), h])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            for n in range(heads):
+                fetch(n, jnp.int32(chunks - 1) + lax.axis_index("rows") * 0)
+
+            def step(back, _):
+                m = chunks - 1 - back
+                for n in range(heads):
+                    plgpu.barrier_wait(done.at[n])
+                    store(n, m)
+                    pl.when(m > 0)(lambda n=n: fetch(n, m - 1))
+
+            mosaic.loop(chunks, step, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg < heads)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            b, h = place(wg)
+            initial_u = plgpu.load(u_.at[h], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            u_s.at[wg][...] = initial_u
+            zero_s[wg] = jnp.int32(0)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(start)
+            fresh = Fresh(zero_s.at[wg])
+            ones_g = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+            ones = mosaic.full((CHUNK, SIZE), one, bf16)
+            load = lambda ref: mosaic.load(ref).astype(f32)
+
+            def sums(place):
+                zero = fresh.zero()
+                return square, (sums_s.at[place + zero], g_s.at[wg + zero])
+
+            def gather(start, place, Z):
+                return start, (dsums_s.at[place + fresh.zero()].T, Z)
+
+            def step(back, carry):
+                # Where a tile has served, its room is used again: the state's by Q and Y, A's by
+                # Z, that of dS by M, w's by the carried dS, those of r, k, v, w by their gradients.
+                dS, du = carry
+                at = wg + fresh.zero()
+                v_n, d_n, w_n, g = v_s.at[at], d_s.at[at], w_s.at[at], g_s.at[at]
+                plgpu.barrier_wait(ready.at[at])
+                g[...] = log2_decay(mosaic.load(w_n)).astype(g.dtype)
+                d_n[...] = dS.astype(bf16)
+                plgpu.commit_smem()
+                exponent, dKh = matmul(sums(TO_END), (square, (v_n, d_n)))
+
+                at = wg + fresh.zero()
+                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                decay, k = jnp.exp2(exponent), load(k_s.at[at])
+                dk = dKh * decay
+                Z_end, Kh = (k * dk).astype(bf16), (k * decay).astype(bf16)
+                dv, total = matmul(
+                    (square, (z_n.T, do_n), (Kh, d_n.T)), ((SIZE, SIZE), (ones_g, g_s.at[at]))
+                )
+
+                at = wg + fresh.zero()
+                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                dS = dS * jnp.exp2(total)
+                dv, Z_total = dv.astype(bf16), (load(y_n) * dS).astype(bf16)
+                plgpu.commit_smem()
+                z_n[...] = Z_end
+                d_n[...] = Z_total
+                exponent, dQ = matmul(sums(FROM_START), (square, (do_n, y_n)))
+
+                at = wg + fresh.zero()
+                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                decay, r = jnp.exp2(exponent), load(r_s.at[at])
+                dr = dQ * decay
+                Z_start, Q = (r * dr).astype(bf16), (r * decay).astype(bf16)
+                plgpu.commit_smem()
+                y_n[...] = Q
+                plgpu.commit_smem()
+                dw, dS = matmul((*gather(square, TO_END, z_n), (ones, d_n)), (dS, (do_n.T, y_n)))
+
+                at = wg + fresh.zero()
+                do_n, z_n, v_n = do_s.at[at], z_s.at[at], v_s.at[at]
+                w_s.at[at][...] = dS
+                plgpu.commit_smem()
+                z_n[...] = Z_start
+                plgpu.commit_smem()
+                dw, down, across = matmul(
+                    gather(dw, FROM_START, z_n),
+                    ((CHUNK, CHUNK), (do_n, v_n.T)),
+                    ((CHUNK, CHUNK), (v_n, do_n.T)),
+                )
+
+                at = wg + fresh.zero()
+                own = jnp.sum(jnp.where(fresh.diagonal(), down, 0.0), axis=1)  # do . v
+                d_s.at[at][...] = jnp.where(fresh.later(), down, across).astype(bf16)
+                plgpu.commit_smem()
+                v_s.at[at][...] = dv
+
+                (exponent,) = matmul(sums(levels - 2))
+                for level in reversed(range(levels)):
+                    at = wg + fresh.zero()
+                    y_n, z_n = y_s.at[at], z_s.at[at]
+                    decay = jnp.exp2(exponent) if level else 1.0
+                    r, k = load(r_s.at[at]) * decay, load(k_s.at[at]) * decay
+                    y_n[...] = jnp.where(fresh.query(level), r, k).astype(bf16)
+                    plgpu.commit_smem()
+                    M = jnp.where(fresh.partners(level), load(d_s.at[at]), 0.0).astype(bf16)
+                    (dY,) = matmul((square, (M, y_n)))
+                    dx, query = dY * decay, fresh.query(level)
+                    dr, dk = jnp.where(query, dr + dx, dr), jnp.where(query, dk, dk + dx)
+                    if level == 0:
+                        break  # no decay lies between neighbours
+                    at = wg + fresh.zero()
+                    y_n, z_n = y_s.at[at], z_s.at[at]
+                    z_n[...] = (dY * load(y_n)).astype(bf16)
+                    plgpu.commit_smem()
+                    gathered = gather(dw, level - 1, z_n)
+                    if level > 1:
+                        dw, exponent = matmul(gathered, sums(level - 2))
+                    else:
+                        (dw,) = matmul(gathered)
+
+                at = wg + fresh.zero()
+                r_n, k_n, w_n, y_n = r_s.at[at], k_s.at[at], w_s.at[at], y_s.at[at]
+                r, k = load(r_n), load(k_n)
+                own, u = (
+                    over_columns(own, square),
+                    over_rows(mosaic.load_columns(u_s.at[at]), square),
+                )
+                plgpu.commit_smem()
+                y_n[...] = (own * r * k).astype(bf16)
+                r_n[...] = (dr + own * u * k).astype(bf16)
+                k_n[...] = (dk + own * u * r).astype(bf16)
+                dS = mosaic.load(w_n)
+                w_n[...] = dw * (1 / one)
+                plgpu.commit_smem()
+                (du,) = matmul((du, (y_n.T, ones_s.T)))
+                plgpu.barrier_arrive(done.at[at])
+                return dS, du
+
+            dS = plgpu.load(dfinal_.at[b, h], layout=plgpu.Layout.WGMMA, optimized=False)
+            du = mosaic.full((SIZE, 16), 0, f32)
+            dS, du = mosaic.loop(chunks, step, (dS, du))
+            dinitial_.at[b, h][...] = dS
+            u_s.at[wg][...] = jnp.sum(du, axis=1) * (1 / 16)  # 16 equal columns
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(u_s.at[wg], du_.at[b, h])
+            plgpu.wait_smem_to_gmem(0)
+
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    patterns = mosaic.tile(levels + 1, CHUNK, CHUNK, dtype=jnp.float16)
+    if not mosaic.interpreting():
+        patterns = plgpu.RefUnion(patterns, mosaic.tile(levels + 1, CHUNK, CHUNK))
+    return mosaic.kernel(
+        body,
+        threads=heads + 1,
+        manual_barriers=True,
+        out_type=(
+            *map(like, (r, k, v, w)),
+            jax.ShapeDtypeStruct((batch, H, SIZE), f32),
+            jax.ShapeDtypeStruct((batch, H, SIZE, SIZE), f32),
+        ),
+        scratch_types=[
+            patterns,
+            mosaic.tile(heads, *square),  # r
+            mosaic.tile(heads, *square),  # k
+            mosaic.tile(heads, *square),  # v
+            mosaic.tile(heads, *square),  # do
+            mosaic.tile(heads, SIZE, SIZE),  # states, Q, Y
+            mosaic.tile(heads, CHUNK, CHUNK),  # A, Z
+            mosaic.tile(heads, SIZE, SIZE),  # dS, M
+            mosaic.tile(heads, *square, dtype=f32),  # w
+            mosaic.tile(heads, *square, dtype=jnp.float16),  # log2 decays
+            plgpu.SMEM((heads, SIZE), f32),
+            mosaic.tile(16, CHUNK),
+            plgpu.SMEM((heads,), jnp.int32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=heads, num_arrivals=7),
+            plgpu.Barrier(num_barriers=heads),
+        ],
+        grid=(pl.cdiv(rows, heads),),
+        grid_names=("rows",),
+    )(r, k, v, w, u, states, scores, do, dstate, sum_patterns(), jnp.ones((16, CHUNK), bf16))

@@ -1,0 +1,95 @@
+"""What both directions of the WKV6 kernels share: sums of log decays, and who meets whom."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.chunks import levels
+from gt_jax.kernels.mosaic import CHUNK
+
+# exp of this is 0 in float32; times 64 tokens it is finite in float16, which holds the decays:
+# 11 bits of each are beyond what the bfloat16 operands of the other products resolve.
+_LOWEST_LOG_DECAY = -128.0
+_LOG2_E = math.log2(math.e)
+
+SIZE = 64  # key and value channels of a head; smaller heads are padded with zeros
+FROM_START, TO_END = 5, 6  # places of the chunk-wide patterns among sum_patterns()
+
+
+def log2_decay(w):
+    """Log decays in base 2, -inf replaced by what decays to zero as well."""
+    return jnp.maximum(w, _LOWEST_LOG_DECAY) * _LOG2_E
+
+
+@functools.cache
+def _patterns():
+    C = CHUNK
+    from_start, to_end = np.tri(C, k=-1), np.tri(C, k=-1).T
+    return np.concatenate([levels(C).before[1:], [from_start, to_end]])
+
+
+def sum_patterns():
+    """[7, C, C] float16 of 0 and 1: what is summed at level l, at l - 1 (level 0 sums nothing);
+    then from the chunk's start, and to its end."""
+    return jnp.asarray(_patterns(), jnp.float16)
+
+
+class Fresh:
+    """Values made anew wherever they are used: masks over an accumulator [C, C], and a zero.
+
+    What depends on nothing in a loop is computed once, before it, and then occupies registers that
+    the loop has not: masks, addresses, descriptors of operands. A zero read from memory, added to
+    an index, hides that. In the masks it is mixed into bits where the compiler cannot tell rows or
+    columns apart anyway; in the others most of a mask folds to constants, because a register of an
+    accumulator holds known columns and half-known rows.
+    """
+
+    def __init__(self, zero_ref):
+        self._zero = zero_ref
+
+    def zero(self):
+        """An int32 zero the compiler does not know."""
+        return self._zero[...]
+
+    def _indices(self):
+        zero = self.zero()
+        i = mosaic.iota((CHUNK, CHUNK), 0) + zero * 16
+        return i, mosaic.iota((CHUNK, CHUNK), 1)
+
+    def query(self, level):
+        """The row's token lies in the second half of its block."""
+        return (self._indices()[0] & (1 << level)) != 0
+
+    def _same_block(self, level, i, j):
+        high = max(4, level + 1)
+        same = (i >> high) == (j >> high)
+        for bit in range(level + 1, 4):
+            same &= (i & (1 << bit)) == (j & (1 << bit))
+        return same
+
+    def pair(self, level):
+        """The row's token reads the column's at this level."""
+        i, j = self._indices()
+        bit = 1 << level
+        return self._same_block(level, i, j) & ((i & bit) != 0) & ((j & bit) == 0)
+
+    def partners(self, level):
+        """The two tokens meet at this level, either way round."""
+        i, j = self._indices()
+        bit = 1 << level
+        return self._same_block(level, i, j) & ((i & bit) != (j & bit))
+
+    def diagonal(self):
+        """Row and column are the same token."""
+        return self._same_block(-1, *self._indices())
+
+    def later(self):
+        """The row's token comes after the column's."""
+        i, j = self._indices()
+        far = (i >> 4) > (j >> 4)
+        near = (i >> 4) == (j >> 4)
+        halves = ((i & 8) != 0) & ((j & 8) == 0)
+        return far | (near & (halves | (((i & 8) == (j & 8)) & ((i & 7) > (j & 7)))))
