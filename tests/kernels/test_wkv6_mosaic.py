@@ -13,6 +13,7 @@ import pytest
 
 from gt_jax.kernels import choose_impl, mosaic, wkv6
 from gt_jax.kernels.cases import LENGTHS, WKV6_REGIMES, segments, wkv6_inputs
+from gt_jax.kernels.wkv6 import mosaic_pieces
 from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
@@ -74,9 +75,18 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
 
 
 @too_old
-@pytest.mark.parametrize("heads", (1, 3, 4))
+def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, monkeypatch):
+    monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
+    inputs = make(length=180)  # pieces of two chunks, the second one padded
+    with mosaic.simulated("interpret"):
+        assert_accurate(run(wkv6_mosaic), run(wkv6_reference), inputs, NAMES, "bfloat16")
+
+
+@too_old
+@pytest.mark.parametrize("heads", (1, 4))
 @pytest.mark.parametrize("K", (32, 64))
-@pytest.mark.parametrize("length", (64, 130))
+@pytest.mark.parametrize("length", (130, 2048))  # the longer in pieces
 def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, heads):
     inputs = make(length=length, heads=heads, K=K, V=K)
 
@@ -153,6 +163,13 @@ def test_kernel_matches_reference_in_every_decay_regime(hopper, regime, K):
 @pytest.mark.parametrize("length", (*LENGTHS, 4096))
 def test_kernel_matches_reference_at_every_length(hopper, length):
     inputs = make(batch=2, length=length, heads=32)
+    assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 32), (1, 5000, 2), (2, 2048, 12)])
+def test_few_heads_in_pieces_match_reference(hopper, batch, length, heads):
+    inputs = make(batch=batch, length=length, heads=heads)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 

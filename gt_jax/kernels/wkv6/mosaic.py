@@ -26,14 +26,15 @@ from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_backward import backward
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
+    HEADS,
     SIZE,
     TO_END,
     Fresh,
     log2_decay,
+    place_of,
     sum_patterns,
 )
-
-_HEADS = 2  # per block
+from gt_jax.kernels.wkv6.mosaic_pieces import choose_pieces, piece_states
 
 
 def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
@@ -53,12 +54,17 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
         own = jnp.sum((r * k).astype(u.dtype) * u, axis=-1, keepdims=True) * v  # [B, T, H, V]
         own = jnp.where(resets, own, 0).astype(v.dtype)
         inputs = (jnp.where(resets, 0, r), k, v, jnp.where(resets, -jnp.inf, w))
-    # Bulk copies move 8 rows at least; zeros are tokens and channels that change nothing.
-    r, k, v, w = (_pad(z, (0, -length % 8), (0, 0), (0, SIZE - z.shape[-1])) for z in inputs)
+    pieces = choose_pieces(r.shape[0], length, r.shape[2])
+    # Pieces are whole chunks, and bulk copies move 8 rows at least; the zeros that fill up tokens
+    # and channels change nothing.
+    end = (0, -length % (8 if pieces == 1 else pieces * CHUNK))
+    cut = lambda z: z.reshape(z.shape[0] * pieces, -1, *z.shape[2:])
+    r, k, v, w = (cut(_pad(z, end, (0, 0), (0, SIZE - z.shape[-1]))) for z in inputs)
     u = _pad(u.astype(jnp.float32), (0, SIZE - K))
-    state = _pad(initial_state, (0, SIZE - K), (0, SIZE - V))
-    o, final_state = _wkv6(r, k, v, w.astype(jnp.float32), u, state)
-    return o[:, :length, :, :V] + own, final_state[..., :K, :V]
+    state = _pad(initial_state, (0, SIZE - K), (0, SIZE - V)).mT
+    o, final_state = _wkv6(pieces, r, k, v, w.astype(jnp.float32), u, state)
+    o = o.reshape(-1, length + end[1], *o.shape[2:])
+    return o[:, :length, :, :V] + own, final_state.mT[..., :K, :V]
 
 
 def _refusal(r, v, state, precision):
@@ -82,35 +88,41 @@ def _pad(z, *last):
     return jnp.pad(z, ((0, 0),) * (z.ndim - len(last)) + last)
 
 
-@jax.custom_vjp
-def _wkv6(r, k, v, w, u, state):
-    return _forward(r, k, v, w, u, state, save=False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wkv6(pieces, *inputs):
+    """o and final state; r, k, v, w are [batch * pieces, T, H, 64], the state [batch, H, V, K]."""
+    return _pieces_forward(pieces, *inputs, save=False)[0]
 
 
-def _wkv6_forward(r, k, v, w, u, state):
-    o, final_state, *saved = _forward(r, k, v, w, u, state, save=True)
-    return (o, final_state), (r, k, v, w, u, *saved)
+def _pieces_forward(pieces, r, k, v, w, u, state, *, save=True):
+    if pieces > 1:
+        state = piece_states(pieces, k, v, w, state)
+    o, final_states, *saved = _forward(r, k, v, w, u, state, save=save)
+    return (o, final_states[pieces - 1 :: pieces]), (r, k, v, w, u, *saved)
 
 
-def _wkv6_backward(residuals, cotangents):
+def _pieces_backward(pieces, residuals, cotangents):
+    r, _, _, w, *_ = residuals
     do, dstate = cotangents
-    *grads, du, dstate = backward(*residuals, do, dstate.mT)
-    return *grads, jnp.sum(du, axis=0), dstate.mT
+    if pieces > 1:
+        dstate = piece_states(pieces, r, do, w, dstate, reverse=True)
+    *grads, du, dstates = backward(*residuals, do, dstate)
+    return *grads, jnp.sum(du, axis=0), dstates[::pieces]
 
 
-_wkv6.defvjp(_wkv6_forward, _wkv6_backward)
+_wkv6.defvjp(_pieces_forward, _pieces_backward)
 
 
 def _forward(r, k, v, w, u, state, *, save):
-    """o, the final state and, with save, what the backward pass reads of every chunk.
+    """o, the final state and, with save, what the backward pass reads; states are [V, K].
 
     Returns:
-        o [B, T, H, V]; the final state [B, H, K, V]; the transposed state each chunk starts from
+        o [B, T, H, V]; the final state [B, H, V, K]; the state each chunk starts from
         [B, M, H, V, K] and A [B, M, H, C, C], both bfloat16 (one chunk long without save).
     """
     batch, T, H, _ = r.shape
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
-    heads = min(_HEADS, rows)
+    heads = min(HEADS, rows)
     levels = CHUNK.bit_length() - 1
     bf16, square = jnp.bfloat16, (CHUNK, SIZE)
 
@@ -119,10 +131,7 @@ def _forward(r, k, v, w, u, state, *, save):
              start, ready, ready_v, taken, taken_v):  # fmt: skip
         wg = lax.axis_index("wg")
 
-        def place(n):
-            """Batch row and head of the n-th warpgroup; a last odd one repeats its neighbour."""
-            row = jnp.minimum(lax.axis_index("rows") * heads + n, rows - 1)
-            return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
+        place = functools.partial(place_of, heads, batch, H)
 
         @pl.when(wg == heads)
         def _copy():
@@ -232,7 +241,7 @@ def _forward(r, k, v, w, u, state, *, save):
             plgpu.wait_smem_to_gmem(0)
 
     saved = (batch, chunks) if save else (1, 1)
-    o, final_state, states, scores = mosaic.kernel(
+    return mosaic.kernel(
         body,
         threads=heads + 1,
         manual_barriers=True,
@@ -262,5 +271,4 @@ def _forward(r, k, v, w, u, state, *, save):
         ],
         grid=(pl.cdiv(rows, heads),),
         grid_names=("rows",),
-    )(r, k, v, w, u, state.mT, sum_patterns())
-    return o, final_state.mT, states, scores
+    )(r, k, v, w, u, state, sum_patterns())

@@ -11,6 +11,8 @@ it stands, and the column sums of exp(sum w) S * dS: products of the 0/1 pattern
 nothing cancels.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,14 +23,14 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
+    HEADS,
     SIZE,
     TO_END,
     Fresh,
     log2_decay,
+    place_of,
     sum_patterns,
 )
-
-_HEADS = 2  # per block
 
 # The patterns are float16, as the decays they sum in the forward direction; gradients need the
 # range of bfloat16. The bits of 1 in float16 are 2^-7 in bfloat16, so one table serves both.
@@ -50,7 +52,7 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
     """
     batch, T, H, _ = r.shape
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
-    heads = min(_HEADS, rows)
+    heads = min(HEADS, rows)
     levels = CHUNK.bit_length() - 1
     bf16, f32 = jnp.bfloat16, jnp.float32
     square = (CHUNK, SIZE)
@@ -63,10 +65,7 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
         sums_s, dsums_s = (patterns_s,) * 2 if mosaic.interpreting() else patterns_s
         wg = lax.axis_index("wg")
 
-        def place(n):
-            """Batch row and head of the n-th warpgroup; a last odd one repeats its neighbour."""
-            row = jnp.minimum(lax.axis_index("rows") * heads + n, rows - 1)
-            return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
+        place = functools.partial(place_of, heads, batch, H)
 
         @pl.when(wg == heads)
         def _copy():

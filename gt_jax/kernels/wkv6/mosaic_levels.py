@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import levels
@@ -16,7 +17,14 @@ _LOWEST_LOG_DECAY = -128.0
 _LOG2_E = math.log2(math.e)
 
 SIZE = 64  # key and value channels of a head; smaller heads are padded with zeros
+HEADS = 2  # that a block of the grid works on, a warpgroup each
 FROM_START, TO_END = 5, 6  # places of the chunk-wide patterns among sum_patterns()
+
+
+def place_of(heads, batch, H, n):
+    """Batch row and head that warpgroup n of a block has; a last odd one repeats its neighbour."""
+    row = jnp.minimum(lax.axis_index("rows") * heads + n, batch * H - 1)
+    return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
 
 
 def log2_decay(w):

@@ -1,0 +1,142 @@
+"""Cutting a long sequence of few heads into pieces that a Hopper GPU works on at the same time.
+
+A piece maps the state S it starts from to diag(d) S + U, with d its total decay and U what it adds.
+One pass over k, v and w finds every d and U, a scan over the few pieces their starting states, and
+then each piece is a row of a batch of its own. Backward the same, from the end, with r, do and w.
+States are transposed, [V, K], as in the kernels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels import mosaic
+from gt_jax.kernels.chunks import carry_state
+from gt_jax.kernels.mosaic import CHUNK, matmul
+from gt_jax.kernels.wkv6.mosaic_levels import (
+    FROM_START,
+    HEADS,
+    SIZE,
+    TO_END,
+    Fresh,
+    log2_decay,
+    place_of,
+    sum_patterns,
+)
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
+_LEAST_CHUNKS = 8  # of a piece
+_STAGES = 2  # chunks in flight
+
+
+def choose_pieces(batch, length, heads):
+    """Into how many pieces each row is cut: a power of two, 1 where the heads fill the GPU."""
+    blocks, chunks, pieces = pl.cdiv(batch * heads, HEADS), pl.cdiv(length, CHUNK), 1
+    while 2 * pieces * blocks <= _MULTIPROCESSORS and chunks >= 2 * pieces * _LEAST_CHUNKS:
+        pieces *= 2
+    return pieces
+
+
+def piece_states(pieces, x, V, w, state, *, reverse=False):
+    """State each piece starts from (ends with if reverse), [batch * pieces, H, V, K] float32.
+
+    Args:
+        pieces: how many there are of each row.
+        x, V, w: k, v and w, or r, do and w if reverse; [batch * pieces, T, H, 64].
+        state: [batch, H, V, K] before the first piece, or the gradient after the last.
+    """
+    apart = lambda z: z.reshape(-1, pieces, *z.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces, ...]
+    decay, update = _maps(x, V, w, reverse)
+    states, _ = carry_state(state, apart(decay), apart(update), reverse=reverse)
+    return states.swapaxes(1, 2).reshape(update.shape)
+
+
+def _maps(x, V, w, reverse):
+    """d (the same in every row) and U of each row of the batch, [rows, H, V, K] float32."""
+    batch, T, H, _ = x.shape
+    chunks, heads = pl.cdiv(T, CHUNK), min(HEADS, batch * H)
+    square, state = (CHUNK, SIZE), (SIZE, SIZE)
+    pattern = sum_patterns()[FROM_START if reverse else TO_END]
+
+    def body(x_, V_, w_, pattern_, d_, U_,
+             pattern_s, x_s, V_s, w_s, g_s, y_s, zero_s, start, ready, consumed):  # fmt: skip
+        wg = lax.axis_index("wg")
+        place = functools.partial(place_of, heads, batch, H)
+
+        @pl.when(wg == heads)
+        def _copy():
+            plgpu.set_max_registers(24, action="decrease")
+            plgpu.copy_gmem_to_smem(pattern_, pattern_s, start)
+
+            def fetch(step, _):
+                m = chunks - 1 - step if reverse else step
+                slot = lax.rem(step, jnp.int32(_STAGES))
+                for n in range(heads):
+                    b, h = place(n)
+                    at = n * _STAGES + slot
+                    pl.when(step >= _STAGES)(lambda at=at: plgpu.barrier_wait(consumed.at[at]))
+                    for source, target in ((x_, x_s), (V_, V_s), (w_, w_s)):
+                        tile = source.at[b, mosaic.tokens(m), h]
+                        plgpu.copy_gmem_to_smem(tile, target.at[n, slot], ready.at[at])
+
+            mosaic.loop(chunks, fetch, None)
+            for step in range(max(0, chunks - _STAGES), chunks):  # see every chunk out
+                for n in range(heads):
+                    plgpu.barrier_wait(consumed.at[n * _STAGES + step % _STAGES])
+
+        @pl.when(wg < heads)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            b, h = place(wg)
+            zero_s[wg] = jnp.int32(0)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(start)
+            fresh = Fresh(zero_s.at[wg])
+            ones = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+
+            def step(m, carry):
+                d, U = carry
+                slot, at = lax.rem(m, jnp.int32(_STAGES)), wg + fresh.zero()
+                g, Y = g_s.at[at], y_s.at[at]
+                plgpu.barrier_wait(ready.at[at * _STAGES + slot])
+                g[...] = log2_decay(mosaic.load(w_s.at[at, slot])).astype(g.dtype)
+                plgpu.commit_smem()
+                exponent, total = matmul((square, (pattern_s, g)), (state, (ones, g)))
+                decay = jnp.exp2(total)
+                tile = mosaic.load(x_s.at[at, slot]).astype(jnp.float32)
+                Y[...] = (tile * jnp.exp2(exponent)).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                (U,) = matmul((U * decay, (V_s.at[at, slot].T, Y)))
+                plgpu.barrier_arrive(consumed.at[at * _STAGES + slot])
+                return d * decay, U
+
+            start_of = lambda value: mosaic.full(state, value, jnp.float32)
+            d, U = mosaic.loop(chunks, step, (start_of(1), start_of(0)))
+            d_.at[b, h][...] = d
+            U_.at[b, h][...] = U
+
+    result = jax.ShapeDtypeStruct((batch, H, *state), jnp.float32)
+    return mosaic.kernel(
+        body,
+        threads=heads + 1,
+        manual_barriers=True,
+        out_type=(result, result),
+        scratch_types=[
+            mosaic.tile(CHUNK, CHUNK, dtype=jnp.float16),
+            mosaic.tile(heads, _STAGES, *square),
+            mosaic.tile(heads, _STAGES, *square),
+            mosaic.tile(heads, _STAGES, *square, dtype=jnp.float32),
+            mosaic.tile(heads, *square, dtype=jnp.float16),
+            mosaic.tile(heads, *square),
+            plgpu.SMEM((heads,), jnp.int32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=heads * _STAGES, num_arrivals=3),
+            plgpu.Barrier(num_barriers=heads * _STAGES),
+        ],
+        grid=(pl.cdiv(batch * H, heads),),
+        grid_names=("rows",),
+    )(x, V, w, pattern)
