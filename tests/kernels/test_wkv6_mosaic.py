@@ -67,6 +67,14 @@ def test_interpreted_kernel_matches_reference(float64_in_every_thread, regime, l
 
 
 @too_old
+def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes():
+    r, k, v, w, u, state = make(length=65)
+    with mosaic.simulated("interpret"):
+        _, final_state = wkv6_mosaic(r, 0 * k, v, 0 * w, u, state, None, "default")
+    np.testing.assert_array_equal(final_state, state)
+
+
+@too_old
 def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
     resets = jnp.asarray(np.diff(segments(1, 130), axis=1, prepend=0) > 0)
     with mosaic.simulated("interpret"):
