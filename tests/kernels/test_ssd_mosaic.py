@@ -16,7 +16,7 @@ from gt_jax.kernels.cases import SSD_REGIMES, segments, ssd_inputs
 from gt_jax.kernels.ssd import mosaic_pieces
 from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
-from tests.kernels.accuracy import assert_accurate, values_and_gradients
+from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors, values_and_gradients
 
 with mosaic.simulated("lower"):
     too_old = pytest.mark.skipif(bool(mosaic.unsupported()), reason=str(mosaic.unsupported()))
@@ -81,6 +81,16 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
     with mosaic.simulated("interpret"):
         candidate, reference = run(ssd_mosaic, resets), run(ssd_reference, resets)
         assert_accurate(candidate, reference, inputs, NAMES, "bfloat16")
+
+
+@too_old
+def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_thread):
+    *inputs, state = per_token(*make("near_one", length=1280))
+    inputs = (*inputs, jnp.zeros_like(state))  # all that is in the state came slowly
+    with mosaic.simulated("interpret"):
+        found = errors(run(ssd_mosaic), run(ssd_reference), inputs, NAMES)
+    assert found["final_state"] < TOLERANCE["bfloat16"]
+    assert found["d_initial_state"] < TOLERANCE["bfloat16"]
 
 
 @too_old

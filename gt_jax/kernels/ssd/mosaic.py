@@ -119,20 +119,20 @@ def _ssd_forward(pieces, x, dt, a, B, C, D, state, *, save_states=True):
     if pieces > 1:
         state = piece_states(size, pieces, x, B, scalars, state)
     y, final, states = _forward(x, B, C, scalars, D, state, save_states=save_states)
-    return (y, final[pieces - 1 :: pieces]), (x, a, B, C, scalars, D, states)
+    return (y, final[pieces - 1 :: pieces]), (x, B, C, scalars, D, states)
 
 
 def _ssd_backward(pieces, residuals, cotangents):
-    x, a, B, C, scalars, D, states = residuals
+    x, B, C, scalars, D, states = residuals
     size = _sizes(x, B)
     dy, dstate = cotangents
     if pieces > 1:
         dstate = piece_states(size, pieces, dy, C, scalars, dstate, reverse=True)
     dx, dB, dC, rows, dD, dstate = backward(size, x, B, C, scalars, D, states, dy, dstate)
     ddt, da = _of_token_scalars(scalars, rows)
-    da = jnp.where(a < _LOWEST_LOG_DECAY, 0, _by_token(da, size))
     dB, dC = (_sum_blocks(z, size).astype(B.dtype) for z in (dB, dC))
-    return dx, _by_token(ddt, size), da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate[::pieces]
+    ddt, da = _by_token(ddt, size), _by_token(da, size)
+    return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate[::pieces]
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
