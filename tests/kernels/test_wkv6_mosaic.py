@@ -67,7 +67,7 @@ def test_interpreted_kernel_matches_reference(float64_in_every_thread, regime, l
 
 
 @too_old
-def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes():
+def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_in_every_thread):
     r, k, v, w, u, state = make(length=65)
     with mosaic.simulated("interpret"):
         _, final_state = wkv6_mosaic(r, 0 * k, v, 0 * w, u, state, None, "default")
