@@ -6,7 +6,8 @@ Each is one function over a whole sequence and one for a single token:
     o, state = wkv6_step(...)             y, state = ssd_step(...)
 
 `impl` picks how a sequence is computed, never what: "reference" (token by token, the definition),
-"chunked" (matmuls over chunks, plain JAX, any device) or "auto", the fastest one that runs here.
+"chunked" (matmuls over chunks, plain JAX, any device), "mosaic" (Pallas kernels for Hopper GPUs) or
+"auto", the fastest one that runs here.
 """
 
 from gt_jax.kernels.dispatch import choose_impl

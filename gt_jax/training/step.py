@@ -60,12 +60,14 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
         model: a gt_jax.models module.
         tx: the optimizer, and `schedule` its learning rate by update.
         config: uses model.rwkv_dropout_*, optim.grad_accumulation, optim.clip and train.steps.
-        axis_name: set under pmap: sums over that axis make the result the whole batch's.
+        axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
+            batch's.
 
     Returns:
-        A function to jit or pmap. Its metrics are scalars: loss (nats per token), grad_norm (before
-        clipping), grad_norm_rwkv, ..., r_m_ratio (RWKV's over Mamba's gradient norm), lr, tokens,
-        skipped, skipped_in_a_row; and gate [layers], the mean gate of each block that has one.
+        A function to jit, shard_map or pmap. Its metrics are scalars: loss (nats per token),
+        grad_norm (before clipping), grad_norm_rwkv, ..., r_m_ratio (RWKV's over Mamba's gradient
+        norm), lr, tokens, skipped, skipped_in_a_row; and gate [layers], the mean gate of each block
+        that has one.
     """
     microbatches = config.optim.grad_accumulation
     dropout = (config.model.rwkv_dropout_start, config.model.rwkv_dropout_end)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from gt_jax.kernels import choose_impl, mosaic, ssd
 from gt_jax.kernels.cases import SSD_REGIMES, segments, ssd_inputs
@@ -132,6 +134,22 @@ def test_kernels_lower_under_vmap_remat_and_scan():
     with mosaic.simulated("lower"):
         gradient = jax.jit(jax.vmap(jax.grad(layers, range(7))))
         gradient.trace(*stacked).lower(lowering_platforms=("cuda",))
+
+
+@too_old
+def test_kernels_lower_under_shard_map():
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = P("batch")
+    part = jax.shard_map(
+        run(ssd_mosaic),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, rows, rows, P(), rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    inputs = per_token(*make(batch=2, length=64))
+    with mosaic.simulated("lower"):
+        jax.jit(part).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
 @too_old
