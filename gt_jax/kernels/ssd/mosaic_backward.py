@@ -46,7 +46,7 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
     square, wide = (CHUNK, CHUNK), (CHUNK, N)
 
     def body(x_, B_, C_, scalars_, D_, states_, dy_, dlast_, dx_, dB_, dC_, rows_, dD_, dfirst_,
-             x_s, dy_s, B_s, C_s, scalars_s, S_s, dS_s, dCB_s, before_s, rows_s,
+             x_s, dy_s, B_s, C_s, scalars_s, S_s, dS_s, dCB_s, before_s, zero_s, rows_s,
              ready, consumed, S_ready, S_consumed, operands_ready, operands_read):  # fmt: skip
         row, block = lax.axis_index("row"), lax.axis_index("heads")
         head0 = block * W
@@ -88,12 +88,19 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
         def compute(wg):  # a plain number: addresses known when compiling save registers
             plgpu.set_max_registers(240, action="increase")
             head = head0 + wg
-            S_b, dS_b, dCB_b, rows_b = S_s.at[wg], dS_s.at[wg], dCB_s.at[wg], rows_s.at[wg]
+            rows_b = rows_s.at[wg]
             D_h = D_[head]
+
+            zero_s[wg] = jnp.int32(0)
+
+            def zero():
+                """0, read from memory: an address it is added to is computed where it is used, not
+                once before the loop to occupy registers it needs."""
+                return zero_s[wg]
 
             if wg == 0:
                 t, j = mosaic.iota(square, 0), mosaic.iota(square, 1)
-                before_s[...] = (j < t).astype(jnp.bfloat16)
+                before_s[0] = (j < t).astype(jnp.bfloat16)
                 plgpu.commit_smem()
 
             plgpu.barrier_arrive(operands_read)
@@ -101,15 +108,20 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
 
             def not_before(z):
                 """z [j, i] where i >= j, else 0; a mask from iotas would hold registers."""
-                before = mosaic.load(before_s).astype(jnp.float32)
+                before = mosaic.load(before_s.at[zero()]).astype(jnp.float32)
                 return z - z * before
+
+            def operands(slot):
+                z = zero()
+                own = (x.at[slot + z, wg + z] for x in (x_s, dy_s))
+                of_group = (x.at[slot + z] for x in (B_s, C_s))
+                return *own, *of_group, *(x.at[wg + z] for x in (S_s, dS_s, dCB_s))
 
             def step(k, carry):
                 dS, dD = carry
                 per_token = {}
                 m, slot = size.chunks - 1 - k, lax.rem(k, jnp.int32(_STAGES))
-                x_b, dy_b = x_s.at[slot, wg], dy_s.at[slot, wg]
-                B_b, C_b = B_s.at[slot], C_s.at[slot]
+                x_b, dy_b, B_b, C_b, *_ = operands(slot)
                 plgpu.barrier_wait(ready.at[slot])
                 BC, dM = matmul((square, (B_b, C_b.T)), (square, (x_b, dy_b.T)))
 
@@ -130,10 +142,12 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 dCB = (dM * dt_j).astype(jnp.bfloat16)
                 of_dt = dM * BC
                 per_token["ddt"] = jnp.sum(of_dt, axis=1)
+                x_b, dy_b, B_b, C_b, S_b, dS_b, dCB_b = operands(slot)
                 dCB_b[...] = (of_dt * dt_j).astype(jnp.bfloat16)  # lends its place until below
 
                 plgpu.barrier_wait(S_ready)
                 CS, kept = matmul(((CHUNK, P), (C_b, S_b.T)), ((CHUNK, P), (B_b, dS_b.T)))
+                x_b, dy_b, _, C_b, S_b, dS_b, dCB_b = operands(slot)
                 from_start = jnp.exp2(g)
                 dy = mosaic.load(dy_b).astype(jnp.float32)
                 per_token["read"] = jnp.sum(CS * dy, axis=1) * from_start
@@ -144,9 +158,10 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 x_b[...] = (x * weight).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 between, dx = matmul(
-                    (square, (before_s, dCB_b)),  # [t, i], summed over j < t
+                    (square, (before_s.at[zero()], dCB_b)),  # [t, i], summed over j < t
                     (kept * weight + dy * D_h, (M, dy_b)),
                 )
+                x_b, dy_b, B_b, C_b, S_b, dS_b, dCB_b = operands(slot)
                 per_token["between"] = jnp.sum(not_before(between), axis=1)
                 dx = dx.astype(jnp.bfloat16)
                 dCB_b[...] = dCB
@@ -160,17 +175,19 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 (dS,) = matmul((dS * through, (dy_b.T, C_b)))
 
                 plgpu.barrier_wait(operands_ready)
-                sums = []
+                sums, z = [], zero()
+                B_b, C_b = B_s.at[slot + z], C_s.at[slot + z]
                 if wg == 0:
-                    pairs = [(dy_s.at[slot, h], S_s.at[h]) for h in range(W)]
-                    pairs += [(dCB_s.at[h].T, B_b) for h in range(W)]
+                    pairs = [(dy_s.at[slot + z, h], S_s.at[h + z]) for h in range(W)]
+                    pairs += [(dCB_s.at[h + z].T, B_b) for h in range(W)]
                     sums.append((matmul((wide, *pairs))[0].astype(jnp.bfloat16), C_b, dC_))
                 if wg == W - 1:
-                    pairs = [(x_s.at[slot, h], dS_s.at[h]) for h in range(W)]
-                    pairs += [(dCB_s.at[h], C_b) for h in range(W)]
+                    pairs = [(x_s.at[slot + z, h], dS_s.at[h + z]) for h in range(W)]
+                    pairs += [(dCB_s.at[h + z], C_b) for h in range(W)]
                     sums.append((matmul((wide, *pairs))[0].astype(jnp.bfloat16), B_b, dB_))
                 plgpu.barrier_arrive(operands_read)
                 plgpu.barrier_wait(operands_read)
+                x_b, _, B_b, C_b, _, dS_b, _ = operands(slot)
                 x_b[...] = dx  # results leave from the places of operands
                 dS_b[...] = dS.astype(jnp.bfloat16)
                 for value, place, _ in sums:
@@ -186,7 +203,7 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
                 return dS, dD
 
             dS = plgpu.load(dlast_.at[row, head], layout=plgpu.Layout.WGMMA, optimized=False)
-            dS_b[...] = dS.astype(jnp.bfloat16)
+            dS_s[wg] = dS.astype(jnp.bfloat16)
             plgpu.commit_smem()
             dD = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             dS, dD = mosaic.loop(size.chunks, step, (dS, dD))
@@ -221,7 +238,8 @@ def backward(size, x, B, C, scalars, D, states, dy, dstate):
             mosaic.tile(W, P, N),
             mosaic.tile(W, P, N),
             mosaic.tile(W, CHUNK, CHUNK),
-            mosaic.tile(CHUNK, CHUNK),
+            mosaic.tile(1, CHUNK, CHUNK),
+            plgpu.SMEM((W,), jnp.int32),
             plgpu.SMEM((W, len(ROWS), CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=2 + 3 * W, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
