@@ -2,7 +2,7 @@
 
 import jax
 
-from gt_jax.kernels import mosaic
+from gt_jax.kernels import hopper
 
 
 def dispatch(op, impls, impl, *args, **kwargs):
@@ -45,7 +45,7 @@ def choose_impl(op):
     if op not in ("wkv6", "ssd"):
         raise ValueError(f"op={op!r} must be 'wkv6' or 'ssd'")
     device = jax.devices()[0].device_kind
-    if mosaic.unsupported() is None:
+    if hopper.unsupported() is None:
         return "mosaic", f"Pallas kernels for {device}, bfloat16; other dtypes take chunked"
     return "chunked", f"portable matmuls over chunks, runs on {device}"
 

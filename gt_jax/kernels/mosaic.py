@@ -1,15 +1,10 @@
 """What the Pallas kernels for Hopper share, and every difference between JAX versions.
 
-A kernel is written once. On an H100 or H200 it is compiled; inside `simulated("interpret")` it runs
-on any machine in JAX's interpreter, which checks values and races; inside `simulated("lower")` it
-may be traced and lowered for a GPU that is not there, which checks what the compiler accepts.
-
-A trap neither of them shows: sums over the rows of an accumulator (axis 0) go through one scratch
-area that all warpgroups of a block share, so two of them must not take such sums at once.
+A trap that neither the interpreter nor lowering shows (see hopper.py): sums over the rows of an
+accumulator (axis 0) go through one scratch area that all warpgroups of a block share, so two of
+them must not take such sums at once.
 """
 
-import contextlib
-import contextvars
 import functools
 
 import jax
@@ -17,44 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-OLDEST_JAX = (0, 11, 0)  # first release whose Pallas has all that the kernels use
+from gt_jax.kernels.hopper import interpreting
+
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
-
-_simulation = contextvars.ContextVar("simulation", default=None)
-
-
-@contextlib.contextmanager
-def simulated(mode):
-    """Kernels traced inside are interpreted ("interpret") or only lowered ("lower").
-
-    A function jitted before keeps what it was traced as.
-    """
-    token = _simulation.set(mode)
-    try:
-        yield
-    finally:
-        _simulation.reset(token)
-
-
-def interpreting():
-    """True where kernels run in the interpreter."""
-    return _simulation.get() == "interpret"
-
-
-def unsupported():
-    """Why no kernel can run here, or None. Holds the device, the JAX version and what is needed."""
-    if jax.__version_info__ < OLDEST_JAX:
-        needed = ".".join(map(str, OLDEST_JAX))
-        return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
-    if _simulation.get():
-        return None
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        return (
-            "the Pallas kernels need a Hopper GPU (H100, H200; compute capability 9.0); "
-            f"this is {device.device_kind} under JAX {jax.__version__}"
-        )
-    return None
 
 
 def kernel(body, *, threads, manual_barriers=False, **options):

@@ -13,15 +13,15 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.kernels import choose_impl, mosaic, ssd
+from gt_jax.kernels import choose_impl, hopper, ssd
 from gt_jax.kernels.cases import SSD_REGIMES, segments, ssd_inputs
 from gt_jax.kernels.ssd import mosaic_pieces
 from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
 from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors, values_and_gradients
 
-with mosaic.simulated("lower"):
-    too_old = pytest.mark.skipif(bool(mosaic.unsupported()), reason=str(mosaic.unsupported()))
+with hopper.simulated("lower"):
+    too_old = pytest.mark.skipif(bool(hopper.unsupported()), reason=str(hopper.unsupported()))
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def float64_in_every_thread():  # the interpreter's own among them
 
 
 @pytest.fixture
-def hopper():
-    if mosaic.unsupported():
-        pytest.skip(mosaic.unsupported())
+def needs_hopper():
+    if hopper.unsupported():
+        pytest.skip(hopper.unsupported())
 
 
 def make(regime="typical", batch=1, length=130, heads=2, groups=1, N=64, seed=0):
@@ -72,7 +72,7 @@ def test_interpreted_kernel_matches_reference(
     float64_in_every_thread, regime, length, heads, groups, N
 ):
     inputs = per_token(*make(regime, 1, length, heads, groups, N))
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         assert_accurate(run(ssd_mosaic), run(ssd_reference), inputs, NAMES, "bfloat16")
 
 
@@ -80,7 +80,7 @@ def test_interpreted_kernel_matches_reference(
 def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
     resets = jnp.asarray(np.diff(segments(1, 130), axis=1, prepend=0) > 0)
     inputs = per_token(*make())
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         candidate, reference = run(ssd_mosaic, resets), run(ssd_reference, resets)
         assert_accurate(candidate, reference, inputs, NAMES, "bfloat16")
 
@@ -89,7 +89,7 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
 def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_thread):
     *inputs, state = per_token(*make("near_one", length=1280))
     inputs = (*inputs, jnp.zeros_like(state))  # all that is in the state came slowly
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         found = errors(run(ssd_mosaic), run(ssd_reference), inputs, NAMES)
     assert found["final_state"] < TOLERANCE["bfloat16"]
     assert found["d_initial_state"] < TOLERANCE["bfloat16"]
@@ -100,7 +100,7 @@ def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, 
     monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
     monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
     inputs = per_token(*make(length=180))  # pieces of two chunks, the second one padded
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         assert_accurate(run(ssd_mosaic), run(ssd_reference), inputs, NAMES, "bfloat16")
 
 
@@ -115,7 +115,7 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups):
         outputs, pull_back = jax.vjp(run(ssd_mosaic), *arrays)
         return pull_back(outputs)
 
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         jax.jit(run(ssd_mosaic)).trace(*inputs).lower(lowering_platforms=("cuda",))
         jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
 
@@ -131,7 +131,7 @@ def test_kernels_lower_under_vmap_remat_and_scan():
         return jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32).sum()
 
     stacked = tuple(jnp.stack([z, z]) for z in inputs)
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         gradient = jax.jit(jax.vmap(jax.grad(layers, range(7))))
         gradient.trace(*stacked).lower(lowering_platforms=("cuda",))
 
@@ -148,7 +148,7 @@ def test_kernels_lower_under_shard_map():
         check_vma=False,
     )
     inputs = per_token(*make(batch=2, length=64))
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         jax.jit(part).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
@@ -165,12 +165,12 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
     x, dt, A, B, C, *_ = make(length=8, N=change.get("N", 64))
     x, B, C = (z.astype(change.get("dtype", z.dtype)) for z in (x, B, C))
     options = {"precision": change.get("precision", "default"), "impl": "mosaic"}
-    with mosaic.simulated("lower"), pytest.raises(ValueError, match=message):
+    with hopper.simulated("lower"), pytest.raises(ValueError, match=message):
         ssd(x, dt, A, B, C, **options)
 
 
 def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why():
-    if not mosaic.unsupported():
+    if not hopper.unsupported():
         pytest.skip("this is a Hopper GPU")
     x, dt, A, B, C, *_ = make(length=70)
     assert choose_impl("ssd")[0] == "chunked"
@@ -191,21 +191,21 @@ def public(impl):
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", (64, 128))
 @pytest.mark.parametrize("regime", SSD_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(hopper, regime, N):
+def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, N):
     inputs = make(regime, batch=2, length=150, heads=32, groups=2, N=N)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", (1, 2, 15, 63, 64, 65, 127, 1000, 4096))
-def test_kernel_matches_reference_at_every_length(hopper, length):
+def test_kernel_matches_reference_at_every_length(needs_hopper, length):
     inputs = make(batch=2, length=length, heads=32, N=128)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 64), (1, 5000, 2), (2, 2048, 24)])
-def test_few_heads_in_pieces_match_reference(hopper, batch, length, heads):
+def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads):
     inputs = per_token(*make(batch=batch, length=length, heads=heads, N=128))
     candidate, reference = run(ssd_mosaic), run(ssd_reference)
     assert_accurate(candidate, reference, inputs, NAMES, "bfloat16")
@@ -213,13 +213,13 @@ def test_few_heads_in_pieces_match_reference(hopper, batch, length, heads):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads, groups", [(24, 1), (24, 24), (33, 11), (132, 2), (260, 1)])
-def test_kernel_matches_reference_for_any_number_of_heads(hopper, heads, groups):
+def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, groups):
     inputs = make(heads=heads, groups=groups, N=64)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
-def test_kernel_starts_segments_from_zero(hopper):
+def test_kernel_starts_segments_from_zero(needs_hopper):
     resets = jnp.asarray(np.diff(segments(2, 300), axis=1, prepend=0) > 0)
     inputs = per_token(*make(batch=2, length=300, heads=8, N=128))
     candidate, reference = run(ssd_mosaic, resets), run(ssd_reference, resets)
@@ -227,7 +227,7 @@ def test_kernel_starts_segments_from_zero(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(hopper):
+def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper):
     inputs = make(batch=4, length=900, heads=64, N=128)  # too short for pieces, even alone
     both = lambda z: values_and_gradients(public("mosaic"), z, (z[0], z[-1]))
     first = both(inputs)
@@ -240,7 +240,7 @@ def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(hopper):
+def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper):
     x, dt, A, B, C, D, state = make(batch=2, length=130, heads=4)
     poison = lambda z: z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
     y, _ = public("mosaic")(poison(x), poison(dt), A, poison(B), poison(C), D, state)
@@ -249,7 +249,7 @@ def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_under_vmap_equals_a_loop(hopper):
+def test_kernel_under_vmap_equals_a_loop(needs_hopper):
     inputs = [make(heads=4, seed=seed) for seed in range(2)]
     together = jax.vmap(public("mosaic"))(*(jnp.stack(z) for z in zip(*inputs)))
     for n in range(2):
@@ -258,7 +258,7 @@ def test_kernel_under_vmap_equals_a_loop(hopper):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernel(hopper):
+def test_auto_takes_the_kernel(needs_hopper):
     x, dt, A, B, C, *_ = make(length=70)
     assert choose_impl("ssd")[0] == "mosaic"
     outputs = (ssd(x, dt, A, B, C, impl=impl) for impl in ("auto", "mosaic"))

@@ -13,15 +13,15 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.kernels import choose_impl, mosaic, wkv6
+from gt_jax.kernels import choose_impl, hopper, wkv6
 from gt_jax.kernels.cases import LENGTHS, WKV6_REGIMES, segments, wkv6_inputs
 from gt_jax.kernels.wkv6 import mosaic_pieces
 from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
 
-with mosaic.simulated("lower"):
-    too_old = pytest.mark.skipif(bool(mosaic.unsupported()), reason=str(mosaic.unsupported()))
+with hopper.simulated("lower"):
+    too_old = pytest.mark.skipif(bool(hopper.unsupported()), reason=str(hopper.unsupported()))
 
 NAMES = ("r", "k", "v", "w", "u", "initial_state")
 
@@ -34,9 +34,9 @@ def float64_in_every_thread():  # the interpreter's own among them
 
 
 @pytest.fixture
-def hopper():
-    if mosaic.unsupported():
-        pytest.skip(mosaic.unsupported())
+def needs_hopper():
+    if hopper.unsupported():
+        pytest.skip(hopper.unsupported())
 
 
 def make(regime="typical", batch=1, length=130, heads=2, K=64, V=64, seed=0):
@@ -64,14 +64,14 @@ def run(impl, resets=None):
 )
 def test_interpreted_kernel_matches_reference(float64_in_every_thread, regime, length, heads, K, V):
     inputs = make(regime, 1, length, heads, K, V)
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         assert_accurate(run(wkv6_mosaic), run(wkv6_reference), inputs, NAMES, "bfloat16")
 
 
 @too_old
 def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_in_every_thread):
     r, k, v, w, u, state = make(length=65)
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         _, final_state = wkv6_mosaic(r, 0 * k, v, 0 * w, u, state, None, "default")
     np.testing.assert_array_equal(final_state, state)
 
@@ -79,7 +79,7 @@ def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_i
 @too_old
 def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
     resets = jnp.asarray(np.diff(segments(1, 130), axis=1, prepend=0) > 0)
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         candidate, reference = run(wkv6_mosaic, resets), run(wkv6_reference, resets)
         assert_accurate(candidate, reference, make(), NAMES, "bfloat16")
 
@@ -89,7 +89,7 @@ def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, 
     monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
     monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
     inputs = make(length=180)  # pieces of two chunks, the second one padded
-    with mosaic.simulated("interpret"):
+    with hopper.simulated("interpret"):
         assert_accurate(run(wkv6_mosaic), run(wkv6_reference), inputs, NAMES, "bfloat16")
 
 
@@ -104,7 +104,7 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, heads):
         outputs, pull_back = jax.vjp(run(wkv6_mosaic), *arrays)
         return pull_back(outputs)
 
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         jax.jit(run(wkv6_mosaic)).trace(*inputs).lower(lowering_platforms=("cuda",))
         jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
 
@@ -120,7 +120,7 @@ def test_kernels_lower_under_vmap_remat_and_scan():
         return jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32).sum()
 
     stacked = tuple(jnp.stack([z, z]) for z in inputs)
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         gradient = jax.jit(jax.vmap(jax.grad(layers, range(6))))
         gradient.trace(*stacked).lower(lowering_platforms=("cuda",))
 
@@ -137,7 +137,7 @@ def test_kernels_lower_under_shard_map():
         check_vma=False,
     )
     inputs = make(batch=2, length=64)
-    with mosaic.simulated("lower"):
+    with hopper.simulated("lower"):
         jax.jit(part).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
@@ -154,12 +154,12 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
     r, k, v, w, u, _ = make(length=8, K=change.get("K", 64))
     r, k, v = (z.astype(change.get("dtype", z.dtype)) for z in (r, k, v))
     options = {"precision": change.get("precision", "default"), "impl": "mosaic"}
-    with mosaic.simulated("lower"), pytest.raises(ValueError, match=message):
+    with hopper.simulated("lower"), pytest.raises(ValueError, match=message):
         wkv6(r, k, v, w, u, **options)
 
 
 def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why():
-    if not mosaic.unsupported():
+    if not hopper.unsupported():
         pytest.skip("this is a Hopper GPU")
     *inputs, _ = make(length=70)
     assert choose_impl("wkv6")[0] == "chunked"
@@ -180,40 +180,40 @@ def public(impl):
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", (32, 64))
 @pytest.mark.parametrize("regime", WKV6_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(hopper, regime, K):
+def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, K):
     inputs = make(regime, batch=2, length=150, heads=32, K=K, V=K)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", (*LENGTHS, 4096))
-def test_kernel_matches_reference_at_every_length(hopper, length):
+def test_kernel_matches_reference_at_every_length(needs_hopper, length):
     inputs = make(batch=2, length=length, heads=32)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 32), (1, 5000, 2), (2, 2048, 12)])
-def test_few_heads_in_pieces_match_reference(hopper, batch, length, heads):
+def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads):
     inputs = make(batch=batch, length=length, heads=heads)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", (1, 3, 132, 257))
-def test_kernel_matches_reference_for_any_number_of_heads(hopper, heads):
+def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads):
     inputs = make(heads=heads)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
-def test_kernel_keeps_slow_channels_over_a_long_sequence(hopper):
+def test_kernel_keeps_slow_channels_over_a_long_sequence(needs_hopper):
     inputs = make("near_one", length=16384, heads=4)
     assert_accurate(public("mosaic"), public("reference"), inputs, NAMES, "bfloat16")
 
 
 @pytest.mark.gpu
-def test_kernel_starts_segments_from_zero(hopper):
+def test_kernel_starts_segments_from_zero(needs_hopper):
     resets = jnp.asarray(np.diff(segments(2, 300), axis=1, prepend=0) > 0)
     candidate, reference = run(wkv6_mosaic, resets), run(wkv6_reference, resets)
     inputs = make(batch=2, length=300, heads=8)
@@ -221,7 +221,7 @@ def test_kernel_starts_segments_from_zero(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(hopper):
+def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper):
     inputs = make(batch=4, length=1000, heads=64)
     both = lambda z: values_and_gradients(public("mosaic"), z, (z[2], z[-1]))
     first = both(inputs)
@@ -234,7 +234,7 @@ def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(hopper):
+def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper):
     *arrays, u, state = make(batch=2, length=130, heads=4)
     poison = lambda z: z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
     o, _ = public("mosaic")(*map(poison, arrays), u, state)
@@ -243,7 +243,7 @@ def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(hopper):
 
 
 @pytest.mark.gpu
-def test_kernel_under_vmap_equals_a_loop(hopper):
+def test_kernel_under_vmap_equals_a_loop(needs_hopper):
     inputs = [make(heads=4, seed=seed) for seed in range(2)]
     together = jax.vmap(public("mosaic"))(*(jnp.stack(z) for z in zip(*inputs)))
     for n in range(2):
@@ -252,7 +252,7 @@ def test_kernel_under_vmap_equals_a_loop(hopper):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernel(hopper):
+def test_auto_takes_the_kernel(needs_hopper):
     *inputs, _ = make(length=70)
     assert choose_impl("wkv6")[0] == "mosaic"
     outputs = (wkv6(*inputs, impl=impl) for impl in ("auto", "mosaic"))

@@ -8,14 +8,23 @@ A matrix state per head decays by one scalar per token; the read includes the pr
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks
+from gt_jax.kernels import checks, hopper
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
 from gt_jax.kernels.ssd.chunked import ssd_chunked
-from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
 
+
+def _mosaic(*args):
+    """The Hopper kernels; their module, which loads Pallas, is read only where they can run."""
+    if reason := hopper.unsupported():
+        raise NotImplementedError(reason)
+    from gt_jax.kernels.ssd.mosaic import ssd_mosaic
+
+    return ssd_mosaic(*args)
+
+
 # fastest first
-_IMPLS = {"mosaic": ssd_mosaic, "chunked": ssd_chunked, "reference": ssd_reference}
+_IMPLS = {"mosaic": _mosaic, "chunked": ssd_chunked, "reference": ssd_reference}
 
 
 def ssd(

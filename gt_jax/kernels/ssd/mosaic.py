@@ -70,9 +70,9 @@ def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
     """SSD on a Hopper GPU; arguments as `ssd_reference`.
 
     Raises:
-        NotImplementedError: the device, JAX, a dtype or a size is not supported (says which).
+        NotImplementedError: a dtype or a size is not supported (says which).
     """
-    reason = mosaic.unsupported() or _refusal(x, B, initial_state, precision)
+    reason = _refusal(x, B, initial_state, precision)
     if reason is not None:
         raise NotImplementedError(reason)
     if resets is not None:

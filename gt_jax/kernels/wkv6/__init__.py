@@ -9,14 +9,23 @@ through a bonus u instead of the state:
 
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks
+from gt_jax.kernels import checks, hopper
 from gt_jax.kernels.dispatch import dispatch, resets_from_segments
 from gt_jax.kernels.wkv6.chunked import wkv6_chunked
-from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 
+
+def _mosaic(*args):
+    """The Hopper kernels; their module, which loads Pallas, is read only where they can run."""
+    if reason := hopper.unsupported():
+        raise NotImplementedError(reason)
+    from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
+
+    return wkv6_mosaic(*args)
+
+
 # fastest first
-_IMPLS = {"mosaic": wkv6_mosaic, "chunked": wkv6_chunked, "reference": wkv6_reference}
+_IMPLS = {"mosaic": _mosaic, "chunked": wkv6_chunked, "reference": wkv6_reference}
 
 
 def wkv6(

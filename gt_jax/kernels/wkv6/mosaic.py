@@ -41,9 +41,9 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
     """WKV6 on a Hopper GPU; arguments as `wkv6_reference`.
 
     Raises:
-        NotImplementedError: the device, JAX, a dtype or a size is not supported (says which).
+        NotImplementedError: a dtype or a size is not supported (says which).
     """
-    reason = mosaic.unsupported() or _refusal(r, v, initial_state, precision)
+    reason = _refusal(r, v, initial_state, precision)
     if reason is not None:
         raise NotImplementedError(reason)
     length, K, V = r.shape[1], r.shape[-1], v.shape[-1]

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
+from gt_jax.kernels.hopper import interpreting
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
@@ -56,13 +57,13 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
     levels = CHUNK.bit_length() - 1
     bf16, f32 = jnp.bfloat16, jnp.float32
     square = (CHUNK, SIZE)
-    one = 1.0 if mosaic.interpreting() else _FLOAT16_ONE_AS_BFLOAT16
+    one = 1.0 if interpreting() else _FLOAT16_ONE_AS_BFLOAT16
 
     def body(r_, k_, v_, w_, u_, states_, scores_, do_, dfinal_, patterns_, ones_,
              dr_, dk_, dv_, dw_, du_, dinitial_,
              patterns_s, r_s, k_s, v_s, do_s, y_s, z_s, d_s, w_s, g_s, u_s, ones_s, zero_s,
              start, ready, done):  # fmt: skip
-        sums_s, dsums_s = (patterns_s,) * 2 if mosaic.interpreting() else patterns_s
+        sums_s, dsums_s = (patterns_s,) * 2 if interpreting() else patterns_s
         wg = lax.axis_index("wg")
 
         place = functools.partial(place_of, heads, batch, H)
@@ -233,7 +234,7 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     patterns = mosaic.tile(levels + 1, CHUNK, CHUNK, dtype=jnp.float16)
-    if not mosaic.interpreting():
+    if not interpreting():
         patterns = plgpu.RefUnion(patterns, mosaic.tile(levels + 1, CHUNK, CHUNK))
     return mosaic.kernel(
         body,
