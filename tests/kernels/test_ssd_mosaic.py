@@ -227,6 +227,20 @@ def test_kernel_starts_segments_from_zero(needs_hopper):
 
 
 @pytest.mark.gpu
+def test_state_carries_over_a_split_with_its_gradient(needs_hopper):
+    def in_two(x, dt, A, B, C, D, state):
+        first, second = (
+            [z[:, part] for z in (x, dt, B, C)] for part in (slice(77), slice(77, None))
+        )
+        run = lambda x, dt, B, C, state: public("mosaic")(x, dt, A, B, C, D, state)
+        y, state = run(*first, state)
+        rest, state = run(*second, state)
+        return jnp.concatenate([y, rest], axis=1), state
+
+    assert_accurate(in_two, public("reference"), make(heads=32, N=128), NAMES, "bfloat16")
+
+
+@pytest.mark.gpu
 def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper):
     inputs = make(batch=4, length=900, heads=64, N=128)  # too short for pieces, even alone
     both = lambda z: values_and_gradients(public("mosaic"), z, (z[0], z[-1]))

@@ -221,6 +221,17 @@ def test_kernel_starts_segments_from_zero(needs_hopper):
 
 
 @pytest.mark.gpu
+def test_state_carries_over_a_split_with_its_gradient(needs_hopper):
+    def in_two(*arrays):
+        *arrays, u, state = arrays
+        first, state = public("mosaic")(*(z[:, :77] for z in arrays), u, state)
+        second, state = public("mosaic")(*(z[:, 77:] for z in arrays), u, state)
+        return jnp.concatenate([first, second], axis=1), state
+
+    assert_accurate(in_two, public("reference"), make(heads=8), NAMES, "bfloat16")
+
+
+@pytest.mark.gpu
 def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper):
     inputs = make(batch=4, length=1000, heads=64)
     both = lambda z: values_and_gradients(public("mosaic"), z, (z[2], z[-1]))
