@@ -1,9 +1,9 @@
 """Cutting a long sequence of few heads into pieces that a Hopper GPU works on at the same time.
 
 A piece maps the state S it starts from to diag(d) S + U, with d its total decay and U what it adds.
-One pass over k, v and w finds every d and U, a scan over the few pieces their starting states, and
-then each piece is a row of a batch of its own. Backward the same, from the end, with r, do and w.
-States are transposed, [V, K], as in the kernels.
+One pass over k, v and w finds the d and U of all but the last piece, a scan over them the states
+pieces start from, and then each piece is a row of a batch of its own. Backward the same, from the
+end, with r, do and w. States are transposed, [V, K], as in the kernels.
 """
 
 import functools
@@ -49,23 +49,30 @@ def piece_states(pieces, x, V, w, state, *, reverse=False):
         x, V, w: k, v and w, or r, do and w if reverse; [batch * pieces, T, H, 64].
         state: [batch, H, V, K] before the first piece, or the gradient after the last.
     """
-    apart = lambda z: z.reshape(-1, pieces, *z.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces, ...]
-    decay, update = _maps(x, V, w, reverse)
-    states, _ = carry_state(state, apart(decay), apart(update), reverse=reverse)
-    return states.swapaxes(1, 2).reshape(update.shape)
+    by_row = lambda z: z.reshape(-1, pieces - 1, *z.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces]
+    decay, update = _maps(pieces, x, V, w, reverse)
+    states, last = carry_state(state, by_row(decay), by_row(update), reverse=reverse)
+    ends = (last[:, :, None], states) if reverse else (states, last[:, :, None])
+    return jnp.concatenate(ends, axis=2).swapaxes(1, 2).reshape(-1, *state.shape[1:])
 
 
-def _maps(x, V, w, reverse):
-    """d (the same in every row) and U of each row of the batch, [rows, H, V, K] float32."""
-    batch, T, H, _ = x.shape
-    chunks, heads = pl.cdiv(T, CHUNK), min(HEADS, batch * H)
+def _maps(pieces, x, V, w, reverse):
+    """d (the same in every row) and U of all but the last piece met, [rows, H, V, K] float32."""
+    _, T, H, _ = x.shape
+    rows = x.shape[0] // pieces * (pieces - 1)
+    chunks, heads = pl.cdiv(T, CHUNK), min(HEADS, rows * H)
     square, state = (CHUNK, SIZE), (SIZE, SIZE)
     pattern = sum_patterns()[FROM_START if reverse else TO_END]
 
     def body(x_, V_, w_, pattern_, d_, U_,
              pattern_s, x_s, V_s, w_s, g_s, y_s, zero_s, start, ready, consumed):  # fmt: skip
         wg = lax.axis_index("wg")
-        place = functools.partial(place_of, heads, batch, H)
+        place = functools.partial(place_of, heads, rows, H)
+
+        def source_row(row):
+            """Where the piece whose map has this row is among all pieces."""
+            others = jnp.int32(pieces - 1)
+            return lax.div(row, others) * pieces + lax.rem(row, others) + int(reverse)
 
         @pl.when(wg == heads)
         def _copy():
@@ -80,7 +87,7 @@ def _maps(x, V, w, reverse):
                     at = n * _STAGES + slot
                     pl.when(step >= _STAGES)(lambda at=at: plgpu.barrier_wait(consumed.at[at]))
                     for source, target in ((x_, x_s), (V_, V_s), (w_, w_s)):
-                        tile = source.at[b, mosaic.tokens(m), h]
+                        tile = source.at[source_row(b), mosaic.tokens(m), h]
                         plgpu.copy_gmem_to_smem(tile, target.at[n, slot], ready.at[at])
 
             mosaic.loop(chunks, fetch, None)
@@ -119,7 +126,7 @@ def _maps(x, V, w, reverse):
             d_.at[b, h][...] = d
             U_.at[b, h][...] = U
 
-    result = jax.ShapeDtypeStruct((batch, H, *state), jnp.float32)
+    result = jax.ShapeDtypeStruct((rows, H, *state), jnp.float32)
     return mosaic.kernel(
         body,
         threads=heads + 1,
@@ -137,6 +144,6 @@ def _maps(x, V, w, reverse):
             plgpu.Barrier(num_barriers=heads * _STAGES, num_arrivals=3),
             plgpu.Barrier(num_barriers=heads * _STAGES),
         ],
-        grid=(pl.cdiv(batch * H, heads),),
+        grid=(pl.cdiv(rows * H, heads),),
         grid_names=("rows",),
     )(x, V, w, pattern)
