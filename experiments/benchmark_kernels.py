@@ -1,0 +1,394 @@
+"""How fast the recurrences are, beside what moving their bytes takes and beside other libraries.
+
+    python -m experiments.benchmark_kernels [--peers] [--sweep]
+    python -m experiments.benchmark_kernels --ops wkv6 --shapes 1,256,2 --quick
+
+A time is a device time: many calls between two synchronisations, the median of several such
+stretches ± half their range. Inputs rotate over more bytes than a cache holds. The floor is each
+input read once and each output written once at the bandwidth of a large copy in the same run:
+forward, backward (inputs and the output's gradient in, gradients out) and both. "extra" is what
+forward and backward in one program take beyond inputs, output and gradients; "kept" what lies there
+between the two. "error" is the worst relative RMS error of the output and of every gradient per
+token and head, for one head of one batch row, against float64.
+
+--sweep times lengths from 4K to 64K instead. --peers adds jax-linear-attention and, in a process of
+their own (peers_torch.py), flash-linear-attention and mamba_ssm, on inputs of the same
+distributions. What cannot run here is listed with the reason. Every number goes to --out, a plot of
+time against length beside it.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.kernels import ssd, wkv6
+
+OPS = {"wkv6": wkv6, "ssd": ssd}
+HEAD_SIZE = 64  # V of WKV6, P of SSD
+STATE_SIZE = {"wkv6": 64, "ssd": 128}  # K and N, where a shape does not say
+# B,T,H or B,T,H,K and B,T,H,N
+SHAPES = {
+    "wkv6": ["8,4096,32", "1,4096,32", "1,32768,32", "32,1024,32", "8,2048,12"],
+    "ssd": ["8,4096,64", "1,4096,64", "1,32768,64", "8,2048,24", "8,4096,64,64"],
+}
+SWEEP = {
+    "wkv6": [f"8,{1024 * k},32" for k in (4, 8, 16, 32, 64)],
+    "ssd": [f"8,{1024 * k},64" for k in (4, 8, 16, 32, 64)],
+}
+PASSES = ("forward", "backward", "both")
+ROTATED_BYTES = 2**28  # five times the second-level cache of an H100
+PER_TOKEN_AND_HEAD = ("o", "r", "k", "v", "w", "x", "dt")  # the output, and gradients
+TOLERANCE = 4e-3  # of bfloat16, as in the tests
+LONGEST_CHECKED = 32768  # the float64 gradient keeps the state of every token
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--impls", nargs="+", default=["chunked", "mosaic"])
+    parser.add_argument("--shapes", nargs="+", metavar="B,T,H[,K|N]", help="instead of the list")
+    parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
+    parser.add_argument("--peers", action="store_true", help="other libraries too")
+    parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
+    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"))
+    options = parser.parse_args(argv)
+    effort = {"seconds": 0.2, "least_calls": 20, "repeats": 5}
+    if options.quick:
+        effort = {"seconds": 0.0, "least_calls": 2, "repeats": 2}
+    lists = SWEEP if options.sweep else SHAPES
+    cases = [
+        (op, parse_shape(op, shape)) for op in options.ops for shape in options.shapes or lists[op]
+    ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # First, while this process holds nothing of the GPU.
+        torch_rows = run_torch(cases, folder) if options.peers else {}
+        bandwidth = copy_bandwidth(effort)
+        device = jax.devices()[0].device_kind
+        print(f"{device}, jax {jax.__version__}, copy {bandwidth / 1e9:,.0f} GB/s")
+        rows = []
+        results = {"device": device, "jax": jax.__version__, "copy_bytes_per_second": bandwidth}
+        for op, shape in cases:
+            group = benchmark(op, shape, contenders(op, options), bandwidth, effort)
+            if (op, shape) in torch_rows:
+                group.append(checked(op, torch_rows[op, shape]))
+            print_group(op, shape, group)
+            rows += [{"op": op, "shape": shape} | row for row in group]
+            options.out.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+    if options.sweep:
+        print_linearity(rows)
+    draw(rows, device, options.out.with_suffix(".png"))
+    ours = [row for row in rows if row["who"] in options.impls and "errors" in row]
+    wrong = [row for row in ours if not max(row["errors"].values()) <= TOLERANCE]
+    if wrong:
+        sys.exit(f"error: beyond {TOLERANCE}: " + ", ".join(f"{r['op']} {r['who']}" for r in wrong))
+
+
+def parse_shape(op, text):
+    """(B, T, H, K or N) of "B,T,H" or "B,T,H,size"."""
+    shape = tuple(map(int, text.split(",")))
+    return shape if len(shape) == 4 else (*shape, STATE_SIZE[op])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def make_inputs(op, shape, key):
+    """Arguments of an operation by name, and a gradient of its output."""
+    B, T, H, size = shape
+    keys = iter(jax.random.split(key, 8))
+
+    def normal(*shape, dtype=jnp.bfloat16):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    def uniform(low, high, *shape):
+        return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
+
+    do = normal(B, T, H, HEAD_SIZE)
+    if op == "wkv6":
+        r, k, v = normal(B, T, H, size), normal(B, T, H, size), normal(B, T, H, HEAD_SIZE)
+        w = -jnp.exp(1.5 * normal(B, T, H, size, dtype=jnp.float32) - 2)
+        return {"r": r, "k": k, "v": v, "w": w, "u": normal(H, size, dtype=jnp.float32)}, do
+    inputs = {"x": normal(B, T, H, HEAD_SIZE)}
+    inputs["dt"] = jnp.exp(uniform(np.log(1e-3), np.log(0.1), B, T, H))
+    inputs["A"] = -uniform(1, 16, H)
+    inputs |= {"B": normal(B, T, 1, size), "C": normal(B, T, 1, size)}
+    return inputs | {"D": normal(H, dtype=jnp.float32)}, do
+
+
+def contenders(op, options):
+    """name -> (function of the inputs by name that gives the output, is it the same function)."""
+    ours = {impl: (functools.partial(run_ours, op, impl), True) for impl in options.impls}
+    return ours | JAX_PEERS[op] if options.peers else ours
+
+
+def run_ours(op, impl, **inputs):
+    return OPS[op](**inputs, impl=impl)[0]
+
+
+def jla_rwkv6(r, k, v, w, u):
+    from jla.ops import rwkv6
+
+    return rwkv6.chunked(r, k, v, w, u, scale=1.0)[0]
+
+
+def jla_gla(r, k, v, w, u):
+    from jla.ops import linear_attention
+
+    return linear_attention("gla", r, k, v, g=w, scale=1.0)[0]
+
+
+def jla_mamba2(x, dt, A, B, C, D):
+    from jla.layers.ssm import mamba2_ssd
+
+    return mamba2_ssd(x, dt, A, B, C, d=D)[0]
+
+
+def jla_mamba2_without_skip(x, dt, A, B, C, D):
+    from jla.layers.ssm import mamba2_ssd
+
+    return mamba2_ssd(x, dt, A, B, C)[0]
+
+
+# jax-linear-attention has no RWKV-6 kernel; GLA is the nearest that has one.
+JAX_PEERS = {
+    "wkv6": {"jla rwkv6, no kernel": (jla_rwkv6, True), "jla gla, no bonus": (jla_gla, False)},
+    "ssd": {
+        "jla mamba2_ssd": (jla_mamba2, True),
+        "jla mamba2_ssd, no D": (jla_mamba2_without_skip, False),
+    },
+}
+
+
+def benchmark(op, shape, functions, bandwidth, effort):
+    """Rows of one shape: the floor and every contender, with its numbers or why it has none."""
+    inputs, do = jax.eval_shape(functools.partial(make_inputs, op, shape), jax.random.key(0))
+    read, written = total_bytes(inputs), total_bytes(do)
+    moved = {"forward": read + written, "backward": 2 * read + written}
+    moved["both"] = sum(moved.values())
+    rows = [{"who": "floor"} | {part: {"ms": 1e3 * moved[part] / bandwidth} for part in PASSES}]
+
+    keys = jax.random.split(jax.random.key(0), min(8, -(-ROTATED_BYTES // read)))
+    sets = [make_inputs(op, shape, key) for key in keys]
+    known = exact(op, one_head(*sets[0], shape)) if shape[1] <= LONGEST_CHECKED else {}
+    for who, (function, same) in functions.items():
+        try:
+            row, results = measure(function, sets, effort)
+            if same and known:
+                row["errors"] = errors(one_head(*results, shape), known)
+        except Exception as reason:  # of a library that is not ours, it can be any
+            row = {"reason": f"{type(reason).__name__}: {reason}".split("\n")[0]}
+        rows.append({"who": who} | row)
+    return rows
+
+
+def measure(function, sets, effort):
+    """Times, memory and compilation of a contender; its gradients by name and its output."""
+
+    def forward(inputs):
+        return function(**inputs)
+
+    def both(inputs, do):
+        o, pull_back = jax.vjp(forward, inputs)
+        return o, *pull_back(do)
+
+    began = time.perf_counter()
+    both = jax.jit(both).lower(*sets[0]).compile()
+    compiled = time.perf_counter() - began
+    row = {"compile_seconds": compiled, "extra_bytes": both.memory_analysis().temp_size_in_bytes}
+    row["forward"] = clock(jax.jit(forward), [(inputs,) for inputs, _ in sets], effort)
+    row["both"] = clock(both, sets, effort)
+
+    save = jax.jit(lambda inputs: jax.vjp(forward, inputs)[1])
+    saved = [(save(inputs), do) for inputs, do in sets]
+    row["backward"] = clock(jax.jit(lambda pull_back, do: pull_back(do)), saved, effort)
+    given = jax.tree.leaves(sets[0][0])
+    row["kept_bytes"] = total_bytes(
+        [z for z in jax.tree.leaves(saved[0][0]) if not any(equal(z, x) for x in given)]
+    )
+    del saved
+    o, gradients = both(*sets[0])
+    return row, (gradients, o)
+
+
+def clock(function, sets, effort):
+    """Median ms of a call of function(*set) and half the range over stretches of many calls."""
+    turns = itertools.cycle(sets)
+
+    def stretch(calls):
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = function(*next(turns))
+        jax.block_until_ready(result)
+        return 1e3 * (time.perf_counter() - began) / calls
+
+    stretch(len(sets))  # compiles and warms up
+    calls = max(effort["least_calls"], round(1e3 * effort["seconds"] / stretch(3)))
+    times = [stretch(calls) for _ in range(effort["repeats"])]
+    return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
+
+
+def copy_bandwidth(effort):
+    """Bytes read and written per second by the fastest of several large copies."""
+    size = 2**26 if jax.default_backend() == "cpu" else 2**30
+    time = clock(jax.jit(jnp.copy), [(jnp.ones(size, jnp.int8),)], effort)
+    return 2e3 * size / (time["ms"] - time["spread"])
+
+
+def total_bytes(tree):
+    return sum(z.size * z.dtype.itemsize for z in jax.tree.leaves(tree))
+
+
+def equal(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and bool(jnp.array_equal(a, b))
+
+
+def one_head(arrays, o, shape):
+    """What belongs to the middle head of the middle batch row: axes of 1, float64, by name."""
+    return {name: cut(name, z, shape) for name, z in (arrays | {"o": o}).items()}
+
+
+def cut(name, z, shape):
+    row, head = shape[0] // 2, shape[2] // 2
+    if name in ("u", "A", "D"):
+        z = z[head : head + 1]
+    elif name in ("B", "C"):  # shared by all heads
+        z = z[row : row + 1]
+    else:
+        z = z[row : row + 1, :, head : head + 1]
+    return np.asarray(z, np.float64)
+
+
+def exact(op, head):
+    """Output and gradients in float64, a token at a time, of one head's inputs and "o", its dO."""
+    inputs = {name: z for name, z in head.items() if name != "o"}
+    with jax.enable_x64(True):
+        o, gradients = values_and_gradients(op, inputs, head["o"])
+    return {name: np.asarray(z) for name, z in (gradients | {"o": o}).items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradients(op, inputs, do):
+    o, pull_back = jax.vjp(lambda inputs: run_ours(op, "reference", **inputs), inputs)
+    return o, *pull_back(do)
+
+
+def errors(found, known):
+    """Relative RMS error of the output and of every gradient per token and head, by name."""
+    return {
+        name: float(np.linalg.norm(found[name] - known[name]) / np.linalg.norm(known[name]))
+        for name in PER_TOKEN_AND_HEAD
+        if name in known
+    }
+
+
+def run_torch(cases, folder):
+    """(op, shape) -> row of the PyTorch library for it, or why there is none."""
+    names = [f"{op}:{','.join(map(str, shape))}" for op, shape in cases]
+    command = [sys.executable, "-m", "experiments.peers_torch", *names, f"--samples={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reason = (done.stderr.strip() or "it ended early").splitlines()[-1]
+    rows += [{"who": "PyTorch", "reason": reason}] * (len(cases) - len(rows))
+    return dict(zip(cases, rows))
+
+
+def checked(op, row):
+    """A row of the PyTorch process with its errors in the place of its sample."""
+    if "sample" not in row:
+        return row
+    sample = dict(np.load(row.pop("sample")))
+    read = {name.removeprefix("in_"): z for name, z in sample.items() if name.startswith("in_")}
+    return row | {"errors": errors(sample, exact(op, read))}
+
+
+def print_group(op, shape, rows):
+    """A table of one shape."""
+    B, T, H, size = shape
+    floor = rows[0]
+    print(f"\n{op} B={B} T={T} H={H} {'K' if op == 'wkv6' else 'N'}={size}, ms")
+    titles = f"{'forward':>17}{'backward':>17}{'both':>17}  over floor"
+    print(f"  {'':22}{titles}  extra MiB  kept MiB  compile s   error")
+    for row in rows:
+        line = f"  {row['who']:22}"
+        if "reason" in row:
+            print(line + "  " + row["reason"])
+            continue
+        for part in PASSES:
+            spread = f" ± {row[part]['spread']:.3f}" if "spread" in row[part] else " " * 8
+            line += f"{row[part]['ms']:9.3f}{spread}"
+        if row is not floor:
+            kept = f"{row['kept_bytes'] / 2**20:10.0f}" if "kept_bytes" in row else " " * 10
+            line += f"{row['both']['ms'] / floor['both']['ms']:12.2f}"
+            line += f"{row['extra_bytes'] / 2**20:11.0f}{kept}{row['compile_seconds']:11.1f}"
+        if "errors" in row:
+            line += f"{max(row['errors'].values()):8.1e}"
+        print(line, flush=True)
+
+
+def print_linearity(rows):
+    """How far the time per token of a sweep strays from that of its longest sequences."""
+    print()
+    for (op, who, size), series in by_length(rows).items():
+        for part in ("forward", "both"):
+            rates = [row[part]["ms"] / row["shape"][1] for row in series]
+            stray = max(abs(rate / rates[-1] - 1) for rate in rates)
+            lengths = f"T={series[0]['shape'][1]} to {series[-1]['shape'][1]}"
+            print(f"{op} {size} {who}, {part}: linear to {100 * stray:.1f} % over {lengths}")
+
+
+def by_length(rows):
+    """(op, who, the shape but for its length) -> the rows with times, from short to long."""
+    series = {}
+    for row in sorted(rows, key=lambda row: row["shape"][1]):
+        if "both" in row:
+            B, _, *rest = row["shape"]
+            series.setdefault((row["op"], row["who"], (B, *rest)), []).append(row)
+    return series
+
+
+def draw(rows, device, path):
+    """Time against length, for each operation at the batch and heads with the most lengths."""
+    from matplotlib.figure import Figure  # slow to import
+
+    series = by_length(rows)
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(ops), 4.5), layout="constrained")
+    figure.suptitle(f"forward (dashed) and forward + backward, {device}")
+    for ax, op in zip(figure.subplots(1, len(ops), squeeze=False)[0], ops):
+        floors = {
+            size: mine for (o, who, size), mine in series.items() if (o, who) == (op, "floor")
+        }
+        size = max(floors, key=lambda size: len(floors[size]))
+        names = [who for o, who, s in series if (o, s) == (op, size)]
+        for n, who in enumerate(names):
+            mine = series[op, who, size]
+            style = {"color": "black", "lw": 1} if who == "floor" else {"color": f"C{n}"}
+            lengths = [row["shape"][1] for row in mine]
+            for part, dashes, label in (("forward", "--", None), ("both", "-", who)):
+                times = [row[part]["ms"] for row in mine]
+                marker = None if who == "floor" else "o"
+                ax.loglog(lengths, times, dashes, marker=marker, ms=3.5, label=label, **style)
+        B, H, state = size
+        ax.set_title(f"{op}, B={B}, H={H}, {'K' if op == 'wkv6' else 'N'}={state}")
+        ax.set(xlabel="tokens per sequence", ylabel="ms")
+        ax.legend(frameon=False, fontsize="small")
+        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ax.minorticks_off()
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

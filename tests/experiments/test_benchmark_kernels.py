@@ -1,0 +1,46 @@
+"""The benchmark of the kernels runs anywhere, gives numbers, and says why where it has none."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import benchmark_kernels
+from gt_jax.kernels import choose_impl
+
+
+def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    benchmark_kernels.main(["--shapes", "1,64,1", "--quick", f"--out={out}"])
+    assert "over floor" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["op"], row["who"]) for row in rows] == [
+        (op, who) for op in ("wkv6", "ssd") for who in ("floor", "chunked", "mosaic")
+    ]
+    for row in rows:
+        if row["who"] == "mosaic" and choose_impl(row["op"])[0] != "mosaic":
+            assert "impl='mosaic' cannot run here: the Pallas kernels need" in row["reason"]
+            continue
+        assert all(row[part]["ms"] > 0 for part in benchmark_kernels.PASSES)
+        if row["who"] != "floor":
+            assert 0 < max(row["errors"].values()) < benchmark_kernels.TOLERANCE
+            assert row["extra_bytes"] > 0 and row["compile_seconds"] > 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_floor_counts_every_input_and_output_once():
+    (floor,) = benchmark_kernels.benchmark("wkv6", (2, 64, 3, 64), {}, 1.0, {})
+    one = 2 * 64 * 3 * 64  # elements of r, k, v (2 bytes), w (4), o (2); u is [3, 64] of 4
+    forward, backward = (10 + 2) * one + 4 * 3 * 64, (20 + 2) * one + 8 * 3 * 64
+    assert floor["forward"]["ms"] == pytest.approx(1e3 * forward)
+    assert floor["backward"]["ms"] == pytest.approx(1e3 * backward)
+    assert floor["both"]["ms"] == pytest.approx(1e3 * (forward + backward))
+
+
+def test_an_error_in_the_gradient_is_seen():
+    shape = (2, 64, 3, 64)
+    inputs, do = benchmark_kernels.make_inputs("ssd", shape, jax.random.key(0))
+    known = benchmark_kernels.exact("ssd", benchmark_kernels.one_head(inputs, do, shape))
+    found = known | {"dt": 1.01 * known["dt"]}
+    errors = benchmark_kernels.errors(found, known)
+    assert errors == {"o": 0, "x": 0, "dt": pytest.approx(0.01)}
