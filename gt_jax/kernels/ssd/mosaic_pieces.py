@@ -1,8 +1,9 @@
 """Cutting a long sequence of few heads into pieces that a Hopper GPU works on at the same time.
 
 A piece maps the state S it starts from to d S + U, with d its total decay and U what it adds. One
-pass over x and B finds every U, a scan over the few pieces their starting states, and then each
-piece is a row of a batch of its own. Backward the same, from the end, with dy and C.
+pass over x and B finds the U of all but the last piece, a scan over them the states pieces start
+from, and then each piece is a row of a batch of its own. Backward the same, from the end, with dy
+and C.
 """
 
 import functools
@@ -38,16 +39,22 @@ def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):
         z, V: x and B, or dy and C if reverse; [rows, T, ...].
         state: [batch, H, P, N] before the first piece, or the gradient after the last.
     """
-    apart = lambda v: v.reshape(-1, pieces, *v.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces, ...]
     decay = jnp.exp2(jnp.sum(scalars[..., 0, -1], axis=-1))  # [rows, H]
-    update = _additions(size, z, V, scalars, reverse)
-    states, _ = carry_state(state, apart(decay)[..., None, None], apart(update), reverse=reverse)
-    return states.swapaxes(1, 2).reshape(update.shape)
+    others = slice(1, None) if reverse else slice(-1)  # nothing follows the last piece met
+    decay = decay.reshape(-1, pieces, size.heads)[:, others]
+    update = _additions(size, pieces, z, V, scalars, reverse)
+    update = update.reshape(-1, pieces - 1, *update.shape[1:])
+    states, last = carry_state(
+        state, decay.swapaxes(1, 2)[..., None, None], update.swapaxes(1, 2), reverse=reverse
+    )
+    ends = (last[:, :, None], states) if reverse else (states, last[:, :, None])
+    return jnp.concatenate(ends, axis=2).swapaxes(1, 2).reshape(-1, *state.shape[1:])
 
 
-def _additions(size, z, V, scalars, reverse):
-    """What each row adds to its state, [rows, H, P, N] float32."""
+def _additions(size, pieces, z, V, scalars, reverse):
+    """What all but the last piece met add to their states, [rows, H, P, N] float32."""
     P, N, W = size.P, size.N, size.heads_per_block
+    rows = size.batch // pieces * (pieces - 1)
 
     def body(z_, V_, scalars_, U_, z_s, V_s, scalars_s, zw_s, ready, consumed):
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
@@ -57,6 +64,8 @@ def _additions(size, z, V, scalars, reverse):
         @pl.when(wg == W)
         def _copy():
             plgpu.set_max_registers(24, action="decrease")
+            others = jnp.int32(pieces - 1)
+            source = lax.div(row, others) * pieces + lax.rem(row, others) + int(reverse)
 
             def fetch(k, _):
                 m = size.chunks - 1 - k if reverse else k
@@ -67,11 +76,13 @@ def _additions(size, z, V, scalars, reverse):
                     plgpu.barrier_wait(consumed.at[slot])
 
                 there = ready.at[slot]
-                plgpu.copy_gmem_to_smem(V_.at[row, tokens(m), group], V_s.at[slot], there)
+                plgpu.copy_gmem_to_smem(V_.at[source, tokens(m), group], V_s.at[slot], there)
                 for h in range(W):
                     head = head0 + h
-                    plgpu.copy_gmem_to_smem(z_.at[row, tokens(m), head], z_s.at[slot, h], there)
-                    plgpu.copy_gmem_to_smem(scalars_.at[row, head, m], scalars_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(z_.at[source, tokens(m), head], z_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(
+                        scalars_.at[source, head, m], scalars_s.at[slot, h], there
+                    )
 
             mosaic.loop(size.chunks, fetch, None)
             for k in range(max(0, size.chunks - _STAGES), size.chunks):
@@ -104,9 +115,9 @@ def _additions(size, z, V, scalars, reverse):
     return mosaic.kernel(
         body,
         threads=W + 1,
-        grid=(size.batch, size.heads // W),
+        grid=(rows, size.heads // W),
         grid_names=("row", "heads"),
-        out_type=jax.ShapeDtypeStruct((size.batch, size.heads, P, N), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, size.heads, P, N), jnp.float32),
         scratch_types=(
             mosaic.tile(_STAGES, W, CHUNK, P),
             mosaic.tile(_STAGES, CHUNK, N),
