@@ -29,7 +29,7 @@ def get_config():
             tie_embeddings=config_dict.placeholder(bool),  # output head shares the embedding
             init=config_dict.placeholder(str),  # "official", "normal" or "blinkdl"
             dtype="auto",  # of the computation: bfloat16 on GPU and TPU, float32 on CPU
-            impl="auto",  # of the recurrences: "auto", "chunked" or "reference"
+            impl="auto",  # of the recurrences: "auto", "mosaic", "chunked" or "reference"
             rwkv_dropout_start=0.0,  # chance that a block drops its RWKV branch, at step 0 ...
             rwkv_dropout_end=0.0,  # ... and at the last step, linear in between
             # Recompute blocks in the backward pass: less memory, a third more time. JAX 0.10 undoes

@@ -1,10 +1,17 @@
 """Where a training step's time goes, on one device.
 
     python -m experiments.profile_training --config=configs/gf_mh.py [--config.model.impl=chunked]
+    python -m experiments.profile_training --config=configs/gf_mh_base.py --timed_steps=20
+    ... --config.train.batch_size=8 --config.train.seq_len=2048
 
 Trains on random tokens with the trainer's own step. Prints seconds to the end of the first step,
-tokens per second (median of five timed stretches, without evaluation), peak memory of the device,
-and the costliest operations of a traced step by device time, like adding to like over the layers.
+tokens per second (median of five timed stretches, without evaluation), model FLOPs per second and
+their share of the device's peak, peak memory of the device, and the costliest operations of a
+traced step by device time, like adding to like over the layers.
+
+Model FLOPs are those of the definition, whatever the program does to get there: 6 per token and
+parameter, each of which is multiplied and added once forward and twice backward, and likewise 12
+per element of a recurrence's state, which is written and read (of attention, per key and value).
 """
 
 import collections
@@ -21,24 +28,30 @@ from absl import flags as absl_flags
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import make_batches
-from gt_jax.models import make_model
+from gt_jax.models import count_parameters, make_model
 from gt_jax.train import make_model_config
 from gt_jax.training import parallel
 from gt_jax.training.memory import keep_freed_memory
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
+# name in the device's -> FLOPs per second of dense bfloat16 products, by its maker
+PEAK = {"H100": 989e12, "H200": 989e12}
+
 
 def main(argv):
     flags = cli.new_flags()
     cli.define_config(flags, argv)
-    absl_flags.DEFINE_integer("vocab", 65, "Vocabulary of the random tokens.", flag_values=flags)
+    vocabulary = "Token ids; 0: SentencePiece's number as configured, or 65 characters."
+    absl_flags.DEFINE_integer("vocab", 0, vocabulary, flag_values=flags)
     absl_flags.DEFINE_integer("timed_steps", 100, "Steps of a timed stretch.", flag_values=flags)
     absl_flags.DEFINE_integer("top", 15, "Operations to print.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("config",)):
         return
     config = from_config_dict(flags.config)
-    model = make_model(make_model_config(config, flags.vocab))
+    pieces = config.data.vocab_size if config.data.tokenizer == "sentencepiece" else 65
+    vocab = flags.vocab or pieces
+    model = make_model(make_model_config(config, vocab))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
     if jax.default_backend() == "cpu":
@@ -48,7 +61,7 @@ def main(argv):
         lambda: init_state(model, tx, config), out_shardings=parallel.state_sharding(mesh)
     )()
     B, T = config.train.batch_size, config.train.seq_len
-    tokens = np.random.default_rng(0).integers(flags.vocab, size=4 * B * T + 1, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
     batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
 
     began = time.perf_counter()
@@ -80,11 +93,38 @@ def main(argv):
         f"{rate:,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), "
         f"{1e3 * B * T / rate:.2f} ms a step of {B} x {T}"
     )
+    print_flops(model.config, T, rate, device)
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
     again = jax.jit(make_step(), donate_argnums=0).lower(state, next(batches)).compile()
     print_costs(run, again.as_text(), steps=3, top=flags.top)
+
+
+def print_flops(config, length, rate, device):
+    """Model FLOPs per second and, where it is known, their share of the device's peak."""
+    per_token = flops_per_token(config, length)
+    line = f"{per_token * rate / 1e12:.4g} TFLOP/s of the model"
+    for name, peak in PEAK.items():
+        if name in device:
+            share = per_token * rate / peak / jax.device_count()
+            line += f", {100 * share:.1f} % of {peak / 1e12:.0f} a device (bfloat16, dense)"
+    print(line)
+
+
+def flops_per_token(config, length):
+    """FLOPs of training on one token in rows of `length`, as the module says."""
+    parts = count_parameters(config)
+    multiplied = parts["total"] - parts.get("positions", 0)
+    if not config.tie_embeddings:
+        multiplied -= parts["embedding"]  # only looked up
+    states = {
+        "rwkv": config.dim * config.head_dim,
+        "mamba": config.mamba_dim * config.state_size,
+        "attention": config.dim * length,
+    }
+    state = config.layers * sum(size for part, size in states.items() if part in parts)
+    return 6 * multiplied + 12 * state
 
 
 def print_costs(run, hlo, *, steps, top):
