@@ -1,23 +1,30 @@
-"""Measure a trained model on text it has not seen.
+"""Measure a trained or converted model on text.
 
     python -m gt_jax.evaluate --checkpoint=runs/gf_mh
     python -m gt_jax.evaluate --checkpoint=runs/gf_mh --source=book.txt
+    python -m gt_jax.evaluate --checkpoint=runs/gpt2 --source=book.txt --seq_len=1024 --stride=256
 
-Without --source: the validation split of the run's own text. With it: the whole of that text.
+Without --source: the validation split of the run's own text, read as in training. With it: the
+whole of that text, by recurrent models as one stream whose state is carried to the end of the
+document, by attention models in overlapping windows. --seq_len or --stride asks for windows of any
+model.
 """
 
 import functools
 import math
 
 import jax
+import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.config import from_config_dict
-from gt_jax.data import encode_corpus, evaluation_batches, load_corpus
+from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
+from gt_jax.errors import InputError
+from gt_jax.scoring import position_limit, score, windows
 from gt_jax.training import checkpoint
 from gt_jax.training.step import make_eval_step
-from gt_jax.training.text import characters_per_token, loss_unit, read_text
+from gt_jax.training.text import loss_unit, read_text
 
 
 def evaluate(eval_step, params, batches, *, carry=None, per_token=1.0) -> dict[str, float]:
@@ -40,62 +47,149 @@ def evaluate(eval_step, params, batches, *, carry=None, per_token=1.0) -> dict[s
         sums.append(result)  # Fetched together at the end: the device is never waited for.
     sums = jax.device_get(sums)
     tokens = sum(int(s.tokens) for s in sums)
-    loss = sum(float(s.loss) for s in sums) / tokens
+    return _measures(sum(float(s.loss) for s in sums) / tokens, tokens, per_token)
+
+
+def describe(measured: dict[str, float], unit: str) -> str:
+    """One line for people; `unit` is "character" or "token"."""
+    parts = [f"loss {measured['validation_loss']:.4f} nats/{unit}"]
+    if unit == "token":
+        parts.append(f"{measured['bits_per_token']:.4f} bits/token")
+    for name in ("character", "byte"):
+        if f"bits_per_{name}" in measured:
+            parts.append(f"{measured[f'bits_per_{name}']:.4f} bits/{name}")
+    return ", ".join([*parts, f"perplexity {measured['perplexity']:.3f}"])
+
+
+def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
+    """The documents of a source, as `load_corpus` takes it, training and validation together."""
+    corpus = load_corpus(source, field=field, validation_fraction=1e-9)
+    documents = corpus.train + corpus.validation
+    # Of a lone document so small a fraction cuts off one character.
+    lone = len(documents) == 2 and len(documents[1]) == 1
+    return ("".join(documents),) if lone else documents
+
+
+def encode_documents(documents, tokenizer, name: str) -> tuple[np.ndarray, ...]:
+    """Token ids [n] of each document, ended by the tokenizer's eos id where there are many.
+
+    Raises:
+        InputError: a text has no ids, or nothing to predict in it; the message begins with `name`.
+    """
+    try:
+        tokens = encode_corpus(Corpus(name, documents, ()), tokenizer).train
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if not any(len(ids) > 1 for ids in tokens):
+        raise InputError(f"{name} has fewer than 2 tokens in every document; name a longer text")
+    return tokens
+
+
+def _measures(loss, tokens, per_token, bytes_per_token=None) -> dict[str, float]:
+    bits = loss / math.log(2)
     return {
         "validation_loss": loss,
-        "bits_per_token": loss / math.log(2),
-        "bits_per_character": loss / math.log(2) / per_token,
+        "bits_per_token": bits,
+        "bits_per_character": bits / per_token,
+        **({"bits_per_byte": bits / bytes_per_token} if bytes_per_token else {}),
         "perplexity": math.exp(min(loss, 700)),
         "validation_tokens": tokens,
     }
 
 
-def describe(measured: dict[str, float], unit: str) -> str:
-    """One line for people; `unit` is "character" or "token"."""
-    per_token = f"{measured['bits_per_token']:.4f} bits/token, " if unit == "token" else ""
-    return (
-        f"loss {measured['validation_loss']:.4f} nats/{unit}, {per_token}"
-        f"{measured['bits_per_character']:.4f} bits/character, "
-        f"perplexity {measured['perplexity']:.3f}"
-    )
-
-
-def main(argv):
-    flags = cli.new_flags()
-    define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    define("checkpoint", None, "A run's workdir, or one checkpoint folder.")
-    define("source", None, "Other text: as data.source, e.g. a file.")
-    if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
-        return
-
-    model, params, tokenizer = checkpoint.load(flags.checkpoint)
-    config = from_config_dict(checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"])
-    if flags.source is None:
-        name, documents = (
-            config.data.source,
-            read_text(config, tokenizer=tokenizer).tokens.validation,
-        )
-    else:
-        corpus = load_corpus(flags.source, field=config.data.field)
-        tokens = encode_corpus(corpus, tokenizer)
-        name, documents = corpus.name, tokens.train + tokens.validation
-
-    train = config.train
+def _as_trained(model, params, documents, train):
+    """(nats, targets, what was done): as the run's own evaluations read text."""
     batches = evaluation_batches(
         documents,
         batch_size=train.batch_size,
         seq_len=train.seq_len,
         carry=train.carry_state,
     )
-    measured = evaluate(
-        jax.jit(make_eval_step(model)),
-        params,
-        batches,
-        carry=model.init_state(train.batch_size) if train.carry_state else None,
-        per_token=characters_per_token(tokenizer, documents),
+    carry = model.init_state(train.batch_size) if train.carry_state else None
+    measured = evaluate(jax.jit(make_eval_step(model)), params, batches, carry=carry)
+    how = f"windows of {train.seq_len}, each from the zero state"
+    if train.carry_state:
+        how = f"{train.batch_size} tracks side by side, state carried along each"
+    tokens = measured["validation_tokens"]
+    return measured["validation_loss"] * tokens, tokens, how
+
+
+def _scored(model, params, documents, *, batch_size, seq_len, stride):
+    """(nats, targets, what was done): whole documents, or windows where seq_len is not None."""
+    if seq_len is None:
+        pairs = [(ids[:1], ids[1:]) for ids in documents if len(ids) > 1]
+        how = f"{len(pairs)} document{'s' * (len(pairs) > 1)}, state carried to the end of each"
+    else:
+        pairs = windows(documents, seq_len=seq_len, stride=stride)
+        how = f"windows of {seq_len}, one every {stride}"
+    scores = score(model, params, pairs, batch_size=batch_size)
+    nats = -sum(float(s.log_probs.sum(dtype=np.float64)) for s in scores)
+    return nats, sum(len(s.log_probs) for s in scores), how
+
+
+def _window(flags, model, train) -> tuple[int | None, int | None]:
+    """(seq_len, stride) of the windows to read, None for none; InputError if they cannot be."""
+    limit = position_limit(model)
+    if flags.seq_len is None and flags.stride is None and limit is None:
+        return None, None
+    seq_len = flags.seq_len or limit or (train.seq_len if train else 1024)
+    stride = flags.stride or max(seq_len // 2, 1)
+    if limit is not None and seq_len > limit:
+        raise InputError(f"--seq_len={seq_len} exceeds the {limit} positions of this model")
+    if stride > seq_len:
+        raise InputError(f"--stride={stride} must be at most the window, --seq_len={seq_len}")
+    return seq_len, stride
+
+
+def main(argv):
+    flags = cli.new_flags()
+    define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
+    define("checkpoint", None, "A run's workdir, one checkpoint folder, or a converted model.")
+    define("source", None, "Other text: as data.source, e.g. a file.")
+    define("field", None, "Where text is in a .jsonl or TFDS --source; default as the run, text.")
+    define = functools.partial(absl_flags.DEFINE_integer, lower_bound=1, flag_values=flags)
+    define("batch_size", 8, "Documents or windows read side by side; the result is the same.")
+    define("seq_len", None, "Read in windows of so many tokens.")
+    define("stride", None, "Tokens from one window to the next; default half of --seq_len.")
+    if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
+        return
+
+    config = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
+    config = from_config_dict(config) if "data" in config else None  # None: converted
+    if flags.source is None and config is None:
+        raise InputError(
+            f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "
+            "own; name a file"
+        )
+    model, params, tokenizer = checkpoint.load(flags.checkpoint)
+    train = config and config.train
+    seq_len, stride = _window(flags, model, train)
+    if flags.source is None:
+        name = config.data.source
+        tokens = read_text(config, tokenizer=tokenizer).tokens.validation
+        documents = [tokenizer.decode(ids) for ids in tokens]
+    else:
+        name = flags.source
+        documents = read_documents(name, flags.field or (config.data.field if config else "text"))
+        tokens = encode_documents(documents, tokenizer, name)
+
+    if flags.source is None and flags.seq_len is None and flags.stride is None:
+        nats, targets, how = _as_trained(model, params, tokens, train)
+    else:
+        nats, targets, how = _scored(
+            model, params, tokens, batch_size=flags.batch_size, seq_len=seq_len, stride=stride
+        )
+    count = sum(map(len, tokens))
+    measured = _measures(
+        nats / targets,
+        targets,
+        sum(map(len, documents)) / count,
+        sum(len(text.encode("utf-8", "surrogatepass")) for text in documents) / count,
     )
+    if tokenizer.kind == "ids":  # Text is numbers here, and their digits mean nothing.
+        del measured["bits_per_character"], measured["bits_per_byte"]
     print(f"{name}: {describe(measured, loss_unit(tokenizer))}")
-    print(f"{measured['validation_tokens']:,} tokens, in windows of {train.seq_len}")
+    print(f"{targets:,} tokens in {how}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ ALLOWED = {
     "analysis": {"config", "data", "kernels", "models", "training"},
     "convert": {"cli", "config", "data", "kernels", "models", "training"},
     "generate": {"cli", "config", "data", "models", "training"},
-    "evaluate": {"cli", "config", "data", "models", "training"},
+    "scoring": {"models"},
+    "evaluate": {"cli", "config", "data", "models", "scoring", "training"},
+    "harness": {"cli", "models", "scoring", "training"},
+    "canaries": {"cli", "models", "scoring", "training"},
+    "inspect": {"analysis", "cli", "models", "training"},
     "train": {"cli", "config", "data", "evaluate", "generate", "kernels", "models", "training"},
 }
 
