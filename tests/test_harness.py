@@ -1,0 +1,182 @@
+"""The adapter's three answers, and a local task run by lm-evaluation-harness where it is there."""
+
+import json
+import string
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from gt_jax import cli, harness
+from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
+from gt_jax.data.tokenizers import CharTokenizer
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig, make_model
+from gt_jax.training import checkpoint
+from tests.convert import small
+from tests.models.small_models import lively_parameters, random_tokens
+
+LETTERS = CharTokenizer(string.ascii_lowercase + " \n.")
+# Ids 1 to 28; "ab" is one token, and so are "a" and "b".
+PIECES = ["\n", " ", "ab", *string.ascii_lowercase[:25]]
+WORLD = "".join(f"{i} {piece!r} {len(piece)}\n" for i, piece in enumerate(PIECES, start=1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    small.save("rwkv6", folder / "rwkv6", LETTERS)
+    small.save("rwkv6", folder / "world", WorldTokenizer(WorldTokenizer.pack(WORLD)))
+    config = ModelConfig(small.VOCAB, "gpt2", dim=32, layers=1, heads=2, max_positions=32)
+    params = lively_parameters(make_model(config), random_tokens(1, 1))
+    checkpoint.save_model(folder / "gpt2", config, params, LETTERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    return harness.Adapter(folder / "rwkv6")
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+def log_p(folder, context, continuation):
+    """log p of the ids of a continuation, from one plain call."""
+    model, params, _ = checkpoint.load(folder)
+    ids = np.concatenate([context, continuation]).astype(np.int32)
+    log_probs = jax.nn.log_softmax(model.apply({"params": params}, ids[None, :-1]).logits[0])
+    chosen = np.asarray(log_probs)[np.arange(len(ids) - 1), ids[1:]]
+    return chosen[len(context) - 1 :].sum()
+
+
+def test_loglikelihood_is_of_the_continuation(folder, adapter):
+    (plain, _), (bare, _) = adapter.loglikelihood(requests(("the cat", " sat"), ("", "a cat sat")))
+    encode = LETTERS.encode
+    assert plain == pytest.approx(log_p(folder / "rwkv6", encode("the cat"), encode(" sat")), 1e-4)
+    assert bare == pytest.approx(log_p(folder / "rwkv6", encode("\n"), encode("a cat sat")), 1e-4)
+
+
+def test_token_across_the_border_belongs_to_the_continuation(folder):
+    adapter = harness.Adapter(folder / "world")
+    (found, _), (first, _) = adapter.loglikelihood(requests(("c a", "b c"), ("a", "b")))
+    encode = WorldTokenizer(WorldTokenizer.pack(WORLD)).encode
+    assert len(encode("ab")) == 1
+    assert found == pytest.approx(log_p(folder / "world", encode("c "), encode("ab c")), 1e-4)
+    assert first == pytest.approx(log_p(folder / "world", [0], encode("ab")), 1e-4)
+
+
+def test_rolling_is_of_the_whole_text(folder, adapter):
+    texts = ["a cat sat on the mat", "x"]
+    found = adapter.loglikelihood_rolling(requests(*((text,) for text in texts)))
+    want = [log_p(folder / "rwkv6", LETTERS.encode("\n"), LETTERS.encode(t)) for t in texts]
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_rolling_past_the_positions_counts_every_token(folder):
+    text = "the cat sat on the mat and the dog sat on the cat."
+    found = harness.Adapter(folder / "gpt2").loglikelihood_rolling(requests((text,)))[0]
+    ids = LETTERS.encode("\n" + text)
+    want = log_p(folder / "gpt2", ids[:1], ids[1:33])
+    want += log_p(folder / "gpt2", ids[-33:][: 66 - len(ids)], ids[33:])
+    assert found == pytest.approx(want, 1e-4)
+
+
+def test_generation_ends_before_its_stop_and_at_its_length(adapter):
+    settings = {"max_gen_toks": 24, "do_sample": False}
+    whole = adapter.generate_until(requests(("the cat", settings | {"until": []})))[0]
+    assert len(whole) == 24
+    stop = whole[5:7]
+    more = [
+        ("the cat", settings | {"until": stop}),
+        ("a", {"max_gen_toks": 3}),
+        ("", {"until": []}),
+    ]
+    found = adapter.generate_until(requests(*more))
+    assert found[0] == whole[: whole.index(stop)]
+    assert [len(text) for text in found[1:]] == [3, 256]
+
+
+def test_generation_ends_at_the_end_of_a_text(folder):
+    adapter = harness.Adapter(folder / "world")
+    assert adapter._cut([1, 4, 0, 5], []) == (adapter._tokenizer.decode([1, 4]), True)
+
+
+def test_what_it_cannot_do_is_said(folder, adapter):
+    with pytest.raises(InputError, match="do_sample=False"):
+        adapter.generate_until(requests(("a", {"do_sample": True, "temperature": 0.7})))
+    with pytest.raises(InputError, match="holds '猫'"):
+        adapter.loglikelihood_rolling(requests(("猫",)))
+    with pytest.raises(InputError, match=r"\(ids\) has no token for the end"):
+        harness.start_id(IdTokenizer(29))
+
+
+def test_harness_that_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(SystemExit):
+        cli.run(harness.main)
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_harness_runs_local_tasks(folder, tmp_path):
+    """A multiple choice, a perplexity and a generation, through the harness itself."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    with pytest.raises(InputError, match="--model_args must be checkpoint=PATH alone"):
+        harness.register()(checkpint=folder)
+    with pytest.raises(InputError, match="--batch_size=auto must be a number"):
+        harness.register()(checkpoint=folder, batch_size="auto")
+    model = harness.register()(checkpoint=folder / "rwkv6", batch_size="4")
+    rows = [{"text": f"the {a} sat on the {b}", "choices": [a, b]} for a in ("cat",) for b in "xyz"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "metadata": {"version": 0},
+    }
+    tasks = {
+        "choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "the",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": 0,
+        },
+        "rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "writing": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "a",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }
+    for name, task in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name} | shared | task))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0
+    )["results"]
+    scores = [sum(model.loglikelihood_rolling(requests((row["text"],)))) for row in rows]
+    bits = -sum(scores) / sum(len(row["text"]) for row in rows) / np.log(2)
+    assert found["rolling"]["bits_per_byte,none"] == pytest.approx(bits, 1e-4)
+    assert 0 <= found["choice"]["acc,none"] <= 1
+    assert 0 <= found["writing"]["exact_match,none"] <= 1
