@@ -21,12 +21,13 @@ ALLOWED = {
     "training": {"config", "data", "kernels", "models"},
     "analysis": {"config", "data", "kernels", "models", "training"},
     "convert": {"cli", "config", "data", "kernels", "models", "training"},
-    "generate": {"cli", "config", "data", "models", "training"},
+    "generation": {"data", "models"},
+    "generate": {"cli", "generation", "training"},
     "scoring": {"models"},
     "evaluate": {"cli", "config", "data", "models", "scoring", "training"},
     "harness": {"cli", "models", "scoring", "training"},
     "canaries": {"cli", "models", "scoring", "training"},
-    "inspect": {"analysis", "cli", "models", "training"},
+    "inspect": {"analysis", "cli", "models", "scoring", "training"},
     "train": {"cli", "config", "data", "evaluate", "generate", "kernels", "models", "training"},
 }
 

@@ -1,0 +1,15 @@
+"""Measurements on a trained model."""
+
+from gt_jax.analysis.contributions import BlockMeasures, lowest_places, measure_block
+from gt_jax.analysis.states import memories, norm
+from gt_jax.analysis.trace import Trace, trace
+
+__all__ = [
+    "BlockMeasures",
+    "Trace",
+    "lowest_places",
+    "measure_block",
+    "memories",
+    "norm",
+    "trace",
+]

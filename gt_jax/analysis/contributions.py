@@ -1,0 +1,74 @@
+"""What each branch of a hybrid block adds to the residual stream, token by token.
+
+    fused = R + M       share = |R| / (|R| + |M|)       cosine = rwkv . mamba / (|rwkv| |mamba|)
+
+R is what the fusion takes from the RWKV branch: g rwkv under a gate g per position, else what the
+fusion makes of rwkv beside a zero mamba. M is the rest of the sum, Mamba's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.models import FUSIONS
+
+
+class BlockMeasures(NamedTuple):
+    """Measures of one block, each [B, T] float32; NaN where a branch's output is zero.
+
+    gate: weight of the RWKV branch, averaged over channels; None for fusions without one.
+    share: RWKV's part of the update, in [0, 1]; Mamba's is 1 - share.
+    cosine: between the branches' outputs, in [-1, 1].
+    rwkv_norm, mamba_norm: |R| and |M|.
+    """
+
+    gate: jax.Array | None
+    share: jax.Array
+    cosine: jax.Array
+    rwkv_norm: jax.Array
+    mamba_norm: jax.Array
+
+
+def measure_block(config, fusion_params, activations):
+    """The BlockMeasures of a hybrid block.
+
+    Args:
+        config: the ModelConfig.
+        fusion_params: the block's parameters under "fusion"; empty for a fusion without any.
+        activations: what the block sowed: rwkv_out, mamba_out and fused [B, T, D], fusion's gate.
+    """
+    rwkv, mamba, fused = (
+        activations[name][0].astype(jnp.float32) for name in ("rwkv_out", "mamba_out", "fused")
+    )
+    gate = activations.get("fusion", {}).get("gate", [None])[0]
+    if gate is not None and gate.ndim == rwkv.ndim:  # one a position
+        from_rwkv = gate * rwkv
+    else:
+        fusion = FUSIONS[config.fusion](config)
+        alone = activations["rwkv_out"][0]
+        from_rwkv, _ = fusion.apply({"params": fusion_params}, alone, jnp.zeros_like(alone))
+    rwkv_norm = jnp.linalg.norm(from_rwkv, axis=-1)  # [B, T]
+    mamba_norm = jnp.linalg.norm(fused - from_rwkv, axis=-1)
+    if gate is not None:
+        gate = jnp.broadcast_to(jnp.mean(gate, axis=-1), rwkv_norm.shape)
+    lengths = jnp.linalg.norm(rwkv, axis=-1) * jnp.linalg.norm(mamba, axis=-1)
+    return BlockMeasures(
+        gate=gate,
+        share=rwkv_norm / (rwkv_norm + mamba_norm),
+        cosine=jnp.sum(rwkv * mamba, axis=-1) / lengths,
+        rwkv_norm=rwkv_norm,
+        mamba_norm=mamba_norm,
+    )
+
+
+def lowest_places(values, *, count: int, apart: int) -> list[int]:
+    """Where values [T] are lowest, lowest first: at most `count` places, `apart` or more apart."""
+    places = []
+    for place in np.argsort(values, kind="stable"):
+        if len(places) == count or np.isnan(values[place]):
+            break
+        if all(abs(place - other) >= apart for other in places):
+            places.append(int(place))
+    return places

@@ -1,0 +1,31 @@
+"""A model's memory: the part of its recurrent state that sums over the past."""
+
+import jax.numpy as jnp
+
+from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
+
+
+def memories(block_state) -> dict:
+    """The memories in a block's state by part, "rwkv", "mamba" or "fusion": arrays [B, ...].
+
+    The last inputs that token shift and convolution keep are left out, and so is the key-value
+    cache of attention, which sums up nothing.
+    """
+    match block_state:
+        case hybrid.BlockState(rwkv=rwkv, mamba=mamba, fusion=fusion):
+            found = memories(rwkv) | memories(mamba)
+            return found if fusion is None else found | {"fusion": fusion}
+        case rwkv6.BlockState(rwkv=rwkv):
+            return memories(rwkv)
+        case rwkv6.TimeMixState(wkv=memory) | legacy.VectorState(numerator=memory):
+            return {"rwkv": memory}
+        case mamba2.MambaState(ssm=memory):
+            return {"mamba": memory}
+        case gpt2.Cache():
+            return {}
+    return {"rwkv": block_state}  # the legacy branch's matrix
+
+
+def norm(memory):
+    """Frobenius norm of each row's memory, [B, ...] -> [B] float32."""
+    return jnp.sqrt(jnp.sum(jnp.square(memory), axis=tuple(range(1, memory.ndim))))
