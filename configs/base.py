@@ -17,6 +17,9 @@ def get_config():
         seed=0,  # initial weights, order of the text, dropout and samples all follow from it
         model=group(
             preset="gf-mh",  # `python -m gt_jax.models` lists them all
+            # A model to go on from, as `gt_jax.load` takes it: the run then has its weights,
+            # architecture and tokenizer, whatever preset and data.tokenizer say.
+            init_from=config_dict.placeholder(str),
             branch=config_dict.placeholder(str),  # "official" RWKV-6, or "legacy"
             legacy_wkv=config_dict.placeholder(str),  # the legacy branch's: a, b1, b2 or c
             fusion=config_dict.placeholder(str),  # how the two branches are joined: "gf", "hy", ...

@@ -19,6 +19,7 @@ from gt_jax.errors import InputError, did_you_mean
 @dataclass(frozen=True)
 class Model:
     preset: str
+    init_from: str | None
     branch: str | None
     legacy_wkv: str | None
     fusion: str | None

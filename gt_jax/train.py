@@ -30,7 +30,7 @@ from gt_jax.config import (
     from_config_dict,
     to_dict,
 )
-from gt_jax.data import evaluation_batches, make_batches
+from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.evaluate import describe, evaluate
 from gt_jax.generate import encode_prompt, generate
@@ -105,8 +105,10 @@ def train(config: Config, workdir) -> Progress:
         )
         return progress
 
-    # Text.
-    text = read_text(config, cache_dir=workdir)
+    # Text, in the tokens of the model to go on from if there is one.
+    stored = about or _stored(config)
+    tokenizer = tokenizer_from_dict(stored["tokenizer"]) if config.model.init_from else None
+    text = read_text(config, tokenizer=tokenizer, cache_dir=workdir)
     shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len}
     batches = make_batches(text.tokens.train, order=config.data.order, seed=config.seed, **shape)
     held_out = evaluation_batches(
@@ -122,7 +124,7 @@ def train(config: Config, workdir) -> Progress:
         prompt = encode_prompt(text.tokenizer, config.train.sample_prompt, "train.sample_prompt")
 
     # Model, optimizer, compiled steps.
-    model_config = make_model_config(config, text.tokenizer.vocab_size)
+    model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     model = make_model(model_config)
     schedule = make_schedule(config.optim, steps)
@@ -132,7 +134,7 @@ def train(config: Config, workdir) -> Progress:
     eval_step = parallel.compile_eval_step(make_eval_step(model), mesh)
     zero_carry = model.init_state(shape["batch_size"]) if config.train.carry_state else None
 
-    # State: the checkpoint's, else fresh.
+    # State: the checkpoint's, else fresh but for the parameters of model.init_from.
     make_state = jax.jit(
         functools.partial(init_state, model, tx, config),
         out_shardings=parallel.state_sharding(mesh),
@@ -147,6 +149,11 @@ def train(config: Config, workdir) -> Progress:
         batches.restore(about["batches"])
     else:
         state = make_state()
+        if config.model.init_from:
+            _, params, _ = checkpoint.load(config.model.init_from)
+            state = state.replace(
+                params=jax.device_put(params, parallel.state_sharding(mesh).params)
+            )
 
     _introduce(config, model_config, counts, text, mesh, workdir, start)
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
@@ -231,18 +238,46 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def make_model_config(config: Config, vocab_size: int) -> ModelConfig:
+def make_model_config(config: Config, vocab_size: int, stored: dict | None = None) -> ModelConfig:
+    """The ModelConfig of a run.
+
+    Args:
+        config: uses the model group and train.carry_state.
+        vocab_size: number of token ids.
+        stored: what `checkpoint.read_about` says of model.init_from, if that is set.
+
+    Raises:
+        InputError: an impossible value, or one that differs from the stored model.
+    """
     fields = dataclasses.asdict(config.model)
-    preset = fields.pop("preset")
+    preset, init_from = fields.pop("preset"), fields.pop("init_from")
     del fields["rwkv_dropout_start"], fields["rwkv_dropout_end"]  # The step's, not the model's.
     fields["dtype"] = computation_dtype(config.model.dtype)
-    model_config = make_config(preset, vocab_size=vocab_size, **fields)
+    if init_from:
+        of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
+        for name, value in fields.items():
+            if value not in (None, stored["model"][name]):
+                raise InputError(
+                    f"model.{name}={value} differs from {stored['model'][name]} in {init_from}, "
+                    "which sets the architecture: leave it unset"
+                )
+        model_config = ModelConfig(**stored["model"] | of_run)
+        preset = model_config.architecture
+    else:
+        model_config = make_config(preset, vocab_size=vocab_size, **fields)
     if config.train.carry_state and model_config.architecture.startswith("gpt"):
         raise InputError(
             f"train.carry_state=True needs a recurrent model, and model.preset={preset} attends "
             f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
         )
     return model_config
+
+
+def _stored(config: Config) -> dict | None:
+    """What a checkpoint says of the model in model.init_from, None where none is set."""
+    if config.model.init_from is None:
+        return None
+    return checkpoint.read_about(checkpoint.find(config.model.init_from))
 
 
 def _check_same_run(old: dict, config: Config, workdir: Path) -> None:
@@ -259,7 +294,10 @@ def _introduce(config, model_config: ModelConfig, counts, text: Text, mesh, work
     """Say what is about to be trained, on what, and how."""
     total = counts.pop("total")
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"model:  {config.model.preset}, {total:,} parameters ({parts})")
+    name = config.model.preset
+    if config.model.init_from:
+        name = f"{model_config.architecture} from {config.model.init_from}"
+    print(f"model:  {name}, {total:,} parameters ({parts})")
     device = mesh.devices.flat[0].device_kind
     print(f"device: {mesh.size} x {device}, {model_config.dtype}, {config.parallel.mode}")
     ops = {"hybrid": ("wkv6", "ssd"), "rwkv6": ("wkv6",), "mamba2": ("ssd",)}
