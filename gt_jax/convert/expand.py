@@ -1,0 +1,122 @@
+"""A larger model that computes what a smaller one does: more blocks, or a multiple of its width.
+
+Depth: blocks on top whose mixers and feed-forwards end in zero matrices and so add nothing yet.
+Width: every channel, head and hidden unit stands there several times. Norms see the same means and
+squares; a matrix divides what it made of a channel among the copies, in random shares that sum to
+one whole, because copies with equal shares would have equal gradients for ever.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from gt_jax.convert import files, params
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig
+
+
+def expand(source, target, *, layers=None, dim=None, seed=0) -> str:
+    """Write a deeper or wider model of the same function as a folder for `gt_jax.load`.
+
+    Args:
+        source: what `gt_jax.load` takes, of any architecture.
+        target: folder to be made.
+        layers: blocks of the larger model; None for as many.
+        dim: its width, a multiple of the old one; None for the same. Heads keep their channels.
+        seed: of new blocks and of the shares of copies.
+
+    Returns:
+        A line that says what was made.
+
+    Raises:
+        InputError: no larger model computes the same. Nothing is written.
+    """
+    files.check_free(target)
+    old, weights, tokenizer = params.read(source)
+    config = _larger(old, old.layers if layers is None else layers, old.dim if dim is None else dim)
+    if config.dim > old.dim:
+        wide = dataclasses.replace(config, layers=old.layers)
+        weights = _widen(weights, old, wide, np.random.default_rng(seed))
+    if config.layers > old.layers:
+        blocks = tuple(f"blocks_{layer}/" for layer in range(old.layers, config.layers))
+        silent = dataclasses.replace(config, init="blinkdl")  # its blocks add nothing
+        weights |= params.new(silent, seed, lambda path: path.startswith(blocks))
+    params.write(target, params.Stored(config, weights, tokenizer))
+    return (
+        f"{config.architecture} of {old.layers} x {old.dim} (blocks x width) as one of "
+        f"{config.layers} x {config.dim}: {target}"
+    )
+
+
+def _larger(old: ModelConfig, layers: int, dim: int) -> ModelConfig:
+    """The larger model's configuration; InputError if it cannot compute the same."""
+    if (layers, dim) == (old.layers, old.dim):
+        raise InputError(f"say what grows beyond --layers={layers} and --dim={dim}")
+    if layers < old.layers:
+        raise InputError(f"--layers={layers} must be at least the model's {old.layers}")
+    if dim < old.dim or dim % old.dim:
+        raise InputError(
+            f"--dim={dim} must be a multiple of the model's {old.dim}: it repeats them"
+        )
+    legacy = old.branch == "legacy" and old.architecture in ("hybrid", "rwkv6")
+    if layers > old.layers and legacy and old.legacy_wkv != "c":
+        raise InputError(
+            f"--layers={layers} must be {old.layers} for model.branch='legacy', whose output "
+            "contains its input, so that no new block can add nothing"
+        )
+    return dataclasses.replace(old, layers=layers, dim=dim, heads=old.heads * (dim // old.dim))
+
+
+def _widen(weights, old: ModelConfig, new: ModelConfig, rng) -> dict[str, np.ndarray]:
+    """Parameters of `new`, which is `old` with a multiple of its width."""
+    times, shapes = new.dim // old.dim, params.shapes_of(new)
+    growing = {}  # path -> [(axis, its pieces)]
+    for path, x in weights.items():
+        axes = [axis for axis in range(x.ndim) if x.shape[axis] != shapes[path][axis]]
+        growing[path] = [(axis, _pieces(path, x.shape[axis], old)) for axis in axes]
+        for axis, pieces in growing[path]:
+            if sum(size * (times if grows else 1) for size, grows in pieces) != shapes[path][axis]:
+                raise InputError(
+                    f"--dim={new.dim} cannot keep the function: {path} {list(x.shape)} would have "
+                    f"to be {list(shapes[path])}, which is not {times} times as wide"
+                )
+    wide = {}
+    for path, x in weights.items():
+        for axis, pieces in reversed(growing[path]):  # outputs first: each has shares of its own
+            x = _copy(x, axis, pieces, times, _sums(path, axis), rng)
+        wide[path] = x
+    if old.tie_embeddings:  # the head sums over copies and cannot divide: it is the embedding
+        wide |= {path: wide[path] / times for path in wide if path.startswith("final_norm/")}
+    return wide
+
+
+def _sums(path: str, axis: int) -> bool:
+    """Whether a parameter's axis is summed over, as the input axis of a matrix is."""
+    return axis == 0 and re.search(r"(kernel|head|_w1)$", path) is not None
+
+
+def _pieces(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
+    """What lies side by side along an axis that grows: sizes, and whether they grow."""
+    per_group = [(c.state_size, False)] * 2  # Mamba's B and C, which its heads share
+    if path.endswith("mamba/in_proj/kernel") and size != c.dim:
+        inner = (c.mamba_dim, True)
+        return [inner, inner, *per_group, (c.mamba_heads, True)]
+    if "/conv1d/" in path:
+        return [(c.mamba_dim, True), *per_group]
+    if "/fusion/" in path or "/qkv/" in path:
+        return [(c.dim, True)] * (size // c.dim)
+    return [(size, True)]
+
+
+def _copy(x, axis, pieces, times, summed, rng):
+    """`times` copies of the pieces that grow, along their axis; divided among them if summed."""
+    bounds = np.cumsum([size for size, _ in pieces])[:-1]
+    parts = []
+    for part, (_, grows) in zip(np.split(x, bounds, axis), pieces):
+        copies = np.stack([part] * (times if grows else 1))
+        if summed and grows:
+            noise = rng.standard_normal(copies.shape, np.float32) * np.sqrt(np.square(part).mean())
+            copies = (copies + noise - noise.mean(0)) / times
+        parts += list(copies)
+    return np.concatenate(parts, axis)
