@@ -231,7 +231,7 @@ def test_missing_config_or_checkpoint_is_one_line(tmp_path, capsys):
     for program, more in ((evaluate, []), (generate, ["--prompt=a"])):
         error = error_of(program, f"--checkpoint={tmp_path}", *more, capsys=capsys)
         assert "holds no checkpoint" in error
-    assert "--prompt is missing" in error_of(generate, "--checkpoint=x", capsys=capsys)
+    assert "--checkpoint is missing" in error_of(generate, "--prompt=a", capsys=capsys)
 
 
 def test_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(

@@ -1,88 +1,102 @@
-import jax
-import jax.numpy as jnp
+"""generate() for one prompt, and the program: one-shot, interactive, with a state in a file."""
+
+import builtins
+import re
+
 import numpy as np
 import pytest
 
+from gt_jax import generate as program
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.generate import encode_prompt, generate, keep_top_k, keep_top_p, sample, stream
-from gt_jax.models import make_config, make_model
+from gt_jax.generate import encode_prompt, generate
+from gt_jax.generation import Request, complete
+from gt_jax.training.checkpoint import save_model
+from tests.models.small_models import random_tokens, small_model
 
-PROMPT = np.array([1, 5, 2, 7, 3, 3, 0], np.int32)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(make_config("gf-mh", vocab_size=9, dim=32, layers=1, heads=2, state_size=8))
+TOKENIZER = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmno\np"})
+PROMPT = "abba\n" * 16  # a piece of 64 tokens, and more
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    fresh = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    # Far from uniform, so that the likeliest token is no matter of rounding.
-    return jax.tree.map(lambda x: 3 * x, fresh)
+def small():
+    return small_model("gf")
 
 
-def test_greedy_text_is_what_the_parallel_form_finds_likeliest(model, params):
-    tokens = list(generate(model, params, PROMPT, max_tokens=8, temperature=0))
-    whole = np.concatenate([PROMPT, tokens])
-    logits = jax.jit(model.apply)({"params": params}, whole[None]).logits[0]
-    assert tokens == np.argmax(logits, -1)[len(PROMPT) - 1 : -1].tolist()
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory):
+    """run(*arguments) calls the program on a checkpoint of the small model."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_model(folder, small.model.config, small.params, TOKENIZER)
+    default = ("--max_tokens=12", f"--checkpoint={folder}")
+    return lambda *arguments: program.main(["program", *default, *map(str, arguments)])
 
 
-def test_same_seed_gives_the_same_text_and_another_seed_another(model, params):
-    draw = lambda seed: list(generate(model, params, PROMPT, max_tokens=12, seed=seed))
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+@pytest.fixture
+def type_lines(monkeypatch):
+    """type_lines(*lines) makes input() return these, then end."""
+
+    def type_(*lines):
+        lines = iter(lines)
+
+        def read_line(prompt):
+            line = next(lines, None)
+            if line is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr(builtins, "input", read_line)
+
+    return type_
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"temperature": -1.0}, "--temperature=-1.0 must be 0 or more"),
-        ({"top_p": 0.0}, "--top_p=0.0 must be above 0, at most 1"),
-        ({"top_k": -2}, "--top_k=-2 must be 0 or more"),
-        ({"max_tokens": 0}, "--max_tokens=0 must be at least 1"),
-        ({"prompt": []}, "--prompt is empty"),
-    ],
-)
-def test_impossible_setting_is_refused_before_anything_runs(model, setting, message):
-    settings = {"prompt": PROMPT, "max_tokens": 4} | setting
-    with pytest.raises(InputError) as caught:
-        generate(model, None, settings.pop("prompt"), **settings)
-    assert message in str(caught.value)
+def test_tokens_are_those_of_the_engine(small):
+    prompt = np.asarray(random_tokens(1, 20)[0])
+    tokens = list(generate(small.model, small.params, prompt, max_tokens=35, seed=3))
+    request = Request(prompt, max_tokens=35, seed=3)
+    assert tokens == complete(small.model, small.params, [request], rows=1)[0].tokens
+    with pytest.raises(InputError, match="top_p=3 must be above 0"):
+        generate(small.model, None, prompt, max_tokens=4, top_p=3)
 
 
-def test_attention_model_is_not_asked_for_more_than_its_positions():
-    gpt = make_model(make_config("gpt2", vocab_size=9, max_positions=10))
-    with pytest.raises(InputError, match=r"--max_tokens=4 after a prompt of 7 .* 10 positions"):
-        generate(gpt, None, PROMPT, max_tokens=4)
+def test_prompt_and_reply_are_printed(run, small, capsys):
+    run(f"--prompt={PROMPT}", "--seed=4", "--top_k=5", "--stats")
+    printed = capsys.readouterr()
+    request = Request(TOKENIZER.encode(PROMPT), max_tokens=12, seed=4, top_k=5)
+    [reply] = complete(small.model, small.params, [request], tokenizer=TOKENIZER, rows=1)
+    assert printed.out == f"{PROMPT}{reply.text}\n"
+    assert re.search(r"prefill: 64 tokens, \S+ tokens/s; decode: 27 tokens \(12 new\)", printed.err)
 
 
-def test_top_k_and_top_p_keep_the_fewest_likeliest_tokens():
-    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]))
-    kept = lambda cut: np.isfinite(cut).tolist()
-    assert kept(keep_top_k(logits, 2))[0] == [False, True, False, True]
-    assert kept(keep_top_k(logits, 0)) == kept(keep_top_k(logits, 9)) == [[True] * 4] * 2
-    assert kept(keep_top_p(logits, 0.69)) == [
-        [False, True, False, True],
-        [True, False, False, False],
-    ]
-    assert kept(keep_top_p(logits, 0.71))[0] == [False, True, True, True]
-    assert kept(keep_top_p(logits, 1e-9)) == [
-        [False, True, False, False],
-        [True, False, False, False],
-    ]
-    assert kept(keep_top_p(logits, 1.0)) == [[True] * 4] * 2
+def test_text_goes_on_from_a_state_in_a_file(run, tmp_path, capsys):
+    file, greedy = tmp_path / "state", ("--temperature=0", "--max_tokens=30")
+    run(f"--prompt={PROMPT}", *greedy)
+    whole = capsys.readouterr().out
+    run(f"--prompt={PROMPT}", "--temperature=0", f"--save_state={file}")
+    run("--prompt=", "--temperature=0", "--max_tokens=18", f"--state={file}")
+    assert capsys.readouterr().out.replace("\n", "") == whole.replace("\n", "")
 
 
-def test_samples_follow_the_tempered_distribution():
-    logits = jnp.broadcast_to(jnp.log(jnp.array([0.1, 0.6, 0.3])), (20_000, 3))
-    tokens = sample(jax.random.key(0), logits, temperature=0.5)
-    expected = np.array([0.1, 0.6, 0.3]) ** 2
-    shares = np.bincount(tokens, minlength=3) / len(tokens)
-    np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.015)
-    assert (sample(jax.random.key(0), logits, temperature=0.0) == 1).all()
+def test_lines_typed_make_one_text_with_the_replies(run, small, type_lines, capsys):
+    greedy = ("--temperature=0", "--stop=\n")
+    type_lines("ab", "Ω", "cd", "")
+    run(*greedy)
+    printed = capsys.readouterr()
+    assert printed.err.count("error: prompt='") == 1 and "'Ω'" in printed.err
+
+    text, replies = "", []
+    for line in ("ab", "cd", ""):
+        text += ("\n" if line and text and not text.endswith("\n") else "") + line
+        request = Request(TOKENIZER.encode(text), max_tokens=12, temperature=0.0, stop=("\n",))
+        [reply] = complete(small.model, small.params, [request], tokenizer=TOKENIZER, rows=1)
+        text += TOKENIZER.decode(reply.tokens)
+        replies.append(reply.text)
+    assert printed.out == "\n".join([*replies, "\n"])
+
+
+def test_mistakes_are_found_before_the_model_is_loaded():
+    with pytest.raises(InputError, match=r"min_p=2\.0 must be from 0 to 1"):
+        program.main(["program", "--checkpoint=nowhere", "--prompt=a", "--min_p=2"])
 
 
 @pytest.mark.parametrize("kind", ["char", "char97"])
@@ -91,11 +105,3 @@ def test_prompt_outside_the_vocabulary_is_refused_with_its_characters(kind):
     assert tokenizer.decode(encode_prompt(tokenizer, "cab", "--prompt")) == "cab"
     with pytest.raises(InputError, match=r"--prompt='aüz'.*'z'.*'ü'"):
         encode_prompt(tokenizer, "aüz", "--prompt")
-
-
-def test_stream_holds_back_half_a_character():
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids).decode("utf-8", "replace")
-
-    assert list(stream(Bytes(), b"a", "hé!".encode())) == ["h", "é", "!"]

@@ -1,0 +1,190 @@
+"""What a model remembers of a text it has read: made in pieces, kept as a file, read on from.
+
+A text is read in whole pieces of a few sizes, without any padding, each one call of the model. The
+last tokens, at most as many as the smallest piece, wait for the generation loop, which reads them
+one by one: it needs the logits of the last, and no other shape has to be compiled for the rest.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.data.corpora import replace_file
+from gt_jax.errors import InputError
+
+PIECES = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
+NOT_OF_THE_FUNCTION = ("dtype", "impl", "remat")  # ModelConfig fields any context fits
+
+
+class Context(NamedTuple):
+    """A text as a model remembers it; `read` makes them.
+
+    state: the model's state after all tokens but the waiting ones, a batch of one row.
+    waiting: [n] int32, the last 1 to 64 tokens.
+    seen: [vocab] bool, the tokens that occur anywhere in the text.
+    length: tokens in all.
+    """
+
+    state: Any
+    waiting: np.ndarray
+    seen: np.ndarray
+    length: int
+
+
+def read(model, params, tokens, after: Context | None = None) -> Context:
+    """Read a text of any length, in memory that depends only on the largest piece.
+
+    Args:
+        model, params: from `gt_jax.load`.
+        tokens: [T] ids; may be empty where `after` is given.
+        after: what comes before; stays as it is, so that it can be read on from again.
+
+    Raises:
+        InputError: no tokens at all, an id outside the vocabulary, more tokens than a GPT has
+            positions.
+    """
+    config = model.config
+    new = np.asarray(tokens, np.int64).reshape(-1)
+    outside = new[(new < 0) | (new >= config.vocab_size)]
+    if outside.size:
+        raise InputError(f"prompt has the id {outside[0]}; ids are 0 to {config.vocab_size - 1}")
+    if after is None:
+        after = Context(None, np.zeros(0, np.int32), np.zeros(config.vocab_size, bool), 0)
+    length = after.length + len(new)
+    if length == 0:
+        raise InputError("prompt is empty; give it at least one token")
+    if "gpt" in config.architecture and length > config.max_positions:
+        raise InputError(
+            f"prompt of {length} tokens exceeds the {config.max_positions} positions of this model"
+        )
+    seen = after.seen.copy()
+    seen[new] = True
+    waiting = np.concatenate([after.waiting, new.astype(np.int32)])
+    state = zero_state(model, params) if after.state is None else after.state
+    while len(waiting) > PIECES[0]:
+        size = max(size for size in PIECES if size < len(waiting))
+        state = _read_piece(model, params, waiting[None, :size], state)
+        waiting = waiting[size:]
+    return Context(state, waiting, seen, length)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
+def zero_state(model, params, rows=1):
+    """The model's state before any token, for this many rows.
+
+    It is put where `params` are: elsewhere, all that it enters would be compiled for the first call
+    and again for those that follow.
+    """
+    del params
+    return model.init_state(rows)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _read_piece(model, params, tokens, state):
+    # Without its logits: the output head is never computed.
+    return model.apply({"params": params}, tokens, state).state
+
+
+def save_context(path, model, params, context: Context) -> None:
+    """Write a context to the file `path`, for `load_context`; an old file there is replaced."""
+    leaves = jax.device_get(_named(context.state))
+    arrays = {
+        name: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf  # NumPy has none
+        for name, leaf in leaves.items()
+    }
+    about = {"model": _function(model), "parameters": fingerprint(params), "length": context.length}
+    file = io.BytesIO()
+    np.savez(file, about=json.dumps(about), waiting=context.waiting, seen=context.seen, **arrays)
+    replace_file(Path(path), file.getvalue())
+
+
+def load_context(path, model, params) -> Context:
+    """The context that `save_context` wrote for this model, its dtype aside.
+
+    Raises:
+        InputError: no such file, not a context, damaged, or of another model or other parameters.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        about = json.loads(str(arrays.pop("about")))
+        of_model, of_params, length = about["model"], about["parameters"], int(about["length"])
+        waiting, seen = arrays.pop("waiting"), arrays.pop("seen")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; name a file that --save_state wrote") from error
+    except _UNREADABLE as error:
+        raise InputError(f"{path} is no saved state, or damaged ({error})") from error
+    mine = _function(model)
+    for field in sorted(mine):
+        if of_model.get(field) != mine[field]:
+            raise InputError(
+                f"{path} is the state of another model: its model.{field} is "
+                f"{of_model.get(field)!r}, this one's {mine[field]!r}"
+            )
+    if of_params != fingerprint(params):
+        raise InputError(
+            f"{path} is the state of the same kind of model with other parameters; "
+            "use the checkpoint it was saved with"
+        )
+    like = jax.eval_shape(functools.partial(zero_state, model), params)
+    shapes = {name: leaf.shape for name, leaf in _named(like).items()}
+    whole = (
+        {name: array.shape for name, array in arrays.items()} == shapes
+        and seen.shape == (model.config.vocab_size,)
+        and waiting.ndim == 1
+        and 1 <= len(waiting) <= PIECES[0]
+        and 0 <= waiting.min() <= waiting.max() < model.config.vocab_size
+    )
+    if not whole:
+        raise InputError(f"{path} is damaged: its arrays have other shapes than this model's state")
+    state = jax.tree.unflatten(
+        jax.tree.structure(like),
+        [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()],
+    )
+    return Context(state, waiting.astype(np.int32), seen.astype(bool), length)
+
+
+_UNREADABLE = (
+    *(AttributeError, EOFError, KeyError, MemoryError, OSError, TypeError, ValueError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
+def fingerprint(params) -> str:
+    """A digest of parameters, the same on every device; reads them once, where they are."""
+    sums = jax.device_get(_weighted_bits(params))
+    lines = [f"{name} {int(total)}" for name, total in _named(sums).items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@jax.jit
+def _weighted_bits(params):
+    """For every array, the sum of its bits as integers times odd weights, modulo 2^32."""
+
+    def weigh(x):
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))
+
+    return jax.tree.map(weigh, params)
+
+
+def _named(tree):
+    """Path -> leaf, in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _function(model):
+    """The fields of a model's config that decide what it computes."""
+    fields = vars(model.config)
+    return {name: fields[name] for name in fields if name not in NOT_OF_THE_FUNCTION}

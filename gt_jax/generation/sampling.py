@@ -1,0 +1,76 @@
+"""How a next token is chosen, every row of a batch by its own settings.
+
+penalise what was seen -> divide by the temperature -> top-k -> top-p -> min-p -> draw
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Settings(NamedTuple):
+    """One value a row: floats but for `top_k`.
+
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw among the k likeliest tokens; 0 for all.
+    top_p: draw among the likeliest tokens that together reach this probability, in (0, 1].
+    min_p: draw among tokens at least this share as likely as the likeliest, in [0, 1].
+    repetition_penalty: above 0; a token seen before has its logit divided by it, or multiplied
+        where negative (Keskar et al. 2019, arXiv:1909.05858). 1 leaves all as they are.
+    """
+
+    temperature: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+    top_p: jax.Array | float = 1.0
+    min_p: jax.Array | float = 0.0
+    repetition_penalty: jax.Array | float = 1.0
+
+
+def choose(keys, logits, seen, settings):
+    """The next token of every row.
+
+    Args:
+        keys: [B] random keys; a row's draw depends on nothing of another row.
+        logits: [B, vocab] float32.
+        seen: [B, vocab] bool, tokens that the repetition penalty is for.
+        settings: Settings of [B] arrays.
+
+    Returns:
+        [B] int32.
+    """
+    logits = penalize(logits, seen, settings.repetition_penalty)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    narrows = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
+
+    def draw():
+        scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+        # Sorting a large vocabulary costs more than a small model does.
+        cut = jax.lax.cond(
+            jnp.any(narrows), lambda: keep_likeliest(scaled, settings), lambda: scaled
+        )
+        drawn = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
+        return jnp.where(settings.temperature == 0, likeliest, drawn)
+
+    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: likeliest)
+
+
+def penalize(logits, seen, penalty):
+    """Less likely tokens where `seen`: [B, vocab] float32, [B, vocab] bool, [B] -> [B, vocab]."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_likeliest(logits, settings):
+    """Logits [B, vocab] outside a row's top-k, top-p or min-p become -inf; ties stay together."""
+    top_k, top_p, min_p = (x[:, None] for x in (settings.top_k, settings.top_p, settings.min_p))
+    vocab = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    last = jnp.clip(jnp.where(top_k == 0, vocab, top_k) - 1, 0, vocab - 1)
+    in_top_k = ordered >= jnp.take_along_axis(ordered, last, axis=-1)
+    probabilities = jax.nn.softmax(ordered, where=in_top_k)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all likelier tokens
+    in_top_p = (before < top_p) | (top_p == 1)
+    in_min_p = probabilities >= min_p * probabilities[:, :1]
+    kept = jnp.where(in_top_k & in_top_p & in_min_p, ordered, jnp.inf)
+    return jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
