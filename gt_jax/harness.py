@@ -12,7 +12,7 @@ import numpy as np
 
 from gt_jax import cli
 from gt_jax.errors import InputError
-from gt_jax.scoring import continue_greedily, position_limit, score, windows
+from gt_jax.scoring import continue_greedily, part, position_limit, score, windows
 from gt_jax.training import checkpoint
 
 _MAX_TOKENS = 256  # generated where a task does not say
@@ -77,14 +77,10 @@ class Adapter:
         return np.concatenate([[self._start], ids]).astype(np.int32)
 
     def _encode_pair(self, context, continuation):
-        """Ids of both, parted before the first token that the continuation changes."""
         whole = self._encode(self._start, context + continuation)
         before = self._encode(self._start, context)
-        n = min(len(before), len(whole) - 1)
-        same = whole[:n] == before[:n]
-        n = n if same.all() else int(np.argmin(same))
-        first = 1 if n > 1 else 0  # Only an empty context needs the start.
-        return whole[first:n], whole[n:]
+        before, after = part(before, whole)
+        return before[1 if len(before) > 1 else 0 :], after  # Only an empty context needs a start.
 
     def _cut(self, ids, stops) -> tuple[str, bool]:
         """The text before whatever ends it first, and whether anything does."""

@@ -128,6 +128,17 @@ def continue_greedily(
     return texts
 
 
+def part(before, whole) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a whole text, parted where they first differ from those of its beginning alone.
+
+    A token across the border belongs to the second part, which is never empty.
+    """
+    n = min(len(before), len(whole) - 1)
+    same = whole[:n] == before[:n]
+    n = n if same.all() else int(np.argmin(same))
+    return whole[:n], whole[n:]
+
+
 def windows(documents, *, seq_len: int, stride: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(context, continuation) pairs for `score` that count each target of the documents once.
 

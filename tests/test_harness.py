@@ -15,7 +15,6 @@ from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.training import checkpoint
-from tests.convert import small
 from tests.models.small_models import lively_parameters, random_tokens
 
 LETTERS = CharTokenizer(string.ascii_lowercase + " \n.")
@@ -33,18 +32,26 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Small models; attention compiles quickest, and what is tested here is the same for all."""
     folder = tmp_path_factory.mktemp("harness")
-    small.save("rwkv6", folder / "rwkv6", LETTERS)
-    small.save("rwkv6", folder / "world", WorldTokenizer(WorldTokenizer.pack(WORLD)))
-    config = ModelConfig(small.VOCAB, "gpt2", dim=32, layers=1, heads=2, max_positions=32)
-    params = lively_parameters(make_model(config), random_tokens(1, 1))
-    checkpoint.save_model(folder / "gpt2", config, params, LETTERS)
+
+    def save(name, tokenizer, architecture="gpt2", max_positions=512):
+        config = ModelConfig(
+            29, architecture, dim=32, layers=1, heads=2, max_positions=max_positions
+        )
+        params = lively_parameters(make_model(config), random_tokens(1, 1))
+        checkpoint.save_model(folder / name, config, params, tokenizer)
+
+    save("letters", LETTERS)
+    save("short", LETTERS, max_positions=32)
+    save("world", WorldTokenizer(WorldTokenizer.pack(WORLD)))
+    save("recurrent", LETTERS, architecture="rwkv6")
     return folder
 
 
 @pytest.fixture(scope="module")
 def adapter(folder):
-    return harness.Adapter(folder / "rwkv6")
+    return harness.Adapter(folder / "letters")
 
 
 def requests(*arguments):
@@ -63,8 +70,10 @@ def log_p(folder, context, continuation):
 def test_loglikelihood_is_of_the_continuation(folder, adapter):
     (plain, _), (bare, _) = adapter.loglikelihood(requests(("the cat", " sat"), ("", "a cat sat")))
     encode = LETTERS.encode
-    assert plain == pytest.approx(log_p(folder / "rwkv6", encode("the cat"), encode(" sat")), 1e-4)
-    assert bare == pytest.approx(log_p(folder / "rwkv6", encode("\n"), encode("a cat sat")), 1e-4)
+    assert plain == pytest.approx(
+        log_p(folder / "letters", encode("the cat"), encode(" sat")), 1e-4
+    )
+    assert bare == pytest.approx(log_p(folder / "letters", encode("\n"), encode("a cat sat")), 1e-4)
 
 
 def test_token_across_the_border_belongs_to_the_continuation(folder):
@@ -79,16 +88,16 @@ def test_token_across_the_border_belongs_to_the_continuation(folder):
 def test_rolling_is_of_the_whole_text(folder, adapter):
     texts = ["a cat sat on the mat", "x"]
     found = adapter.loglikelihood_rolling(requests(*((text,) for text in texts)))
-    want = [log_p(folder / "rwkv6", LETTERS.encode("\n"), LETTERS.encode(t)) for t in texts]
+    want = [log_p(folder / "letters", LETTERS.encode("\n"), LETTERS.encode(t)) for t in texts]
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
 def test_rolling_past_the_positions_counts_every_token(folder):
     text = "the cat sat on the mat and the dog sat on the cat."
-    found = harness.Adapter(folder / "gpt2").loglikelihood_rolling(requests((text,)))[0]
+    found = harness.Adapter(folder / "short").loglikelihood_rolling(requests((text,)))[0]
     ids = LETTERS.encode("\n" + text)
-    want = log_p(folder / "gpt2", ids[:1], ids[1:33])
-    want += log_p(folder / "gpt2", ids[-33:][: 66 - len(ids)], ids[33:])
+    want = log_p(folder / "short", ids[:1], ids[1:33])
+    want += log_p(folder / "short", ids[-33:][: 66 - len(ids)], ids[33:])
     assert found == pytest.approx(want, 1e-4)
 
 
@@ -138,7 +147,7 @@ def test_harness_runs_local_tasks(folder, tmp_path):
         harness.register()(checkpint=folder)
     with pytest.raises(InputError, match="--batch_size=auto must be a number"):
         harness.register()(checkpoint=folder, batch_size="auto")
-    model = harness.register()(checkpoint=folder / "rwkv6", batch_size="4")
+    model = harness.register()(checkpoint=folder / "recurrent", batch_size="4")
     rows = [{"text": f"the {a} sat on the {b}", "choices": [a, b]} for a in ("cat",) for b in "xyz"]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
