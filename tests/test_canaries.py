@@ -90,9 +90,12 @@ def test_score_is_the_share_of_right_choices(loaded, monkeypatch, favourite, sco
     log_p = lambda i: float(i % 4 == favourite) if favourite is not None else float("nan")
     answer = lambda *_, **__: [Score(np.array([log_p(i)]), False) for i in range(40)]
     monkeypatch.setattr(canaries, "score", answer)
-    monkeypatch.setattr(canaries, "continue_greedily", lambda *_, **__: [[0]] * 10)
+    items = make_items("C1a", 10, LETTERS)
+    spoken = [LETTERS.encode(item.right[1:] + ".") for item in items[:5]] + [[0]] * 5
+    monkeypatch.setattr(canaries, "continue_greedily", lambda *_, **__: spoken)
     result = canaries.run(*loaded, suite="minimal", items=10)
     assert {row["score"] for row in result["canaries"].values()} == {score}
+    assert result["canaries"]["C1a"]["said"] == 50 and result["canaries"]["C4a"]["said"] is None
     assert result["average"] == score and result["passed"] == (reason is None)
     assert (result["reason"] or "").startswith(reason or "")
 

@@ -245,7 +245,8 @@ def _measure(model, params, tokenizer, prompts, batch_size, look_at_said):
     found = continue_greedily(
         model, params, contexts, max_tokens=longest + 1, batch_size=batch_size
     )
-    said = [tokenizer.decode(ids).startswith(i.right) for ids, i in zip(found, prompts)]
+    answers = [tokenizer.decode(ids).lstrip() for ids in found]  # Some keep the first space.
+    said = [text.startswith(item.right.lstrip()) for text, item in zip(answers, prompts)]
     return 100 * float(np.mean(right)), 100 * float(np.mean(said))
 
 
