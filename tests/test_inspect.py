@@ -15,15 +15,14 @@ from gt_jax.data.tokenizers import CharTokenizer, train_sentencepiece
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
 from gt_jax.training import checkpoint
-from tests.analysis.parameters import random_parameters
-from tests.models.small_models import small_config
+from tests.models.small_models import lively_parameters, small_config
 
 HOSTILE = '<!-- &amp; </script> "quoted" \\ end\n<script>x()</script>'
 
 
 def save(folder, tokenizer, **fields):
     config = small_config(vocab_size=tokenizer.vocab_size, **fields)
-    params = random_parameters(make_model(config), jnp.zeros((1, 1), jnp.int32))
+    params = lively_parameters(make_model(config), jnp.zeros((1, 1), jnp.int32))
     checkpoint.save_model(folder, config, params, tokenizer)
     return folder
 

@@ -7,8 +7,7 @@ import pytest
 
 from gt_jax.analysis import lowest_places, measure_block
 from gt_jax.models import FUSIONS
-from tests.analysis.parameters import random_parameters
-from tests.models.small_models import jit, small_config
+from tests.models.small_models import jit, lively_parameters, small_config
 
 B, T, D = 2, 5, 32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32; M is a difference of numbers around 1
@@ -55,7 +54,7 @@ def test_terms_shares_and_cosines_are_those_of_the_formulas(fusion):
     module = FUSIONS[fusion](config)
     rng = np.random.default_rng(0)
     rwkv, mamba = rng.normal(size=(2, B, T, D)).astype(np.float32)
-    params = random_parameters(module, rwkv, mamba)
+    params = lively_parameters(module, rwkv, mamba)
     apply = jit(lambda p: module.apply({"params": p}, rwkv, mamba, mutable="activations"))
     (fused, _), sown = apply(params)
     activations = {"rwkv_out": (rwkv,), "mamba_out": (mamba,), "fused": (fused,)}
@@ -83,7 +82,7 @@ def test_silent_branch_has_no_direction_and_no_share():
     config = small_config(fusion="ws")
     module = FUSIONS["ws"](config)
     rwkv, mamba = jnp.ones((1, 2, D)), jnp.zeros((1, 2, D))
-    params = random_parameters(module, rwkv, mamba)
+    params = lively_parameters(module, rwkv, mamba)
     activations = {"rwkv_out": (rwkv,), "mamba_out": (mamba,), "fused": (rwkv * params["alpha"],)}
     found = measure_block(config, params, activations)
     np.testing.assert_array_equal(found.share, 1)

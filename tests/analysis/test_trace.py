@@ -6,8 +6,8 @@ import pytest
 
 from gt_jax.analysis import trace
 from gt_jax.models import make_model
-from tests.analysis.parameters import random_parameters
 from tests.models import small_models
+from tests.models.small_models import lively_parameters
 
 T = 23
 WHOLE = 20  # tokens in whole pieces of 4
@@ -39,7 +39,7 @@ def ids():
 def small(kind):
     """A model of small_models.KINDS, changed as KINDS says, and its parameters."""
     model = make_model(small_models.small_config(**(small_models.KINDS[kind] | KINDS[kind])))
-    return model, random_parameters(model, np.zeros((1, 1), np.int32))
+    return model, lively_parameters(model, np.zeros((1, 1), np.int32))
 
 
 def memory_norms(kind, state):

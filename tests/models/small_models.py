@@ -4,6 +4,8 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gt_jax.models import LanguageModel, ModelConfig, make_model
 
@@ -42,13 +44,14 @@ def jit(function):
 
 
 def lively_parameters(module, *inputs, seed=1):
-    """N(0, 0.3) for every parameter of a module, so that no zero hides anything."""
+    """N(0, 0.3) for every parameter of a module, so that no zero hides anything.
+
+    Drawn by NumPy: JAX would compile a program for every shape.
+    """
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    )
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32))
+    return jax.tree.map(draw, shapes)
 
 
 @functools.cache
