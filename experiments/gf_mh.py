@@ -82,8 +82,8 @@ def run_all(tasks, *, jobs):
         yield from pool.map(run, *zip(*tasks))
 
 
-def run(name, changes, seed):
-    """One run of the trainer on configs/<name>.py with some fields changed.
+def run(name, changes, seed, workdir=None):
+    """One run of the trainer on configs/<name>.py with some fields changed, kept in workdir if any.
 
     Returns its losses in nats per character, its speed, and what it ran on.
     """
@@ -98,8 +98,9 @@ def run(name, changes, seed):
     config.update_from_flattened_dict(changes | {"seed": seed})
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        progress = train(from_config_dict(config), Path(folder) / "run")
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        workdir = Path(workdir or f"{folder}/run")
+        progress = train(from_config_dict(config), workdir)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     curve = [(r["step"], round(r["validation_loss"], 4)) for r in rows if "validation_loss" in r]
     return {
