@@ -1,9 +1,5 @@
 """The Hopper kernels of WKV6: right in the interpreter, lowered without a GPU, right on a GPU."""
 
-import os
-
-os.environ.setdefault("NPROC", "8")  # the interpreter's warpgroups wait for each other in threads
-
 import functools
 
 import jax
