@@ -92,9 +92,7 @@ def product(equation, *operands, plan, dtype, terms=1):
 
     terms=2 takes the last operand as the sum of two bfloat16 numbers, good to 16 bits.
     """
-    multiply = functools.partial(
-        jnp.einsum, equation, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
-    )
+    multiply = functools.partial(_einsum, equation, preferred_element_type=dtype)
     if plan.operand_dtype != jnp.bfloat16:
         return multiply(*(x.astype(plan.operand_dtype) for x in operands))
     *others, last = operands
@@ -118,7 +116,19 @@ def exact(equation, *operands):
     """einsum in the dtype of the last operand, at full precision; masks may be bool."""
     # Converted in the program, so that a mask enters it with a byte an element.
     operands = [jnp.asarray(x).astype(operands[-1].dtype) for x in operands]
-    return jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST)
+    return _einsum(equation, *operands)
+
+
+def _einsum(equation, *operands, **options):
+    """einsum at full precision, kept apart from what follows where that goes wrong.
+
+    XLA for CPUs of JAX 0.12 fuses a product with the elementwise operations on its result, and some
+    of its compilations then return NaN from finite numbers, every time they are called.
+    """
+    result = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options)
+    if jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12):
+        result = lax.optimization_barrier(result)
+    return result
 
 
 def carry_state(state, decay, update, *, reverse=False):
