@@ -15,6 +15,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels.hopper import interpreting
 
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
+MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
+LEAST_CHUNKS = 8  # of a piece of a sequence
+
+
+def choose_pieces(blocks, chunks):
+    """Into how many pieces each row of `chunks` chunks is cut: 1 where `blocks` fill the GPU."""
+    pieces = 1
+    while 2 * pieces * blocks <= MULTIPROCESSORS and chunks >= 2 * pieces * LEAST_CHUNKS:
+        pieces *= 2
+    return pieces
 
 
 def kernel(body, *, threads, manual_barriers=False, **options):

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.kernels import choose_impl, hopper, ssd
+from gt_jax.kernels import choose_impl, hopper, mosaic, ssd
 from gt_jax.kernels.cases import SSD_REGIMES, segments, ssd_inputs
-from gt_jax.kernels.ssd import mosaic_pieces
 from gt_jax.kernels.ssd.mosaic import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
 from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors, values_and_gradients
@@ -93,8 +92,8 @@ def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_threa
 
 @too_old
 def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, monkeypatch):
-    monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
-    monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 2)
     inputs = per_token(*make(length=180))  # pieces of two chunks, the second one padded
     with hopper.simulated("interpret"):
         assert_accurate(run(ssd_mosaic), run(ssd_reference), inputs, NAMES, "bfloat16")

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.kernels import choose_impl, hopper, wkv6
+from gt_jax.kernels import choose_impl, hopper, mosaic, wkv6
 from gt_jax.kernels.cases import LENGTHS, WKV6_REGIMES, segments, wkv6_inputs
-from gt_jax.kernels.wkv6 import mosaic_pieces
 from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
@@ -82,8 +81,8 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread):
 
 @too_old
 def test_interpreted_pieces_of_a_sequence_join_exactly(float64_in_every_thread, monkeypatch):
-    monkeypatch.setattr(mosaic_pieces, "_LEAST_CHUNKS", 1)
-    monkeypatch.setattr(mosaic_pieces, "_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 2)
     inputs = make(length=180)  # pieces of two chunks, the second one padded
     with hopper.simulated("interpret"):
         assert_accurate(run(wkv6_mosaic), run(wkv6_reference), inputs, NAMES, "bfloat16")

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows, tokens
 from gt_jax.kernels.ssd.mosaic_backward import ROWS, backward
-from gt_jax.kernels.ssd.mosaic_pieces import choose_pieces, piece_states
+from gt_jax.kernels.ssd.mosaic_pieces import piece_states
 
 # exp of this is 0 in float32, and a chunk's sum of it is finite
 _LOWEST_LOG_DECAY = -104.0
@@ -79,7 +79,9 @@ def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
     D = jnp.zeros(x.shape[2], jnp.float32) if D is None else D.astype(jnp.float32)
     length = x.shape[1]
-    pieces = choose_pieces(_sizes(x, B))
+    size = _sizes(x, B)
+    blocks = size.batch * (size.heads // size.heads_per_block)
+    pieces = mosaic.choose_pieces(blocks, size.chunks)
     # Pieces are whole chunks, and bulk copies move 8 rows at least.
     end = (0, -length % (8 if pieces == 1 else pieces * CHUNK))
     x, dt, a, B, C = (_cut(z, end, pieces) for z in (x, dt, a, B, C))

@@ -18,17 +18,7 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, tokens
 
-_MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
-_LEAST_CHUNKS = 8  # of a piece
 _STAGES = 4  # chunks in flight
-
-
-def choose_pieces(size):
-    """Into how many pieces each row is cut: a power of two, 1 where the heads fill the GPU."""
-    blocks, pieces = size.batch * (size.heads // size.heads_per_block), 1
-    while 2 * pieces * blocks <= _MULTIPROCESSORS and size.chunks >= 2 * pieces * _LEAST_CHUNKS:
-        pieces *= 2
-    return pieces
 
 
 def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):

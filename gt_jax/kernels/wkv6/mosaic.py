@@ -34,7 +34,7 @@ from gt_jax.kernels.wkv6.mosaic_levels import (
     place_of,
     sum_patterns,
 )
-from gt_jax.kernels.wkv6.mosaic_pieces import choose_pieces, piece_states
+from gt_jax.kernels.wkv6.mosaic_pieces import piece_states
 
 
 def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
@@ -54,7 +54,8 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
         own = jnp.sum((r * k).astype(u.dtype) * u, axis=-1, keepdims=True) * v  # [B, T, H, V]
         own = jnp.where(resets, own, 0).astype(v.dtype)
         inputs = (jnp.where(resets, 0, r), k, v, jnp.where(resets, -jnp.inf, w))
-    pieces = choose_pieces(r.shape[0], length, r.shape[2])
+    blocks = pl.cdiv(r.shape[0] * r.shape[2], HEADS)
+    pieces = mosaic.choose_pieces(blocks, pl.cdiv(length, CHUNK))
     # Pieces are whole chunks, and bulk copies move 8 rows at least; the zeros that fill up tokens
     # and channels change nothing.
     end = (0, -length % (8 if pieces == 1 else pieces * CHUNK))

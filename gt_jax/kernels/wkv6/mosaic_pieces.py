@@ -28,17 +28,7 @@ from gt_jax.kernels.wkv6.mosaic_levels import (
     sum_patterns,
 )
 
-_MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
-_LEAST_CHUNKS = 8  # of a piece
 _STAGES = 2  # chunks in flight
-
-
-def choose_pieces(batch, length, heads):
-    """Into how many pieces each row is cut: a power of two, 1 where the heads fill the GPU."""
-    blocks, chunks, pieces = pl.cdiv(batch * heads, HEADS), pl.cdiv(length, CHUNK), 1
-    while 2 * pieces * blocks <= _MULTIPROCESSORS and chunks >= 2 * pieces * _LEAST_CHUNKS:
-        pieces *= 2
-    return pieces
 
 
 def piece_states(pieces, x, V, w, state, *, reverse=False):
