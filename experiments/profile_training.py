@@ -58,8 +58,9 @@ def main(argv):
         keep_freed_memory()
     mesh = parallel.make_mesh()
     state = jax.jit(
-        lambda: init_state(model, tx, config), out_shardings=parallel.state_sharding(mesh)
-    )()
+        functools.partial(init_state, model, tx, config),
+        out_shardings=parallel.state_sharding(mesh),
+    )(jax.random.key(config.seed))
     B, T = config.train.batch_size, config.train.seq_len
     tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
     batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)

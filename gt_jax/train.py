@@ -135,6 +135,7 @@ def train(config: Config, workdir) -> Progress:
     zero_carry = model.init_state(shape["batch_size"]) if config.train.carry_state else None
 
     # State: the checkpoint's, else fresh but for the parameters of model.init_from.
+    key = jax.random.key(config.seed)
     make_state = jax.jit(
         functools.partial(init_state, model, tx, config),
         out_shardings=parallel.state_sharding(mesh),
@@ -145,10 +146,10 @@ def train(config: Config, workdir) -> Progress:
                 f"data.source={config.data.source} is no longer the text that {workdir} began "
                 "with; bring it back, or start anew with another --workdir"
             )
-        state = checkpoint.restore(checkpoint.find(workdir), jax.eval_shape(make_state))
+        state = checkpoint.restore(checkpoint.find(workdir), jax.eval_shape(make_state, key))
         batches.restore(about["batches"])
     else:
-        state = make_state()
+        state = make_state(key)
         if config.model.init_from:
             _, params, _ = checkpoint.load(config.model.init_from)
             state = state.replace(

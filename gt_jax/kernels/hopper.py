@@ -28,9 +28,14 @@ def simulated(mode):
         _simulation.reset(token)
 
 
+def simulation():
+    """What stands in for a GPU here: "interpret", "lower" or None."""
+    return _simulation.get()
+
+
 def interpreting():
     """True where kernels run in the interpreter."""
-    return _simulation.get() == "interpret"
+    return simulation() == "interpret"
 
 
 def unsupported():
@@ -38,7 +43,7 @@ def unsupported():
     if jax.__version_info__ < OLDEST_JAX:
         needed = ".".join(map(str, OLDEST_JAX))
         return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
-    if _simulation.get():
+    if simulation():
         return None
     device = jax.devices()[0]
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":

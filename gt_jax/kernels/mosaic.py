@@ -6,13 +6,14 @@ them must not take such sums at once.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.hopper import interpreting
+from gt_jax.kernels.hopper import interpreting, simulation
 
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
 MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
@@ -25,6 +26,31 @@ def choose_pieces(blocks, chunks):
     while 2 * pieces * blocks <= MULTIPROCESSORS and chunks >= 2 * pieces * LEAST_CHUNKS:
         pieces *= 2
     return pieces
+
+
+def lowered_once(*static):
+    """Decorates a function that calls a kernel: calls of one shape share one lowering.
+
+    Lowering a kernel takes seconds, and the layers of a model would each do it again.
+
+    Args:
+        static: names of arguments that are no arrays, to be hashed.
+    """
+
+    def decorate(function):
+        signature = inspect.signature(function)
+
+        @functools.partial(jax.jit, static_argnames=("simulation", *static))
+        def lowered(simulation, **arguments):
+            return function(**arguments)
+
+        @functools.wraps(function)
+        def call(*args, **options):
+            return lowered(simulation=simulation(), **signature.bind(*args, **options).arguments)
+
+        return call
+
+    return decorate
 
 
 def kernel(body, *, threads, manual_barriers=False, **options):

@@ -37,9 +37,11 @@ class Evaluation(NamedTuple):
     tokens: jax.Array  # [] int32
 
 
-def init_state(model, tx, config: Config) -> TrainState:
-    """A fresh TrainState: parameters from config.seed, zero carried state if there is one."""
-    key = jax.random.key(config.seed)
+def init_state(model, tx, config: Config, key) -> TrainState:
+    """A fresh TrainState: parameters from the random key, zero carried state if there is one.
+
+    Under jit the key must be an argument: XLA spends minutes folding parameters that are constants.
+    """
     tokens = jnp.zeros((1, min(config.train.seq_len, 16)), jnp.int32)
     params = model.init(jax.random.fold_in(key, 0), tokens)["params"]
     return TrainState(

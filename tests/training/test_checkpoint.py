@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ ABOUT = {"batches": {"epoch": 3, "index": 14}, "progress": {"best_loss": 1.5}}
 def state(toy, make_config):
     config = make_config(**{"train.carry_state": True, "data.order": "tracks"})
     tx = make_optimizer(config.optim, make_schedule(config.optim, 20))
-    return jax.jit(lambda: init_state(toy, tx, config))()
+    return jax.jit(partial(init_state, toy, tx, config))(jax.random.key(config.seed))
 
 
 def at(state, step):

@@ -33,7 +33,7 @@ assert mesh.size == 4
 result = {}
 for mode in ("single", "jit", "pmap"):
     batches = make_batches(text, order="tracks", batch_size=16, seq_len=8)
-    init = functools.partial(init_state, model, tx, config)
+    init = functools.partial(init_state, model, tx, config, jax.random.key(config.seed))
     if mode == "single":
         state, step = jax.jit(init)(), jax.jit(make_step(None))
     else:

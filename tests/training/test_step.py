@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def build(toy, make_config):
         schedule = make_schedule(config.optim, config.train.steps)
         tx = make_optimizer(config.optim, schedule)
         step = jax.jit(make_train_step(toy, tx, schedule, config))
-        return jax.jit(lambda: init_state(toy, tx, config))(), step
+        return jax.jit(partial(init_state, toy, tx, config))(jax.random.key(config.seed)), step
 
     return make
 

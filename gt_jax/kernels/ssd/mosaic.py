@@ -165,6 +165,7 @@ def _sum_blocks(z, size):
     return jnp.sum(z, axis=3, dtype=jnp.float32)
 
 
+@mosaic.lowered_once("save_states")
 def _forward(x, B, C, scalars, D, state, *, save_states):
     """y, the final state, and with save_states the state each chunk starts from, in bfloat16."""
     size = _sizes(x, B)

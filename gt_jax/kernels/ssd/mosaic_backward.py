@@ -29,6 +29,7 @@ _STAGES = 2  # chunks in flight
 ROWS = ("ddt", "kept", "read", "carried", "between")  # vectors over the tokens of a chunk
 
 
+@mosaic.lowered_once("size")
 def backward(size, x, B, C, scalars, D, states, dy, dstate):
     """Gradients, the sums over heads and over time still to be finished.
 

@@ -41,6 +41,7 @@ def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):
     return jnp.concatenate(ends, axis=2).swapaxes(1, 2).reshape(-1, *state.shape[1:])
 
 
+@mosaic.lowered_once("size", "pieces", "reverse")
 def _additions(size, pieces, z, V, scalars, reverse):
     """What all but the last piece met add to their states, [rows, H, P, N] float32."""
     P, N, W = size.P, size.N, size.heads_per_block

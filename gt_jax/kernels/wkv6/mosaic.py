@@ -114,6 +114,7 @@ def _pieces_backward(pieces, residuals, cotangents):
 _wkv6.defvjp(_pieces_forward, _pieces_backward)
 
 
+@mosaic.lowered_once("save")
 def _forward(r, k, v, w, u, state, *, save):
     """o, the final state and, with save, what the backward pass reads; states are [V, K].
 

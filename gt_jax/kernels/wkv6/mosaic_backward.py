@@ -38,6 +38,7 @@ from gt_jax.kernels.wkv6.mosaic_levels import (
 _FLOAT16_ONE_AS_BFLOAT16 = 2.0**-7
 
 
+@mosaic.lowered_once()
 def backward(r, k, v, w, u, states, scores, do, dstate):
     """Gradients of one call.
 

@@ -46,6 +46,7 @@ def piece_states(pieces, x, V, w, state, *, reverse=False):
     return jnp.concatenate(ends, axis=2).swapaxes(1, 2).reshape(-1, *state.shape[1:])
 
 
+@mosaic.lowered_once("pieces", "reverse")
 def _maps(pieces, x, V, w, reverse):
     """d (the same in every row) and U of all but the last piece met, [rows, H, V, K] float32."""
     _, T, H, _ = x.shape
