@@ -192,42 +192,43 @@ def _rewrite(rng, batch, length, n, order, vocab_size):
 NEEDLES, KEY, VALUE = 4, 2, 2  # needles in a haystack, tokens of a key and of a value
 
 
-def needle(rng, batch, length, *, haystack, vocab_size, depth=None):
-    """A text with a few needles in it; at its end one of their keys: what was its value?
+def needle(rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, depth=None):
+    """A text with needles in it; at its end some of their keys again: what was the value of each?
 
-    A needle is a mark that no text has, a key and a value; the end is the mark, the key and all of
-    the value but its last token, so that each token of the value is asked for.
+    A needle is a mark that no text has, a key and a value. A question is a needle without the last
+    token of its value: every token of a value is asked for, given those before it.
 
     Args:
         haystack: [n] int token ids below vocab_size - 1; a row reads on from a random place in it,
             round and round if it is short.
         vocab_size: the last id is the mark. Keys and values are random ids below it, the keys of a
             row distinct.
-        depth: where the needle asked for begins, 0 at the start of the text to 1 at its end; None
+        questions: how many needles are asked for, in random order.
+        depth: where the first one asked for lies, 0 at the start of the text to 1 at its end; None
             is anywhere.
     """
     tokens, targets = _nothing(batch, length)
     mark, size = vocab_size - 1, 1 + KEY + VALUE
-    text = length - KEY - VALUE
+    text = length - questions * size + 1
     codes = _distinct(rng, mark**KEY, (batch, NEEDLES))
     keys = np.stack([codes // mark**i % mark for i in range(KEY)], axis=-1)  # [batch, NEEDLES, KEY]
     values = rng.integers(0, mark, (batch, NEEDLES, VALUE))
+    marks = np.full((batch, NEEDLES, 1), mark)
+    needles = np.concatenate([marks, keys, values], axis=-1)  # [batch, NEEDLES, size]
     start = rng.integers(len(haystack), size=(batch, 1))
     tokens[:, :text] = np.take(haystack, start + np.arange(text), mode="wrap")
-    asked = np.arange(batch), rng.integers(NEEDLES, size=batch)
-    # Distinct slots keep needles apart; with a depth, the one asked for takes the slot there.
-    slots = text // size
-    slot = _distinct(rng, slots, (batch, NEEDLES))
+    # Distinct slots keep needles apart. They lie in random order, so the first is asked for first.
+    slot = _distinct(rng, text // size, (batch, NEEDLES))
     if depth is not None:
-        wanted = round(depth * (slots - 1))
-        slot = np.where(slot == wanted, slot[asked][:, None], slot)
-        slot[asked] = wanted
-    place = slot[..., None] * size + np.arange(size)  # [batch, NEEDLES, size]
-    marks = np.full((batch, NEEDLES, 1), mark)
-    needles = np.concatenate([marks, keys, values], axis=-1)
+        wanted = round(depth * (text // size - 1))
+        slot = np.where(slot == wanted, slot[:, :1], slot)
+        slot[:, 0] = wanted
+    place = slot[..., None] * size + np.arange(size)
     np.put_along_axis(tokens, place.reshape(batch, -1), needles.reshape(batch, -1), axis=1)
-    tokens[:, text:] = needles[asked][:, :-1]
-    targets[:, -VALUE:] = values[asked]
+    asked = needles[:, :questions].reshape(batch, -1)
+    tokens[:, text:] = asked[:, :-1]
+    is_value = np.arange(questions * size) % size > KEY
+    targets[:, text - 1 :] = np.where(is_value, asked, -1)
     return tokens, targets
 
 

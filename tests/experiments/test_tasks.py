@@ -83,14 +83,16 @@ def solve_rewriting(keep):
 
 
 def solve_needle(row):
-    """The last mark asks for what came after the same mark and key before."""
+    """A mark with a key that was there before asks for the two tokens that came after it then."""
     row = [int(token) for token in row]
-    *marks, last = [t for t, token in enumerate(row) if token == VOCABULARY - 1]
-    key = row[last + 1 : last + 3]
-    (asked,) = [t for t in marks if row[t + 1 : t + 3] == key]
-    value = row[asked + 3 : asked + 5]
-    assert row[last + 3 :] == value[:1]
-    return {last + 2: value[0], last + 3: value[1]}
+    values, answers = {}, {}
+    for t in (t for t, token in enumerate(row) if token == VOCABULARY - 1):
+        key, value = tuple(row[t + 1 : t + 3]), row[t + 3 : t + 5]
+        if key in values:
+            answers |= {t + 2: values[key][0], t + 3: values[key][1]}
+            assert value == values[key][: len(value)]
+        values[key] = value
+    return answers
 
 
 # name -> (generator, lengths, solver, answers in a row of each length)
@@ -108,7 +110,13 @@ CASES = {
         solve_rewriting(lambda data: [x for i, x in enumerate(data) if (i + 1) % 3]),
         32,
     ),
-    "needle": (TEXT_TASK, (32, 300), solve_needle, 2),
+    "needle": (TEXT_TASK, (48, 300), solve_needle, 8),
+    "needle, one question": (
+        functools.partial(TEXT_TASK, questions=1),
+        (32, 300),
+        solve_needle,
+        2,
+    ),
 }
 
 
@@ -169,7 +177,7 @@ def test_listops_nests():
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_needle_lies_at_its_depth_in_the_text(depth):
-    generate = functools.partial(TEXT_TASK, depth=depth)
+    generate = functools.partial(TEXT_TASK, depth=depth, questions=1)
     for row in generate(np.random.default_rng(0), 100, 1000)[0]:
         row = [int(token) for token in row]
         *marks, last = [t for t, token in enumerate(row) if token == VOCABULARY - 1]
@@ -182,4 +190,4 @@ def test_haystack_is_the_text():
     tokens, _ = TEXT_TASK(np.random.default_rng(0), 100, 300)
     follows = dict(itertools.pairwise(TEXT))
     pairs = [(a, b) for row in tokens for a, b in itertools.pairwise(row)]
-    assert np.mean([follows.get(a) == b for a, b in pairs]) > 0.85
+    assert np.mean([follows.get(a) == b for a, b in pairs]) > 0.8
