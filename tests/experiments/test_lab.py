@@ -1,0 +1,147 @@
+"""Runs side by side are the trainer's own runs, in whatever company."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from experiments import lab
+from gt_jax.data import evaluation_batches, make_batches
+from gt_jax.errors import InputError
+from gt_jax.models import make_model
+from gt_jax.train import make_model_config
+from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.step import init_state, make_eval_step, make_train_step
+from gt_jax.training.text import read_text
+
+SMALL = {
+    "model.dim": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "train.batch_size": 2,
+    "train.seq_len": 8,
+    "train.steps": 4,
+    "train.eval_every": 2,
+    "optim.warmup_steps": 2,
+}
+POINT = {"optim.lr": 1e-2, "model.gate_init": 0.3}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("to be or not to be that is the question\n" * 20)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(source):
+    return lab.make_config(SMALL | {"data.source": source, "model.preset": "gf"})
+
+
+@pytest.fixture(scope="module")
+def task(config):
+    return lab.text_task(config)
+
+
+@pytest.fixture(scope="module")
+def runs(config, task):
+    """Two arms of one program, two seeds at four points of a sweep each, 5 runs side by side."""
+    lines = []
+    mh = dataclasses.replace(config, model=dataclasses.replace(config.model, gate_init=0.3))
+    result = lab.train(
+        {"GF": lab.Arm(config, task), "GF-MH": lab.Arm(mh, task)},
+        seeds=(3, 0),
+        sweep={"optim.lr": (1e-3, POINT["optim.lr"]), "optim.lr_multipliers.mamba": (0.0, 1.0)},
+        group=5,
+        keep_params=True,
+        compile_fast=True,
+        show=lines.append,
+    )
+    assert len(lines) == 1 and "GF, GF-MH" in lines[0] and "16 runs, 5 at a time" in lines[0]
+    return result
+
+
+def trainer(source, seeds):
+    """What gt_jax.train does, a step at a time: for each seed metrics, validation, parameters."""
+    config = lab.make_config(SMALL | {"data.source": source, "model.preset": "gf"} | POINT)
+    text = read_text(config)
+    model = make_model(make_model_config(config, text.tokenizer.vocab_size))
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+    init, measure = jit(functools.partial(init_state, model, tx, config)), make_eval_step(model)
+    step, measure = jit(make_train_step(model, tx, schedule, config)), jit(measure)
+    shape = {"batch_size": 2, "seq_len": 8}
+    held_out = evaluation_batches(text.tokens.validation, **shape)
+    for seed in seeds:
+        state = init(jax.random.key(seed))
+        batches = make_batches(text.tokens.train, order="windows", seed=seed, **shape)
+        rows, validation = [], []
+        for i in range(1, config.train.steps + 1):
+            state, row = step(state, next(batches))
+            rows.append(row)
+            if i % config.train.eval_every == 0:
+                sums = [measure(state.params, batch, None)[0] for batch in held_out]
+                validation.append(sum(s.loss for s in sums) / sum(s.tokens for s in sums))
+        rows = jax.tree.map(lambda *x: np.stack(x), *rows)
+        yield seed, *jax.device_get((rows, validation, state.params))
+
+
+def test_run_equals_the_trainers(runs, source):
+    for seed, rows, validation, params in trainer(source, (0, 3)):
+        point = {"optim.lr": 1e-2, "optim.lr_multipliers.mamba": 1.0, "seed": seed}
+        mine = runs["GF-MH"].at(point)
+        assert mine.points == (point,)
+        assert set(mine.metrics) == set(rows)
+        for name, values in rows.items():
+            np.testing.assert_allclose(mine.metrics[name][0], values, rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(mine.loss()[0], validation, rtol=1e-4)
+        np.testing.assert_allclose(mine.metrics["gate"][0, 0], 0.3, rtol=1e-6)
+        # Adam divides by gradients, some of which are nothing but rounding: not number by number.
+        flat, theirs = (ravel_pytree(tree)[0] for tree in (mine.params, params))
+        assert np.linalg.norm(flat - theirs) < 2e-3 * np.linalg.norm(theirs)
+
+
+def test_arms_share_their_batches_and_first_parameters(runs):
+    gf, mh = (runs[name].metrics for name in ("GF", "GF-MH"))
+    assert not np.array_equal(gf["loss"], mh["loss"])
+    np.testing.assert_allclose(gf["gate"][:, 0], 0.5)
+    assert runs["GF"].nats.shape == (8, 2, len(runs["GF"].targets))
+    assert list(runs["GF"].steps) == [2, 4]
+    assert np.all(runs["GF"].accuracy() <= 1)
+    assert np.any(runs["GF"].accuracy() > 0.2)
+
+
+def test_parts_of_the_held_out_text_make_the_whole(runs):
+    whole, n = runs["GF"], len(runs["GF"].targets) // 2
+    first, rest = whole.loss(slice(0, n)), whole.loss(slice(n, None))
+    share = whole.targets[:n].sum() / whole.targets.sum()
+    np.testing.assert_allclose(whole.loss(), share * first + (1 - share) * rest)
+
+
+def test_every_swept_value_arrives(runs):
+    points = [
+        (p["optim.lr"], p["optim.lr_multipliers.mamba"], p["seed"]) for p in runs["GF"].points
+    ]
+    assert points == [(r, m, s) for r in (1e-3, 1e-2) for m in (0.0, 1.0) for s in (3, 0)]
+    for rate in (1e-3, 1e-2):
+        moved = runs["GF"].at({"optim.lr": rate, "seed": 0}).params["blocks_0"]["mamba"]
+        assert any(not np.array_equal(*leaf) for leaf in jax.tree.leaves(moved))
+    frozen = runs["GF"].at({"optim.lr_multipliers.mamba": 0.0, "seed": 0}).params["blocks_0"]
+    for leaf in jax.tree.leaves(frozen["mamba"]):
+        np.testing.assert_array_equal(leaf[0], leaf[1])  # whatever the rate
+    assert not np.array_equal(*frozen["ffn"]["down"]["kernel"])
+
+
+def test_what_cannot_be_swept_is_refused(config, task):
+    with pytest.raises(InputError, match=r"optim\.b1 cannot be swept; one of model"):
+        lab.train({"GF": lab.Arm(config, task)}, seeds=[0], sweep={"optim.b1": (0.8, 0.9)})
+    rf = lab.make_config(SMALL | {"model.preset": "rf"})
+    with pytest.raises(InputError, match="gate_init cannot be swept for RF, which has no gate"):
+        lab.train({"RF": lab.Arm(rf, task)}, seeds=[0], sweep={"model.gate_init": (0.3,)})
+    with pytest.raises(InputError, match=r"optim\.rate is not a config field"):
+        lab.make_config({"optim.rate": 1})
