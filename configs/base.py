@@ -35,9 +35,9 @@ def get_config():
             impl="auto",  # of the recurrences: "auto", "mosaic", "chunked" or "reference"
             rwkv_dropout_start=0.0,  # chance that a block drops its RWKV branch, at step 0 ...
             rwkv_dropout_end=0.0,  # ... and at the last step, linear in between
-            # Recompute blocks in the backward pass: less memory, a third more time. JAX 0.10 undoes
-            # it on CPUs.
-            remat=False,
+            # What the backward pass recomputes instead of storing: "none", "dots" (all but the
+            # products of dense layers) or "full" blocks. JAX 0.10 undoes it on CPUs.
+            remat="none",
         ),
         data=group(
             source="shakespeare",  # "shakespeare", "shakespeare-all", a file, a folder, "tfds:NAME"

@@ -65,17 +65,18 @@ def main(argv):
     tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
     batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
 
+    feed = parallel.in_bursts(batches, mesh, "jit")
+
     began = time.perf_counter()
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     train_step = parallel.compile_train_step(make_step, mesh, "jit")
-
-    feed = parallel.in_bursts(batches, mesh, "jit")
+    compiled = train_step.lower(state, next(feed)[0]).compile()
 
     def run(steps):
         nonlocal state
         for _ in range(steps):
             batch, _ = next(feed)
-            state, metrics = train_step(state, batch)
+            state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
 
     run(1)
@@ -98,8 +99,7 @@ def main(argv):
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
-    again = jax.jit(make_step(), donate_argnums=0).lower(state, next(batches)).compile()
-    print_costs(run, again.as_text(), steps=3, top=flags.top)
+    print_costs(run, compiled.as_text(), steps=3, top=flags.top)
 
 
 def print_flops(config, length, rate, device):

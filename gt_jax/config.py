@@ -35,7 +35,7 @@ class Model:
     impl: str
     rwkv_dropout_start: float
     rwkv_dropout_end: float
-    remat: bool
+    remat: str
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ CHOICES = {
     "init": ("official", "normal", "blinkdl"),
     "dtype": ("float32", "bfloat16"),
     "impl": ("auto", "reference", "chunked", "mosaic"),
+    "remat": ("none", "dots", "full"),
 }
 
 
@@ -45,7 +46,8 @@ class ModelConfig:
         dtype: type of matmuls and activations. Norms, decays, softmaxes, gates, recurrent states
             and the residual stream stay float32.
         impl: implementation of the recurrences, passed to `gt_jax.kernels`.
-        remat: recompute each block in the backward pass instead of storing its activations.
+        remat: what of each block the backward pass recomputes instead of storing: "none",
+            "dots" (all but the products of dense layers) or "full".
 
     Raises:
         InputError: a value is impossible; the message names the field and the mend.
@@ -66,7 +68,7 @@ class ModelConfig:
     max_positions: int = 1024
     dtype: str = "float32"
     impl: str = "auto"
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         for field, choices in CHOICES.items():
@@ -75,9 +77,8 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise InputError(f"model.{field}={value!r} must be a whole number of at least 1")
-        for field in ("tie_embeddings", "remat"):
-            if not isinstance(getattr(self, field), bool):
-                raise InputError(f"model.{field}={getattr(self, field)!r} must be true or false")
+        if not isinstance(self.tie_embeddings, bool):
+            raise InputError(f"model.tie_embeddings={self.tie_embeddings!r} must be true or false")
         self._check_widths()
         self._check_gate()
 

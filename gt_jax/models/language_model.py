@@ -22,6 +22,12 @@ from gt_jax.models.layers import (
     symmetric_uniform,
 )
 
+# What of a block is stored under each choice of ModelConfig.remat but "none".
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Output(NamedTuple):
     """logits [B, T, vocab] float32, and the state after the last token: one entry per block."""
@@ -70,7 +76,8 @@ class LanguageModel(nn.Module):
         x = embedding(tokens)  # [B, T, D] float32
         if c.architecture in ("gpt2", "gpt1"):
             x = x + self._positions(tokens.shape, state, segment_ids)
-        block = nn.remat(block) if c.remat else block
+        if c.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         states = []
         for layer in range(c.layers):
             before = None if state is None else state[layer]

@@ -59,8 +59,9 @@ def test_every_parameter_gets_a_gradient(kind, without):
             assert np.any(leaf != 0), path
 
 
-def test_remat_changes_neither_gradients_nor_activations():
-    plain, remat = small_model("gf", layers=1), small_model("gf", layers=1, remat=True)
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_gradients_nor_activations(remat):
+    plain, remat = small_model("gf", layers=1), small_model("gf", layers=1, remat=remat)
     tokens = random_tokens(2, T)
 
     def gradient_and_activations(small):

@@ -114,7 +114,7 @@ def test_overrides_and_nones():
         ("gf", {"init": "xavier"}, "model.init='xavier' must be one of official, normal, blinkdl"),
         ("gf", {"dtype": "float16"}, "model.dtype='float16' .*did you mean"),
         ("gf", {"architecture": "gpt3"}, "model.architecture='gpt3' .*did you mean 'gpt2'"),
-        ("gf", {"remat": "yes"}, "model.remat='yes' must be true or false"),
+        ("gf", {"remat": "yes"}, "model.remat='yes' must be one of none, dots, full"),
         ("gf", {"fusion": "hfg"}, "model.fusion='hfg' must be one of .*did you mean 'hgf'"),
     ],
 )
