@@ -48,6 +48,9 @@ SWEEPABLE += tuple(f"optim.lr_multipliers.{part}" for part in ("rwkv", "mamba", 
 # Weight of the RWKV branch that a fusion starts from where model.gate_init is None.
 GATES = {"hy": 0.7, "gf": 0.5, "ws": 0.5, "hgf": 0.5}
 
+# Runs side by side beyond which a large GPU would gain nothing.
+FULL = 32
+
 # Compiles fast, runs slowly: for tiny models and few steps.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -191,7 +194,8 @@ def train(
         seeds: ids, as config.seed.
         sweep: field of SWEEPABLE -> values, all combinations of which are tried; a field that is
             not swept is as the arm's config says.
-        group: runs of a program side by side at most; None for as many as memory takes.
+        group: runs of a program side by side at most; None for as many as are good for speed. Fewer
+            in any case if memory is short.
         keep_params: whether Runs.params are wanted.
         compile_fast: for tiny jobs.
         show: takes a line when a program is done.
@@ -349,7 +353,7 @@ def _compile(program: _Program, *, group: int | None, compile_fast: bool) -> _Co
     """Compile a program for as many runs side by side as asked for or as fit."""
     began = time.perf_counter()
     runs = len(program.points)
-    group = min(group or runs, runs)
+    group = min(group or math.ceil(runs / math.ceil(runs / FULL)), runs)
     options = COMPILE_FAST if compile_fast else None
     init, advance, measure = _functions(program)
     while True:

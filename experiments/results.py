@@ -242,25 +242,23 @@ def plain(value):
 def show(cell) -> str:
     """A cell as text: "1.6328 ± 0.0049" for an estimate, where ± is half its 95 % interval."""
     if isinstance(cell, Mapping):
-        if cell["low"] is None:
-            return show(cell["mean"])
-        return f"{show(cell['mean'])} ± {_number((cell['high'] - cell['low']) / 2, cell['mean'])}"
+        mean, low, high = (cell[part] for part in ("mean", "low", "high"))
+        if low is None:
+            return show(mean)
+        half = (high - low) / 2
+        digits = min(max(1 - math.floor(math.log10(half)), 0), 6) if half else 4
+        return f"{mean:,.{digits}f} ± {half:,.{digits}f}".replace("-", "−")
     if cell is None:
         return "–"
-    return cell if isinstance(cell, str) else _number(cell, cell)
-
-
-def _number(value, like) -> str:
-    """Value with as many decimals as suit a number of the size of `like`."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10000 else str(value)
-    size = math.floor(math.log10(abs(like))) if like else 0
-    if size < -4 or size > 6:
-        return f"{value:.2e}".replace("-", "−")
-    digits = 4 if -2 <= size <= 0 else max(3 - size, 0)
-    return f"{value:,.{digits}f}".replace("-", "−")
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, int) or abs(cell) >= 1000:
+        text = f"{cell:,.0f}" if abs(cell) >= 10000 else f"{cell:.0f}"
+    else:
+        text = f"{cell:.4f}" if 0.01 <= abs(cell) < 10 else f"{cell:.4g}"
+    return text.replace("-", "−")
 
 
 def as_text(each: Mapping) -> str:

@@ -60,7 +60,7 @@ def test_line_goes_through_the_means(written):
 
 def test_tables_are_printed_and_plots_drawn(written):
     path, _, out = written
-    assert "Losses" in out and "1.6264 ± 0.0816" in out and "12,345" in out
+    assert "Losses" in out and "1.626 ± 0.082" in out and "12,345" in out
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -71,15 +71,18 @@ def test_tables_are_printed_and_plots_drawn(written):
         ("GF", "GF"),
         (True, "yes"),
         (3, "3"),
+        (12345, "12,345"),
         (1.63284, "1.6328"),
-        (0.05, "0.0500"),
+        (3e-4, "0.0003"),
         (-12.345, "−12.35"),
-        (1234.5, "1,234"),
-        (3e-6, "3.00e−06"),
-        (0.0, "0.0000"),
+        (1234.5, "1234"),
+        (3e-6, "3e−06"),
+        (0.0, "0"),
         ({"mean": 2.0, "low": None, "high": None}, "2.0000"),
         ({"mean": None, "low": None, "high": None}, "–"),
-        ({"mean": 98.0, "low": 97.0, "high": 99.0}, "98.00 ± 1.00"),
+        ({"mean": 98.0, "low": 97.0, "high": 99.0}, "98.0 ± 1.0"),
+        ({"mean": -1.63284, "low": -1.63784, "high": -1.62784}, "−1.6328 ± 0.0050"),
+        ({"mean": 1.0, "low": 1.0, "high": 1.0}, "1.0000 ± 0.0000"),
     ],
 )
 def test_cells_as_text(cell, text):
