@@ -20,8 +20,10 @@ from gt_jax.errors import InputError
 from gt_jax.generation.contexts import PIECES, Context, read, zero_state
 from gt_jax.generation.sampling import Settings, choose
 from gt_jax.generation.text import TextOut
+from gt_jax.generation.weights import prepare, step
 
 BURST = 32  # steps in one call of the device
+STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
 ROWS = 8
 
 
@@ -67,6 +69,11 @@ class Request:
         ):
             if not ok:
                 raise InputError(f"{name}={getattr(self, name)!r} must be {wanted}")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether top_k, top_p or min_p leaves tokens out, for which logits are sorted."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 class Piece(NamedTuple):
@@ -165,7 +172,11 @@ def _check(model, request, tokenizer):
 def _stream(model, params, requests, tokenizer, rows):
     queue = deque(enumerate(requests))
     work = {}  # row -> _Work
-    slots = empty_slots(model, params, rows)
+    # XLA's GPU backend multiplies a matrix by one row element by element, writes that out and sums
+    # it: an idle second row costs less.
+    least = 1 if jax.default_backend() == "cpu" else 2
+    weights = prepare(model, params, max(rows, least))
+    slots = empty_slots(model, params, max(rows, least))
     while queue or work:
         for row in sorted(set(range(rows)) - set(work))[: len(queue)]:
             index, request = queue.popleft()
@@ -174,7 +185,8 @@ def _stream(model, params, requests, tokenizer, rows):
                 context = read(model, params, context)
             slots = fill(slots, row, one_slot(request, context))
             work[row] = _Work(index, request, context, tokenizer)
-        slots, drawn = advance(model, params, slots)
+        narrows = any(mine.request.narrows for mine in work.values())
+        slots, drawn = advance(model, weights, slots, narrows=narrows)
         tokens, log_probabilities = jax.device_get(drawn)  # [BURST, rows] each
         for row, mine in list(work.items()):
             drew = tokens[:, row] >= 0
@@ -262,9 +274,13 @@ def fill(slots, row, one):
     return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="slots")
-def advance(model, params, slots):
+@functools.partial(jax.jit, static_argnames=("model", "narrows"), donate_argnames="slots")
+def advance(model, weights, slots, *, narrows):
     """BURST steps, or fewer if every row reaches its limit.
+
+    Args:
+        weights: of `prepare`.
+        narrows: whether any row may have top-k, top-p or min-p.
 
     Returns:
         The slots, and for every step and row the token drawn, int32, or -1 while a row still reads
@@ -275,30 +291,34 @@ def advance(model, params, slots):
     log_probabilities = jnp.zeros((BURST, B))
 
     def busy(carry):
-        step, slots, _ = carry
-        return (step < BURST) & jnp.any(slots.drawn < slots.limit)
+        steps, slots, _ = carry
+        return (steps < BURST) & jnp.any(slots.drawn < slots.limit)
 
-    def advance_one(carry):
-        step, slots, (tokens, log_probabilities) = carry
-        output = model.apply({"params": params}, slots.queue[:, :1], slots.state)
-        logits = output.logits[:, 0]
+    def advance_one(_, carry):
+        steps, slots, (tokens, log_probabilities) = carry
+        logits, state = step(model, weights, slots.queue[:, 0], slots.state)
+        logits = jax.lax.optimization_barrier(logits)  # the same to the last bit however drawn from
         keys = jax.vmap(jax.random.fold_in)(slots.key, slots.drawn)
-        token = choose(keys, logits, slots.seen, slots.settings)
-        log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
+        token = choose(keys, logits, slots.seen, slots.settings, narrows=narrows)
+        log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_probability -= jax.nn.logsumexp(logits, axis=1)
 
         draws = (slots.waiting == 1) & (slots.drawn < slots.limit)
         queue = jnp.roll(slots.queue, -1, axis=1)
         slots = slots._replace(
-            state=output.state,
+            state=state,
             queue=queue.at[:, 0].set(jnp.where(draws, token, queue[:, 0])),
             waiting=jnp.maximum(slots.waiting - 1, 1),
             seen=slots.seen | (draws[:, None] & (token[:, None] == jnp.arange(vocab))),
             drawn=slots.drawn + draws,
         )
-        tokens = tokens.at[step].set(jnp.where(draws, token, -1))
-        log_probabilities = log_probabilities.at[step].set(log_probability[:, 0])
-        return step + 1, slots, (tokens, log_probabilities)
+        tokens = tokens.at[steps].set(jnp.where(draws, token, -1))
+        log_probabilities = log_probabilities.at[steps].set(log_probability)
+        return steps + 1, slots, (tokens, log_probabilities)
 
+    # A GPU waits for the host to see the condition of a while loop, but not in a known number of
+    # steps.
+    stride = lambda carry: jax.lax.fori_loop(0, STRIDE, advance_one, carry)
     start = (0, slots, (tokens, log_probabilities))
-    _, slots, drawn = jax.lax.while_loop(busy, advance_one, start)
+    _, slots, drawn = jax.lax.while_loop(busy, stride, start)
     return slots, drawn

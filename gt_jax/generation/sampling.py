@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     repetition_penalty: jax.Array | float = 1.0
 
 
-def choose(keys, logits, seen, settings):
+def choose(keys, logits, seen, settings, *, narrows=True):
     """The next token of every row.
 
     Args:
@@ -35,24 +35,19 @@ def choose(keys, logits, seen, settings):
         logits: [B, vocab] float32.
         seen: [B, vocab] bool, tokens that the repetition penalty is for.
         settings: Settings of [B] arrays.
+        narrows: False where no row has top-k, top-p or min-p; it saves sorting the vocabulary,
+            which costs more than a small model does.
 
     Returns:
         [B] int32.
     """
     logits = penalize(logits, seen, settings.repetition_penalty)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    narrows = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
-
-    def draw():
-        scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
-        # Sorting a large vocabulary costs more than a small model does.
-        cut = jax.lax.cond(
-            jnp.any(narrows), lambda: keep_likeliest(scaled, settings), lambda: scaled
-        )
-        drawn = jax.vmap(jax.random.categorical)(keys, cut).astype(jnp.int32)
-        return jnp.where(settings.temperature == 0, likeliest, drawn)
-
-    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: likeliest)
+    scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    if narrows:
+        scaled = keep_likeliest(scaled, settings)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    greedy = (settings.temperature == 0)[:, None]
+    return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
 
 
 def penalize(logits, seen, penalty):
