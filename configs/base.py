@@ -62,6 +62,7 @@ def get_config():
         ),
         train=group(
             steps=500,
+            max_minutes=0.0,  # stop after so long, for the same command to go on; 0 for no limit
             batch_size=64,  # rows per step over all devices and microbatches
             seq_len=64,  # tokens per row
             carry_state=False,  # begin each row with the state the last batch ended in ("tracks")

@@ -73,6 +73,7 @@ class Optim:
 @dataclass(frozen=True)
 class Train:
     steps: int
+    max_minutes: float
     batch_size: int
     seq_len: int
     carry_state: bool
@@ -209,6 +210,7 @@ _RANGES = {
     "optim.lr_multipliers.gate": _NOT_NEGATIVE,
     "optim.grad_accumulation": _POSITIVE,
     "train.steps": _POSITIVE,
+    "train.max_minutes": _NOT_NEGATIVE,
     "train.batch_size": _POSITIVE,
     "train.seq_len": (lambda v: v >= 2, "at least 2"),
     "train.eval_every": _NOT_NEGATIVE,

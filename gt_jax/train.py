@@ -45,9 +45,10 @@ from gt_jax.training.step import init_state, make_eval_step, make_train_step
 from gt_jax.training.text import Text, characters_per_token, loss_unit, read_text
 
 # What a resumed run may change; a longer one follows the cosine of its new length from there on.
-FREE_ON_RESUME = ("train.steps", "train.eval_every", "train.patience", "train.max_nonfinite")
-FREE_ON_RESUME += ("train.sample_every", "train.sample_prompt", "train.sample_tokens")
-FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "log.every", "log.tensorboard")
+FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
+FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
+FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
+FREE_ON_RESUME += ("log.every", "log.tensorboard")
 
 
 @dataclasses.dataclass
@@ -173,7 +174,9 @@ def train(config: Config, workdir) -> Progress:
             speed.begin(numbers)
             if row:
                 row = report(display, row)
-            is_last, stopped, improved = step == steps, bool(signals), False
+            is_last, stopped, improved = step == steps, list(signals), False
+            if 0 < config.train.max_minutes <= (time.perf_counter() - began) / 60:
+                stopped.append(f"train.max_minutes={config.train.max_minutes:g}")
             if every(config.log.every, step) or is_last or stopped:
                 row = {"step": step, **numbers}
 
@@ -219,7 +222,7 @@ def train(config: Config, workdir) -> Progress:
     title = f"{config.model.preset} on {text.corpus.name}"
     draw_curve(workdir, title=title, unit=f"nats per {unit}")
     if not is_last:
-        print(f"stopped by {signals[0]} after step {step}; the same command goes on from there")
+        print(f"stopped by {stopped[0]} after step {step}; the same command goes on from there")
         return progress
     early = f", stopped early by train.patience={config.train.patience}" if step < steps else ""
     print(

@@ -129,6 +129,17 @@ def test_resumed_run_equals_one_that_went_straight_through(
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_run_out_of_time_stops_after_a_step_and_goes_on(text, tmp_path, capsys):
+    for step in (1, 2):
+        run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
+        expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command goes on"
+        assert expected in capsys.readouterr().out
+        assert checkpoint.find(tmp_path).name == str(step)
+    run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
+    printed = capsys.readouterr().out
+    assert "resuming at step 2" in printed and "step 4 after" in printed
+
+
 def test_finished_run_says_so_and_can_go_on_longer(finished, text, capsys):
     run_train(finished, text)
     assert "holds a finished run of 20 steps" in capsys.readouterr().out
