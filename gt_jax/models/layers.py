@@ -1,6 +1,7 @@
 """Small parts that several models share: dense layers, norms, the feed-forward, document bounds."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -156,6 +157,18 @@ def per_row(param, rows):
     step a GPU has too few columns to sum in parallel.
     """
     return jax.lax.optimization_barrier(jnp.broadcast_to(param, (rows, *param.shape)))
+
+
+def sums_over_tokens(*arrays):
+    """n arrays [..., T, C] of one shape -> [n, C]: sums of some tokens, then the sum of those.
+
+    In one step a GPU has too few columns to sum in parallel; the barrier keeps XLA from joining the
+    two.
+    """
+    *tokens, channels = arrays[0].shape
+    group = math.gcd(math.prod(tokens), 128)
+    sums = [jnp.sum(x.reshape(-1, group, channels), axis=1) for x in arrays]
+    return jnp.sum(jnp.stack(jax.lax.optimization_barrier(sums)), axis=1)
 
 
 def recurrence(op, config, *arrays, **options):

@@ -24,6 +24,7 @@ from gt_jax.models.layers import (
     recurrence,
     rms_norm,
     segment_index,
+    sums_over_tokens,
     symmetric_uniform,
 )
 
@@ -126,21 +127,20 @@ class CausalConv(nn.Module):
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
-        weight, bias = per_row(weight.T, batch), per_row(bias, batch)  # [B, width, channels], ...
-        return bias[:, None] + _sum_of_taps(window, weight, same), new_tail
+        return per_row(bias, batch)[:, None] + _sum_of_taps(window, weight.T, same), new_tail
 
 
 @jax.custom_vjp
 def _sum_of_taps(window, weight, same):
     """y_t = sum over i of weight_i window_{t+i}, where same_{i,t} if given, in float32.
 
-    window [B, width - 1 + T, channels], weight [B, width, channels], same [B, width, T, 1] bool.
+    window [B, width - 1 + T, channels], weight [width, channels], same [B, width, T, 1] bool.
     """
-    width = weight.shape[1]
+    width = weight.shape[0]
     T = window.shape[1] - width + 1
     y = 0
     for i in range(width):
-        term = window[:, i : i + T].astype(jnp.float32) * weight[:, i, None]
+        term = window[:, i : i + T].astype(jnp.float32) * weight[i]
         y += term if same is None else jnp.where(same[:, i], term, 0)
     return y
 
@@ -153,14 +153,18 @@ def _sum_of_taps_backward(residuals, g):
     # Shifts g, not the window: slices of the window would be kept from the forward pass, width of
     # them in every layer.
     window, weight, same = residuals
-    width = weight.shape[1]
-    d_window, d_weight = 0, []
+    width = weight.shape[0]
+    T = g.shape[1]
+    d_window, terms, last_terms = 0, [], []
     for i in range(width):
         shifted = g if same is None else jnp.where(same[:, i], g, 0)
         shifted = jnp.pad(shifted, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
-        d_window += shifted * weight[:, i, None]
-        d_weight.append(jnp.sum(shifted * window, axis=1))
-    return d_window.astype(window.dtype), jnp.stack(d_weight, axis=1), None
+        d_window += shifted * weight[i]
+        # T tokens and then the taps', because T is a rounder number to sum by
+        terms.append((shifted * window)[:, :T])
+        last_terms.append((shifted * window)[:, T:])
+    d_weight = sums_over_tokens(*terms) + jnp.sum(jnp.stack(last_terms), axis=(1, 2))
+    return d_window.astype(window.dtype), d_weight, None
 
 
 _sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
