@@ -36,7 +36,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters, make_model
 from gt_jax.models.fusion import logit
 from gt_jax.train import make_model_config
-from gt_jax.training.memory import keep_freed_memory
+from gt_jax.training import backend
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 from gt_jax.training.text import loss_unit, read_text
@@ -208,8 +208,7 @@ def train(
         InputError: a field cannot be swept, or a config is impossible.
     """
     points = _points(sweep or {}, seeds)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    backend.prepare()
     programs = _programs(arms, points)
     results = {}
     with ThreadPoolExecutor(min(len(programs), os.cpu_count())) as pool:

@@ -30,8 +30,7 @@ from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import make_batches
 from gt_jax.models import count_parameters, make_model
 from gt_jax.train import make_model_config
-from gt_jax.training import parallel
-from gt_jax.training.memory import keep_freed_memory
+from gt_jax.training import backend, parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
@@ -54,8 +53,7 @@ def main(argv):
     model = make_model(make_model_config(config, vocab))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    backend.prepare()
     mesh = parallel.make_mesh()
     state = jax.jit(
         functools.partial(init_state, model, tx, config),

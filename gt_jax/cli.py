@@ -3,7 +3,6 @@
 import logging
 import sys
 
-import jax
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
@@ -17,9 +16,6 @@ def run(main) -> None:
     if not verbose:  # Orbax logs a failure before raising it, and its threads complain after.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = lambda _: None
-    # On GPUs, one kernel for all random numbers: XLA compiles another for each parameter otherwise,
-    # which takes minutes for a model of 12 layers.
-    jax.config.update("jax_threefry_gpu_kernel_lowering", True)
     try:
         status = main(sys.argv)
     except (InputError, OSError) as error:

@@ -35,9 +35,8 @@ from gt_jax.errors import InputError
 from gt_jax.evaluate import describe, evaluate
 from gt_jax.generate import encode_prompt, generate
 from gt_jax.models import ModelConfig, count_parameters, make_config, make_model
-from gt_jax.training import checkpoint, parallel
+from gt_jax.training import backend, checkpoint, parallel
 from gt_jax.training.display import Display, Speed
-from gt_jax.training.memory import keep_freed_memory
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.plot import draw_curve
@@ -89,8 +88,7 @@ def train(config: Config, workdir) -> Progress:
     # The folder, and the run in it if there is one.
     began = time.perf_counter()
     workdir, steps = Path(workdir), config.train.steps
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    backend.prepare()
     mesh = parallel.make_mesh()
     check_devices(config, mesh.size)
     writer = checkpoint.Writer(workdir, keep=config.checkpoint.keep)
