@@ -172,11 +172,8 @@ def _check(model, request, tokenizer):
 def _stream(model, params, requests, tokenizer, rows):
     queue = deque(enumerate(requests))
     work = {}  # row -> _Work
-    # XLA's GPU backend multiplies a matrix by one row element by element, writes that out and sums
-    # it: an idle second row costs less.
-    least = 1 if jax.default_backend() == "cpu" else 2
-    weights = prepare(model, params, max(rows, least))
-    slots = empty_slots(model, params, max(rows, least))
+    weights = prepare(model, params, rows_of_batch(rows))
+    slots = empty_slots(model, params, rows_of_batch(rows))
     while queue or work:
         for row in sorted(set(range(rows)) - set(work))[: len(queue)]:
             index, request = queue.popleft()
@@ -234,6 +231,15 @@ class Slots(NamedTuple):
     drawn: jax.Array
     limit: jax.Array
     settings: Settings
+
+
+def rows_of_batch(rows):
+    """Rows that the device works on where `rows` are wanted.
+
+    XLA's GPU backend multiplies a matrix and a single row element by element, writes that out and
+    sums it; an idle second row costs less.
+    """
+    return rows if jax.default_backend() == "cpu" else max(rows, 2)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
