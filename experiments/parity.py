@@ -1,0 +1,247 @@
+"""Does a hybrid learn text better than GPT-2, RWKV-6 or Mamba-2 of its size?
+
+    python -m experiments.parity --seeds=3
+    python -m experiments.parity --texts=characters --steps=2000
+
+GF-MH (width 128, 8 blocks) beside every other family with at least as many parameters: once with
+embeddings counted, once without. All read the same batches, of characters and of SentencePiece
+tokens, at every learning rate of one small sweep. The rate, and the evaluation at which a run would
+have been stopped, are chosen by the mean loss on the first half of the validation text; losses are
+of the second half. They are drawn against tokens, model FLOPs, and the device's seconds that a run
+takes among those beside it.
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import lab, results
+from experiments.fusion import difference_table, second_half
+from experiments.profile_training import flops_per_token
+from experiments.statistics import compare, estimate
+from gt_jax.models import count_parameters, make_config
+
+HYBRID = "GF-MH"
+FAMILIES = {
+    HYBRID: {"model.preset": "gf-mh"},
+    "RWKV-6": {"model.preset": "rwkv6", "model.tie_embeddings": True},
+    "Mamba-2": {"model.preset": "mamba2", "model.state_size": 64},
+    "GPT-2": {"model.preset": "gpt2"},
+}
+WIDTH_STEP = 32  # what Mamba-2 can have
+HEAD = 32  # channels of an RWKV or attention head
+SIZE = (128, 8)  # width and blocks of the hybrid
+COUNTED = {"all": (), "blocks": ("embedding", "positions", "head")}  # name -> what is left out
+RATES = (1e-3, 2e-3, 4e-3)
+# name -> what says so; the losses of different texts do not compare.
+TEXTS = {
+    "characters": {"data.tokenizer": "char"},
+    "pieces": {"data.tokenizer": "sentencepiece", "data.vocab_size": 4096},
+}
+QUICK_PIECES = 300  # the bytes, and the characters of a short text
+COLUMNS = ["model", "shape", "parameters", "in blocks", "loss", f"{HYBRID} / it", "rate"]
+COLUMNS += ["stopped at", "MFLOPs per token", "seconds a run"]
+
+
+class Outcome(NamedTuple):
+    """What became of an arm: all its runs, and those at the chosen rate."""
+
+    runs: lab.Runs
+    chosen: lab.Runs
+    rate: float
+    stop: int  # index of the evaluation
+    flops: int  # of the model, per token
+
+    @property
+    def losses(self):
+        """[seeds] on the second half of the validation text."""
+        return self.curve[:, self.stop]
+
+    @property
+    def curve(self):
+        """[seeds, evaluations] of them."""
+        return self.chosen.loss(second_half(self.chosen))
+
+    @property
+    def seconds(self):
+        """The device's for one run, of those that trained side by side."""
+        return self.runs.seconds / len(self.runs.points)
+
+
+def main(argv=None):
+    parser = results.parser("parity", __doc__)
+    parser.set_defaults(seeds=3)
+    parser.add_argument("--texts", default=",".join(TEXTS), help="with commas between")
+    parser.add_argument("--steps", type=int, default=1000)
+    options = results.parse(parser, argv)
+    texts = results.one_of(TEXTS, options.texts, "--texts")
+    arms = {}
+    for text in texts:
+        arms |= arms_of(options, text)
+    # A family whose shape is the same under both counts trains once.
+    names = {arm.config: " ".join(key) for key, arm in arms.items()}
+    trained = lab.train(
+        {names[arm.config]: arm for arm in arms.values()},
+        seeds=options.seeds,
+        sweep={"optim.lr": RATES},
+        group=options.group,
+        compile_fast=options.quick,
+    )
+    config = next(iter(arms.values())).config
+    outcomes = {key: outcome(arm.config, trained[names[arm.config]]) for key, arm in arms.items()}
+
+    measures, tables, plots = {}, [], []
+    per_step = config.train.batch_size * config.train.seq_len
+    for text, counted in dict.fromkeys((text, counted) for text, _, counted in arms):
+        title = text if counted == "all" else f"{text}, blocks matched"
+        unit = arms[text, HYBRID, counted].task.unit
+        found = compared(title, {f: outcomes[text, f, counted] for f in FAMILIES}, per_step, unit)
+        measures |= found[0]
+        tables += found[1]
+        plots += found[2]
+    results.write(
+        options,
+        settings={
+            "steps": config.train.steps,
+            "batch": config.train.batch_size,
+            "length": config.train.seq_len,
+            "rates": RATES,
+            "texts": texts,
+        },
+        measures=measures,
+        tables=tables,
+        plots=plots,
+        notes=[
+            "Learning rate and stopping point are chosen on the first half of the validation text; "
+            "losses are of its second half.",
+            f"No baseline has fewer parameters than {HYBRID}; widths go in steps of {WIDTH_STEP}.",
+            "Seconds are the device's for one of the runs that train side by side.",
+        ],
+    )
+
+
+def arms_of(options, text):
+    """(text, family, counted) -> Arm of every family under every count."""
+    shared = {"train.steps": options.steps, "train.eval_every": max(options.steps // 20, 1)}
+    shared |= TEXTS[text] | results.common(options)
+    size = SIZE
+    if options.quick:
+        size = shared["model.dim"], shared["model.layers"]
+        shared["data.vocab_size"] = QUICK_PIECES
+    config = lab.make_config(shared)
+    task = lab.text_task(config)
+    fit = {"vocab_size": task.vocab_size, "length": config.train.seq_len}
+    return {
+        (text, family, counted): lab.Arm(
+            lab.make_config(shared | match(family, size, counted=counted, **fit)), task
+        )
+        for family, counted in itertools.product(FAMILIES, ["all"] if options.quick else COUNTED)
+    }
+
+
+def outcome(config, runs):
+    """Takes the rate and the evaluation with the lowest mean loss on the first half of the text."""
+    half = slice(0, len(runs.targets) // 2)
+    curves = {
+        rate: np.nan_to_num(runs.at({"optim.lr": rate}).loss(half).mean(0), nan=np.inf)
+        for rate in RATES
+    }
+    rate = min(curves, key=lambda rate: curves[rate].min())
+    return Outcome(
+        runs=runs,
+        chosen=runs.at({"optim.lr": rate}),
+        rate=rate,
+        stop=int(curves[rate].argmin()),
+        flops=flops_per_token(runs.model_config, config.train.seq_len),
+    )
+
+
+def compared(title, outcomes, per_step, unit):
+    """measures, tables and plots of the families on one text, under one count of parameters."""
+    measures, rows = {}, []
+    for family, o in outcomes.items():
+        c = o.runs.model_config
+        loss = measures[f"loss {family}, {title}"] = estimate(o.losses)
+        ratio = estimate(outcomes[HYBRID].losses / o.losses)
+        if family != HYBRID:
+            measures[f"loss ratio {HYBRID} / {family}, {title}"] = ratio
+        row = [family, f"{c.dim} x {c.layers}", o.runs.parameters, counted_parameters(c, "blocks")]
+        row += [loss, ratio, o.rate, int(o.runs.steps[o.stop]), o.flops / 1e6, o.seconds]
+        rows.append(row)
+    pairs = compare({family: o.losses for family, o in outcomes.items()}, against=HYBRID)
+    measures |= {f"{pair['a']} - {HYBRID}, {title}": pair for pair in pairs}
+    tables = [
+        results.table(f"Loss, {title}", COLUMNS, rows, f"Nats per {unit}."),
+        difference_table(f"Differences, {title}", pairs),
+    ]
+    axes = {
+        "tokens": lambda o: o.runs.steps * per_step,
+        "model FLOPs": lambda o: o.runs.steps * per_step * o.flops,
+        "seconds on the device": lambda o: o.runs.steps / o.runs.steps[-1] * o.seconds,
+    }
+    plots = [
+        results.plot(
+            title,
+            axis,
+            f"nats per {unit}",
+            [results.line(family, of(o), o.curve) for family, o in outcomes.items()],
+            log="x",
+        )
+        for axis, of in axes.items()
+    ]
+    return measures, tables, plots
+
+
+def match(family, target, *, vocab_size, length, counted="all"):
+    """Width, depth and heads of a family, as config changes, with the parameters of a hybrid.
+
+    Never fewer. Up to 5 % more cost nothing; beyond that, a tenth more costs as much as half or
+    twice the hybrid's depth. The cheapest shape is taken.
+
+    Args:
+        family: a key of FAMILIES.
+        target: (dim, layers) of the hybrid.
+        vocab_size, length: of the task; a GPT gets as many positions.
+        counted: a key of COUNTED.
+    """
+    size = functools.partial(_parameters, vocab_size=vocab_size, length=length, counted=counted)
+    wanted, layers = size(HYBRID, *target), target[1]
+
+    def shape(dim):
+        one, two = size(family, dim, 1), size(family, dim, 2)  # each layer adds the same
+        depth = max(1 - (one - wanted) // (two - one), 1)
+        excess = (one + (depth - 1) * (two - one)) / wanted - 1
+        cost = 10 * max(excess - 0.05, 0) + abs(math.log2(depth / layers))
+        return cost, dim, depth
+
+    dims = range(WIDTH_STEP, 3 * target[0] + 1, WIDTH_STEP)
+    dim, layers = target if family == HYBRID else min(map(shape, dims))[1:]
+    changes = FAMILIES[family] | {"model.dim": dim, "model.layers": layers}
+    if family != "Mamba-2":
+        changes["model.heads"] = dim // HEAD
+    if family == "GPT-2":
+        changes["model.max_positions"] = length
+    return changes
+
+
+@functools.cache
+def _parameters(family, dim, layers, *, vocab_size, length, counted):
+    fields = {name.removeprefix("model."): value for name, value in FAMILIES[family].items()}
+    if family == "GPT-2":
+        fields["max_positions"] = length
+    fields |= {"dim": dim, "layers": layers, "heads": dim // HEAD}
+    config = make_config(fields.pop("preset"), vocab_size=vocab_size, **fields)
+    return counted_parameters(config, counted)
+
+
+def counted_parameters(model_config, counted):
+    """Number of parameters but for those that a key of COUNTED leaves out."""
+    parts = count_parameters(model_config)
+    return parts["total"] - sum(parts.get(part, 0) for part in COUNTED[counted])
+
+
+if __name__ == "__main__":
+    results.run(main)

@@ -1,0 +1,76 @@
+"""Families are held against each other at matched sizes, on text that did not choose for them."""
+
+import numpy as np
+import pytest
+
+from experiments import lab, parity, results
+from gt_jax.errors import InputError
+from gt_jax.models import make_model
+from gt_jax.train import make_model_config
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("to be or not to be that is the question\n" * 100)
+    return path
+
+
+@pytest.mark.parametrize("counted", parity.COUNTED)
+@pytest.mark.parametrize("family", ["RWKV-6", "Mamba-2", "GPT-2"])
+def test_match_has_as_many_parameters(family, counted):
+    fit = {"vocab_size": 500, "length": 32, "counted": counted}
+
+    def size(family):
+        config = lab.make_config(parity.match(family, (64, 2), **fit))
+        model = make_model_config(config, 500)
+        assert make_model(model).config.max_positions == (32 if family == "GPT-2" else 1024)
+        return parity.counted_parameters(model, counted)
+
+    assert size(parity.HYBRID) <= size(family) < 1.15 * size(parity.HYBRID)
+
+
+def test_rate_and_stop_are_chosen_on_the_first_half():
+    """Two rates and one seed, three evaluations of two held-out batches of one target each."""
+    points = tuple({"optim.lr": rate, "seed": 0} for rate in parity.RATES)
+    nats = np.array([[[9, 1], [9, 1], [9, 1]], [[5, 2], [3, 4], [4, 3]], [[np.nan] * 2] * 3])
+    runs = lab.Runs(
+        points=points,
+        metrics={},
+        steps=np.array([1, 2, 3]),
+        nats=nats,
+        correct=nats,
+        targets=np.array([1, 1]),
+        params=None,
+        model_config=make_model_config(lab.make_config({}), 65),
+        parameters=0,
+        seconds=6.0,
+        compile_seconds=0.0,
+    )
+    found = parity.outcome(lab.make_config({}), runs)
+    assert (found.rate, found.stop, found.seconds) == (parity.RATES[1], 1, 2.0)
+    np.testing.assert_array_equal(found.losses, [4])
+
+
+def test_comparison_runs(text, tmp_path):
+    out = tmp_path / "parity.json"
+    flags = ["--quick", "--seeds=2", "--texts=characters"]
+    parity.main([*flags, f"--source={text}", f"--out={out}"])
+    result = results.read(out)
+    assert out.with_suffix(".png").exists()
+    measures, table = result["measures"], result["tables"][0]
+    assert [row[0] for row in table["rows"]] == list(parity.FAMILIES)
+    hybrid, gpt = (measures[f"loss {f}, characters"]["values"] for f in ("GF-MH", "GPT-2"))
+    ratio = measures["loss ratio GF-MH / GPT-2, characters"]
+    assert ratio["values"] == pytest.approx(np.divide(hybrid, gpt), rel=1e-4)
+    assert measures["GPT-2 - GF-MH, characters"]["n"] == 2
+    assert [plot["x"] for plot in result["plots"]] == [
+        "tokens",
+        "model FLOPs",
+        "seconds on the device",
+    ]
+
+
+def test_unknown_text_is_one_line():
+    with pytest.raises(InputError, match="--texts=words must be of characters, pieces"):
+        parity.main(["--texts=words"])
