@@ -14,6 +14,7 @@ starts of a block's gate after t steps, averaged over blocks, and q = s(end) / s
 """
 
 import numpy as np
+from scipy import stats
 
 from experiments import fusion, lab, results
 from experiments.statistics import compare, estimate
@@ -48,7 +49,7 @@ def main(argv=None):
     tuned = {
         NAMES[start]: fusion.final(r.at({"optim.lr": best[start]})) for start, r in starts.items()
     }
-    differences = {"3e-4": compare(reference), "its best": compare(tuned)}
+    differences = {"3e-4": compare(reference), "best": compare(tuned)}
     measures, rows = {}, []
     for start, r in starts.items():
         name, mine = NAMES[start], r.at({"optim.lr": RATES[0]})
@@ -61,6 +62,11 @@ def main(argv=None):
         }
         measures |= found | {f"best rate {name}": best[start]}
         rows.append([name, *found.values(), best[start]])
+    ratios = [late(r.at({"optim.lr": RATES[0]}), "r_m_ratio") for r in starts.values()]
+    ranks = [
+        stats.spearmanr(*pair).statistic for pair in zip(zip(*ratios), zip(*reference.values()))
+    ]
+    measures["rank correlation of loss and R/M at 3e-4"] = estimate(ranks)
     for at, pairs in differences.items():
         measures |= {f"{pair['a']} - {pair['b']} at {at}": pair for pair in pairs}
 
@@ -84,7 +90,7 @@ def main(argv=None):
                 "tenth of the steps.",
             ),
             fusion.difference_table("Differences at 3e-4", differences["3e-4"]),
-            fusion.difference_table("Differences, each at its best rate", differences["its best"]),
+            fusion.difference_table("Differences, each at its best rate", differences["best"]),
             *(gate_table(f"Gates at the end, {rate:g}", gates[rate]) for rate in RATES),
         ],
         plots=[

@@ -68,7 +68,7 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = _refuse
+    parser.error = refuse
     parser.set_defaults(experiment=name, about=doc.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try it out")
@@ -246,7 +246,8 @@ def show(cell) -> str:
         if low is None:
             return show(mean)
         half = (high - low) / 2
-        digits = min(max(1 - math.floor(math.log10(half)), 0), 6) if half else 4
+        most = 4 if abs(mean) >= 0.01 else 6
+        digits = min(max(1 - math.floor(math.log10(half)), 0), most) if half else 4
         return f"{mean:,.{digits}f} ± {half:,.{digits}f}".replace("-", "−")
     if cell is None:
         return "–"
@@ -272,6 +273,12 @@ def as_text(each: Mapping) -> str:
     return "\n".join([each["title"], *("  " + text.rstrip() for text in lines)])
 
 
+def colours(plots: Sequence[Mapping]) -> dict[str, int]:
+    """Name of a series -> the number of its colour, the same in all plots of a result."""
+    names = dict.fromkeys(series["name"] for plot in plots for series in plot["series"])
+    return {name: i % 10 for i, name in enumerate(names)}
+
+
 def draw(plots: Sequence[Mapping], path: Path) -> None:
     """All plots of a result in one PNG."""
     from matplotlib.figure import Figure  # slow to import
@@ -280,25 +287,24 @@ def draw(plots: Sequence[Mapping], path: Path) -> None:
     rows = math.ceil(len(plots) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
     for axes, each in zip(figure.subplots(rows, columns, squeeze=False).flat, plots):
-        _draw_one(axes, each)
+        _draw_one(axes, each, colours(plots))
     for axes in figure.axes[len(plots) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=120)
 
 
-def _draw_one(axes, each: Mapping) -> None:
+def _draw_one(axes, each: Mapping, numbers: Mapping[str, int]) -> None:
+    nan = lambda values: [math.nan if v is None else v for v in values]
     for i, series in enumerate(each["series"]):
-        nan = lambda values: [math.nan if v is None else v for v in values]
+        colour = f"C{numbers[series['name']]}"
         if "x" in series:
-            x = series["x"]
-            axes.plot(x, nan(series["y"]), color=f"C{i % 10}", lw=1.5, label=series["name"])
-            axes.fill_between(
-                x, nan(series["low"]), nan(series["high"]), color=f"C{i % 10}", alpha=0.15, lw=0
-            )
+            x, low, high = series["x"], nan(series["low"]), nan(series["high"])
+            axes.plot(x, nan(series["y"]), color=colour, lw=1.5, label=series["name"])
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         else:
             mean, low, high = nan([series["mean"], series["low"], series["high"]])
-            axes.plot([low, high], [i, i], color=f"C{i % 10}", lw=2)
-            axes.plot([mean], [i], "o", color=f"C{i % 10}", ms=5)
+            axes.plot([low, high], [i, i], color=colour, lw=2)
+            axes.plot([mean], [i], "o", color=colour, ms=5)
     if each["series"] and "x" not in each["series"][0]:
         axes.set_yticks(range(len(each["series"])), [s["name"] for s in each["series"]])
         axes.invert_yaxis()
@@ -323,5 +329,6 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _refuse(message: str):
+def refuse(message: str):
+    """For argparse: a wrong flag as an InputError."""
     raise InputError(message.replace("argument ", "", 1))

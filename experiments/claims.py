@@ -1,0 +1,470 @@
+"""What the original project published about these models, and what our measurements say of it.
+
+A claim is judged by a rule from measures that experiments wrote, never by hand:
+
+    reproduced   it holds in our measurement too
+    refuted      our measurement contradicts it
+    artefact     its number comes out under the original's conditions, and not under fair ones
+    undecided    neither can be said, for the reason given
+
+"Better" means a difference between runs with the same seeds whose corrected 95 % interval leaves
+out zero (experiments/statistics.py). Results of --quick do not count.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from experiments import results
+from gt_jax.models import count_parameters, make_config
+
+VERDICTS = ("reproduced", "refuted", "artefact", "undecided")
+
+
+class NotMeasured(Exception):
+    """A measure is not there; the message says which."""
+
+
+class Verdict(NamedTuple):
+    """One of VERDICTS, our numbers as lines of text, and why where the rule does not say it."""
+
+    verdict: str
+    ours: str = ""
+    because: str = ""
+
+
+class Claim(NamedTuple):
+    """One published claim.
+
+    Attributes:
+        id: short name.
+        text: the claim, in our words.
+        published: its figure.
+        source: where it is said.
+        results: names of the results that answer it.
+        rule: how the verdict follows from our numbers.
+        judge: (name of a result, name of a measure) -> value, as an argument -> Verdict.
+    """
+
+    id: str
+    text: str
+    published: str
+    source: str
+    results: tuple[str, ...]
+    rule: str
+    judge: Callable[[Callable], Verdict]
+
+
+def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
+    """Every claim with its verdict.
+
+    Args:
+        found: name -> result of experiments.results.read; what is not there is not measured.
+    """
+
+    def measure(name, key):
+        if name not in found:
+            raise NotMeasured(f"not measured: there is no result {name}")
+        if found[name]["quick"]:
+            raise NotMeasured(f"not measured: {name} is from a trial run")
+        value = found[name]["measures"].get(key)
+        if value is None or (isinstance(value, dict) and value["mean"] is None):
+            raise NotMeasured(f'not measured: {name} has no "{key}"')
+        return value
+
+    verdicts = []
+    for claim in CLAIMS:
+        try:
+            verdicts.append((claim, claim.judge(measure)))
+        except NotMeasured as error:
+            verdicts.append((claim, Verdict("undecided", because=str(error))))
+    return verdicts
+
+
+def better(a, b, name="fusion"):
+    """(results, rule, judge) of the claim that variant a has the lower loss."""
+    settings = [(f"{name}-legacy", "3e-4"), (name, "3e-4"), (name, "best")]
+    labels = ["3e-4, original's branch", "3e-4", "best rates"]
+    rule = (
+        f"Each at its best rate: reproduced if {a} is better, refuted if {b} is. Otherwise "
+        f"artefact if {a} is better at 3e-4, with ours or the original's branch, and the interval "
+        "at the best rates leaves out half of that difference; else undecided."
+    )
+
+    def judge(measure):
+        found = {}
+        for setting, label in zip(settings, labels):
+            try:
+                found[label] = _difference(measure, *setting, a, b)
+            except NotMeasured:
+                if label == labels[-1]:
+                    raise
+        lines = [f"{label}: {_signed(*found[label])}" for label in reversed(found)]
+        ours = "\n".join([f"{a} − {b}, {lines[0]}", *lines[1:]])
+        mean, half, real = found.pop(labels[-1])
+        if real:
+            return Verdict("reproduced" if mean < 0 else "refuted", ours)
+        for there, _, real_there in found.values():
+            if real_there and there < 0 and mean - half > there / 2:
+                return Verdict("artefact", ours, "gone where each has the rate that suits it")
+        return Verdict("undecided", ours, "no difference that chance would not explain")
+
+    return (name, f"{name}-legacy"), rule, judge
+
+
+def _difference(measure, name, at, a, b):
+    """Mean and half interval of a - b, and whether it is real."""
+    try:
+        pair, sign = measure(name, f"{a} - {b} at {at}"), 1
+    except NotMeasured:
+        pair, sign = measure(name, f"{b} - {a} at {at}"), -1
+    half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2
+    return sign * pair["mean"], half, pair["real"]
+
+
+def _signed(mean, half, real):
+    """A difference as text, and whether chance would explain it."""
+    spread = "" if half is None else f" ± {half:.3f}"
+    return f"{mean:+.3f}{spread}{'' if real else ', chance'}".replace("-", "−")
+
+
+def within(name, key, low, high, *, unit=""):
+    """(results, rule, judge) of a claim that a measure is in a range; None is an open end."""
+    rule = (
+        f'reproduced if the 95 % interval of "{key}" is {_range(low, high)}, refuted if it '
+        "is outside, undecided if it reaches over an end."
+    )
+
+    def judge(measure):
+        return _by_interval(measure(name, key), low, high, unit)
+
+    return (name,), rule, judge
+
+
+def _range(low, high):
+    if low is None or high is None:
+        return f"at most {high:g}" if low is None else f"at least {low:g}"
+    return f"within {low:g} to {high:g}"
+
+
+def _by_interval(found, low, high, unit=""):
+    ours = f"{results.show(found)}{unit}"
+    if found["low"] is None:
+        return Verdict("undecided", ours, "a single seed has no interval")
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if low <= found["low"] and found["high"] <= high:
+        return Verdict("reproduced", ours)
+    if found["high"] < low or found["low"] > high:
+        return Verdict("refuted", ours)
+    return Verdict("undecided", ours, "the interval reaches over an end of what was claimed")
+
+
+def unlike(name, published_key, fair_key, low, high):
+    """(results, rule, judge) of a claim that may hold under the original's conditions alone."""
+    rule = (
+        f'reproduced if the 95 % interval of "{fair_key}" is {_range(low, high)}. If it is outside, '
+        f'artefact if that of "{published_key}" is in it, else refuted; undecided if it reaches over '
+        "an end."
+    )
+
+    def judge(measure):
+        fair = _by_interval(measure(name, fair_key), low, high)
+        theirs = _by_interval(measure(name, published_key), low, high)
+        ours = f"{fair.ours}\nunder the original's conditions: {theirs.ours}"
+        if fair.verdict == "refuted" and theirs.verdict == "reproduced":
+            return Verdict("artefact", ours)
+        return Verdict(fair.verdict, ours, fair.because)
+
+    return (name,), rule, judge
+
+
+def _judge_extremes(measure):
+    judges = [better("GF-MH 0.3", other, "ratio")[2] for other in ("GF-XM 0.03", "GF-XR 0.97")]
+    both = [judge(measure) for judge in judges]
+    ours = f"{both[0].ours}\n{both[1].ours}"
+    if both[0].verdict == both[1].verdict:
+        return both[0]._replace(ours=ours)
+    return Verdict("undecided", ours, f"{both[0].verdict} for 3 %, {both[1].verdict} for 97 %")
+
+
+def _judge_attractor(measure):
+    keys = ("gate spread kept at 0.0003", "gate spread kept at 0.003")
+    kept = [measure("ratio", key) for key in keys]
+    found = [measure("ratio", key.replace("gate spread kept", "attractor")) for key in keys]
+    ours = "\n".join(
+        f"spread kept at {at}: {results.show(k)}" for at, k in zip(("3e-4", "3e-3"), kept)
+    )
+    if set(found) == {"attractor"}:
+        return Verdict("reproduced", ours)
+    if set(found) == {"none"}:
+        return Verdict("refuted", ours)
+    return Verdict("undecided", ours, f"the criterion says {' and '.join(found)} at the two rates")
+
+
+def _judge_size(measure):
+    del measure  # a matter of arithmetic
+    counts = {}
+    for name, changes in (
+        ("gf-mh", {"branch": "legacy", "init": "normal"}),
+        ("gpt2", {}),
+    ):
+        parts = count_parameters(make_config(name, vocab_size=16000, **changes))
+        ends = sum(parts.get(part, 0) for part in ("embedding", "positions", "head"))
+        counts[name] = parts["total"], parts["total"] - ends
+    (ours, our_blocks), (theirs, their_blocks) = counts["gf-mh"], counts["gpt2"]
+    text = (
+        f"{ours:,} against {theirs:,} in all ({ours / theirs - 1:+.1%}), but {our_blocks:,} "
+        f"against {their_blocks:,} in the blocks ({our_blocks / their_blocks - 1:+.1%})"
+    ).replace("-", "−")
+    fewer, blocks_fewer = ours < 0.9 * theirs, our_blocks < 0.95 * their_blocks
+    if fewer and not blocks_fewer:
+        return Verdict("artefact", text, "GPT-2 was given wider embeddings and a position table")
+    return Verdict("reproduced" if fewer else "refuted", text)
+
+
+FUSIONS, RATIOS = "README, table of fusions", "README, table of gate starts"
+RANKING = "strategy document, 1000-step ranking"
+
+CLAIMS = (
+    Claim(
+        "gf-hy",
+        "One gate per position (GF) learns better than per-channel gains (HY).",
+        "1.689 against 1.760, −4.0 %",
+        FUSIONS,
+        *better("GF", "HY"),
+    ),
+    Claim(
+        "cp-hy",
+        "Concatenating and projecting (CP) learns better than per-channel gains (HY).",
+        "1.692 against 1.760, −3.9 %",
+        FUSIONS,
+        *better("CP", "HY"),
+    ),
+    Claim(
+        "gf-cp",
+        "Of the five fusions GF is the best, ahead of CP.",
+        "1.689 against 1.692",
+        FUSIONS,
+        *better("GF", "CP"),
+    ),
+    Claim(
+        "hy-ws",
+        "One weight per layer (WS) is worse than per-channel gains (HY).",
+        "1.819 against 1.760, +3.3 %",
+        FUSIONS,
+        *better("HY", "WS"),
+    ),
+    Claim(
+        "hy-rf",
+        "Adding projected Mamba to RWKV (RF) is the worst fusion.",
+        "1.948 against HY's 1.760, +10.7 %",
+        FUSIONS,
+        *better("HY", "RF"),
+    ),
+    Claim(
+        "gf-hgf",
+        "One gate per position (GF) learns better than one per channel (HGF).",
+        "1.61 against 1.69 after 1000 steps",
+        RANKING,
+        *better("GF", "HGF"),
+    ),
+    Claim(
+        "mh-gf",
+        "Starting from 30 % RWKV (GF-MH) is better than from 50 %: the winner of the project.",
+        "1.670 against 1.700, −1.75 %",
+        RATIOS,
+        *better("GF-MH 0.3", "GF 0.5", "ratio"),
+    ),
+    Claim(
+        "gf-rh",
+        "Starting from 70 % RWKV (GF-RH) is worse than from 50 %.",
+        "1.720 against 1.700, +1.2 % (README: +0.3 %)",
+        RATIOS,
+        *better("GF 0.5", "GF-RH 0.7", "ratio"),
+    ),
+    Claim(
+        "extremes",
+        "Starting from 3 % or from 97 % RWKV is worse than from 30 %.",
+        "1.81 and 1.96 against about 1.58",
+        "observation 14",
+        ("ratio", "ratio-legacy"),
+        "Both differences as for two variants; undecided unless both agree.",
+        _judge_extremes,
+    ),
+    Claim(
+        "attractor",
+        "Wherever the gate starts, training pulls it to one zone: an attractor.",
+        "10 to 30 %; three documents give three sets of numbers, of gradient norms, not of gates",
+        "observation 14, CHANGELOG, synthesis",
+        ("ratio",),
+        "reproduced if at both rates the spread of the gates over five starts ends below half of "
+        "what it was (95 % interval over seeds), refuted if above at both, else undecided.",
+        _judge_attractor,
+    ),
+    Claim(
+        "drift",
+        "A gate that starts at 0.3 learns to sit at 0.7.",
+        "0.70",
+        "validation report, S0",
+        *within("ratio", "final gate GF-MH 0.3 at 3e-4", 0.6, 0.8),
+    ),
+    Claim(
+        "gradient-ratio",
+        "Under GF-MH, RWKV's gradient is a tenth of Mamba's.",
+        "norm ratio 0.10 to 0.27",
+        RANKING,
+        *within("ratio-legacy", "R/M gradient ratio GF-MH 0.3 at 3e-4", 0.05, 0.3),
+    ),
+    Claim(
+        "lower-with-ratio",
+        "The smaller RWKV's gradient is beside Mamba's, the lower the loss.",
+        "ranking of eight runs",
+        RANKING,
+        *within("ratio", "rank correlation of loss and R/M at 3e-4", 0.5, None),
+    ),
+    Claim(
+        "mamba-share",
+        "Mamba contributes next to nothing to a hybrid.",
+        "below 0.3 % (state norms of an untrained model)",
+        "graduation tests, tasks 55 and 58",
+        *unlike("paradox", "Mamba share, published", "Mamba share, trained", None, 0.01),
+    ),
+    Claim(
+        "mamba-removed",
+        "A trained hybrid would not miss its Mamba branch.",
+        "0.1 % in an ablation that ablated nothing",
+        "graduation tests, task 58",
+        *within("paradox", "loss added without Mamba", -0.01, 0.02, unit=" nats"),
+    ),
+    Claim(
+        "mamba-gradients",
+        "Mamba's gradients are ten times RWKV's although it does nothing: the Mamba paradox.",
+        "0.0412 against 0.0042, one random batch at initialisation",
+        "README, gate G4",
+        *unlike(
+            "paradox", "gradient Mamba / RWKV, untrained", "gradient Mamba / RWKV, trained", 3, 30
+        ),
+    ),
+    Claim(
+        "gpt2-parity",
+        "GF-MH equals GPT-2 on subword text.",
+        "loss ratio 1.008 after 300 steps, at 6.8 nats",
+        "README, task 62",
+        *within("parity", "loss ratio GF-MH / GPT-2, pieces", 0.95, 1.05),
+    ),
+    Claim(
+        "gpt2-characters",
+        "GF-MH beats GPT-2 on characters.",
+        "loss ratio 0.927 after 200 steps",
+        "experiment 001",
+        *within("parity", "loss ratio GF-MH / GPT-2, characters", None, 0.95),
+    ),
+    Claim(
+        "gpt2-size",
+        "GF-MH does it with 17 % fewer parameters than GPT-2.",
+        "5.62 M against 6.81 M",
+        "README, task 62",
+        (),
+        "Counted, at a vocabulary of 16 000: artefact if the total is more than 10 % smaller and "
+        "the blocks alone are not even 5 %.",
+        _judge_size,
+    ),
+    Claim(
+        "gpt2-speed",
+        "GF-MH trains 4.5 times slower than GPT-2.",
+        "4.5 x (task 62); 2.1 to 5.1 x forward (observation 18)",
+        "README 2",
+        *within("throughput", "training speed GPT-2 / GF-MH", 3, 6),
+    ),
+    Claim(
+        "variance",
+        "State-space models keep the variance of their blocks: GPT grows 142 times more than RWKV.",
+        "782 x for GPT against 5.5 x for RWKV-6 (standard deviations)",
+        "README 2, Phase 0",
+        *unlike(
+            "characterize",
+            "growth GPT / RWKV-6, unmatched",
+            "growth GPT / RWKV-6, matched",
+            30,
+            None,
+        ),
+    ),
+    Claim(
+        "variance-mamba",
+        "Mamba-2 keeps the variance of its blocks better than RWKV-6.",
+        "2.0 x against 5.5 x",
+        "README 2, Phase 0",
+        *unlike(
+            "characterize",
+            "growth RWKV-6 / Mamba-2, unmatched",
+            "growth RWKV-6 / Mamba-2, matched",
+            1.5,
+            None,
+        ),
+    ),
+    Claim(
+        "saturation",
+        "RWKV-6 saturates its output: one token takes all the probability.",
+        "15.6 % of positions above 0.99",
+        "README 2, Phase 0",
+        *unlike(
+            "characterize", "saturated RWKV-6, unmatched", "saturated RWKV-6, matched", 0.05, None
+        ),
+    ),
+    Claim(
+        "long-context",
+        "Perplexity hardly rises when the context is 512 tokens instead of 64.",
+        "1.04 x (random tokens, untrained model)",
+        "README 2, task 60",
+        *within("context", "perplexity ratio 512 / 64", None, 1.1),
+    ),
+    Claim(
+        "context-gain",
+        "A context of 64 characters instead of 8 lowers perplexity by a fifth to two fifths.",
+        "21 to 43 % (positions without context counted in)",
+        "LRD test",
+        *within("context", "perplexity gain 8 to 64", 0.21, 0.43),
+    ),
+    Claim(
+        "state-norms",
+        "RWKV's state dwarfs Mamba's: the recurrent memory is RWKV's.",
+        "99.8 % of the norm; variances 108 583 : 1 (a random stand-in)",
+        "diagnostics D3 and S4",
+        *within("states", "RWKV share of state norms", 0.98, None),
+    ),
+    Claim(
+        "needle",
+        "A character model cannot find a needle in its context.",
+        "0 % (the needle was never in the prompt)",
+        "task 21",
+        *within("recall", "needle accuracy GF-MH", None, 0.05),
+    ),
+    Claim(
+        "mamba-rate",
+        "Mamba learns better at the full rate than at half of it.",
+        "1.53 against 1.59",
+        "task 36",
+        *better("Mamba rate 1", "Mamba rate 0.5", "interventions"),
+    ),
+    Claim(
+        "short-warmup",
+        "A warm-up of a tenth of the steps is better than of half of them.",
+        "1.578 against 1.59",
+        "observation 9",
+        *better("warm-up 10 %", "warm-up 50 %", "interventions"),
+    ),
+    Claim(
+        "dropout",
+        "Dropping RWKV early on wakes Mamba but costs loss.",
+        "1.598 against 1.578",
+        "observation 11",
+        *better("plain", "RWKV dropout", "interventions"),
+    ),
+    Claim(
+        "subwords",
+        "Subword text balances the branches: R/M rises.",
+        "0.20 to 0.46 against 0.08 to 0.11",
+        "observation 12",
+        *within("interventions", "R/M gradient ratio, pieces / characters", 1.5, 6),
+    ),
+)
