@@ -2,7 +2,7 @@
 
     python -m gt_jax.train --config=configs/gf_mh_8m.py
 
-Expected: not measured yet.
+Expected: not measured yet; it reads 819 M characters, which is hours of an H100.
 """
 
 from configs import base
