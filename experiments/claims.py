@@ -162,9 +162,9 @@ def _by_interval(found, low, high, unit=""):
 def unlike(name, published_key, fair_key, low, high):
     """(results, rule, judge) of a claim that may hold under the original's conditions alone."""
     rule = (
-        f'reproduced if the 95 % interval of "{fair_key}" is {_range(low, high)}. If it is outside, '
-        f'artefact if that of "{published_key}" is in it, else refuted; undecided if it reaches over '
-        "an end."
+        f'reproduced if the 95 % interval of "{fair_key}" is {_range(low, high)}, undecided if it '
+        f'reaches over an end. If it is outside, artefact if that of "{published_key}" is in it, '
+        "else refuted."
     )
 
     def judge(measure):

@@ -417,7 +417,7 @@ def _bytes_free() -> float:
     """What a program may take of the device's memory, or of the machine's if it has none."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
-        return 0.85 * stats["bytes_limit"]
+        return 0.75 * stats["bytes_limit"]  # programs that compile meanwhile try kernels
     return 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -14,7 +15,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import make_model
 from gt_jax.train import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_eval_step, make_train_step
+from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from gt_jax.training.text import read_text
 
 SMALL = {
@@ -135,6 +136,46 @@ def test_every_swept_value_arrives(runs):
     for leaf in jax.tree.leaves(frozen["mamba"]):
         np.testing.assert_array_equal(leaf[0], leaf[1])  # whatever the rate
     assert not np.array_equal(*frozen["ffn"]["down"]["kernel"])
+
+
+def test_short_memory_makes_groups(config, task, monkeypatch):
+    """Whatever the grouping, every run gets its own seed and values."""
+
+    def functions(program):
+        def init(seeds, values):
+            nothing = jnp.zeros(len(seeds))
+            params = {"seed": 1.0 * seeds, "rate": values["optim.lr"]}
+            return TrainState(nothing, nothing, params, *[nothing] * 4)
+
+        def advance(states, values, of_run, batches):
+            tokens = batches.inputs[:, of_run].sum((2, 3))  # [steps, runs]
+            return states, {"tokens": tokens, "rate": tokens * 0 + values["optim.lr"]}
+
+        def measure(params, batches):
+            losses = params["seed"] + 0 * batches.inputs.sum((1, 2))[:, None]
+            return losses, losses
+
+        return init, advance, measure
+
+    monkeypatch.setattr(lab, "_functions", functions)
+    sweep = {"optim.lr": (1e-3, 1e-2, 3e-2)}
+    lines, results = [], []
+    monkeypatch.setattr(lab, "_bytes", lambda compiled: 300)
+    for free in ([300], [100, 300], [1, 1]):  # at each compilation
+        monkeypatch.setattr(lab, "_bytes_free", lambda left=iter(free): next(left))
+        arms = {"GF": lab.Arm(config, task)}
+        trained = lab.train(arms, seeds=(0, 4), sweep=sweep, keep_params=True, show=lines.append)
+        results.append(trained["GF"])
+    whole, *parts = results
+    for line, how in zip(lines, ("6 runs,", "6 runs, 2 at a time,", "6 runs, 1 at a time,")):
+        assert f"{how} 4 steps" in line
+    np.testing.assert_array_equal(whole.params["seed"], [p["seed"] for p in whole.points])
+    np.testing.assert_allclose(whole.params["rate"], [p["optim.lr"] for p in whole.points])
+    feed = task.batches(4)
+    tokens = [next(feed).inputs.sum() for _ in range(4)]
+    np.testing.assert_array_equal(whole.at({"seed": 4}).metrics["tokens"], [tokens] * 3)
+    for part in parts:
+        jax.tree.map(np.testing.assert_array_equal, part[:6], whole[:6])
 
 
 def test_what_cannot_be_swept_is_refused(config, task):
