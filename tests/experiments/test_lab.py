@@ -162,7 +162,7 @@ def test_short_memory_makes_groups(config, task, monkeypatch):
     lines, results = [], []
     monkeypatch.setattr(lab, "_bytes", lambda compiled: 300)
     for free in ([300], [100, 300], [1, 1]):  # at each compilation
-        monkeypatch.setattr(lab, "_bytes_free", lambda left=iter(free): next(left))
+        monkeypatch.setattr(lab, "_bytes_free", iter(free).__next__)
         arms = {"GF": lab.Arm(config, task)}
         trained = lab.train(arms, seeds=(0, 4), sweep=sweep, keep_params=True, show=lines.append)
         results.append(trained["GF"])
