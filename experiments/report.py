@@ -125,7 +125,7 @@ def section(result: Mapping) -> str:
 {escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>
 <pre><code>{escape(result["command"])}</code></pre>
 {f'<div class="plots">{plots}</div>' if plots else ""}
-{"".join(map(html_table, result["tables"]))}
+<div class="tables">{"".join(map(html_table, result["tables"]))}</div>
 </section>"""
 
 
