@@ -38,6 +38,7 @@ from gt_jax.generation import Request, engine, read
 from gt_jax.generation.weights import prepare
 from gt_jax.models import count_parameters, make_model
 from gt_jax.train import make_model_config
+from gt_jax.training import backend
 
 FULL = {
     "batches": (1, 16, 64, 256),
@@ -65,8 +66,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     effort = QUICK if options.quick else FULL
     batches = sorted(options.batches or effort["batches"])
-    # One kernel for all random numbers: XLA compiles another for each parameter otherwise.
-    jax.config.update("jax_threefry_gpu_kernel_lowering", True)
 
     config = make_config(options.quick)
     model = make_model(make_model_config(config, config.data.vocab_size))
@@ -74,6 +73,7 @@ def main(argv=None):
     # First, while this process holds nothing of the GPU.
     peers = run_peer(parameters, batches, effort) if options.peers else []
     bandwidth = copy_bandwidth({"seconds": 0.2, "least_calls": 3, "repeats": effort["repeats"]})
+    backend.prepare()
     device = jax.devices()[0].device_kind
     print(
         f"{device}, jax {jax.__version__}, copy {bandwidth / 1e9:,.0f} GB/s; "

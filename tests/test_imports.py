@@ -23,6 +23,7 @@ ALLOWED = {
     "convert": {"cli", "config", "data", "kernels", "models", "training"},
     "generation": {"data", "models"},
     "generate": {"cli", "generation", "training"},
+    "serve": {"cli", "generate", "generation", "training"},
     "scoring": {"models"},
     "evaluate": {"cli", "config", "data", "models", "scoring", "training"},
     "harness": {"cli", "models", "scoring", "training"},

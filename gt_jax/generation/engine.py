@@ -149,11 +149,12 @@ def stream(
     if rows < 1:
         raise InputError(f"rows={rows} must be at least 1")
     for request in requests:
-        _check(model, request, tokenizer)
-    return _stream(model, params, requests, tokenizer, rows)
+        check(model, request, tokenizer)
+    return work_off(model, params, deque(enumerate(requests)), tokenizer=tokenizer, rows=rows)
 
 
-def _check(model, request, tokenizer):
+def check(model, request, tokenizer):
+    """Raise InputError for a request that is impossible for this model."""
     if request.stop and tokenizer is None:
         raise InputError(f"stop={request.stop!r} needs a tokenizer")
     prompt = request.prompt
@@ -169,14 +170,22 @@ def _check(model, request, tokenizer):
         )
 
 
-def _stream(model, params, requests, tokenizer, rows):
-    queue = deque(enumerate(requests))
+def work_off(model, params, queue, *, tokenizer=None, rows=ROWS, dropped=frozenset()):
+    """As `stream`, for requests that may still be added or dropped by another thread.
+
+    Args:
+        queue: deque of (index, Request), each one checked; emptied.
+        dropped: indices of requests that nobody waits for any more.
+    """
     work = {}  # row -> _Work
     weights = prepare(model, params, rows_of_batch(rows))
     slots = empty_slots(model, params, rows_of_batch(rows))
     while queue or work:
+        work = {row: mine for row, mine in work.items() if mine.index not in dropped}
         for row in sorted(set(range(rows)) - set(work))[: len(queue)]:
             index, request = queue.popleft()
+            if index in dropped:
+                continue
             context = request.prompt
             if not isinstance(context, Context):
                 context = read(model, params, context)
