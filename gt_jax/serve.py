@@ -139,8 +139,8 @@ def main(argv):
     model, params, tokenizer = load(flags.checkpoint)
     read = functools.partial(parse, model=model, tokenizer=tokenizer, max_tokens=flags.max_tokens)
     hosts = {"hosts": ["*"]} if flags.host != "127.0.0.1" else {}
-    worker = Worker(model, params, tokenizer, flags.rows)
-    app = make_app(worker, read, name=Path(flags.checkpoint).name, seconds=flags.max_seconds, **hosts)
+    worker, name = Worker(model, params, tokenizer, flags.rows), Path(flags.checkpoint).name
+    app = make_app(worker, read, name=name, seconds=flags.max_seconds, **hosts)
     uvicorn.run(app, host=flags.host, port=flags.port)
 
 
