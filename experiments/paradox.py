@@ -1,0 +1,411 @@
+"""What each branch of a trained hybrid contributes, against the gradient it gets.
+
+    python -m experiments.paradox --seeds=5
+
+The update of a gated block is a sum of parts [B, T, D]. The branch of the original project holds
+its own input n, so that a third part is no work of either branch; it is zero in the official one:
+
+    fused = g (rwkv - n) + (1 - g) mamba + g n
+
+Measured on held-out text, before and after training: the loss when a part is zeroed or replaced by
+its mean over positions, in one block or in all; RWKV's share of the update, |R| / (|R| + |M|) of
+the first two parts; the gate's mean and spread; and the gradient of each branch, and what Adam
+makes of it, as root mean squares over parameters so that sizes do not matter.
+
+Beside it, what the original project measured: the norms of an RWKV state with weights of its own
+and of Mamba's output, and gradients, all of an untrained model that reads random tokens.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import lab, results
+from experiments.statistics import estimate
+from gt_jax.models import make_config, make_model
+from gt_jax.train import make_model_config
+from gt_jax.training import optimizer
+
+VARIANTS = {
+    "official": {"model.preset": "gf-mh"},
+    "legacy": {"model.preset": "gf-mh", "model.branch": "legacy", "model.init": "normal"},
+}
+# name -> the parts of a block's update that go together
+ABLATIONS = {"RWKV": [0], "Mamba": [1], "RWKV and its input": [0, 2]}
+GRADIENTS = 64  # batches over which Adam's moments settle
+BRANCHES = ("rwkv", "mamba")
+
+
+def main(argv=None):
+    parser = results.parser("paradox", __doc__)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    options = results.parse(parser, argv)
+    shared = {"train.steps": options.steps, "optim.lr": options.lr} | results.common(options)
+    configs = {name: lab.make_config(shared | changes) for name, changes in VARIANTS.items()}
+    config = configs["official"]
+    task = lab.text_task(config)
+    trained = lab.train(
+        {name: lab.Arm(each, task) for name, each in configs.items()},
+        seeds=options.seeds,
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )
+    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if options.quick else None)
+    count = 4 if options.quick else GRADIENTS
+    measures, tables, plots = {}, [], []
+    for name, runs in trained.items():
+        found = measure(configs[name], task, runs, options.seeds, count, jit)
+        suffix = "" if name == "official" else f", {name}"
+        measures |= measures_of(found, suffix)
+        tables += tables_of(f"{name} branch", found, task.unit)
+        plots += plots_of(f"{name} branch", found, task.unit)
+    size = {"dim": 32, "layers": 1, "heads": 1} if options.quick else {}
+    shares, ratios = zip(*(as_published(seed, size, jit) for seed in options.seeds))
+    measures["Mamba share, published"] = estimate(shares)
+    measures["gradient Mamba / RWKV, untrained"] = estimate(ratios)
+    results.write(
+        options,
+        settings={
+            "steps": config.train.steps,
+            "batch": config.train.batch_size,
+            "length": config.train.seq_len,
+            "rate": options.lr,
+            "gradient batches": count,
+        },
+        measures=measures,
+        tables=tables,
+        plots=plots,
+        notes=[
+            "Losses are of the whole validation text. A mean replaces a part by its mean over that "
+            "text; the gate keeps the value it has with both branches.",
+            '"Mamba share, published" and "gradient Mamba / RWKV, untrained" are what the original '
+            "project measured: an untrained model on random tokens, state norm against output norm "
+            "and gradients of a single batch, averaged over tensors.",
+        ],
+    )
+
+
+def measure(config, task, runs, seeds, count, jit):
+    """What the module says of runs, before ("untrained") and after training ("trained").
+
+    Returns:
+        {when: {"share", "share_with_input", "gate", "gate_spread": [seeds, layers]; "gradient",
+        "update": {branch: [seeds]}}}; the trained ones also have "added": {(what, how, place):
+        [seeds] nats}, as `settings` names them.
+    """
+    model = make_model(runs.model_config)
+    at_first = make_model(make_model_config(config, task.vocab_size))
+    stack = lambda batches: jax.tree.map(lambda *x: np.stack(x), *batches)
+    held_out = stack(task.held_out)
+    inits = jit(lambda key: at_first.init(jax.random.fold_in(key, 0), held_out.inputs[0]))
+    contributed = jit(functools.partial(contributions, model))
+    lost = jit(functools.partial(losses, model))
+    norms = jit(functools.partial(gradient_norms, model, config))
+
+    found = {"untrained": [], "trained": []}
+    for i, seed in enumerate(seeds):
+        feed = task.batches(seed)
+        some = stack([next(feed) for _ in range(count)])
+        params = {
+            "untrained": inits(jax.random.key(seed))["params"],
+            "trained": jax.tree.map(lambda x, i=i: x[i], runs.params),
+        }
+        for when, each in params.items():
+            one = jax.device_get(contributed(each, held_out) | norms(each, some))
+            variance = one.pop("gate_square") - np.square(one["gate"])
+            one["gate_spread"] = np.sqrt(np.maximum(variance, 0))
+            means = one.pop("mean")
+            if when == "trained":
+                names, keep, fill = settings(model.config, means)
+                loss = jax.device_get(lost(each, held_out, keep, fill))
+                one["added"] = dict(zip(names[1:], loss[1:] - loss[0]))
+            found[when].append(one)
+    return {when: jax.tree.map(lambda *x: np.stack(x), *each) for when, each in found.items()}
+
+
+def measures_of(found, suffix):
+    """name -> estimate, by the names that claims use."""
+    measures = {}
+    for when, f in found.items():
+        time = "before training" if when == "untrained" else when
+        measures[f"Mamba share, {time}{suffix}"] = estimate(1 - f["share"].mean(-1))
+        for kind in ("gradient", "update"):
+            ratio = f[kind]["mamba"] / f[kind]["rwkv"]
+            measures[f"{kind} Mamba / RWKV, {time}{suffix}"] = estimate(ratio)
+    for (what, how, place), values in found["trained"]["added"].items():
+        if place == "all":
+            instead = ", its mean instead" if how == "mean" else ""
+            measures[f"loss added without {what}{instead}{suffix}"] = estimate(values)
+    return measures
+
+
+def tables_of(title, found, unit):
+    """Losses added and shares, block by block; norms before and after training."""
+    trained = found["trained"]
+    added = {key: estimate(values) for key, values in trained["added"].items()}
+    kinds = list(dict.fromkeys((what, how) for what, how, _ in added))
+    columns = [what if how == "zero" else f"{what}, mean instead" for what, how in kinds]
+    places = dict.fromkeys(place for *_, place in added)
+    blocks = [[place, *(added[*kind, place] for kind in kinds)] for place in places]
+    layers = range(trained["gate"].shape[-1])
+    names = ("gate", "gate_spread", "share", "share_with_input")
+    shares = [
+        [f"block {layer}", when, *(estimate(f[name][:, layer]) for name in names)]
+        for layer in layers
+        for when, f in found.items()
+    ]
+    sizes = [
+        [
+            when,
+            kind,
+            *(estimate(f[kind][b]) for b in BRANCHES),
+            estimate(f[kind]["mamba"] / f[kind]["rwkv"]),
+        ]
+        for kind in ("gradient", "update")
+        for when, f in found.items()
+    ]
+    note = f"Nats per {unit} that the validation loss rises by; means and half 95 % intervals."
+    return [
+        results.table(f"{title}: loss added without", ["", *columns], blocks, note),
+        results.table(
+            f"{title}: gate, and RWKV's share of the update",
+            ["", "", "gate", "spread over positions", "share", "share, input counted"],
+            shares,
+            "Shares are means over positions of norms.",
+        ),
+        results.table(
+            f"{title}: gradients and updates",
+            ["", "", "RWKV", "Mamba", "Mamba / RWKV"],
+            sizes,
+            "Root mean square over parameters; updates are Adam's at learning rate 1.",
+        ),
+    ]
+
+
+def plots_of(title, found, unit):
+    """Losses added and shares over depth."""
+    trained = found["trained"]
+    layers = range(trained["gate"].shape[-1])
+    lines = [
+        results.line(
+            what,
+            layers,
+            np.stack([trained["added"][what, "mean", f"block {layer}"] for layer in layers], 1),
+        )
+        for what in ("RWKV", "Mamba")
+    ]
+    shares = [results.line(when, layers, 1 - f["share"]) for when, f in found.items()]
+    return [
+        results.plot(
+            f"{title}: one branch replaced by its mean", "block", f"nats per {unit} added", lines
+        ),
+        results.plot(f"{title}: Mamba's share of the update", "block", "share", shares),
+    ]
+
+
+def apply_with(model, params, batch, change):
+    """Logits of a gated hybrid whose blocks add change(layer, parts, gate) for their update.
+
+    Args:
+        batch: Batch of [B, T].
+        change: (layer, parts [3, B, T, D] float32, gate [B, T, 1]) -> [B, T, D].
+    """
+    c, inputs = model.config, {}
+
+    def intervene(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        block, *within = context.module.path or ("",)
+        if within == ["rwkv"]:
+            inputs[block] = args[0].astype(jnp.float32) * (c.branch == "legacy")
+        if within != ["fusion"]:
+            return result
+        rwkv, mamba = (branch.astype(jnp.float32) for branch in args[:2])
+        (gate,) = context.module.get_variable("activations", "gate")
+        n = inputs[block]
+        parts = jnp.stack([gate * (rwkv - n), (1 - gate) * mamba, gate * n])
+        return change(int(block.removeprefix("blocks_")), parts, gate), result[1]
+
+    with nn.intercept_methods(intervene):
+        output, _ = model.apply(
+            {"params": params},
+            batch.inputs,
+            segment_ids=batch.segment_ids,
+            mutable=["activations"],
+        )
+    return output.logits
+
+
+def contributions(model, params, batches):
+    """Means over all tokens of batches, Batch of [N, B, T].
+
+    Returns a dict: mean [layers, 3, D] of every part; gate and gate_square [layers]; share [layers]
+    of RWKV in the update, and share_with_input, which counts the identity part as RWKV's.
+    """
+
+    def of_batch(batch):
+        found = [None] * model.config.layers
+
+        def change(layer, parts, gate):
+            norm = lambda x: jnp.linalg.norm(x, axis=-1)
+            rwkv, mamba, both = norm(parts[0]), norm(parts[1]), norm(parts[0] + parts[2])
+            found[layer] = {
+                "mean": parts.mean((1, 2)),
+                "gate": gate.mean(),
+                "gate_square": jnp.square(gate).mean(),
+                "share": jnp.mean(rwkv / jnp.maximum(rwkv + mamba, 1e-12)),
+                "share_with_input": jnp.mean(both / jnp.maximum(both + mamba, 1e-12)),
+            }
+            return parts.sum(0)
+
+        apply_with(model, params, batch, change)
+        return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+    return jax.tree.map(lambda x: x.mean(0), jax.lax.map(of_batch, batches))
+
+
+def losses(model, params, batches, keep, fill):
+    """Loss of a model some of whose parts are replaced: part -> keep part + fill.
+
+    Args:
+        batches: Batch of [N, B, T].
+        keep: [S, layers, 3], and fill [S, layers, 3, D], of S settings.
+
+    Returns:
+        [S] float32, nats per counted target.
+    """
+
+    def of_batch(setting, batch):
+        keep, fill = setting
+
+        def change(layer, parts, gate):
+            del gate
+            kept = keep[layer][:, None, None, None] * parts
+            return (kept + fill[layer][:, None, None]).sum(0)
+
+        logits = apply_with(model, params, batch, change)
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.maximum(batch.targets, 0)
+        )
+        return jnp.sum(loss, where=batch.targets >= 0)
+
+    def of_setting(setting):
+        return jax.lax.map(functools.partial(of_batch, setting), batches).sum()
+
+    return jax.lax.map(of_setting, (keep, fill)) / jnp.sum(batches.targets >= 0)
+
+
+def settings(model_config, means):
+    """names, keep, fill of every ablation; the first leaves all as it is.
+
+    A name is (what is replaced, "zero" or "mean", "all" or such as "block 3").
+    """
+    layers = model_config.layers
+    legacy = model_config.branch == "legacy"
+    names, keeps = [("nothing", "zero", "all")], [np.ones((layers, 3), np.float32)]
+    fills = [np.zeros_like(means)]
+    for what, parts in ABLATIONS.items():
+        if 2 in parts and not legacy:
+            continue
+        for how in ("zero", "mean"):
+            for layer in ["all", *range(layers)]:
+                which = np.ix_(range(layers) if layer == "all" else [layer], parts)
+                keep, fill = np.ones((layers, 3), np.float32), np.zeros_like(means)
+                keep[which] = 0
+                if how == "mean":
+                    fill[which] = means[which]
+                names.append((what, how, "all" if layer == "all" else f"block {layer}"))
+                keeps.append(keep)
+                fills.append(fill)
+    return names, np.stack(keeps), np.stack(fills)
+
+
+def gradient_norms(model, config, params, batches):
+    """Root mean square per parameter of each branch's gradient, and of its Adam update.
+
+    The update is AdamW's at learning rate 1, decay left out, after its moments took in the gradient
+    of every batch [N, B, T] at these parameters; the gradient is the last batch's, clipped as in
+    training.
+
+    Returns:
+        {"gradient": {"rwkv": ..., "mamba": ...}, "update": {...}} float32.
+    """
+    adam = optax.scale_by_adam(config.optim.b1, config.optim.b2, config.optim.eps)
+
+    def loss(params, batch):
+        logits = model.apply({"params": params}, batch.inputs, segment_ids=batch.segment_ids).logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.maximum(batch.targets, 0)
+        )
+        return jnp.mean(losses, where=batch.targets >= 0)
+
+    def step(state, batch):
+        grads = jax.grad(loss)(params, batch)
+        grads = optimizer.clip(grads, optax.tree.norm(grads), config.optim.clip)
+        updates, state = adam.update(grads, state)
+        norms = {"gradient": grads, "update": updates}
+        return state, {kind: optimizer.norms_by_label(tree) for kind, tree in norms.items()}
+
+    _, norms = jax.lax.scan(step, adam.init(params), batches)
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = optimizer.label(path)
+        sizes[name] = sizes.get(name, 0) + leaf.size
+    return {
+        kind: {name: by_label[name][-1] / sizes[name] ** 0.5 for name in BRANCHES}
+        for kind, by_label in norms.items()
+    }
+
+
+def as_published(seed, size, jit, *, vocab_size=16000, length=128):
+    """What the original project measured, of an untrained model on random tokens.
+
+    Returns:
+        Mamba's share |m| / (|m| + |s|), with m its output at the last position of the last block
+        and s the state of a vector recurrence whose weights belong to no model; and the mean norm
+        of the gradients of Mamba's tensors over that of RWKV's.
+    """
+    tokens = np.random.default_rng(seed).integers(vocab_size, size=(4, length), dtype=np.int32)
+    # Two models, of which the second one's RWKV keeps the init of its own.
+    models = {
+        init: make_model(
+            make_config(
+                "gf-mh", vocab_size=vocab_size, branch="legacy", init=init, legacy_wkv=wkv, **size
+            )
+        )
+        for init, wkv in (("normal", "a"), ("official", "b1"))
+    }
+    params = {
+        init: jit(model.init)(jax.random.key(seed), tokens[:1])["params"]
+        for init, model in models.items()
+    }
+
+    def loss(params):
+        logits = models["normal"].apply({"params": params}, tokens[:, :-1]).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    norms = {name: [] for name in (*BRANCHES, "gate", "rest")}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(params["normal"])):
+        norms[optimizer.label(path)].append(np.linalg.norm(leaf))
+
+    mixed = {
+        name: part | {"rwkv": params["official"][name]["rwkv"]} if "rwkv" in part else part
+        for name, part in params["normal"].items()
+    }
+    model = models["official"]
+    output, sown = jit(functools.partial(model.apply, mutable=["activations"]))(
+        {"params": mixed}, tokens
+    )
+    last = sown["activations"][f"blocks_{model.config.layers - 1}"]
+    mamba = np.linalg.norm(last["mamba_out"][0][:, -1], axis=-1)
+    state = np.linalg.norm(output.state[-1].rwkv.numerator, axis=-1)
+    return np.mean(mamba / (mamba + state)), np.mean(norms["mamba"]) / np.mean(norms["rwkv"])
+
+
+if __name__ == "__main__":
+    results.run(main)
