@@ -36,7 +36,7 @@ def get_config():
             rwkv_dropout_start=0.0,  # chance that a block drops its RWKV branch, at step 0 ...
             rwkv_dropout_end=0.0,  # ... and at the last step, linear in between
             # What the backward pass recomputes instead of storing: "none", "dots" (all but the
-            # products of dense layers) or "full" blocks. JAX 0.10 undoes it on CPUs.
+            # results of dense layers and kernels) or "full" blocks. JAX 0.10 undoes it on CPUs.
             remat="none",
         ),
         data=group(

@@ -10,6 +10,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -51,6 +52,11 @@ def lowered_once(*static):
         return call
 
     return decorate
+
+
+def keep(results):
+    """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
+    return [checkpoint_name(x, "recurrence") for x in results]
 
 
 def kernel(body, *, threads, manual_barriers=False, **options):

@@ -47,7 +47,7 @@ class ModelConfig:
             and the residual stream stay float32.
         impl: implementation of the recurrences, passed to `gt_jax.kernels`.
         remat: what of each block the backward pass recomputes instead of storing: "none",
-            "dots" (all but the products of dense layers) or "full".
+            "dots" (all but the results of dense layers and of the Pallas kernels) or "full".
 
     Raises:
         InputError: a value is impossible; the message names the field and the mend.

@@ -120,7 +120,7 @@ def _ssd_forward(pieces, x, dt, a, B, C, D, state, *, save_states=True):
     scalars = _token_scalars(dt, a, size)
     if pieces > 1:
         state = piece_states(size, pieces, x, B, scalars, state)
-    y, final, states = _forward(x, B, C, scalars, D, state, save_states=save_states)
+    y, final, states = mosaic.keep(_forward(x, B, C, scalars, D, state, save_states=save_states))
     return (y, final[pieces - 1 :: pieces]), (x, B, C, scalars, D, states)
 
 

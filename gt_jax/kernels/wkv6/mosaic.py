@@ -98,7 +98,7 @@ def _wkv6(pieces, *inputs):
 def _pieces_forward(pieces, r, k, v, w, u, state, *, save=True):
     if pieces > 1:
         state = piece_states(pieces, k, v, w, state)
-    o, final_states, *saved = _forward(r, k, v, w, u, state, save=save)
+    o, final_states, *saved = mosaic.keep(_forward(r, k, v, w, u, state, save=save))
     return (o, final_states[pieces - 1 :: pieces]), (r, k, v, w, u, *saved)
 
 

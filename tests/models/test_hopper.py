@@ -1,0 +1,43 @@
+"""How models call the Hopper kernels, seen without a GPU: what is lowered, what runs twice."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gt_jax.kernels import hopper
+from gt_jax.models import make_config, make_model
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < hopper.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
+)
+
+
+def trace_gradient(layers, remat="none"):
+    config = make_config(
+        "gf", vocab_size=8, dim=64, heads=1, state_size=64, layers=layers, dtype="bfloat16",
+        impl="mosaic", remat=remat,
+    )  # fmt: skip
+    model = make_model(config)
+    tokens = jnp.zeros((2, 64), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, tokens).logits ** 2)
+
+    with hopper.simulated("lower"):
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        return jax.jit(jax.grad(loss)).trace(params)
+
+
+def test_layers_share_the_lowering_of_a_kernel():
+    def kernels(layers):
+        with hopper.simulated("lower"):
+            lowered = trace_gradient(layers).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("custom_call @mosaic_gpu")
+
+    assert 0 < kernels(2) == kernels(4)
+
+
+@pytest.mark.parametrize("remat, forward_passes", [("none", 1), ("dots", 1), ("full", 2)])
+def test_only_full_remat_runs_the_kernels_forward_pass_again(remat, forward_passes):
+    calls = str(trace_gradient(1, remat).jaxpr).count("name=lowered")
+    assert calls == 2 * (forward_passes + 1)  # of two recurrences, and each one's backward pass
