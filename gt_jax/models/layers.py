@@ -70,14 +70,29 @@ class Dense(nn.Module):
     kernel_init: initializers.Initializer
 
     @nn.compact
+    def kernel(self, width):
+        return self.param("kernel", self.kernel_init, (width, self.features))
+
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        return project(x.astype(self.dtype), kernel)
+        return project(x.astype(self.dtype), self.kernel(x.shape[-1]))
 
 
 def dense(config, features, name, init):
     """A Dense in the computation dtype."""
     return Dense(features, config.dtype, init, name=name)
+
+
+def apply_each(layers, inputs):
+    """[layer(x) for every Dense layer and its x], of equal shapes.
+
+    For a single token it is one product of matrices put side by side: what a GPU does then takes as
+    long as starting it.
+    """
+    if inputs[0].shape[1] > 1 or layers[0].is_initializing():
+        return [layer(x) for layer, x in zip(layers, inputs)]
+    x = jnp.stack([x[:, 0] for x in inputs])  # [J, B, D]
+    kernels = jnp.stack([layer.kernel(x.shape[-1]) for layer in layers])
+    return list((x @ kernels.astype(x.dtype))[:, :, None])
 
 
 def rms_norm(config, name):
@@ -150,13 +165,20 @@ def gelu(x):
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def per_row(param, rows):
     """A parameter [...] repeated for every row of a batch, [rows, ...].
 
-    The barrier makes its gradient a sum over time and then, apart from it, one over rows: in one
-    step a GPU has too few columns to sum in parallel.
+    Its gradient is a sum over time and then, apart from it, one over rows: in one step a GPU has
+    too few columns to sum in parallel.
     """
-    return jax.lax.optimization_barrier(jnp.broadcast_to(param, (rows, *param.shape)))
+    return jnp.broadcast_to(param, (rows, *param.shape))
+
+
+per_row.defvjp(
+    lambda param, rows: (per_row(param, rows), None),
+    lambda rows, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=0),),
+)
 
 
 def sums_over_tokens(*arrays):

@@ -15,6 +15,7 @@ from jax.nn import initializers
 from gt_jax.kernels import wkv6, wkv6_step
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
+    apply_each,
     dense,
     kernel_init,
     layer_norm,
@@ -67,10 +68,9 @@ class TimeMix(nn.Module):
         H, K = c.heads, c.head_dim
         x_w, x_k, x_v, x_r, x_g = self._shifted_inputs(x, state, segment_ids)
 
-        r = dense(c, D, "receptance", kernel_init(c, orthogonal(1.0)))(x_r)
-        k = dense(c, D, "key", kernel_init(c, orthogonal(0.1)))(x_k)
-        v = dense(c, D, "value", kernel_init(c, orthogonal(1.0)))(x_v)
-        g = dense(c, D, "gate", kernel_init(c, orthogonal(0.1)))(x_g)
+        gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "gate": 0.1}
+        layers = [dense(c, D, name, kernel_init(c, orthogonal(g))) for name, g in gains.items()]
+        r, k, v, g = apply_each(layers, [x_r, x_k, x_v, x_g])
         log_w = self._log_decay(x_w)  # float32
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
 
@@ -103,10 +103,15 @@ class TimeMix(nn.Module):
 
         delta = previous_token(x, None if state is None else state.last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
-        # Five products rather than one batched: XLA's CPU backend is three times as fast on them.
+        if x.shape[1] == 1:
+            parts = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B, rank]
+            products = (parts @ w2.astype(x.dtype))[:, :, None]
+        else:
+            # Five products rather than one: XLA's CPU backend is three times as fast on them.
+            products = map(project, jnp.split(hidden, 5, axis=-1), w2)
         return [
-            x + delta * (shares[name].astype(x.dtype) + project(part, matrix))
-            for name, part, matrix in zip("wkvrg", jnp.split(hidden, 5, axis=-1), w2)
+            x + delta * (shares[name].astype(x.dtype) + product)
+            for name, product in zip("wkvrg", products)
         ]
 
     def _log_decay(self, x_w):

@@ -7,6 +7,7 @@ through a bonus u instead of the state:
     S_t = diag(exp w_t) S_{t-1} + k_t v_t^T
 """
 
+import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels import checks, hopper
@@ -101,4 +102,6 @@ def wkv6_step(r, k, v, w, u, state):
     r_, k_, v_, w_, u_ = (x.astype(state.dtype) for x in (r, k, v, w, u))
     kv = k_[..., :, None] * v_[..., None, :]  # [B, H, K, V]
     o = jnp.sum(r_[..., None] * (state + u_[..., None] * kv), axis=-2)  # [B, H, V]
-    return o.astype(v.dtype), jnp.exp(w_)[..., None] * state + kv
+    # Held together, or XLA would read the state once for each.
+    o, state = jax.lax.optimization_barrier((o, jnp.exp(w_)[..., None] * state + kv))
+    return o.astype(v.dtype), state
