@@ -20,6 +20,7 @@ configs/gf_mh_base.py's length.
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -67,10 +68,10 @@ def main(argv=None):
     effort = QUICK if options.quick else FULL
     batches = sorted(options.batches or effort["batches"])
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer's process needs it
     config = make_config(options.quick)
     model = make_model(make_model_config(config, config.data.vocab_size))
     parameters = count_parameters(model.config)["total"]
-    # First, while this process holds nothing of the GPU.
     peers = run_peer(parameters, batches, effort) if options.peers else []
     bandwidth = copy_bandwidth({"seconds": 0.2, "least_calls": 3, "repeats": effort["repeats"]})
     backend.prepare()

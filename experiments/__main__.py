@@ -1,0 +1,37 @@
+"""Several experiments one after another, in one process.
+
+    python -m experiments fusion ratio --seeds=5
+
+Flags come after the names and go to every one of them.
+"""
+
+import importlib
+import itertools
+import time
+from pathlib import Path
+
+from experiments import results
+from gt_jax.errors import InputError, did_you_mean
+
+
+def main(argv):
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    known = experiments()
+    for name in names or [""]:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            raise InputError(f"{name!r} is no experiment{hint}")
+    began = time.perf_counter()
+    for name in names:
+        importlib.import_module(f"experiments.{name}").main(argv[len(names) :])
+    print(f"{', '.join(names)}: {time.perf_counter() - began:.0f} s")
+
+
+def experiments():
+    """Names of the files beside this one that take the laboratory's flags."""
+    files = sorted(Path(__file__).parent.glob("[a-z]*.py"))
+    return [file.stem for file in files if "= results.parser(" in file.read_text()]
+
+
+if __name__ == "__main__":
+    results.run(main)
