@@ -20,6 +20,8 @@ def get_config():
             # A model to go on from, as `gt_jax.load` takes it: the run then has its weights,
             # architecture and tokenizer, whatever preset and data.tokenizer say.
             init_from=config_dict.placeholder(str),
+            # Of a hybrid's blocks: "rwkv+mamba", or two alike, "rwkv+rwkv" or "mamba+mamba".
+            branches=config_dict.placeholder(str),
             branch=config_dict.placeholder(str),  # "official" RWKV-6, or "legacy"
             legacy_wkv=config_dict.placeholder(str),  # the legacy branch's: a, b1, b2 or c
             fusion=config_dict.placeholder(str),  # how the two branches are joined: "gf", "hy", ...

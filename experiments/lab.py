@@ -322,6 +322,11 @@ def _functions(program: _Program):
         state = init_state(model, parts(values)[0], config, jax.random.key(seed))
         return state.replace(params=_set_gates(state.params, values))
 
+    def init(seeds, values):
+        if jax.default_backend() == "cpu":  # where batched QRs wait for each other for ever
+            return jax.lax.map(lambda run: init_one(*run), (seeds, values))
+        return jax.vmap(init_one)(seeds, values)
+
     def step_one(state, values, batch):
         return make_train_step(model, *parts(values))(state, batch)
 
@@ -345,7 +350,7 @@ def _functions(program: _Program):
         over_runs = jax.vmap(measure_one, in_axes=(0, None))
         return jax.lax.map(lambda batch: over_runs(params, batch), batches)  # [batches, runs]
 
-    return jax.vmap(init_one), advance, measure
+    return init, advance, measure
 
 
 def _compile(program: _Program, *, group: int | None, compile_fast: bool) -> _Compiled:

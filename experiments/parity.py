@@ -1,10 +1,12 @@
-"""Does a hybrid learn text better than GPT-2, RWKV-6 or Mamba-2 of its size?
+"""Does a hybrid learn text better than GPT-2, RWKV-6, Mamba-2 or two alike branches of its size?
 
     python -m experiments.parity --seeds=3
     python -m experiments.parity --texts=characters --steps=2000
 
 GF-MH (width 128, 8 blocks) beside every other family with at least as many parameters: once with
-embeddings counted, once without. All read the same batches, of characters and of SentencePiece
+embeddings counted, once without. Its controls are the same block, gate included, around two RWKV-6
+or two Mamba-2 branches: what it gains on these comes of joining two kinds, not of two branches, a
+gate and a feed-forward. All read the same batches, of characters and of SentencePiece
 tokens, at every learning rate of one small sweep. The rate, and the evaluation at which a run would
 have been stopped, are chosen by the mean loss on the first half of the validation text; losses are
 of the second half. They are drawn against tokens, model FLOPs, and the device's seconds that a run
@@ -31,6 +33,11 @@ FAMILIES = {
     "Mamba-2": {"model.preset": "mamba2", "model.state_size": 64},
     "GPT-2": {"model.preset": "gpt2"},
 }
+# The hybrid's block around two branches of one kind.
+CONTROLS = {
+    "two RWKV-6": {"model.preset": "gf-mh", "model.branches": "rwkv+rwkv"},
+    "two Mamba-2": {"model.preset": "gf-mh", "model.branches": "mamba+mamba"},
+}
 WIDTH_STEP = 32  # what Mamba-2 can have
 HEAD = 32  # channels of an RWKV or attention head
 SIZE = (128, 8)  # width and blocks of the hybrid
@@ -41,7 +48,7 @@ TEXTS = {
     "characters": {"data.tokenizer": "char"},
     "pieces": {"data.tokenizer": "sentencepiece", "data.vocab_size": 4096},
 }
-QUICK_PIECES = 300  # the bytes, and the characters of a short text
+QUICK_PIECES = 350  # bytes, the characters of a text and a few pieces
 COLUMNS = ["model", "shape", "parameters", "in blocks", "loss", f"{HYBRID} / it", "rate"]
 COLUMNS += ["stopped at", "MFLOPs per token", "seconds a run"]
 
@@ -74,10 +81,11 @@ class Outcome(NamedTuple):
 def main(argv=None):
     parser = results.parser("parity", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--texts", default=",".join(TEXTS), help="with commas between")
+    parser.add_argument("--texts", help=f"of {', '.join(TEXTS)}; all, or one if --quick")
     parser.add_argument("--steps", type=int, default=1000)
     options = results.parse(parser, argv)
-    texts = results.one_of(TEXTS, options.texts, "--texts")
+    usual = list(TEXTS)[: 1 if options.quick else None]
+    texts = results.one_of(TEXTS, options.texts or ",".join(usual), "--texts")
     arms = {}
     for text in texts:
         arms |= arms_of(options, text)
@@ -98,7 +106,9 @@ def main(argv=None):
     for text, counted in dict.fromkeys((text, counted) for text, _, counted in arms):
         title = text if counted == "all" else f"{text}, blocks matched"
         unit = arms[text, HYBRID, counted].task.unit
-        found = compared(title, {f: outcomes[text, f, counted] for f in FAMILIES}, per_step, unit)
+        found = compared(
+            title, {f: outcomes[text, f, counted] for f in FAMILIES | CONTROLS}, per_step, unit
+        )
         measures |= found[0]
         tables += found[1]
         plots += found[2]
@@ -138,7 +148,9 @@ def arms_of(options, text):
         (text, family, counted): lab.Arm(
             lab.make_config(shared | match(family, size, counted=counted, **fit)), task
         )
-        for family, counted in itertools.product(FAMILIES, ["all"] if options.quick else COUNTED)
+        for family, counted in itertools.product(
+            FAMILIES | CONTROLS, ["all"] if options.quick else COUNTED
+        )
     }
 
 
@@ -202,7 +214,7 @@ def match(family, target, *, vocab_size, length, counted="all"):
     twice the hybrid's depth. The cheapest shape is taken.
 
     Args:
-        family: a key of FAMILIES.
+        family: a key of FAMILIES or CONTROLS.
         target: (dim, layers) of the hybrid.
         vocab_size, length: of the task; a GPT gets as many positions.
         counted: a key of COUNTED.
@@ -219,7 +231,7 @@ def match(family, target, *, vocab_size, length, counted="all"):
 
     dims = range(WIDTH_STEP, 3 * target[0] + 1, WIDTH_STEP)
     dim, layers = target if family == HYBRID else min(map(shape, dims))[1:]
-    changes = FAMILIES[family] | {"model.dim": dim, "model.layers": layers}
+    changes = (FAMILIES | CONTROLS)[family] | {"model.dim": dim, "model.layers": layers}
     if family != "Mamba-2":
         changes["model.heads"] = dim // HEAD
     if family == "GPT-2":
@@ -229,7 +241,9 @@ def match(family, target, *, vocab_size, length, counted="all"):
 
 @functools.cache
 def _parameters(family, dim, layers, *, vocab_size, length, counted):
-    fields = {name.removeprefix("model."): value for name, value in FAMILIES[family].items()}
+    fields = {
+        name.removeprefix("model."): value for name, value in (FAMILIES | CONTROLS)[family].items()
+    }
     if family == "GPT-2":
         fields["max_positions"] = length
     fields |= {"dim": dim, "layers": layers, "heads": dim // HEAD}

@@ -122,7 +122,8 @@ def flops_per_token(config, length):
         "mamba": config.mamba_dim * config.state_size,
         "attention": config.dim * length,
     }
-    state = config.layers * sum(size for part, size in states.items() if part in parts)
+    mixers = config.branches.split("+") if config.architecture == "hybrid" else parts
+    state = config.layers * sum(states.get(mixer, 0) for mixer in mixers)
     return 6 * multiplied + 12 * state
 
 

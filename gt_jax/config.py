@@ -20,6 +20,7 @@ from gt_jax.errors import InputError, did_you_mean
 class Model:
     preset: str
     init_from: str | None
+    branches: str | None
     branch: str | None
     legacy_wkv: str | None
     fusion: str | None

@@ -73,7 +73,7 @@ def describe(config) -> str:
     kind = config.architecture
     if kind == "hybrid":
         branch = "" if config.branch == "official" else f" with the {config.branch} RWKV branch"
-        kind = f"hybrid, fusion {config.fusion}{branch}"
+        kind = f"hybrid of {config.branches}, fusion {config.fusion}{branch}"
     size = count_parameters(config)["total"]
     return f"{kind}, {config.layers} layers of width {config.dim}, {size:,} parameters"
 
@@ -166,6 +166,11 @@ def main(argv):
     notes = [left_out] if left_out else []
     if not trace.blocks:
         notes.append("A block of this model has one branch: there is no gate and no share to show.")
+    elif model.config.branches != "rwkv+mamba":
+        notes.append(
+            f"The branches of this model are {model.config.branches}: what is called RWKV's is the "
+            "first one's here, what is called Mamba's the second's."
+        )
     elif model.config.branch == "legacy" and model.config.legacy_wkv != "c":
         notes.append(
             "The legacy RWKV branch gives back its input with what it adds: both count as its "

@@ -257,13 +257,14 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
     fields["dtype"] = computation_dtype(config.model.dtype)
     if init_from:
         of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
+        its = ModelConfig(**stored["model"])
         for name, value in fields.items():
-            if value not in (None, stored["model"][name]):
+            if value not in (None, getattr(its, name)):
                 raise InputError(
-                    f"model.{name}={value} differs from {stored['model'][name]} in {init_from}, "
+                    f"model.{name}={value} differs from {getattr(its, name)} in {init_from}, "
                     "which sets the architecture: leave it unset"
                 )
-        model_config = ModelConfig(**stored["model"] | of_run)
+        model_config = dataclasses.replace(its, **of_run)
         preset = model_config.architecture
     else:
         model_config = make_config(preset, vocab_size=vocab_size, **fields)
@@ -302,8 +303,8 @@ def _introduce(config, model_config: ModelConfig, counts, text: Text, mesh, work
     print(f"model:  {name}, {total:,} parameters ({parts})")
     device = mesh.devices.flat[0].device_kind
     print(f"device: {mesh.size} x {device}, {model_config.dtype}, {config.parallel.mode}")
-    ops = {"hybrid": ("wkv6", "ssd"), "rwkv6": ("wkv6",), "mamba2": ("ssd",)}
-    for op in ops.get(model_config.architecture, ()):
+    ops = {"rwkv": "wkv6", "mamba": "ssd"}
+    for op in (op for part, op in ops.items() if part in counts):
         name, reason = kernels.choose_impl(op)
         if model_config.impl != "auto":
             name, reason = model_config.impl, "set by model.impl"

@@ -8,12 +8,15 @@ from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 def memories(block_state) -> dict:
     """The memories in a block's state by part, "rwkv", "mamba" or "fusion": arrays [B, ...].
 
+    Of two branches of one kind the second's is "rwkv_2" or "mamba_2".
+
     The last inputs that token shift and convolution keep are left out, and so is the key-value
     cache of attention, which sums up nothing.
     """
     match block_state:
         case hybrid.BlockState(rwkv=rwkv, mamba=mamba, fusion=fusion):
-            found = memories(rwkv) | memories(mamba)
+            found = memories(rwkv)
+            found |= {f"{k}_2" if k in found else k: v for k, v in memories(mamba).items()}
             return found if fusion is None else found | {"fusion": fusion}
         case rwkv6.BlockState(rwkv=rwkv):
             return memories(rwkv)

@@ -99,7 +99,7 @@ def _sums(path: str, axis: int) -> bool:
 def _pieces(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
     """What lies side by side along an axis that grows: sizes, and whether they grow."""
     per_group = [(c.state_size, False)] * 2  # Mamba's B and C, which its heads share
-    if path.endswith("mamba/in_proj/kernel") and size != c.dim:
+    if path.endswith("/in_proj/kernel") and size != c.dim:
         inner = (c.mamba_dim, True)
         return [inner, inner, *per_group, (c.mamba_heads, True)]
     if "/conv1d/" in path:

@@ -10,6 +10,7 @@ MAMBA_EXPAND = 2
 
 CHOICES = {
     "architecture": ("hybrid", "rwkv6", "mamba2", "gpt2", "gpt1"),
+    "branches": ("rwkv+mamba", "rwkv+rwkv", "mamba+mamba"),
     "branch": ("official", "legacy"),
     "legacy_wkv": ("a", "b1", "b2", "c"),
     "init": ("official", "normal", "blinkdl"),
@@ -25,8 +26,8 @@ class ModelConfig:
 
     Attributes:
         vocab_size: number of token ids.
-        architecture: "hybrid" (RWKV-6 beside Mamba-2 in every block), "rwkv6", "mamba2", "gpt2"
-            (LayerNorm) or "gpt1" (RMSNorm).
+        architecture: "hybrid" (two branches in every block), "rwkv6", "mamba2", "gpt2" (LayerNorm)
+            or "gpt1" (RMSNorm).
         dim: width of the residual stream.
         layers: number of blocks.
         heads: RWKV or attention heads. Mamba heads follow from dim: 2 dim / 64.
@@ -34,6 +35,8 @@ class ModelConfig:
         fusion: how a hybrid joins its branches, a key of `gt_jax.models.fusion.FUSIONS`.
         gate_init: weight of the RWKV branch at initialisation, in (0, 1), for fusions that have one
             (hy, gf, ws, hgf, gru); None takes the fusion's own.
+        branches: of a hybrid: "rwkv+mamba", RWKV-6 beside Mamba-2, or two alike, "rwkv+rwkv" or
+            "mamba+mamba". Wherever roles are named, the first is "rwkv" and the second "mamba".
         branch: RWKV mixer of "hybrid" and "rwkv6": "official" RWKV-6 or the "legacy" branch of the
             GroundThink reference repository. Architectures without one ignore it.
         legacy_wkv: recurrence of the legacy branch, see `gt_jax.models.legacy`.
@@ -61,6 +64,7 @@ class ModelConfig:
     state_size: int = 64
     fusion: str = "gf"
     gate_init: float | None = None
+    branches: str = "rwkv+mamba"
     branch: str = "official"
     legacy_wkv: str = "a"
     init: str = "official"
@@ -83,9 +87,10 @@ class ModelConfig:
         self._check_gate()
 
     def _check_widths(self):
-        if self.architecture != "mamba2" and self.dim % self.heads:
+        mixers = self.branches if self.architecture == "hybrid" else self.architecture
+        if mixers not in ("mamba2", "mamba+mamba") and self.dim % self.heads:
             raise InputError(f"model.dim={self.dim} must be a multiple of model.heads={self.heads}")
-        if self.architecture in ("hybrid", "mamba2") and MAMBA_EXPAND * self.dim % MAMBA_HEAD_DIM:
+        if "mamba" in mixers and MAMBA_EXPAND * self.dim % MAMBA_HEAD_DIM:
             raise InputError(
                 f"model.dim={self.dim} must be a multiple of {MAMBA_HEAD_DIM // MAMBA_EXPAND}: "
                 f"Mamba-2 heads have {MAMBA_HEAD_DIM} channels"
@@ -102,6 +107,12 @@ class ModelConfig:
                 f"model.gate_init={gate} has no meaning for model.fusion={self.fusion!r}: leave it "
                 "unset or choose a fusion with a gate (hy, gf, ws, hgf, gru)"
             )
+
+    @property
+    def branch_names(self):
+        """Names of a hybrid's branches in parameter paths: the second of a kind ends in _2."""
+        first, second = self.branches.split("+")
+        return first, second if second != first else f"{second}_2"
 
     @property
     def head_dim(self):

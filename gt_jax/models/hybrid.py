@@ -1,6 +1,9 @@
 """The hybrid block: RWKV-6 and Mamba-2 read the same normalised input, a fusion joins them.
 
 n = RMSNorm(x);  x += fuse(rwkv(n), mamba(n));  x += FeedForward(RMSNorm(x))
+
+As a control, both branches may be of one kind: the first then stands in rwkv's place, the second in
+mamba's, in all but the names of their parameters.
 """
 
 from typing import Any, NamedTuple
@@ -35,14 +38,10 @@ class Block(nn.Module):
     def __call__(self, x, state, segment_ids, rwkv_drop):
         c = self.config
         state = BlockState(None, None, None) if state is None else state
-        if c.branch == "official":
-            rwkv_mixer = TimeMix(c, self.layer, name="rwkv")
-        else:
-            rwkv_mixer = LegacyBranch(c, name="rwkv")
-
+        rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
         rwkv, rwkv_state = rwkv_mixer(n, state.rwkv, segment_ids=segment_ids)
-        mamba, mamba_state = Mamba2(c, name="mamba")(n, state.mamba, segment_ids=segment_ids)
+        mamba, mamba_state = mamba_mixer(n, state.mamba, segment_ids=segment_ids)
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         fused, fusion_state = FUSIONS[c.fusion](c, name="fusion")(
@@ -52,6 +51,13 @@ class Block(nn.Module):
         x = x + fused
         x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         return x, BlockState(rwkv_state, mamba_state, fusion_state)
+
+    def _mixer(self, name):
+        if name.startswith("mamba"):
+            return Mamba2(self.config, name=name)
+        if self.config.branch == "legacy":
+            return LegacyBranch(self.config, name=name)
+        return TimeMix(self.config, self.layer, name=name)
 
 
 def drop_branch(branch, probability, key):

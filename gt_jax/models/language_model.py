@@ -63,14 +63,15 @@ class LanguageModel(nn.Module):
 
         Raises:
             InputError: more positions than a GPT has (inside jit: NaN logits from there on), or
-                rwkv_drop for a model that is no hybrid.
+                rwkv_drop for a model that is no hybrid of RWKV and another.
         """
         c = self.config
         chex.assert_rank(tokens, 2)
-        if rwkv_drop is not None and c.architecture != "hybrid":
+        if rwkv_drop is not None and (c.architecture, c.branches) != ("hybrid", "rwkv+mamba"):
+            found = c.architecture if c.architecture != "hybrid" else c.branches
             raise InputError(
                 "model.rwkv_dropout_start and model.rwkv_dropout_end need "
-                f"model.architecture='hybrid', not {c.architecture!r}"
+                f"model.architecture='hybrid' with RWKV beside Mamba, not {found!r}"
             )
         block, norm, embed_init, head_init = anatomy(c)
 
@@ -160,7 +161,7 @@ def count_parameters(config):
     params = jax.eval_shape(model.init, key, tokens)["params"]
     counts = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = [entry.key for entry in path]
+        names = [entry.key.removesuffix("_2") for entry in path]
         part = next((name for name in names if name in PARTS), "norms")
         counts[part] = counts.get(part, 0) + leaf.size
     return counts | {"total": sum(counts.values())}

@@ -16,7 +16,7 @@ NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
 
 def label(path) -> str:
     """The part of the model a parameter path belongs to: "rwkv", "mamba", "gate" or "rest"."""
-    pieces = _pieces(path)
+    pieces = [piece.removesuffix("_2") for piece in _pieces(path)]  # a second branch of the kind
     return next((LABELS[piece] for piece in pieces if piece in LABELS), "rest")
 
 

@@ -1,11 +1,14 @@
 """Families are held against each other at matched sizes, on text that did not choose for them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from experiments import lab, parity, results
+from experiments import claims, lab, parity, results
+from experiments.statistics import compare
 from gt_jax.errors import InputError
-from gt_jax.models import make_model
+from gt_jax.models import make_config, make_model
 from gt_jax.train import make_model_config
 
 
@@ -17,7 +20,7 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.parametrize("counted", parity.COUNTED)
-@pytest.mark.parametrize("family", ["RWKV-6", "Mamba-2", "GPT-2"])
+@pytest.mark.parametrize("family", ["RWKV-6", "Mamba-2", "GPT-2", *parity.CONTROLS])
 def test_match_has_as_many_parameters(family, counted):
     fit = {"vocab_size": 500, "length": 32, "counted": counted}
 
@@ -52,9 +55,20 @@ def test_rate_and_stop_are_chosen_on_the_first_half():
     np.testing.assert_array_equal(found.losses, [4])
 
 
+def test_controls_differ_from_the_hybrid_in_their_branches_alone():
+    hybrid = make_config("gf-mh", vocab_size=65)
+    for family, branches in (("two RWKV-6", "rwkv+rwkv"), ("two Mamba-2", "mamba+mamba")):
+        changes = parity.match(family, (128, 8), vocab_size=65, length=64)
+        found = make_model_config(lab.make_config(changes), 65)
+        same = {"dim": hybrid.dim, "layers": hybrid.layers, "heads": hybrid.heads}
+        same |= {"branches": "rwkv+mamba", "dtype": hybrid.dtype}
+        assert found.branches == branches and dataclasses.replace(found, **same) == hybrid
+
+
 def test_comparison_runs(text, tmp_path, monkeypatch):
     two = {family: parity.FAMILIES[family] for family in ("GF-MH", "GPT-2")}  # to be quick
     monkeypatch.setattr(parity, "FAMILIES", two)
+    monkeypatch.setattr(parity, "CONTROLS", {})
     out = tmp_path / "parity.json"
     flags = ["--quick", "--seeds=2", "--texts=characters"]
     parity.main([*flags, f"--source={text}", f"--out={out}"])
@@ -76,3 +90,24 @@ def test_comparison_runs(text, tmp_path, monkeypatch):
 def test_unknown_text_is_one_line():
     with pytest.raises(InputError, match="--texts=words must be of characters, pieces"):
         parity.main(["--texts=words"])
+
+
+@pytest.mark.parametrize(
+    ("rwkv", "mamba", "verdict"),
+    [
+        (0.1, 0.1, "reproduced"),
+        (0.1, 0.0, "undecided"),
+        (0.1, -0.1, "refuted"),
+        (0.005, 0.0, "undecided"),
+    ],
+)
+def test_premise_holds_where_the_hybrid_beats_both_controls(rwkv, mamba, verdict):
+    """Mean losses of the controls above the hybrid's, over three seeds that differ by 0.01."""
+    spread = np.array([-0.01, 0.0, 0.01])
+    losses = {"GF-MH": spread * 0, "two RWKV-6": rwkv + spread, "two Mamba-2": mamba + spread}
+    pairs = compare(losses, against="GF-MH")
+    measures = {f"{p['a']} - GF-MH, {t}": p for p in pairs for t in ("characters", "pieces")}
+    found = {"parity": {"quick": False, "measures": measures}}
+    judged = {claim.id: verdict for claim, verdict in claims.judge_all(found)}["two-kinds"]
+    assert judged.verdict == verdict
+    assert f"GF-MH − two RWKV-6, pieces: −{rwkv:.3f} ± " in judged.ours

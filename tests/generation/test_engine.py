@@ -37,7 +37,7 @@ def mixed_requests():
     ]
 
 
-@pytest.mark.parametrize("kind", ["gf", "gru", "legacy-b2", "mamba2", "gpt2"])
+@pytest.mark.parametrize("kind", ["gf", "gru", "rwkv+rwkv", "legacy-b2", "mamba2", "gpt2"])
 def test_greedy_tokens_are_what_reading_the_whole_text_again_finds_likeliest(kind):
     small = small_model(kind, max_positions=200)
     requests = [Request(TEXT[:n], max_tokens=40, temperature=0.0) for n in (1, 7, 70)]

@@ -15,7 +15,7 @@ from tests.models.small_models import small_model
 EXACT = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
 
 
-@pytest.mark.parametrize("kind", ["gf", "gru", "legacy-b2", "rwkv6", "gpt2"])
+@pytest.mark.parametrize("kind", ["gf", "gru", "mamba+mamba", "legacy-b2", "rwkv6", "gpt2"])
 def test_two_parts_compute_what_the_model_does(kind):
     small, rows = small_model(kind, dtype="bfloat16"), 2
     whole = jax.jit(small.model.apply, compiler_options=EXACT)

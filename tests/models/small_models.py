@@ -12,6 +12,8 @@ from gt_jax.models import LanguageModel, ModelConfig, make_model
 KINDS = {
     "gf": {"fusion": "gf", "gate_init": 0.3},
     "gru": {"fusion": "gru"},
+    "rwkv+rwkv": {"branches": "rwkv+rwkv"},
+    "mamba+mamba": {"branches": "mamba+mamba"},
     "legacy-a": {"branch": "legacy", "fusion": "ws"},
     "legacy-b1": {"branch": "legacy", "legacy_wkv": "b1", "fusion": "rf"},
     "legacy-b2": {"branch": "legacy", "legacy_wkv": "b2", "fusion": "hy"},

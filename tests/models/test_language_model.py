@@ -39,6 +39,8 @@ def test_bfloat16_stays_near_float32(kind):
     [
         ("gf", ()),
         ("gru", ()),
+        ("rwkv+rwkv", ()),
+        ("mamba+mamba", ()),
         ("legacy-a", ()),
         ("legacy-b2", ("time_first",)),  # cancels but for an epsilon
         ("rwkv6", ()),

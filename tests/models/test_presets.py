@@ -85,6 +85,15 @@ def test_official_branch_counts():
     assert counts["total"] == 3_128_680
 
 
+def test_two_alike_branches_count_twice():
+    count = lambda **fields: count_parameters(make_config("gf-mh", vocab_size=97, **fields))
+    hybrid, rwkv, mamba = count(), count(branches="rwkv+rwkv"), count(branches="mamba+mamba")
+    assert "mamba" not in rwkv and "rwkv" not in mamba
+    assert (rwkv["rwkv"], mamba["mamba"]) == (2 * hybrid["rwkv"], 2 * hybrid["mamba"])
+    for part in ("embedding", "fusion", "ffn", "norms"):
+        assert rwkv[part] == mamba[part] == hybrid[part]
+
+
 def test_names_ignore_case_and_have_aliases():
     assert make_config("GF-MH", vocab_size=97) == make_config("gf-mh", vocab_size=97)
     assert make_config("8M", vocab_size=97) == make_config("medium", vocab_size=97)
@@ -115,6 +124,7 @@ def test_overrides_and_nones():
         ("gf", {"dtype": "float16"}, "model.dtype='float16' .*did you mean"),
         ("gf", {"architecture": "gpt3"}, "model.architecture='gpt3' .*did you mean 'gpt2'"),
         ("gf", {"remat": "yes"}, "model.remat='yes' must be one of none, dots, full"),
+        ("gf", {"branches": "rwkv+mama"}, "model.branches='rwkv.mama' .*did you mean 'rwkv.mamba'"),
         ("gf", {"fusion": "hfg"}, "model.fusion='hfg' must be one of .*did you mean 'hgf'"),
     ],
 )
