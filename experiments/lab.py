@@ -373,8 +373,8 @@ def _compile(program: _Program, *, group: int | None, compile_fast: bool) -> _Co
             for steps in set(_bursts(program.config))
         }
         measure_ = compile_(measure, states.params, _stacked(program.task.held_out))
-        needed = max(map(_bytes, [*advances.values(), measure_]))
-        parts = math.ceil(needed / _bytes_free())
+        needed = max(map(program_bytes, [*advances.values(), measure_]))
+        parts = math.ceil(needed / bytes_free())
         if parts == 1 or group == 1:
             break
         group = max(math.ceil(group / parts), 1)
@@ -408,7 +408,8 @@ def _stacked(batches) -> Batch:
     return jax.tree.map(lambda *x: np.stack(x), *batches)
 
 
-def _bytes(compiled) -> int:
+def program_bytes(compiled) -> int:
+    """What a program takes of the memory while it runs."""
     memory = compiled.memory_analysis()
     return (
         memory.temp_size_in_bytes
@@ -418,7 +419,7 @@ def _bytes(compiled) -> int:
     )
 
 
-def _bytes_free() -> float:
+def bytes_free() -> float:
     """What a program may take of the device's memory, or of the machine's if it has none."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:

@@ -50,54 +50,58 @@ def main(argv):
     config = from_config_dict(flags.config)
     pieces = config.data.vocab_size if config.data.tokenizer == "sentencepiece" else 65
     vocab = flags.vocab or pieces
-    model = make_model(make_model_config(config, vocab))
-    schedule = make_schedule(config.optim, config.train.steps)
-    tx = make_optimizer(config.optim, schedule)
     backend.prepare()
-    mesh = parallel.make_mesh()
-    state = jax.jit(
-        functools.partial(init_state, model, tx, config),
-        out_shardings=parallel.state_sharding(mesh),
-    )(jax.random.key(config.seed))
+    trainer = Trainer(config, vocab)
+    first = trainer.compile_seconds + trainer.run(1)
     B, T = config.train.batch_size, config.train.seq_len
-    tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
-    batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
-
-    feed = parallel.in_bursts(batches, mesh, "jit")
-
-    began = time.perf_counter()
-    make_step = functools.partial(make_train_step, model, tx, schedule, config)
-    train_step = parallel.compile_train_step(make_step, mesh, "jit")
-    compiled = train_step.lower(state, next(feed)[0]).compile()
-
-    def run(steps):
-        nonlocal state
-        for _ in range(steps):
-            batch, _ = next(feed)
-            state, metrics = compiled(state, batch)
-        jax.block_until_ready(metrics)
-
-    run(1)
     device, dtype = jax.devices()[0].device_kind, computation_dtype(config.model.dtype)
-    print(
-        f"{device}, {dtype}, jax {jax.__version__}: first step {time.perf_counter() - began:.1f} s"
-    )
-    run(10)
-    rates = []
-    for _ in range(5):
-        began = time.perf_counter()
-        run(flags.timed_steps)
-        rates.append(flags.timed_steps * B * T / (time.perf_counter() - began))
+    print(f"{device}, {dtype}, jax {jax.__version__}: first step {first:.1f} s")
+    trainer.run(10)
+    rates = [flags.timed_steps * B * T / trainer.run(flags.timed_steps) for _ in range(5)]
     rate = np.median(rates)
     print(
         f"{rate:,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), "
         f"{1e3 * B * T / rate:.2f} ms a step of {B} x {T}"
     )
-    print_flops(model.config, T, rate, device)
+    print_flops(trainer.model.config, T, rate, device)
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         print(f"peak memory {memory['peak_bytes_in_use'] / 2**20:,.0f} MiB")
-    print_costs(run, compiled.as_text(), steps=3, top=flags.top)
+    print_costs(trainer.run, trainer.compiled.as_text(), steps=3, top=flags.top)
+
+
+class Trainer:
+    """The trainer's own step on random tokens, ready to be timed."""
+
+    def __init__(self, config, vocab):
+        """Args: config: of the run, on all devices. vocab: number of token ids."""
+        mesh = parallel.make_mesh()
+        self.model = make_model(make_model_config(config, vocab))
+        schedule = make_schedule(config.optim, config.train.steps)
+        tx = make_optimizer(config.optim, schedule)
+        self.state = jax.jit(
+            functools.partial(init_state, self.model, tx, config),
+            out_shardings=parallel.state_sharding(mesh),
+        )(jax.random.key(config.seed))
+        B, T = config.train.batch_size, config.train.seq_len
+        tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
+        batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
+        self.feed = parallel.in_bursts(batches, mesh, "jit")
+
+        began = time.perf_counter()
+        make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
+        train_step = parallel.compile_train_step(make_step, mesh, "jit")
+        self.compiled = train_step.lower(self.state, next(self.feed)[0]).compile()
+        self.compile_seconds = time.perf_counter() - began
+
+    def run(self, steps):
+        """Seconds of so many steps."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            batch, _ = next(self.feed)
+            self.state, metrics = self.compiled(self.state, batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - began
 
 
 def print_flops(config, length, rate, device):

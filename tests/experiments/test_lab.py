@@ -160,9 +160,9 @@ def test_short_memory_makes_groups(config, task, monkeypatch):
     monkeypatch.setattr(lab, "_functions", functions)
     sweep = {"optim.lr": (1e-3, 1e-2, 3e-2)}
     lines, results = [], []
-    monkeypatch.setattr(lab, "_bytes", lambda compiled: 300)
+    monkeypatch.setattr(lab, "program_bytes", lambda compiled: 300)
     for free in ([300], [100, 300], [1, 1]):  # at each compilation
-        monkeypatch.setattr(lab, "_bytes_free", iter(free).__next__)
+        monkeypatch.setattr(lab, "bytes_free", iter(free).__next__)
         arms = {"GF": lab.Arm(config, task)}
         trained = lab.train(arms, seeds=(0, 4), sweep=sweep, keep_params=True, show=lines.append)
         results.append(trained["GF"])

@@ -1,0 +1,200 @@
+"""How fast does each family train and write, and in how much memory?
+
+    python -m experiments.throughput
+    python -m experiments.throughput --only=GF-MH,GPT-2
+
+Tokens per second of the trainer's own step (experiments/profile_training.py) and of the generation
+engine's own loop (experiments/benchmark_generation.py), on random tokens, against batch, length at
+equal tokens per step, and size. The families have the hybrid's parameters, embeddings apart, and a
+GPT-2 has as many positions as it needs. --seeds is the number of timed stretches of each program
+here; all numbers are their median ± half their range, after everything has compiled.
+"""
+
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+
+from experiments import lab, results
+from experiments.benchmark_generation import Decoder, total_bytes
+from experiments.parity import FAMILIES, HYBRID, match
+from experiments.profile_training import Trainer, flops_per_token
+from experiments.statistics import estimate
+from gt_jax.errors import InputError
+from gt_jax.models import count_parameters, make_model
+from gt_jax.train import make_model_config
+from gt_jax.training import backend
+
+VOCAB = 65
+SMALL, LARGE = (128, 8), (384, 10)  # width and blocks of the hybrid
+USUAL = (64, 64)  # rows and tokens in a row of the other experiments
+# (size, rows, tokens in a row): more rows, longer rows of as many tokens, a larger model
+TRAINING = ((SMALL, 8, 64), (SMALL, *USUAL), (SMALL, 256, 64), (SMALL, 32, 512), (SMALL, 4, 4096))
+TRAINING += ((LARGE, 32, 512),)
+DECODING = ((SMALL, 1), (SMALL, 256), (LARGE, 16))  # (size, rows)
+SECONDS = 0.4  # of a stretch, about
+POSITIONS = 1024  # of a GPT that decodes
+BURSTS = 4  # of a stretch of decoding; those of 7 stretches end before the positions do
+TINY = (32, 1)
+QUICK = {"training": ((TINY, 4, 16),), "decoding": ((TINY, 2),)}
+SECONDS_QUICK = 0.02
+
+
+def main(argv=None):
+    parser = results.parser("throughput", __doc__)
+    parser.add_argument("--only", default=",".join(FAMILIES), help="families, with commas between")
+    options = results.parse(parser, argv)
+    families = results.one_of(FAMILIES, options.only, "--only")
+    if len(options.seeds) > 7:
+        raise InputError(f"--seeds={len(options.seeds)} must be at most 7: a GPT runs out of text")
+    training = QUICK["training"] if options.quick else TRAINING
+    decoding = QUICK["decoding"] if options.quick else DECODING
+    backend.prepare()
+    jobs = {("train", f, *point): trainer for f in families for point in training}
+    jobs |= {("decode", f, *point): decoder for f in families for point in decoding}
+    # All compile first, side by side, so that nothing disturbs what is timed.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = {key: pool.submit(make, options, *key[1:]) for key, make in jobs.items()}
+        ready = {key: job.result() for key, job in waiting.items()}
+    print(f"{len(ready)} programs ready after {time.perf_counter() - options.began:.0f} s")
+    stretches = len(options.seeds)
+    trained, written = {}, {}
+    for (kind, *point), program in ready.items():
+        if kind == "train":
+            seconds = SECONDS_QUICK if options.quick else SECONDS
+            trained[tuple(point)] = time_training(program, point, stretches, seconds)
+        else:
+            written[tuple(point)] = time_decoding(program, point, stretches)
+
+    measures = {}
+    for (family, (width, _), rows, length), row in trained.items():
+        name = f"{family}, {width} wide, {rows} x {length}"
+        measures |= {f"training tokens/s {name}": row["rate"], f"training MiB {name}": row["MiB"]}
+    for (family, (width, _), rows), row in written.items():
+        name = f"{family}, {width} wide, {rows} rows"
+        measures |= {f"decoding tokens/s {name}": row["rate"], f"decoding MiB {name}": row["MiB"]}
+    usual = training[0] if options.quick else (SMALL, *USUAL)
+    for rows, kind, point in (
+        (trained, "training", usual),
+        *((written, f"decoding {point[0][0]} wide {point[1]} rows", point) for point in decoding),
+    ):
+        for family in families:
+            speeds = [rows[(f, *point)]["rate"] for f in (family, HYBRID) if (f, *point) in rows]
+            if family != HYBRID and len(speeds) == 2 and None not in speeds:
+                pairs = zip(*(speed["values"] for speed in speeds))
+                ratio = estimate([its / hybrid for its, hybrid in pairs])
+                measures[f"{kind} speed {family} / {HYBRID}"] = ratio
+    results.write(
+        options,
+        settings={"stretches": stretches, "size": SMALL, "large": LARGE, "vocabulary": VOCAB},
+        measures={name: value for name, value in measures.items() if value is not None},
+        tables=[
+            results.table(
+                "Training",
+                ["model", "shape", "parameters", "rows x length", "tokens/s", "TFLOP/s", "MiB"],
+                [row["cells"] for row in trained.values()],
+                "Model FLOPs, by 6 a parameter and 12 an element of state. MiB: of the program.",
+            ),
+            results.table(
+                "Decoding",
+                ["model", "shape", "parameters", "rows", "tokens/s", "ms a token", "MiB"],
+                [row["cells"] for row in written.values()],
+                "At temperature 1. MiB: of parameters and states.",
+            ),
+        ],
+        plots=plots(families, trained, written),
+        notes=[
+            "A rate is the median of the stretches ± half their range; intervals of ratios are of "
+            "the stretches too: of timing on one machine, not of machines.",
+            "A point that does not fit in the memory has no rate.",
+            "A GPT-2 that decodes attends over all of its 1024 positions, used or not.",
+        ],
+    )
+
+
+def config_of(options, family, size, length, **changes):
+    """A family with as many parameters in its blocks as the hybrid of a size."""
+    fit = {"vocab_size": VOCAB, "length": length, "counted": "blocks"}
+    changes = {f"train.{name}": value for name, value in changes.items()}
+    return lab.make_config(results.common(options) | match(family, size, **fit) | changes)
+
+
+def trainer(options, family, size, rows, length):
+    config = config_of(options, family, size, length, batch_size=rows, seq_len=length)
+    return Trainer(config, VOCAB)
+
+
+def decoder(options, family, size, rows):
+    model = make_model(make_model_config(config_of(options, family, size, POSITIONS), VOCAB))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, Decoder(model, params, rows)
+
+
+def time_training(made, point, stretches, seconds):
+    """{"rate", "MiB", "cells"} of a Trainer; no rate if it does not fit."""
+    family, _, rows, length = point
+    rate, size = None, lab.program_bytes(made.compiled)
+    if size <= lab.bytes_free():
+        made.run(2)
+        steps = max(1, round(seconds / made.run(1)))
+        rate = spread([steps * rows * length / made.run(steps) for _ in range(stretches)])
+    flops = flops_per_token(made.model.config, length)
+    cells = [*described(family, made.model), f"{rows} x {length}", rate]
+    cells += [rate and flops * rate["mean"] / 1e12, size / 2**20]
+    return {"rate": rate, "MiB": size / 2**20, "cells": cells}
+
+
+def time_decoding(made, point, stretches):
+    """{"rate", "MiB", "cells"} of a model and its Decoder."""
+    (family, _, rows), (model, made) = point, made
+    rate = spread([rows / made.run(BURSTS) for _ in range(stretches)])
+    size = (total_bytes(made.weights) + total_bytes(made.slots.state)) / 2**20
+    cells = [*described(family, model), rows, rate, 1e3 * rows / rate["mean"], size]
+    return {"rate": rate, "MiB": size, "cells": cells}
+
+
+def described(family, model):
+    c = model.config
+    return [family, f"{c.dim} x {c.layers}", count_parameters(c)["total"]]
+
+
+def spread(values):
+    """Median and range in the form of an estimate."""
+    found = {"mean": statistics.median(values), "low": min(values), "high": max(values)}
+    return found | {"n": len(values), "values": values}
+
+
+def plots(families, trained, written):
+    """Rates against rows, length and rows decoded, at the smaller size."""
+    shortest = min(length for *_, length in trained)
+    most = max(rows * length for *_, rows, length in trained)
+    axes = {
+        ("Training, by rows", f"rows of {shortest} tokens"): (
+            *(trained, lambda rows, length: length == shortest, 0),
+        ),
+        ("Training, by length", f"tokens in a row, {most} a step"): (
+            *(trained, lambda rows, length: rows * length == most, 1),
+        ),
+        ("Decoding", "rows"): (written, lambda rows: True, 0),
+    }
+    made = []
+    for (title, axis), (found, belongs, place) in axes.items():
+        series = []
+        for family in families:
+            points = {
+                point[place]: row["rate"]
+                for (f, size, *point), row in found.items()
+                if f == family and size in (SMALL, TINY) and belongs(*point) and row["rate"]
+            }
+            ends = {p: [points[x][p] for x in sorted(points)] for p in ("mean", "low", "high")}
+            ends["y"] = ends.pop("mean")
+            series.append({"name": family, "x": sorted(points)} | ends)
+        made.append(results.plot(title, axis, "tokens/s", series, log="xy"))
+    return made
+
+
+if __name__ == "__main__":
+    results.run(main)
