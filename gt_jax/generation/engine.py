@@ -26,6 +26,13 @@ BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
 ROWS = 8
 
+# A step is hundreds of small kernels: the branches' run side by side, and no product is cut along
+# the axis it sums, since summing the parts takes longer than is saved.
+ON_GPU = {
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_experimental_force_split_k": 1,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -289,7 +296,6 @@ def fill(slots, row, one):
     return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "narrows"), donate_argnames="slots")
 def advance(model, weights, slots, *, narrows):
     """BURST steps, or fewer if every row reaches its limit.
 
@@ -298,9 +304,21 @@ def advance(model, weights, slots, *, narrows):
         narrows: whether any row may have top-k, top-p or min-p.
 
     Returns:
-        The slots, and for every step and row the token drawn, int32, or -1 while a row still reads
-        its prompt or has nothing to do; with the token's log-probability, float32.
+        The slots, which take the place of those given, and for every step and row the token drawn,
+        int32, or -1 while a row still reads its prompt or has nothing to do; with the token's
+        log-probability, float32.
     """
+    return _advance()(model, weights, slots, narrows=narrows)
+
+
+@functools.cache
+def _advance():
+    options = ON_GPU if jax.default_backend() == "gpu" else None
+    arguments = {"static_argnames": ("model", "narrows"), "donate_argnames": "slots"}
+    return jax.jit(_burst, compiler_options=options, **arguments)
+
+
+def _burst(model, weights, slots, *, narrows):
     B, vocab = slots.seen.shape
     tokens = jnp.full((BURST, B), -1, jnp.int32)
     log_probabilities = jnp.zeros((BURST, B))

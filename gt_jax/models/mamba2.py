@@ -69,7 +69,10 @@ class Mamba2(nn.Module):
         z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
-        values, B, C = jnp.split(jax.nn.silu(xBC).astype(c.dtype), [E, E + N], axis=-1)
+        xBC = jax.nn.silu(xBC).astype(c.dtype)
+        if T == 1:  # or XLA would convolve for each of the three
+            xBC = jax.lax.optimization_barrier(xBC)
+        values, B, C = jnp.split(xBC, [E, E + N], axis=-1)
         values = values.reshape(batch, T, H, MAMBA_HEAD_DIM)
         B, C = B[:, :, None], C[:, :, None]  # [B, T, G=1, N]
         dt = dt.astype(jnp.float32)
