@@ -467,6 +467,13 @@ CLAIMS = (
         *within("states", "RWKV share of state norms", 0.98, None),
     ),
     Claim(
+        "state-persistence",
+        "A hybrid keeps a fact over 50 turns of a conversation.",
+        "50+ turns, a transformer 3 to 5 (a target, never measured)",
+        "V5 gate, task 65",
+        *within("states", "state persistence GF-MH", 99, None),
+    ),
+    Claim(
         "needle",
         "A character model cannot find a needle in its context.",
         "0 % (the needle was never in the prompt)",

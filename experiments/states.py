@@ -1,0 +1,447 @@
+"""What do the states of a trained hybrid hold, for how long, and whose are they?
+
+    python -m experiments.states --seeds=3
+
+GF-MH of width 128 and 8 blocks reads held-out text, before and after training. Its states are the
+memories that it returns itself: RWKV's and Mamba's sums over the past, in every block. With them
+are made the published tests S1 to S4, D1 to D4 and of state evolution, and besides:
+
+Mutual information. K texts leave K states; a text is continued from each of them in turn, with one
+branch's memories swapped and all else its own. With y the token after t tokens of that text, and S
+drawn from the K states,  I(S; y) = H(mean_s p(y | s)) - mean_s H(p(y | s))  nats, at most log K.
+How it falls with t says how long a branch's memory matters to what is written.
+
+Gradient coupling. Correlation over steps of the changes of the logarithms of both gradient norms.
+
+Persistence. Models of four families learn rows of turns of 16 tokens: one states two characters,
+a later one asks for them. A fact counts as forgotten at the first number of turns after which fewer
+than half are right; the score is 100 (turns before that) / 50.
+"""
+
+import functools
+import itertools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import lab, results
+from experiments.parity import HYBRID, match
+from experiments.statistics import estimate
+from experiments.toys import TEST_BATCHES, at_best_rate, make_task
+from gt_jax.analysis import memories
+from gt_jax.models import make_model
+from gt_jax.scoring import position_limit
+from gt_jax.train import make_model_config
+from gt_jax.training.text import read_text
+
+BRANCHES = {"rwkv": "RWKV", "mamba": "Mamba"}
+TEXTS, PIECES = 10, 8  # rows that are read, and their length in training lengths
+# test -> where a number passes, and where it does but warn, as published; evolution is 59.
+BANDS = {
+    "S1 norm": ((1e-3, 1e3), (1e-3, 1e3)),
+    "S2 difference for another text": ((0.01, math.inf), (0.01, math.inf)),
+    "S3 difference for the same text": ((-1, 1e-5), (-1, 1e-5)),
+    "S4 variance, RWKV / Mamba": ((0.1, 10), (0.01, 100)),
+    "D1 norm, last piece / first": ((0, 2), (0, 10)),
+    "D2 variance over texts": ((1e-6, math.inf), (1e-6, math.inf)),
+    "D3 share of the smaller norm": ((0.01, 1), (0.001, 1)),
+    "D4 influence of the first token": ((0.01, math.inf), (0.001, math.inf)),
+    "evolution, text / one token": ((1, math.inf), (1, math.inf)),
+}
+SWAPPED = 32  # texts whose memories are swapped
+# which memories -> whether those of RWKV and of Mamba are
+SWAPS = {"RWKV": (True, False), "Mamba": (False, True), "both": (True, True)}
+
+FAMILIES, QUICK_FAMILIES = (HYBRID, "RWKV-6", "Mamba-2", "GPT-2"), (HYBRID, "GPT-2")
+SIZE = (128, 4)  # width and blocks of the hybrid that learns facts
+RATES = (1e-3, 3e-3)
+TURN, VALUE = 16, 2  # tokens of a turn, and of the fact in it
+LEARNT, QUICK_LEARNT = 16, 3  # turns of a training row
+TURNS, QUICK_TURNS = (5, 10, 20, 50), (2, 4)  # facts are of the first turn, asked for in this one
+TRIALS = 64
+KEPT = 0.5  # share of facts that must be right
+
+
+def main(argv=None):
+    parser = results.parser("states", __doc__)
+    parser.set_defaults(seeds=3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    options = results.parse(parser, argv)
+    shared = {"train.steps": options.steps, "optim.lr": options.lr} | results.common(options)
+    config = lab.make_config(shared | {"train.eval_every": 0})
+    task = lab.text_task(config)
+    runs = lab.train(
+        {HYBRID: lab.Arm(config, task)},
+        seeds=options.seeds,
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )[HYBRID]
+    found = look(config, task, runs, options)
+    facts = persistence(options)
+
+    measures = measures_of(found) | {"gradient coupling": estimate(coupling(runs.metrics))}
+    rows = []
+    for family, right in facts.items():
+        cells = {n: estimate(r) for n, r in right.items()}
+        measures |= {f"fact {family}, {n} turns": cell for n, cell in cells.items()}
+        score = measures[f"state persistence {family}"] = estimate(persisted(right))
+        rows.append([family, *cells.values(), score])
+    turns = list(facts[HYBRID])
+    results.write(
+        options,
+        settings={
+            "steps": config.train.steps,
+            "length": config.train.seq_len,
+            "rate": options.lr,
+            "rates of facts": RATES,
+        },
+        measures=measures,
+        tables=[
+            tests_table(found),
+            information_table(found["trained"]["information"]),
+            results.table(
+                "Facts recalled",
+                ["model", *(f"asked in turn {n}" for n in turns), "persistence"],
+                rows,
+                f"Learnt on {LEARNT} turns, all that GPT-2 has positions for. Chance is nothing.",
+            ),
+        ],
+        plots=plots_of(found, facts, config.train.seq_len),
+        notes=[
+            "Norms and variances of memories of different shapes do not say what the model does "
+            "with them; mutual information does.",
+            "A swapped memory is one that the model would not have beside the other's: its "
+            "predictions are those of an intervention. What they do not show may be in it still.",
+            f"Gradient coupling: {results.show(measures['gradient coupling'])}, over the last nine "
+            "tenths of the steps.",
+        ],
+    )
+
+
+def look(config, task, runs, options):
+    """{"untrained", "trained"}: what `diagnose` says, and "information", all [seeds, ...]."""
+    text = np.concatenate(read_text(config).tokens.validation)
+    model = make_model(make_model_config(config, task.vocab_size))
+    window = config.train.seq_len
+    rows = with_changes(texts_of(text, TEXTS, PIECES * window))
+    mixed = texts_of(text, 4 if options.quick else SWAPPED, (PIECES + 1) * window)
+    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if options.quick else None)
+    read_all = jit(functools.partial(read, model, rows=rows, window=window))
+    swap_all = jit(functools.partial(information, model, rows=mixed, after=PIECES * window))
+    init = jit(lambda key: model.init(jax.random.fold_in(key, 0), rows[:1, :window])["params"])
+    found = {"untrained": [], "trained": []}
+    for i, seed in enumerate(options.seeds):
+        params = {
+            "untrained": init(jax.random.key(seed)),
+            "trained": jax.tree.map(lambda x, i=i: x[i], runs.params),
+        }
+        for when, each in params.items():
+            one = diagnose(*jax.device_get(read_all(each)), TEXTS)
+            found[when].append(one | {"information": jax.device_get(swap_all(each))})
+    return {when: jax.tree.map(lambda *x: np.stack(x), *each) for when, each in found.items()}
+
+
+def texts_of(text, count, length):
+    """[count, length] spread over a text [n], which goes round and round if it is short."""
+    starts = np.linspace(0, max(len(text) - length, count), count).astype(int)
+    return np.take(text, starts[:, None] + np.arange(length), mode="wrap")
+
+
+def with_changes(rows):
+    """Rows [R, T], the same ones with another first token, the first again, and a a a a ... ."""
+    changed = rows.copy()
+    changed[:, 0] = np.where(rows[:, 0] == rows[:, 1], rows.max(), rows[:, 1])
+    return np.concatenate([rows, changed, rows[:1], np.full_like(rows[:1], rows[0, 0])])
+
+
+def read(model, params, *, rows, window):
+    """Reads rows [B, T] in windows.
+
+    Returns:
+        logits [T / window, B, vocab] at the end of each, and branch -> [T / window, layers, B, n],
+        the memories then.
+    """
+    pieces = rows.reshape(len(rows), -1, window).swapaxes(0, 1)
+
+    def step(state, piece):
+        logits, state = model.apply({"params": params}, piece, state)
+        kept = [memories(block) for block in state]
+        flat = {b: jnp.stack([k[b].reshape(len(rows), -1) for k in kept]) for b in BRANCHES}
+        return state, (logits[:, -1], flat)
+
+    return jax.lax.scan(step, model.init_state(len(rows)), pieces)[1]
+
+
+def diagnose(logits, states, count):
+    """The numbers of the tests, from what `read` says of `with_changes` of `count` texts.
+
+    Returns:
+        test -> float, or {branch: float}, means over blocks (of S1 the mean over all, of S3 the
+        largest); norm, {branch: [pieces]}; cosine, {branch: float} of the states before and after
+        the last piece; and share, RWKV's in the norms.
+    """
+    tests = {name: {} for name in (*BANDS, "norm", "cosine")}
+    variance = {}
+    for branch, memory in states.items():
+        texts, _, again, alike = np.split(memory, [count, 2 * count, 2 * count + 1], axis=2)
+        norm = np.linalg.norm(texts, axis=-1)  # [pieces, layers, texts]
+        end = texts[-1]  # [layers, texts, n]
+        apart = np.linalg.norm(end - np.roll(end, 1, axis=1), axis=-1) / norm[-1]
+        variance[branch] = end.var(-1).mean()
+        numbers = {
+            "S1 norm": norm[-1].mean(),
+            "S2 difference for another text": apart.mean(),
+            "S3 difference for the same text": np.abs(again[-1, :, 0] - end[:, 0]).max(),
+            "D1 norm, last piece / first": (norm[-1] / norm[0]).mean(),
+            "D2 variance over texts": texts[1].var(1).mean(),
+            "evolution, text / one token": texts[0].var(-1).mean() / alike[0].var(-1).mean(),
+            "norm": norm.mean((1, 2)),
+            "cosine": (np.sum(end * texts[-2], -1) / (norm[-1] * norm[-2])).mean(),
+        }
+        for name, number in numbers.items():
+            tests[name][branch] = number
+    last = {b: np.linalg.norm(m[-1, :, :count], axis=-1) for b, m in states.items()}
+    share = (last["rwkv"] / (last["rwkv"] + last["mamba"])).mean()
+    half = logits[len(logits) // 2 - 1]
+    change = np.linalg.norm(half[count : 2 * count] - half[:count], axis=-1)
+    tests["S4 variance, RWKV / Mamba"] = variance["rwkv"] / variance["mamba"]
+    tests["D3 share of the smaller norm"] = min(share, 1 - share)
+    influence = change / np.linalg.norm(half[:count], axis=-1)
+    return tests | {"D4 influence of the first token": influence.mean(), "share": share}
+
+
+def information(model, params, *, rows, after):
+    """Mutual information of swapped memories and what is written.
+
+    Args:
+        rows: [K, T] texts; memories are those after `after` tokens, and then the rest is read.
+
+    Returns:
+        A key of SWAPS -> [T - after] float32 nats, means over texts.
+    """
+    K = len(rows)
+    states = model.apply({"params": params}, rows[:, :after]).state
+    rest = jnp.asarray(rows[:, after:])
+
+    def entropy(log_p):
+        return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    def of_text(which, i):
+        own = jax.tree.map(lambda x: jnp.broadcast_to(x[i], x.shape), states)
+        given = jnp.broadcast_to(rest[i], rest.shape)
+        logits = model.apply({"params": params}, given, swapped(own, states, which)).logits
+        log_p = jax.nn.log_softmax(logits)  # [K, T - after, vocab]
+        mixture = jax.nn.logsumexp(log_p, axis=0) - math.log(K)
+        return entropy(mixture) - entropy(log_p).mean(0)
+
+    def of_swap(which):
+        return jax.lax.map(functools.partial(of_text, which), jnp.arange(K)).mean(0)
+
+    return dict(zip(SWAPS, jax.lax.map(of_swap, jnp.array(list(SWAPS.values())))))
+
+
+def swapped(own, other, which):
+    """A hybrid's state `own` with the memories of `other` where `which` [2] is true."""
+
+    def block(a, b):
+        wkv = jnp.where(which[0], b.rwkv.wkv, a.rwkv.wkv)
+        ssm = jnp.where(which[1], b.mamba.ssm, a.mamba.ssm)
+        return a._replace(rwkv=a.rwkv._replace(wkv=wkv), mamba=a.mamba._replace(ssm=ssm))
+
+    return tuple(map(block, own, other))
+
+
+def coupling(metrics):
+    """[runs] correlation of the changes of the logarithms of the branches' gradient norms."""
+    skip = metrics["loss"].shape[1] // 10
+    changes = [np.diff(np.log(metrics[f"grad_norm_{b}"][:, skip:]), axis=1) for b in BRANCHES]
+    return [np.corrcoef(*pair)[0, 1] for pair in zip(*changes)]
+
+
+def persistence(options):
+    """family -> {turns: [seeds] share of facts that are right when asked for in that turn}."""
+    learnt, turns, families = LEARNT, TURNS, FAMILIES
+    if options.quick:
+        learnt, turns, families = QUICK_LEARNT, QUICK_TURNS, QUICK_FAMILIES
+    shared = {"train.steps": options.steps, "train.batch_size": 32} | results.common(options)
+    shared |= {"train.eval_every": 0, "train.seq_len": learnt * TURN}
+    config = lab.make_config(shared)
+    tokenizer, tokens = read_text(config)[1:]
+    make = functools.partial(facts, vocab_size=tokenizer.vocab_size + 2)
+    unread = functools.partial(make, haystack=np.concatenate(tokens.validation))
+    task = make_task(
+        "facts",
+        functools.partial(make, haystack=np.concatenate(tokens.train)),
+        tokenizer.vocab_size + 2,
+        config.train.seq_len,
+        config.train.batch_size,
+        tests=[unread] * TEST_BATCHES,
+    )
+    size = (config.model.dim, config.model.layers) if options.quick else SIZE
+    fit = {"vocab_size": task.vocab_size, "length": config.train.seq_len}
+    trained = lab.train(
+        {f: lab.Arm(lab.make_config(shared | match(f, size, **fit)), task) for f in families},
+        seeds=options.seeds,
+        sweep={"optim.lr": RATES},
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )
+    runs = {family: at_best_rate(r) for family, r in trained.items()}
+    ask = lambda job: recalled(runs[job[0]], unread, job[1], quick=options.quick)
+    jobs = list(itertools.product(families, turns))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
+        right = dict(zip(jobs, pool.map(ask, jobs)))
+    return {family: {n: right[family, n] for n in turns} for family in families}
+
+
+def facts(rng, batch, length, *, haystack, vocab_size, gap=None):
+    """A generator of experiments.tasks: text in turns, some of which state or ask for a fact.
+
+    A turn that states one begins with a mark and VALUE random ids, one that asks with another mark
+    and the first of them again. The marks are the last two ids. Every fact is asked for once, `gap`
+    turns after it was stated, anywhere in the row if None, and then the next is stated.
+    """
+    start = rng.integers(len(haystack), size=(batch, 1))
+    tokens = np.take(haystack, start + np.arange(length), mode="wrap").astype(np.int32)
+    targets = np.full((batch, length), -1, np.int32)
+    turns = length // TURN
+    for row, wanted in zip(tokens, targets):
+        turn = 0
+        while turn + 1 < turns:
+            wait = gap or int(rng.integers(1, turns - turn))
+            told, asked = turn * TURN, (turn + wait) * TURN
+            value = rng.integers(0, vocab_size - 2, VALUE)
+            row[told : told + 1 + VALUE] = [vocab_size - 2, *value]
+            row[asked : asked + VALUE] = [vocab_size - 1, *value[:-1]]
+            wanted[asked : asked + VALUE] = value
+            turn += wait + 1
+    return tokens, targets
+
+
+def recalled(runs, generate, turns, *, quick):
+    """[runs] share of facts of the first turn that are right in the last; each text is one trial.
+
+    Attention models see the end of a text that is longer than their positions.
+    """
+    model = make_model(runs.model_config)
+    rng = np.random.default_rng(turns)
+    drawn = generate(rng, TRIALS, turns * TURN, gap=turns - 1)
+    tokens, targets = (x[:, -(position_limit(model) or x.shape[1]) :] for x in drawn)
+
+    def of_run(params):
+        guesses = model.apply({"params": params}, tokens).logits.argmax(-1)
+        return jnp.all((guesses == targets) | (targets < 0), axis=1).mean()
+
+    run = lambda params: jax.lax.map(of_run, params)
+    return np.asarray(
+        jax.jit(run, compiler_options=lab.COMPILE_FAST if quick else None)(runs.params)
+    )
+
+
+def persisted(right):
+    """[seeds] persistence, from turns -> [seeds] shares, as the module says."""
+    turns = np.array([0, *right])
+    kept = np.cumprod(np.stack([*right.values()]) >= KEPT, axis=0).sum(0)
+    return 100 * turns[kept] / turns[-1]
+
+
+def verdict(name, values):
+    """ "pass", "warn" or "fail" of a test, by the worst of its values over seeds."""
+    for word, (low, high) in zip(("pass", "warn"), BANDS[name]):
+        if all(low < value < high for value in values):
+            return word
+    return "fail"
+
+
+def tests_of(found):
+    """(test, branch or "") -> [seeds]."""
+    values = {}
+    for name in (*BANDS, "cosine"):
+        parts = found[name] if isinstance(found[name], dict) else {"": found[name]}
+        values |= {(name, BRANCHES.get(part, "")): value for part, value in parts.items()}
+    return values
+
+
+def measures_of(found):
+    """name -> estimate, by the names that claims use; of trained models if not said otherwise."""
+    measures = {}
+    for when, f in found.items():
+        suffix = "" if when == "trained" else f", {when}"
+        measures[f"RWKV share of state norms{suffix}"] = estimate(f["share"])
+        for (name, branch), values in tests_of(f).items():
+            measures[f"{name} {branch}".strip() + suffix] = estimate(values)
+        for name, nats in f["information"].items():
+            measures[f"information {name}, next token{suffix}"] = estimate(nats[:, 0])
+            measures[f"information {name}, mean{suffix}"] = estimate(nats.mean(1))
+    return measures
+
+
+def tests_table(found):
+    """Every test before and after training."""
+    rows = [
+        [
+            name,
+            branch,
+            estimate(before),
+            estimate(after),
+            verdict(name, after) if name in BANDS else None,
+        ]
+        for (name, branch), before in tests_of(found["untrained"]).items()
+        for after in [tests_of(found["trained"])[name, branch]]
+    ]
+    return results.table(
+        "State tests",
+        ["test", "branch", "untrained", "trained", "published band"],
+        rows,
+        "Means over blocks and texts; differences of texts are over the norm. The bands are those "
+        "published, for numbers of another kind: a pass says no more than that.",
+    )
+
+
+def information_table(information):
+    """What swapped memories tell of the token after some tokens."""
+    length = information["both"].shape[1]
+    after = [2**i for i in range(int(math.log2(length)) + 1)]
+    rows = [
+        [name, *(estimate(nats[:, n - 1]) for n in after), estimate(nats.mean(1))]
+        for name, nats in information.items()
+    ]
+    return results.table(
+        "Mutual information of memories and the next token, nats",
+        ["swapped", *(f"after {n}" for n in after), "mean"],
+        rows,
+        "After training. Tokens read since the memories were swapped.",
+    )
+
+
+def plots_of(found, facts_, window):
+    """Norms of states, information, facts."""
+    norms = [
+        results.line(f"{BRANCHES[b]}, {when}", window * np.arange(1, norm.shape[1] + 1), norm)
+        for when, f in found.items()
+        for b, norm in f["norm"].items()
+    ]
+    told = [
+        results.line(name, range(1, nats.shape[1] + 1), nats)
+        for name, nats in found["trained"]["information"].items()
+    ]
+    lines = [
+        results.line(family, list(right), np.stack([*right.values()], 1))
+        for family, right in facts_.items()
+    ]
+    return [
+        results.plot("Norm of the state", "tokens", "mean over blocks", norms, log="xy"),
+        results.plot("Information on the next token", "tokens since", "nats", told, log="x"),
+        results.plot("Facts recalled", "turn", "right", lines, log="x"),
+    ]
+
+
+if __name__ == "__main__":
+    results.run(main)
