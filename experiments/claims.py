@@ -471,7 +471,7 @@ CLAIMS = (
         "A hybrid keeps a fact over 50 turns of a conversation.",
         "50+ turns, a transformer 3 to 5 (a target, never measured)",
         "V5 gate, task 65",
-        *within("states", "state persistence GF-MH", 99, None),
+        *within("persistence", "state persistence GF-MH", 99, None),
     ),
     Claim(
         "needle",

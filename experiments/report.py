@@ -19,7 +19,7 @@ from gt_jax.errors import InputError
 
 # Experiments in the order of the page; what is not named here follows.
 ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "states")
-ORDER += ("toys", "interventions", "throughput", "scaling", "gates")
+ORDER += ("persistence", "toys", "interventions", "throughput", "scaling", "gates")
 
 
 def main(argv=None):

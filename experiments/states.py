@@ -12,29 +12,20 @@ drawn from the K states,  I(S; y) = H(mean_s p(y | s)) - mean_s H(p(y | s))  nat
 How it falls with t says how long a branch's memory matters to what is written.
 
 Gradient coupling. Correlation over steps of the changes of the logarithms of both gradient norms.
-
-Persistence. Models of four families learn rows of turns of 16 tokens: one states two characters,
-a later one asks for them. A fact counts as forgotten at the first number of turns after which fewer
-than half are right; the score is 100 (turns before that) / 50.
 """
 
 import functools
-import itertools
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import lab, results
-from experiments.parity import HYBRID, match
+from experiments.parity import HYBRID
 from experiments.statistics import estimate
-from experiments.toys import TEST_BATCHES, at_best_rate, make_task
 from gt_jax.analysis import memories
 from gt_jax.models import make_model
-from gt_jax.scoring import position_limit
 from gt_jax.train import make_model_config
 from gt_jax.training.text import read_text
 
@@ -56,15 +47,6 @@ SWAPPED = 32  # texts whose memories are swapped
 # which memories -> whether those of RWKV and of Mamba are
 SWAPS = {"RWKV": (True, False), "Mamba": (False, True), "both": (True, True)}
 
-FAMILIES, QUICK_FAMILIES = (HYBRID, "RWKV-6", "Mamba-2", "GPT-2"), (HYBRID, "GPT-2")
-SIZE = (128, 4)  # width and blocks of the hybrid that learns facts
-RATES = (1e-3, 3e-3)
-TURN, VALUE = 16, 2  # tokens of a turn, and of the fact in it
-LEARNT, QUICK_LEARNT = 16, 3  # turns of a training row
-TURNS, QUICK_TURNS = (5, 10, 20, 50), (2, 4)  # facts are of the first turn, asked for in this one
-TRIALS = 64
-KEPT = 0.5  # share of facts that must be right
-
 
 def main(argv=None):
     parser = results.parser("states", __doc__)
@@ -83,36 +65,20 @@ def main(argv=None):
         compile_fast=options.quick,
     )[HYBRID]
     found = look(config, task, runs, options)
-    facts = persistence(options)
-
     measures = measures_of(found) | {"gradient coupling": estimate(coupling(runs.metrics))}
-    rows = []
-    for family, right in facts.items():
-        cells = {n: estimate(r) for n, r in right.items()}
-        measures |= {f"fact {family}, {n} turns": cell for n, cell in cells.items()}
-        score = measures[f"state persistence {family}"] = estimate(persisted(right))
-        rows.append([family, *cells.values(), score])
-    turns = list(facts[HYBRID])
     results.write(
         options,
         settings={
             "steps": config.train.steps,
             "length": config.train.seq_len,
             "rate": options.lr,
-            "rates of facts": RATES,
         },
         measures=measures,
         tables=[
             tests_table(found),
             information_table(found["trained"]["information"]),
-            results.table(
-                "Facts recalled",
-                ["model", *(f"asked in turn {n}" for n in turns), "persistence"],
-                rows,
-                f"Learnt on {LEARNT} turns, all that GPT-2 has positions for. Chance is nothing.",
-            ),
         ],
-        plots=plots_of(found, facts, config.train.seq_len),
+        plots=plots_of(found, config.train.seq_len),
         notes=[
             "Norms and variances of memories of different shapes do not say what the model does "
             "with them; mutual information does.",
@@ -264,94 +230,6 @@ def coupling(metrics):
     return [np.corrcoef(*pair)[0, 1] for pair in zip(*changes)]
 
 
-def persistence(options):
-    """family -> {turns: [seeds] share of facts that are right when asked for in that turn}."""
-    learnt, turns, families = LEARNT, TURNS, FAMILIES
-    if options.quick:
-        learnt, turns, families = QUICK_LEARNT, QUICK_TURNS, QUICK_FAMILIES
-    shared = {"train.steps": options.steps, "train.batch_size": 32} | results.common(options)
-    shared |= {"train.eval_every": 0, "train.seq_len": learnt * TURN}
-    config = lab.make_config(shared)
-    tokenizer, tokens = read_text(config)[1:]
-    make = functools.partial(facts, vocab_size=tokenizer.vocab_size + 2)
-    unread = functools.partial(make, haystack=np.concatenate(tokens.validation))
-    task = make_task(
-        "facts",
-        functools.partial(make, haystack=np.concatenate(tokens.train)),
-        tokenizer.vocab_size + 2,
-        config.train.seq_len,
-        config.train.batch_size,
-        tests=[unread] * TEST_BATCHES,
-    )
-    size = (config.model.dim, config.model.layers) if options.quick else SIZE
-    fit = {"vocab_size": task.vocab_size, "length": config.train.seq_len}
-    trained = lab.train(
-        {f: lab.Arm(lab.make_config(shared | match(f, size, **fit)), task) for f in families},
-        seeds=options.seeds,
-        sweep={"optim.lr": RATES},
-        group=options.group,
-        keep_params=True,
-        compile_fast=options.quick,
-    )
-    runs = {family: at_best_rate(r) for family, r in trained.items()}
-    ask = lambda job: recalled(runs[job[0]], unread, job[1], quick=options.quick)
-    jobs = list(itertools.product(families, turns))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        right = dict(zip(jobs, pool.map(ask, jobs)))
-    return {family: {n: right[family, n] for n in turns} for family in families}
-
-
-def facts(rng, batch, length, *, haystack, vocab_size, gap=None):
-    """A generator of experiments.tasks: text in turns, some of which state or ask for a fact.
-
-    A turn that states one begins with a mark and VALUE random ids, one that asks with another mark
-    and the first of them again. The marks are the last two ids. Every fact is asked for once, `gap`
-    turns after it was stated, anywhere in the row if None, and then the next is stated.
-    """
-    start = rng.integers(len(haystack), size=(batch, 1))
-    tokens = np.take(haystack, start + np.arange(length), mode="wrap").astype(np.int32)
-    targets = np.full((batch, length), -1, np.int32)
-    turns = length // TURN
-    for row, wanted in zip(tokens, targets):
-        turn = 0
-        while turn + 1 < turns:
-            wait = gap or int(rng.integers(1, turns - turn))
-            told, asked = turn * TURN, (turn + wait) * TURN
-            value = rng.integers(0, vocab_size - 2, VALUE)
-            row[told : told + 1 + VALUE] = [vocab_size - 2, *value]
-            row[asked : asked + VALUE] = [vocab_size - 1, *value[:-1]]
-            wanted[asked : asked + VALUE] = value
-            turn += wait + 1
-    return tokens, targets
-
-
-def recalled(runs, generate, turns, *, quick):
-    """[runs] share of facts of the first turn that are right in the last; each text is one trial.
-
-    Attention models see the end of a text that is longer than their positions.
-    """
-    model = make_model(runs.model_config)
-    rng = np.random.default_rng(turns)
-    drawn = generate(rng, TRIALS, turns * TURN, gap=turns - 1)
-    tokens, targets = (x[:, -(position_limit(model) or x.shape[1]) :] for x in drawn)
-
-    def of_run(params):
-        guesses = model.apply({"params": params}, tokens).logits.argmax(-1)
-        return jnp.all((guesses == targets) | (targets < 0), axis=1).mean()
-
-    run = lambda params: jax.lax.map(of_run, params)
-    return np.asarray(
-        jax.jit(run, compiler_options=lab.COMPILE_FAST if quick else None)(runs.params)
-    )
-
-
-def persisted(right):
-    """[seeds] persistence, from turns -> [seeds] shares, as the module says."""
-    turns = np.array([0, *right])
-    kept = np.cumprod(np.stack([*right.values()]) >= KEPT, axis=0).sum(0)
-    return 100 * turns[kept] / turns[-1]
-
-
 def verdict(name, values):
     """ "pass", "warn" or "fail" of a test, by the worst of its values over seeds."""
     for word, (low, high) in zip(("pass", "warn"), BANDS[name]):
@@ -421,8 +299,8 @@ def information_table(information):
     )
 
 
-def plots_of(found, facts_, window):
-    """Norms of states, information, facts."""
+def plots_of(found, window):
+    """Norms of states, and information."""
     norms = [
         results.line(f"{BRANCHES[b]}, {when}", window * np.arange(1, norm.shape[1] + 1), norm)
         for when, f in found.items()
@@ -432,14 +310,9 @@ def plots_of(found, facts_, window):
         results.line(name, range(1, nats.shape[1] + 1), nats)
         for name, nats in found["trained"]["information"].items()
     ]
-    lines = [
-        results.line(family, list(right), np.stack([*right.values()], 1))
-        for family, right in facts_.items()
-    ]
     return [
         results.plot("Norm of the state", "tokens", "mean over blocks", norms, log="xy"),
         results.plot("Information on the next token", "tokens since", "nats", told, log="x"),
-        results.plot("Facts recalled", "turn", "right", lines, log="x"),
     ]
 
 
