@@ -151,7 +151,9 @@ def figure(plot: Mapping, colours: Mapping[str, int]) -> str:
 
 
 def _plain(value) -> str:
-    return " ".join(map(results.show, value)) if isinstance(value, list) else results.show(value)
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_plain(v)}" for name, v in value.items())
+    return " ".join(map(_plain, value)) if isinstance(value, list) else results.show(value)
 
 
 if __name__ == "__main__":

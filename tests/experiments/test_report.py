@@ -31,7 +31,12 @@ def a_result(name="fusion", measures=None, **changes):
             "python": "3.12.3",
             "seconds": 123.4,
             "quick": False,
-            "settings": {"steps": 500, "rates": [3e-4, 1e-3], "seeds": [0, 1, 2]},
+            "settings": {
+                "steps": 500,
+                "rates": [3e-4, 1e-3],
+                "seeds": [0, 1, 2],
+                "lengths": {HOSTILE: 64},
+            },
             "measures": measures or {},
             "tables": [
                 results.table("Loss", ["fusion", "loss"], [*found.items()], HOSTILE),
