@@ -4,7 +4,8 @@
 
 GF-MH of width 128 and 8 blocks reads held-out text, before and after training. Its states are the
 memories that it returns itself: RWKV's and Mamba's sums over the past, in every block. With them
-are made the published tests S1 to S4, D1 to D4 and of state evolution, and besides:
+are made the published tests S1 to S4 (S0 asks for their shapes, which the settings say), D1 to D4
+and of state evolution, and besides:
 
 Mutual information. K texts leave K states; a text is continued from each of them in turn, with one
 branch's memories swapped and all else its own. With y the token after t tokens of that text, and S
@@ -65,6 +66,7 @@ def main(argv=None):
         compile_fast=options.quick,
     )[HYBRID]
     found = look(config, task, runs, options)
+    kept = memories(make_model(runs.model_config).init_state(1)[0])
     measures = measures_of(found) | {"gradient coupling": estimate(coupling(runs.metrics))}
     results.write(
         options,
@@ -72,12 +74,10 @@ def main(argv=None):
             "steps": config.train.steps,
             "length": config.train.seq_len,
             "rate": options.lr,
+            "memories of a block": {name: kept[b].shape[1:] for b, name in BRANCHES.items()},
         },
         measures=measures,
-        tables=[
-            tests_table(found),
-            information_table(found["trained"]["information"]),
-        ],
+        tables=[tests_table(found), information_table(found["trained"]["information"])],
         plots=plots_of(found, config.train.seq_len),
         notes=[
             "Norms and variances of memories of different shapes do not say what the model does "

@@ -26,7 +26,14 @@ def test_balance_adds_the_gradient_of_its_loss():
     models = {
         fusion: make_model(
             make_config(
-                "gf-mh", vocab_size=11, dim=32, layers=2, heads=1, state_size=8, fusion=fusion
+                "gf-mh",
+                vocab_size=11,
+                dim=32,
+                layers=1,
+                heads=1,
+                state_size=8,
+                impl="reference",
+                fusion=fusion,
             )
         )
         for fusion in ("gf", interventions.BALANCED)
@@ -41,25 +48,18 @@ def test_balance_adds_the_gradient_of_its_loss():
 
     def with_penalty(params):
         value, blocks = loss(params, models["gf"])
-        for block in blocks.values():
-            gate = block["fusion"]["gate"][0]
-            R = jnp.sum((gate * block["rwkv_out"][0]) ** 2, -1)
-            M = jnp.sum(((1 - gate) * block["mamba_out"][0]) ** 2, -1)
-            value += interventions.WEIGHT * (jnp.mean(R / (R + M)) - 0.5) ** 2
-        return value
+        (block,) = blocks.values()
+        gate = block["fusion"]["gate"][0]
+        R = jnp.sum((gate * block["rwkv_out"][0]) ** 2, -1)
+        M = jnp.sum(((1 - gate) * block["mamba_out"][0]) ** 2, -1)
+        return value + interventions.WEIGHT * (jnp.mean(R / (R + M)) - 0.5) ** 2, value
 
     balanced = lambda params: loss(params, models[interventions.BALANCED])[0]
-    plain = lambda params: loss(params, models["gf"])[0]
-    (value, grads), wanted, without = (
-        jit(f)(params) for f in (jax.value_and_grad(balanced), jax.grad(with_penalty), plain)
-    )
+    value, grads = jit(jax.value_and_grad(balanced))(params)
+    (both, without), wanted = jit(jax.value_and_grad(with_penalty, has_aux=True))(params)
+    assert both > without + 1e-3
     np.testing.assert_allclose(value, without, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, wanted)
-    others = jit(jax.grad(plain))(params)
-    differ = [
-        not np.allclose(*pair, 1e-3, 1e-5) for pair in zip(*map(jax.tree.leaves, (grads, others)))
-    ]
-    assert any(differ)
 
 
 def test_verdict_names_what_is_real():
@@ -73,7 +73,7 @@ def test_experiment_runs(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "interventions.json"
     text.write_text("whether it is nobler in the mind to suffer the slings of fortune\n" * 200)
     flags = ["--quick", "--seeds=2", "--only=mamba rate 0.5,gate frozen", f"--source={text}"]
-    interventions.main([*flags, f"--out={out}"])
+    interventions.main([*flags, "--impl=reference", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists()
     measures, (losses, *_) = result["measures"], result["tables"]

@@ -19,7 +19,11 @@ jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
 @pytest.fixture(scope="module")
 def small():
     """A model whose kernels are random, so that both memories matter, and texts."""
-    model = make_model(make_config("gf-mh", vocab_size=11, dim=32, layers=2, heads=1, state_size=8))
+    model = make_model(
+        make_config(
+            "gf-mh", vocab_size=11, dim=32, layers=2, heads=1, state_size=8, impl="reference"
+        )
+    )
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 11, (3, 24), dtype=np.int32)
     params = jit(model.init)(jax.random.key(0), rows)["params"]
@@ -103,7 +107,7 @@ def test_scores_follow_their_rules():
 def test_experiment_runs(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "states.json"
     text.write_text("to be or not to be that is the question\n" * 100)
-    states.main(["--quick", "--seeds=2", f"--source={text}", f"--out={out}"])
+    states.main(["--quick", "--seeds=2", "--impl=reference", f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists()
     measures = result["measures"]
