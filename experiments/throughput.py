@@ -10,16 +10,14 @@ GPT-2 has as many positions as it needs. --seeds is the number of timed stretche
 here; all numbers are their median ± half their range, after everything has compiled.
 """
 
+import functools
 import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
-
 from experiments import lab, results
-from experiments.benchmark_generation import Decoder, total_bytes
+from experiments.benchmark_generation import Decoder, random_params, total_bytes
 from experiments.parity import FAMILIES, HYBRID, match
 from experiments.profile_training import Trainer, flops_per_token
 from experiments.statistics import estimate
@@ -53,11 +51,23 @@ def main(argv=None):
     training = QUICK["training"] if options.quick else TRAINING
     decoding = QUICK["decoding"] if options.quick else DECODING
     backend.prepare()
-    jobs = {("train", f, *point): trainer for f in families for point in training}
-    jobs |= {("decode", f, *point): decoder for f in families for point in decoding}
+    jobs = {
+        ("train", f, size, rows, length): functools.partial(
+            Trainer, config_of(options, f, size, length, rows), VOCAB
+        )
+        for f in families
+        for size, rows, length in training
+    }
+    jobs |= {
+        ("decode", f, size, rows): functools.partial(
+            decoder, config_of(options, f, size, POSITIONS), rows
+        )
+        for f in families
+        for size, rows in decoding
+    }
     # All compile first, side by side, so that nothing disturbs what is timed.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {key: pool.submit(make, options, *key[1:]) for key, make in jobs.items()}
+        waiting = {key: pool.submit(make) for key, make in jobs.items()}
         ready = {key: job.result() for key, job in waiting.items()}
     print(f"{len(ready)} programs ready after {time.perf_counter() - options.began:.0f} s")
     stretches = len(options.seeds)
@@ -115,22 +125,23 @@ def main(argv=None):
     )
 
 
-def config_of(options, family, size, length, **changes):
+def config_of(options, family, size, length, rows=1):
     """A family with as many parameters in its blocks as the hybrid of a size."""
-    fit = {"vocab_size": VOCAB, "length": length, "counted": "blocks"}
-    changes = {f"train.{name}": value for name, value in changes.items()}
-    return lab.make_config(results.common(options) | match(family, size, **fit) | changes)
+    changes = results.common(options) | shape(family, size)
+    changes |= {"train.batch_size": rows, "train.seq_len": length}
+    if family == "GPT-2":
+        changes["model.max_positions"] = length
+    return lab.make_config(changes)
 
 
-def trainer(options, family, size, rows, length):
-    config = config_of(options, family, size, length, batch_size=rows, seq_len=length)
-    return Trainer(config, VOCAB)
+@functools.cache
+def shape(family, size):
+    return match(family, size, vocab_size=VOCAB, length=POSITIONS, counted="blocks")
 
 
-def decoder(options, family, size, rows):
-    model = make_model(make_model_config(config_of(options, family, size, POSITIONS), VOCAB))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return model, Decoder(model, params, rows)
+def decoder(config, rows):
+    model = make_model(make_model_config(config, VOCAB))
+    return model, Decoder(model, random_params(model), rows)
 
 
 def time_training(made, point, stretches, seconds):
