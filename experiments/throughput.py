@@ -202,7 +202,8 @@ def plots(families, trained, written):
             }
             ends = {p: [points[x][p] for x in sorted(points)] for p in ("mean", "low", "high")}
             ends["y"] = ends.pop("mean")
-            series.append({"name": family, "x": sorted(points)} | ends)
+            if points:
+                series.append({"name": family, "x": sorted(points)} | ends)
         made.append(results.plot(title, axis, "tokens/s", series, log="xy"))
     return made
 

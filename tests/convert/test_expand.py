@@ -21,6 +21,7 @@ KINDS = {
     "legacy-c": {"branch": "legacy", "legacy_wkv": "c", "fusion": "ws", "tie_embeddings": False},
     "legacy": {"architecture": "rwkv6", "branch": "legacy"},
     "rwkv6": {"architecture": "rwkv6", "tie_embeddings": False},
+    "mamba+mamba": {"branches": "mamba+mamba"},
     "mamba2": {"architecture": "mamba2"},
     "gpt2": {"architecture": "gpt2", "max_positions": 16},
 }
