@@ -45,7 +45,7 @@ def main(argv=None):
     parser = results.parser("persistence", __doc__)
     parser.set_defaults(seeds=3)
     parser.add_argument("--models", default=",".join(FAMILIES), help="with commas between")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     options = results.parse(parser, argv)
     names = results.one_of(FAMILIES, options.models, "--models")
     learnt, turns = (QUICK_LEARNT, QUICK_TURNS) if options.quick else (LEARNT, TURNS)
