@@ -109,12 +109,12 @@ def main(argv=None):
 def facts_task(config):
     """The lab.Task, and the generator of rows of validation text."""
     tokenizer, tokens = read_text(config)[1:]
-    make = functools.partial(facts, vocab_size=tokenizer.vocab_size + 2)
+    make = functools.partial(facts, vocab_size=tokenizer.vocab_size + 1)
     unread = functools.partial(make, haystack=np.concatenate(tokens.validation))
     task = make_task(
         "facts",
         functools.partial(make, haystack=np.concatenate(tokens.train)),
-        tokenizer.vocab_size + 2,
+        tokenizer.vocab_size + 1,
         config.train.seq_len,
         config.train.batch_size,
         tests=[unread] * TEST_BATCHES,
@@ -125,8 +125,8 @@ def facts_task(config):
 def facts(rng, batch, length, *, haystack, vocab_size, gap=None):
     """A generator of experiments.tasks: text in turns, some of which state or ask for a fact.
 
-    A turn that states one begins with a mark and VALUE random ids, one that asks with another mark
-    and the first of them again. The marks are the last two ids. Every fact is asked for once, `gap`
+    A turn that states one begins with a mark and VALUE random ids, one that asks for it with the
+    mark and the first of them again. The mark is the last id. Every fact is asked for once, `gap`
     turns after it was stated, anywhere in the row if None, and then the next is stated.
     """
     start = rng.integers(len(haystack), size=(batch, 1))
@@ -138,8 +138,8 @@ def facts(rng, batch, length, *, haystack, vocab_size, gap=None):
         while turn + 1 < turns:
             wait = gap or int(rng.integers(1, turns - turn))
             told, asked = turn * TURN, (turn + wait) * TURN
-            value = rng.integers(0, vocab_size - 2, VALUE)
-            row[told : told + 1 + VALUE] = [vocab_size - 2, *value]
+            value = rng.integers(0, vocab_size - 1, VALUE)
+            row[told : told + 1 + VALUE] = [vocab_size - 1, *value]
             row[asked : asked + VALUE] = [vocab_size - 1, *value[:-1]]
             wanted[asked : asked + VALUE] = value
             turn += wait + 1
