@@ -3,7 +3,7 @@
     python -m experiments.persistence --seeds=3
     python -m experiments.persistence --steps=4000
 
-Rows are turns of 16 tokens of text. One states two characters, a later one asks for them (see
+Rows are turns of 16 tokens of text. The first states two characters, a later one asks for them (see
 `facts`). GF-MH of width 128 and 4 blocks, and families of its size, learn on rows of 16 turns, at
 both learning rates of a sweep, and take the better one, by half of the tests of that length. Then
 a fact of the first turn is asked for in turn 5, 10, 20 or 50. GPT-2 has positions for 16 turns, and
@@ -122,27 +122,25 @@ def facts_task(config):
     return task, unread
 
 
-def facts(rng, batch, length, *, haystack, vocab_size, gap=None):
-    """A generator of experiments.tasks: text in turns, some of which state or ask for a fact.
+def facts(rng, batch, length, *, haystack, vocab_size, asked=None):
+    """A generator of experiments.tasks: text in turns; the first states a fact, a later one asks.
 
-    A turn that states one begins with a mark and VALUE random ids, one that asks for it with the
-    mark and the first of them again. The mark is the last id. Every fact is asked for once, `gap`
-    turns after it was stated, anywhere in the row if None, and then the next is stated.
+    The first turn begins with a mark and VALUE random ids, the one that asks with the mark and the
+    first of them again. The mark is the last id.
+
+    Args:
+        asked: the turn that asks, counted from 0; any but the first if None, one in each row.
     """
     start = rng.integers(len(haystack), size=(batch, 1))
     tokens = np.take(haystack, start + np.arange(length), mode="wrap").astype(np.int32)
     targets = np.full((batch, length), -1, np.int32)
-    turns = length // TURN
-    for row, wanted in zip(tokens, targets):
-        turn = 0
-        while turn + 1 < turns:
-            wait = gap or int(rng.integers(1, turns - turn))
-            told, asked = turn * TURN, (turn + wait) * TURN
-            value = rng.integers(0, vocab_size - 1, VALUE)
-            row[told : told + 1 + VALUE] = [vocab_size - 1, *value]
-            row[asked : asked + VALUE] = [vocab_size - 1, *value[:-1]]
-            wanted[asked : asked + VALUE] = value
-            turn += wait + 1
+    value = rng.integers(0, vocab_size - 1, (batch, VALUE))
+    fact = np.concatenate([np.full((batch, 1), vocab_size - 1), value], axis=1)
+    turn = rng.integers(1, length // TURN, (batch, 1)) if asked is None else asked
+    place = np.broadcast_to(turn * TURN, (batch, 1)) + np.arange(VALUE)
+    tokens[:, : 1 + VALUE] = fact
+    np.put_along_axis(tokens, place, fact[:, :-1], axis=1)
+    np.put_along_axis(targets, place, value, axis=1)
     return tokens, targets
 
 
@@ -153,7 +151,7 @@ def recalled(runs, generate, turns, *, quick):
     """
     model = make_model(runs.model_config)
     rng = np.random.default_rng(turns)
-    drawn = generate(rng, TRIALS, turns * TURN, gap=turns - 1)
+    drawn = generate(rng, TRIALS, turns * TURN, asked=turns - 1)
     tokens, targets = (x[:, -(position_limit(model) or x.shape[1]) :] for x in drawn)
 
     def of_run(params):

@@ -1,4 +1,4 @@
-"""Facts are asked for once, and the score counts the turns before the first forgotten."""
+"""A fact is asked for once, and the score counts the turns before the first forgotten."""
 
 import functools
 
@@ -9,23 +9,24 @@ from experiments import persistence, results
 from gt_jax.errors import InputError
 
 
-def test_facts_are_asked_for_once():
+def test_facts_are_stated_first_and_asked_for_once():
     haystack = np.zeros(50, np.int32)
     make = functools.partial(persistence.facts, haystack=haystack, vocab_size=11)
-    tokens, targets = make(np.random.default_rng(0), 4, 5 * persistence.TURN, gap=4)
-    told, asked = tokens[:, :3], tokens[:, 4 * persistence.TURN :]
-    assert (told[:, 0] == 10).all() and (asked[:, 0] == 10).all()
-    np.testing.assert_array_equal(asked[:, 1], told[:, 1])
-    np.testing.assert_array_equal(targets[:, 4 * persistence.TURN :][:, :2], told[:, 1:])
-    assert (targets >= 0).sum() == 8 and told[:, 1:].max() < 10 and (tokens[:, 3:-16] == 0).all()
+    tokens, targets = make(np.random.default_rng(0), 4, 5 * persistence.TURN, asked=4)
+    fact, question, wanted = tokens[:, :3], tokens[:, 64:66], targets[:, 64:66]
+    assert (fact[:, 0] == 10).all() and (question[:, 0] == 10).all() and fact[:, 1:].max() < 10
+    np.testing.assert_array_equal(question[:, 1], fact[:, 1])
+    np.testing.assert_array_equal(wanted, fact[:, 1:])
+    assert (
+        (targets >= 0).sum() == 8 and (tokens[:, 3:64] == 0).all() and (tokens[:, 66:] == 0).all()
+    )
 
     tokens, targets = make(np.random.default_rng(0), 64, 16 * persistence.TURN)
-    for row, wanted in zip(tokens, targets):
-        marks = np.flatnonzero(row == 10)
-        stated, asked = marks[::2], marks[1::2]
-        assert len(stated) == len(asked) > 0
-        for a, b in zip(stated, asked):
-            np.testing.assert_array_equal(wanted[b : b + 2], row[a + 1 : a + 3])
+    rows, places = np.nonzero(tokens == 10)
+    turns = places.reshape(64, 2) // persistence.TURN
+    assert (places % persistence.TURN == 0).all() and (turns[:, 0] == 0).all()
+    assert set(turns[:, 1]) == set(range(1, 16))
+    np.testing.assert_array_equal(targets[rows[1::2], places[1::2]], tokens[:, 1])
 
 
 def test_score_counts_the_turns_before_the_first_forgotten():
