@@ -3,7 +3,7 @@
     python -m experiments.persistence --seeds=3
     python -m experiments.persistence --steps=4000
 
-Rows are turns of 16 tokens of text. The first states two characters, a later one asks for them (see
+Rows are turns of 16 tokens of text. The first states two characters, later ones ask for them (see
 `facts`). GF-MH of width 128 and 4 blocks, and families of its size, learn on rows of 16 turns, at
 both learning rates of a sweep, and take the better one, by half of the tests of that length. Then
 a fact of the first turn is asked for in turn 5, 10, 20 or 50. GPT-2 has positions for 16 turns, and
@@ -123,24 +123,31 @@ def facts_task(config):
 
 
 def facts(rng, batch, length, *, haystack, vocab_size, asked=None):
-    """A generator of experiments.tasks: text in turns; the first states a fact, a later one asks.
+    """A generator of experiments.tasks: text in turns; the first states a fact, later ones ask.
 
-    The first turn begins with a mark and VALUE random ids, the one that asks with the mark and the
-    first of them again. The mark is the last id.
+    The first turn begins with a mark and VALUE random ids, one that asks with the mark and all of
+    them but the last again: that one is nowhere but in the first turn. The mark is the last id.
 
     Args:
-        asked: the turn that asks, counted from 0; any but the first if None, one in each row.
+        asked: the turn that asks, counted from 0; if None, a third of all turns and at least one.
     """
     start = rng.integers(len(haystack), size=(batch, 1))
     tokens = np.take(haystack, start + np.arange(length), mode="wrap").astype(np.int32)
     targets = np.full((batch, length), -1, np.int32)
     value = rng.integers(0, vocab_size - 1, (batch, VALUE))
     fact = np.concatenate([np.full((batch, 1), vocab_size - 1), value], axis=1)
-    turn = rng.integers(1, length // TURN, (batch, 1)) if asked is None else asked
-    place = np.broadcast_to(turn * TURN, (batch, 1)) + np.arange(VALUE)
+    turns = length // TURN
+    asks = np.zeros((batch, turns), bool)
+    if asked is None:
+        asks[:, 1:] = rng.random((batch, turns - 1)) < 1 / 3
+        asks[np.arange(batch), rng.integers(1, turns, batch)] = True
+    else:
+        asks[:, asked] = True
+    row, turn = np.nonzero(asks)
+    place = (turn * TURN)[:, None] + np.arange(VALUE)
     tokens[:, : 1 + VALUE] = fact
-    np.put_along_axis(tokens, place, fact[:, :-1], axis=1)
-    np.put_along_axis(targets, place, value, axis=1)
+    tokens[row[:, None], place] = fact[row, :-1]
+    targets[row[:, None], place] = value[row]
     return tokens, targets
 
 
