@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.hopper import interpreting, simulation
@@ -129,6 +130,11 @@ def loop(steps, body, carry):
 def iota(shape, axis):
     """Index along `axis` in the layout of accumulators."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def row_major(x):
+    """x, whose layout in memory XLA may not choose to suit what reads or writes it."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def tokens(m):

@@ -4,6 +4,7 @@ A short causal convolution, then one matrix state per head that decays by a data
 Parameters carry the names of the mamba_ssm package; dense kernels are [in, out].
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,12 +16,10 @@ from jax.nn import initializers
 from gt_jax.kernels import ssd, ssd_step
 from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
 from gt_jax.models.layers import (
-    RMSNorm,
     dense,
     fan_in_uniform,
     kernel_init,
     output_init,
-    per_row,
     recurrence,
     rms_norm,
     segment_index,
@@ -69,7 +68,6 @@ class Mamba2(nn.Module):
         z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
-        xBC = jax.nn.silu(xBC).astype(c.dtype)
         if T == 1:  # or XLA would convolve for each of the three
             xBC = jax.lax.optimization_barrier(xBC)
         values, B, C = jnp.split(xBC, [E, E + N], axis=-1)
@@ -90,20 +88,19 @@ class Mamba2(nn.Module):
             initial = None if state is None else state.ssm
             options |= {"initial_state": initial, "segment_ids": segment_ids}
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
-        y = y.reshape(batch, T, E).astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        y = RMSNorm(1e-5, c.dtype, name="norm")(y)
+        y = GatedNorm(1e-5, name="norm")(y.reshape(batch, T, E), z)
         official_out = fan_in_uniform(c.layers**-0.5)
         return dense(c, c.dim, "out_proj", output_init(c, official_out))(y), MambaState(ssm, tail)
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time that sees the present and the width - 1 tokens before."""
+    """SiLU of a depthwise convolution over time that sees a token and the width - 1 before it."""
 
     width: int
 
     @nn.compact
     def __call__(self, x, tail, segment_ids):
-        """Convolves in float32 as shifted multiply-adds, which fuse with what surrounds them.
+        """Convolves in float32.
 
         Args:
             x: [B, T, channels].
@@ -111,7 +108,7 @@ class CausalConv(nn.Module):
             segment_ids: [B, T] int or None; taps never cross a segment's start.
 
         Returns:
-            [B, T, channels] float32, and the new tail in x.dtype.
+            [B, T, channels] and the new tail, in x.dtype.
         """
         batch, T, channels = x.shape
         taps = self.width - 1
@@ -130,47 +127,101 @@ class CausalConv(nn.Module):
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
-        return per_row(bias, batch)[:, None] + _sum_of_taps(window, weight.T, same), new_tail
+        return _silu_of_conv(window, weight.T, bias, same), new_tail
 
 
 @jax.custom_vjp
-def _sum_of_taps(window, weight, same):
-    """y_t = sum over i of weight_i window_{t+i}, where same_{i,t} if given, in float32.
+def _silu_of_conv(window, weight, bias, same):
+    """silu(bias + sum over i of weight_i window_{t+i}, where same_{i,t} if given) in window.dtype.
 
-    window [B, width - 1 + T, channels], weight [width, channels], same [B, width, T, 1] bool.
+    window [B, width - 1 + T, channels], weight [width, channels], bias [channels],
+    same [B, width, T, 1] bool.
     """
-    width = weight.shape[0]
+    return jax.nn.silu(_conv(window, weight, bias, same)).astype(window.dtype)
+
+
+def _conv(window, weight, bias, same):
+    return bias + sum(
+        x.astype(jnp.float32) * w for x, w in zip(_tokens_by_tap(window, same, len(weight)), weight)
+    )
+
+
+def _tokens_by_tap(window, same, width):
+    """What each tap sees: `width` arrays [B, T, channels]."""
     T = window.shape[1] - width + 1
-    y = 0
-    for i in range(width):
-        term = window[:, i : i + T].astype(jnp.float32) * weight[i]
-        y += term if same is None else jnp.where(same[:, i], term, 0)
-    return y
+    seen = [window[:, i : i + T] for i in range(width)]
+    return seen if same is None else [jnp.where(same[:, i], x, 0) for i, x in enumerate(seen)]
 
 
-def _sum_of_taps_forward(window, weight, same):
-    return _sum_of_taps(window, weight, same), (window, weight, same)
+def _silu_of_conv_forward(window, weight, bias, same):
+    return _silu_of_conv(window, weight, bias, same), (window, weight, bias, same)
 
 
-def _sum_of_taps_backward(residuals, g):
-    # Shifts g, not the window: slices of the window would be kept from the forward pass, width of
-    # them in every layer.
-    window, weight, same = residuals
-    width = weight.shape[0]
+def _silu_of_conv_backward(residuals, g):
+    # The barriers: computed again here rather than kept in float32, and in the dtype of its inputs
+    # where it is read several times.
+    *arrays, same = residuals
+    (window, weight, bias), g = jax.lax.optimization_barrier((tuple(arrays), g))
+    width = len(weight)
+    y, slope = jax.vjp(jax.nn.silu, _conv(window, weight, bias, same))
+    (g,) = slope(g.astype(y.dtype))
+    g = jax.lax.optimization_barrier(g.astype(window.dtype))
     T = g.shape[1]
     d_window, terms, last_terms = 0, [], []
     for i in range(width):
+        # Shifts g, not the window: slices of the window would be kept from the forward pass.
         shifted = g if same is None else jnp.where(same[:, i], g, 0)
         shifted = jnp.pad(shifted, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
+        shifted = shifted.astype(jnp.float32)
         d_window += shifted * weight[i]
         # T tokens and then the taps', because T is a rounder number to sum by
         terms.append((shifted * window)[:, :T])
         last_terms.append((shifted * window)[:, T:])
-    d_weight = sums_over_tokens(*terms) + jnp.sum(jnp.stack(last_terms), axis=(1, 2))
-    return d_window.astype(window.dtype), d_weight, None
+    *d_weight, d_bias = sums_over_tokens(*terms, g.astype(jnp.float32))
+    d_weight = jnp.stack(d_weight) + jnp.sum(jnp.stack(last_terms), axis=(1, 2))
+    return d_window.astype(window.dtype), d_weight, d_bias, None
 
 
-_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
+_silu_of_conv.defvjp(_silu_of_conv_forward, _silu_of_conv_backward)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of y silu(z) with a scale, [B, T, E] -> [B, T, E] in the dtype of y."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, y, z):
+        scale = self.param("scale", initializers.ones, (y.shape[-1],))
+        return _gated_norm(y, z, scale, self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gated_norm(y, z, scale, epsilon):
+    return _gated_norm_forward(y, z, scale, epsilon)[0]
+
+
+def _gated_norm_forward(y, z, scale, epsilon):
+    x = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+    return (x * (inverse * scale)).astype(y.dtype), (y, z, scale, inverse)
+
+
+def _gated_norm_backward(epsilon, residuals, g):
+    *arrays, scale, inverse = residuals
+    (y, z), g = jax.lax.optimization_barrier((tuple(arrays), g))  # as above
+    y_, z_ = y.astype(jnp.float32), z.astype(jnp.float32)
+    share = jax.nn.sigmoid(z_)
+    x, g = y_ * z_ * share, g.astype(jnp.float32) * inverse
+    (d_scale,) = sums_over_tokens(g * x)
+    along = jnp.mean(g * x * scale, axis=-1, keepdims=True)
+    dx = g * scale - x * (jnp.square(inverse) * along)
+    dy = dx * z_ * share
+    dz = dx * y_ * share * (1 + z_ * (1 - share))
+    return dy.astype(y.dtype), dz.astype(z.dtype), d_scale
+
+
+_gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gt_jax.models.layers import RMSNorm
-from gt_jax.models.mamba2 import CausalConv
+from gt_jax.models.mamba2 import CausalConv, GatedNorm
 
 B, T, D, WIDTH = 2, 11, 8, 4
 
@@ -39,9 +39,20 @@ def test_rms_norm_matches_flax():
     )
 
 
+def test_gated_norm_matches_flax_on_the_gated_values():
+    ours, theirs = GatedNorm(1e-3), nn.RMSNorm(epsilon=1e-3)
+    same_with_gradients(
+        lambda y, z, scale: ours.apply({"params": {"scale": scale}}, y, z),
+        lambda y, z, scale: theirs.apply({"params": {"scale": scale}}, y * z / (1 + jnp.exp(-z))),
+        draw(0, B, T, D),
+        draw(1, B, T, D),
+        draw(2, D),
+    )
+
+
 @pytest.mark.parametrize("ids", [None, [[4] * 2 + [9] * 5 + [4] * 4, [0] * 10 + [1]]])
 def test_convolution_matches_a_matrix_over_time(ids):
-    """y = sum over s of weight[t - s] x_s with s in the document of t, the tail in the first."""
+    """silu(sum over s of weight[t - s] x_s), s in the document of t, the tail in the first."""
     segment = np.array(ids) if ids else np.zeros((B, T), int)
     segment = np.cumsum(np.diff(segment, prepend=segment[:, :1]) != 0, axis=1)
     segment = np.pad(segment, ((0, 0), (WIDTH - 1, 0)))  # [B, WIDTH - 1 + T], the tail first
@@ -51,7 +62,8 @@ def test_convolution_matches_a_matrix_over_time(ids):
     def expected(x, tail, weight, bias):
         taps = weight[:, np.clip(WIDTH - 1 - lag, 0, WIDTH - 1)]  # [D, t, s]
         window = jnp.concatenate([tail, x], axis=1)
-        return jnp.einsum("dts,bts,bsd->btd", taps, sees.astype(np.float32), window) + bias
+        y = jnp.einsum("dts,bts,bsd->btd", taps, sees.astype(np.float32), window) + bias
+        return y / (1 + jnp.exp(-y))
 
     def found(x, tail, weight, bias):
         params = {"weight": weight, "bias": bias}

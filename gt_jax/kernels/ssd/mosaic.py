@@ -54,7 +54,10 @@ def _sizes(x, B):
 
 def _by_chunk(v, size):
     """[B, T, H] -> [B, H, chunks, CHUNK] float32, zero past the end."""
-    v = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, size.chunks * CHUNK - size.length), (0, 0)))
+    # Or XLA, where a transpose is all there is to do, would lay out as its result everything that v
+    # is computed from, and with it x, B and C.
+    v = mosaic.row_major(v.astype(jnp.float32))
+    v = jnp.pad(v, ((0, 0), (0, size.chunks * CHUNK - size.length), (0, 0)))
     return v.transpose(0, 2, 1).reshape(size.batch, size.heads, size.chunks, CHUNK)
 
 
@@ -156,7 +159,8 @@ def _of_token_scalars(scalars, rows):
 
 def _by_token(v, size):
     """[B, H, chunks, CHUNK] -> [B, T, H]."""
-    return v.reshape(size.batch, size.heads, -1).transpose(0, 2, 1)[:, : size.length]
+    v = v.reshape(size.batch, size.heads, -1).transpose(0, 2, 1)[:, : size.length]
+    return mosaic.row_major(v)
 
 
 def _sum_blocks(z, size):
