@@ -1,4 +1,4 @@
-"""Several experiments one after another, in one process.
+"""Several experiments in one process, where one compiles while another runs.
 
     python -m experiments fusion ratio --seeds=5
 
@@ -8,6 +8,7 @@ Flags come after the names and go to every one of them.
 import importlib
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import results
@@ -22,8 +23,10 @@ def main(argv):
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise InputError(f"{name!r} is no experiment{hint}")
     began = time.perf_counter()
-    for name in names:
-        importlib.import_module(f"experiments.{name}").main(argv[len(names) :])
+    mains = [importlib.import_module(f"experiments.{name}").main for name in names]
+    with ThreadPoolExecutor(len(mains)) as pool:
+        for done in [pool.submit(main, argv[len(names) :]) for main in mains]:
+            done.result()
     print(f"{', '.join(names)}: {time.perf_counter() - began:.0f} s")
 
 

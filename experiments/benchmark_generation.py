@@ -109,7 +109,7 @@ def make_config(quick):
 
 
 def random_params(model):
-    """Parameters of the model's shapes from N(0, 0.02), drawn on the host: quicker than its init."""
+    """Parameters of the model's shapes from N(0, 0.02): drawn on the host, sooner than its init."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     draw = lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32))

@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -51,8 +52,16 @@ GATES = {"hy": 0.7, "gf": 0.5, "ws": 0.5, "hgf": 0.5}
 # Runs side by side beyond which a large GPU would gain nothing.
 FULL = 32
 
+# Triton's products run no faster here, and trying them out is most of compiling.
+ON_GPU = {"xla_gpu_enable_triton_gemm": False}
+
 # Compiles fast, runs slowly: for tiny models and few steps.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+# Programs are lowered one after another, which Python does not faster at once: so the first can
+# run early. And one runs at a time.
+_LOWERING, _RUNNING = threading.Lock(), threading.Lock()
 
 
 class Task(NamedTuple):
@@ -216,7 +225,8 @@ def train(
         waiting = [pool.submit(_compile, program, **options) for program in programs]
         for done in as_completed(waiting):
             compiled = done.result()
-            runs = _run(compiled, keep_params)
+            with _RUNNING:
+                runs = _run(compiled, keep_params)
             show(_line(compiled, runs))
             for i, name in enumerate(compiled.program.names):
                 results[name] = runs.take(range(i * len(points), (i + 1) * len(points)))
@@ -358,28 +368,38 @@ def _compile(program: _Program, *, group: int | None, compile_fast: bool) -> _Co
     began = time.perf_counter()
     runs = len(program.points)
     group = min(group or math.ceil(runs / math.ceil(runs / FULL)), runs)
-    options = COMPILE_FAST if compile_fast else None
-    init, advance, measure = _functions(program)
+    options = COMPILE_FAST if compile_fast else {}
+    options = options | (ON_GPU if jax.default_backend() == "gpu" else {})
     while True:
-        seeds, values, of_run, data = _inputs(program, slice(0, group), group)
-        compile_ = lambda f, *args, **jit: jax.jit(f, **jit).lower(*args).compile(options)
-        init_ = compile_(init, seeds, values)
-        states = jax.eval_shape(init, seeds, values)
-        batch = next(program.task.batches(0))
-        advances = {
-            steps: compile_(
-                advance, states, values, of_run, _shapes(batch, steps, len(data)), donate_argnums=0
-            )
-            for steps in set(_bursts(program.config))
-        }
-        measure_ = compile_(measure, states.params, _stacked(program.task.held_out))
-        needed = max(map(program_bytes, [*advances.values(), measure_]))
+        with _LOWERING:
+            lowered = _lower(program, group)
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            compiled = dict(zip(lowered, pool.map(lambda x: x.compile(options), lowered.values())))
+        init = compiled.pop("init")
+        needed = max(map(program_bytes, compiled.values()))
         parts = math.ceil(needed / bytes_free())
         if parts == 1 or group == 1:
             break
         group = max(math.ceil(group / parts), 1)
-    seconds = time.perf_counter() - began
-    return _Compiled(program, group, init_, advances, measure_, seconds)
+    measure = compiled.pop("measure")
+    return _Compiled(program, group, init, compiled, measure, time.perf_counter() - began)
+
+
+def _lower(program: _Program, group: int) -> dict:
+    """What a group of runs is made of: "init", "measure", and steps to advance by number."""
+    init, advance, measure = _functions(program)
+    seeds, values, of_run, data = _inputs(program, slice(0, group), group)
+    states = jax.eval_shape(init, seeds, values)
+    batch = next(program.task.batches(0))
+    lowered = {
+        "init": jax.jit(init).lower(seeds, values),
+        "measure": jax.jit(measure).lower(states.params, _stacked(program.task.held_out)),
+    }
+    advance = jax.jit(advance, donate_argnums=0)
+    for steps in set(_bursts(program.config)):
+        batches = _shapes(batch, steps, len(data))
+        lowered[steps] = advance.lower(states, values, of_run, batches)
+    return lowered
 
 
 def _inputs(program, which, group):

@@ -190,9 +190,8 @@ def write(
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
     if plots:
         draw(result["plots"], path.with_suffix(".png"))
-    for each in result["tables"]:
-        print("\n" + as_text(each))
-    print(f"\n{path} after {result['seconds']:.0f} s on {result['device']}", flush=True)
+    tables = "".join("\n" + as_text(each) + "\n" for each in result["tables"])
+    print(f"{tables}\n{path} after {result['seconds']:.0f} s on {result['device']}", flush=True)
     return result
 
 
