@@ -308,7 +308,8 @@ def _draw_one(axes, each: Mapping, numbers: Mapping[str, int]) -> None:
         axes.set_yticks(range(len(each["series"])), [s["name"] for s in each["series"]])
         axes.invert_yaxis()
     else:
-        axes.legend(frameon=False, fontsize="small")
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # beside the lines
+        axes.legend(frameon=False, fontsize="small", **place)
     axes.set(title=each["title"], xlabel=each["x"], ylabel=each["y"])
     if "x" in each["log"]:
         axes.set_xscale("log")
