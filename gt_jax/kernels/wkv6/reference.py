@@ -28,5 +28,6 @@ def wkv6_reference(r, k, v, w, u, initial_state, resets, precision):
         return jnp.exp(w_t)[..., None] * state + kv, o_t
 
     over_time = [jnp.moveaxis(x, 1, 0) for x in (r, k, v, w, resets)]
+    step = jax.checkpoint(step, prevent_cse=False)  # keeps one state a token, nothing else
     final_state, o = jax.lax.scan(step, initial_state, over_time)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), final_state
