@@ -24,6 +24,7 @@ experiments/report.py, can show them all, and experiments/claims.py can judge by
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -54,6 +55,9 @@ QUICK = {
 
 def run(main) -> None:
     """main() of the command line; an InputError prints as one line, `error: ...`, with status 1."""
+    # Threads of JAX's CPU backend, read when it starts. Where there are as few as two, parts of a
+    # program of many runs can wait for one another forever.
+    os.environ.setdefault("NPROC", "8")
     cli.run(lambda argv: main(argv[1:]))
 
 
