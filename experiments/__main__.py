@@ -22,6 +22,8 @@ def main(argv):
         if name not in known:
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise InputError(f"{name!r} is no experiment{hint}")
+    if len(names) > 1 and any(argument.startswith("--out") for argument in argv):
+        raise InputError("--out is for one experiment: each of these would write over the others'")
     began = time.perf_counter()
     mains = [importlib.import_module(f"experiments.{name}").main for name in names]
     with ThreadPoolExecutor(len(mains)) as pool:
@@ -33,7 +35,8 @@ def main(argv):
 def experiments():
     """Names of the files beside this one that take the laboratory's flags."""
     files = sorted(Path(__file__).parent.glob("[a-z]*.py"))
-    return [file.stem for file in files if "= results.parser(" in file.read_text()]
+    takes_flags = lambda text: "\ndef main(" in text and "= results.parser(" in text
+    return [file.stem for file in files if takes_flags(file.read_text("utf-8"))]
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main(argv=None):
 
 def profiles(config, setting, options):
     """{"before", "after"}: what `profile` says, [seeds, ...], of models trained side by side."""
-    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if options.quick else None)
+    jit = lab.jit(options.quick)
     task = lab.text_task(config)
     model = make_model(make_model_config(config, task.vocab_size))
     schedule = make_schedule(config.optim, config.train.steps)

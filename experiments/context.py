@@ -86,8 +86,7 @@ def main(argv=None):
             return losses | by_position(model, params, rows=rows, window=trained)
 
         read = functools.partial(jax.lax.map, read)  # one seed after the other
-        options_ = lab.COMPILE_FAST if options.quick else None
-        return jax.device_get(jax.jit(read, compiler_options=options_)(mine.params))
+        return jax.device_get(lab.jit(options.quick)(read)(mine.params))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
         found = dict(zip(names, pool.map(probe, names)))

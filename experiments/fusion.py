@@ -169,8 +169,7 @@ def result_name(options):
 
 
 def settings_of(options, config):
-    shape = {"batch": config.train.batch_size, "length": config.train.seq_len}
-    return {"branch": options.branch, "steps": config.train.steps} | shape
+    return {"branch": options.branch} | lab.settings(config)
 
 
 def notes_of(options):

@@ -14,7 +14,6 @@ Gradients of Mamba times ten are left out: Adam divides such a factor out again.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -192,7 +191,7 @@ def contributions(runs, task, *, quick):
     # One program for all: they differ in what their training was, not in what they compute.
     model = make_model(dataclasses.replace(runs[PLAIN].model_config, gate_init=None))
     held_out = jax.tree.map(lambda *x: np.stack(x), *task.held_out)
-    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if quick else None)
+    jit = lab.jit(quick)
 
     @jit
     def contributed(params):

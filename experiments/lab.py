@@ -15,6 +15,7 @@ How an experiment reads its command line and keeps its results: experiments/resu
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -160,6 +161,17 @@ def make_config(changes: Mapping) -> Config:
             raise InputError(f"{name} is not a config field; configs/base.py has them all")
     config.update_from_flattened_dict(dict(changes))
     return from_config_dict(config)
+
+
+def settings(config: Config) -> dict:
+    """What of a config every result says."""
+    shape = {"batch": config.train.batch_size, "length": config.train.seq_len}
+    return {"steps": config.train.steps} | shape
+
+
+def jit(compile_fast: bool) -> Callable:
+    """jax.jit, or one for tiny jobs."""
+    return functools.partial(jax.jit, compiler_options=COMPILE_FAST if compile_fast else None)
 
 
 def text_task(config: Config) -> Task:

@@ -161,8 +161,7 @@ def found(runs, test, length, *, quick):
         return right.reshape(len(DEPTHS), TRIALS).mean(-1)
 
     run = lambda params: jax.lax.map(of_run, params)
-    options = lab.COMPILE_FAST if quick else None
-    return np.asarray(jax.jit(run, compiler_options=options)(runs.params))
+    return np.asarray(lab.jit(quick)(run)(runs.params))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main(argv=None):
         keep_params=True,
         compile_fast=options.quick,
     )
-    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if options.quick else None)
+    jit = lab.jit(options.quick)
     count = 4 if options.quick else GRADIENTS
     measures, tables, plots = {}, [], []
     for name, runs in trained.items():
@@ -71,10 +71,8 @@ def main(argv=None):
     measures["gradient Mamba / RWKV, untrained"] = estimate(ratios)
     results.write(
         options,
-        settings={
-            "steps": config.train.steps,
-            "batch": config.train.batch_size,
-            "length": config.train.seq_len,
+        settings=lab.settings(config)
+        | {
             "rate": options.lr,
             "gradient batches": count,
         },

@@ -114,10 +114,8 @@ def main(argv=None):
         plots += found[2]
     results.write(
         options,
-        settings={
-            "steps": config.train.steps,
-            "batch": config.train.batch_size,
-            "length": config.train.seq_len,
+        settings=lab.settings(config)
+        | {
             "rates": RATES,
             "texts": texts,
         },

@@ -81,10 +81,8 @@ def main(argv=None):
         lines.append(results.line(name, turns, np.stack([*mine.values()], axis=1)))
     results.write(
         options,
-        settings={
-            "steps": config.train.steps,
-            "batch": config.train.batch_size,
-            "length": config.train.seq_len,
+        settings=lab.settings(config)
+        | {
             "turn": TURN,
             "trials": TRIALS,
             "rates": RATES,
@@ -167,9 +165,7 @@ def recalled(runs, generate, turns, *, quick):
         return jnp.mean((guesses == targets)[:, VALUE - 1 - TURN])
 
     run = lambda params: jax.lax.map(of_run, params)
-    return np.asarray(
-        jax.jit(run, compiler_options=lab.COMPILE_FAST if quick else None)(runs.params)
-    )
+    return np.asarray(lab.jit(quick)(run)(runs.params))
 
 
 def persisted(right):

@@ -74,10 +74,8 @@ def main(argv=None):
     columns += [*(f"{n} pairs" for n in numbers), "best rate"]
     results.write(
         options,
-        settings={
-            "steps": config.train.steps,
-            "batch": config.train.batch_size,
-            "length": config.train.seq_len,
+        settings=lab.settings(config)
+        | {
             "vocabulary": VOCABULARY,
             "rates": RATES,
         },

@@ -97,7 +97,7 @@ def look(config, task, runs, options):
     window = config.train.seq_len
     rows = with_changes(texts_of(text, TEXTS, PIECES * window))
     mixed = texts_of(text, 4 if options.quick else SWAPPED, (PIECES + 1) * window)
-    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST if options.quick else None)
+    jit = lab.jit(options.quick)
     read_all = jit(functools.partial(read, model, rows=rows, window=window))
     swap_all = jit(functools.partial(information, model, rows=mixed, after=PIECES * window))
     init = jit(lambda key: model.init(jax.random.fold_in(key, 0), rows[:1, :window])["params"])

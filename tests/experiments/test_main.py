@@ -28,7 +28,15 @@ def test_what_fails_does_not_stop_the_others(monkeypatch):
     assert ran == [[]]
 
 
-@pytest.mark.parametrize(("argv", "message"), [(["fusoin"], "fusion"), (["--seeds=2"], "ratio")])
-def test_unknown_names_are_refused(argv, message):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fusoin"], "fusion"),
+        (["--seeds=2"], "ratio"),
+        (["results"], "'results' is no experiment"),
+        (["fusion", "ratio", "--out=x.json"], "--out is for one"),
+    ],
+)
+def test_wrong_names_and_flags_are_refused(argv, message):
     with pytest.raises(InputError, match=message):
         together.main(argv)
