@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
@@ -14,7 +15,9 @@ def run(main) -> None:
     """Call main(sys.argv); a mistake in the input prints as `error: ...` with exit status 1."""
     verbose = any(argument.startswith("--verbose") for argument in sys.argv)
     if not verbose:  # Orbax logs a failure before raising it, and its threads complain after.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         sys.unraisablehook = lambda _: None
     try:
         status = main(sys.argv)

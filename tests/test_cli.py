@@ -286,3 +286,20 @@ def test_module_runs_from_the_shell_without_a_traceback():
         [*command, "--verbose"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert long.returncode == 1 and "Traceback" in long.stderr
+
+
+def test_failure_is_one_line_even_where_unfinished_writes_complain():
+    program = """
+from gt_jax import cli
+
+async def write():
+    pass
+
+def main(argv):
+    unfinished = write()
+    raise OSError("no room")
+
+cli.run(main)
+"""
+    short = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (short.returncode, short.stderr) == (1, "error: no room\n")
