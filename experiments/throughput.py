@@ -16,7 +16,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from experiments import lab, results
+from experiments import lab, programs, results
 from experiments.benchmark_generation import Decoder, random_params, total_bytes
 from experiments.parity import FAMILIES, HYBRID, match
 from experiments.profile_training import Trainer, flops_per_token
@@ -147,8 +147,8 @@ def decoder(config, rows):
 def time_training(made, point, stretches, seconds):
     """{"rate", "MiB", "cells"} of a Trainer; no rate if it does not fit."""
     family, _, rows, length = point
-    rate, size = None, lab.program_bytes(made.compiled)
-    if size <= lab.bytes_free():
+    rate, size = None, programs.program_bytes(made.compiled)
+    if size <= programs.bytes_free():
         made.run(2)
         steps = max(1, round(seconds / made.run(1)))
         rate = spread([steps * rows * length / made.run(steps) for _ in range(stretches)])

@@ -10,7 +10,7 @@ from experiments import characterize, lab, results
 from gt_jax.models import make_config, make_model
 
 SMALL = {"vocab_size": 11, "dim": 32, "layers": 2, "heads": 1}
-jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+jit = lab.jit(compile_fast=True)
 
 
 @pytest.mark.parametrize("preset", ["gf-mh", "rwkv6", "gpt1"])

@@ -12,7 +12,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import make_config, make_model
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # float32 sums in another order
-jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+jit = lab.jit(compile_fast=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from experiments.statistics import compare
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, make_config, make_model
 
-jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+jit = lab.jit(compile_fast=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments import lab
+from experiments import lab, programs
 from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
@@ -73,7 +73,7 @@ def trainer(source, seeds):
     model = make_model(make_model_config(config, text.tokenizer.vocab_size))
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
-    jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+    jit = lab.jit(compile_fast=True)
     init, measure = jit(functools.partial(init_state, model, tx, config)), make_eval_step(model)
     step, measure = jit(make_train_step(model, tx, schedule, config)), jit(measure)
     shape = {"batch_size": 2, "seq_len": 8}
@@ -157,12 +157,12 @@ def test_short_memory_makes_groups(config, task, monkeypatch):
 
         return init, advance, measure
 
-    monkeypatch.setattr(lab, "_functions", functions)
+    monkeypatch.setattr(programs, "functions", functions)
     sweep = {"optim.lr": (1e-3, 1e-2, 3e-2)}
     lines, results = [], []
-    monkeypatch.setattr(lab, "program_bytes", lambda compiled: 300)
+    monkeypatch.setattr(programs, "program_bytes", lambda compiled: 300)
     for free in ([300], [100, 300], [1, 1]):  # at each compilation
-        monkeypatch.setattr(lab, "bytes_free", iter(free).__next__)
+        monkeypatch.setattr(programs, "bytes_free", iter(free).__next__)
         arms = {"GF": lab.Arm(config, task)}
         trained = lab.train(arms, seeds=(0, 4), sweep=sweep, keep_params=True, show=lines.append)
         results.append(trained["GF"])

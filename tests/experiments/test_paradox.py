@@ -14,7 +14,7 @@ from gt_jax.models import make_config, make_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order
 KERNELS = {"official": ("output", "out_proj"), "legacy": ("ffn_value", "out_proj")}
-jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+jit = lab.jit(compile_fast=True)
 
 
 @pytest.fixture(scope="module", params=("official", "legacy"))

@@ -13,7 +13,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import make_config, make_model
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # float32 sums in another order
-jit = functools.partial(jax.jit, compiler_options=lab.COMPILE_FAST)
+jit = lab.jit(compile_fast=True)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ def test_median_and_range_are_those_of_the_stretches():
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
-    monkeypatch.setattr(throughput.lab, "program_bytes", lambda compiled: 2**21)
-    monkeypatch.setattr(throughput.lab, "bytes_free", lambda: 2**20)
+    monkeypatch.setattr(throughput.programs, "program_bytes", lambda compiled: 2**21)
+    monkeypatch.setattr(throughput.programs, "bytes_free", lambda: 2**20)
     monkeypatch.setattr(throughput, "flops_per_token", lambda config, length: 10)
     monkeypatch.setattr(throughput, "described", lambda family, model: [family])
     made = Clock()  # has no seconds: it cannot run
@@ -39,7 +39,7 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(throughput, "config", None, raising=False)
     found = throughput.time_training(made, ("GPT-2", None, 4, 16), 3, 1.0)
     assert found["rate"] is None and found["MiB"] == 2
-    monkeypatch.setattr(throughput.lab, "bytes_free", lambda: 2**22)
+    monkeypatch.setattr(throughput.programs, "bytes_free", lambda: 2**22)
     made = Clock(9, 0.5, 1, 2, 4)  # two steps, one step of half a second, then stretches of two
     made.compiled, made.model = None, throughput
     found = throughput.time_training(made, ("GPT-2", None, 4, 16), 3, 1.0)
