@@ -17,6 +17,7 @@ and of Mamba's output, and gradients, all of an untrained model that reads rando
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -56,26 +57,25 @@ def main(argv=None):
         keep_params=True,
         compile_fast=options.quick,
     )
-    jit = lab.jit(options.quick)
+    jit, seeds = lab.jit(options.quick), options.seeds
     count = 4 if options.quick else GRADIENTS
-    measures, tables, plots = {}, [], []
-    for name, runs in trained.items():
-        found = measure(configs[name], task, runs, options.seeds, count, jit)
-        suffix = "" if name == "official" else f", {name}"
-        measures |= measures_of(found, suffix)
-        tables += tables_of(f"{name} branch", found, task.unit)
-        plots += plots_of(f"{name} branch", found, task.unit)
     size = {"dim": 32, "layers": 1, "heads": 1} if options.quick else {}
-    shares, ratios = zip(*(as_published(seed, size, jit) for seed in options.seeds))
+    with ThreadPoolExecutor(len(trained) + 1) as pool:  # programs compile side by side
+        published = pool.submit(as_published, seeds, size, jit)
+        look = lambda name: measure(configs[name], task, trained[name], seeds, count, jit)
+        found = dict(zip(trained, pool.map(look, trained)))
+    measures, tables, plots = {}, [], []
+    for name, each in found.items():
+        suffix = "" if name == "official" else f", {name}"
+        measures |= measures_of(each, suffix)
+        tables += tables_of(f"{name} branch", each, task.unit)
+        plots += plots_of(f"{name} branch", each, task.unit)
+    shares, ratios = published.result()
     measures["Mamba share, published"] = estimate(shares)
     measures["gradient Mamba / RWKV, untrained"] = estimate(ratios)
     results.write(
         options,
-        settings=lab.settings(config)
-        | {
-            "rate": options.lr,
-            "gradient batches": count,
-        },
+        settings=lab.settings(config) | {"rate": options.lr, "gradient batches": count},
         measures=measures,
         tables=tables,
         plots=plots,
@@ -360,49 +360,45 @@ def gradient_norms(model, config, params, batches):
     }
 
 
-def as_published(seed, size, jit, *, vocab_size=16000, length=128):
-    """What the original project measured, of an untrained model on random tokens.
+def as_published(seeds, size, jit, *, vocab_size=16000, length=128):
+    """What the original project measured, of untrained models on random tokens.
 
     Returns:
-        Mamba's share |m| / (|m| + |s|), with m its output at the last position of the last block
-        and s the state of a vector recurrence whose weights belong to no model; and the mean norm
-        of the gradients of Mamba's tensors over that of RWKV's.
+        [seeds] each: Mamba's share |m| / (|m| + |s|), with m its output at the last position of the
+        last block and s the state of a vector recurrence whose weights belong to no model; and the
+        mean norm of the gradients of Mamba's tensors over that of RWKV's.
     """
-    tokens = np.random.default_rng(seed).integers(vocab_size, size=(4, length), dtype=np.int32)
-    # Two models, of which the second one's RWKV keeps the init of its own.
-    models = {
-        init: make_model(
-            make_config(
-                "gf-mh", vocab_size=vocab_size, branch="legacy", init=init, legacy_wkv=wkv, **size
-            )
-        )
-        for init, wkv in (("normal", "a"), ("official", "b1"))
-    }
-    params = {
-        init: jit(model.init)(jax.random.key(seed), tokens[:1])["params"]
-        for init, model in models.items()
-    }
+    make = functools.partial(make_config, "gf-mh", vocab_size=vocab_size, branch="legacy", **size)
+    model = make_model(make(init="normal", legacy_wkv="a"))
+    other = make_model(make(init="official", legacy_wkv="b1"))  # whose RWKV keeps its own init
 
-    def loss(params):
-        logits = models["normal"].apply({"params": params}, tokens[:, :-1]).logits
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    def of_seed(given):
+        key, tokens = given
+        params, others = (each.init(key, tokens[:1])["params"] for each in (model, other))
 
-    norms = {name: [] for name in (*BRANCHES, "gate", "rest")}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(params["normal"])):
-        norms[optimizer.label(path)].append(np.linalg.norm(leaf))
+        def loss(params):
+            logits = model.apply({"params": params}, tokens[:, :-1]).logits
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    mixed = {
-        name: part | {"rwkv": params["official"][name]["rwkv"]} if "rwkv" in part else part
-        for name, part in params["normal"].items()
-    }
-    model = models["official"]
-    output, sown = jit(functools.partial(model.apply, mutable=["activations"]))(
-        {"params": mixed}, tokens
-    )
-    last = sown["activations"][f"blocks_{model.config.layers - 1}"]
-    mamba = np.linalg.norm(last["mamba_out"][0][:, -1], axis=-1)
-    state = np.linalg.norm(output.state[-1].rwkv.numerator, axis=-1)
-    return np.mean(mamba / (mamba + state)), np.mean(norms["mamba"]) / np.mean(norms["rwkv"])
+        norms = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+            norms.setdefault(optimizer.label(path), []).append(jnp.linalg.norm(leaf))
+        rwkv, mamba = (jnp.stack(norms[branch]).mean() for branch in BRANCHES)
+
+        mixed = {
+            name: part | {"rwkv": others[name]["rwkv"]} if "rwkv" in part else part
+            for name, part in params.items()
+        }
+        output, sown = other.apply({"params": mixed}, tokens, mutable=["activations"])
+        last = sown["activations"][f"blocks_{model.config.layers - 1}"]
+        m = jnp.linalg.norm(last["mamba_out"][0][:, -1], axis=-1)
+        s = jnp.linalg.norm(output.state[-1].rwkv.numerator, axis=-1)
+        return jnp.mean(m / (m + s)), mamba / rwkv
+
+    draw = lambda seed: np.random.default_rng(seed).integers(vocab_size, size=(4, length))
+    tokens = np.stack([draw(seed) for seed in seeds]).astype(np.int32)
+    keys = jax.vmap(jax.random.key)(np.array(seeds))
+    return jax.device_get(jit(functools.partial(jax.lax.map, of_seed))((keys, tokens)))
 
 
 if __name__ == "__main__":
