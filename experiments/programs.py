@@ -29,8 +29,9 @@ from gt_jax.train import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 
+_OPTIM = ("lr", "min_lr_ratio", "warmup_steps", "weight_decay")
 # Config fields in which the runs of one program may differ.
-SWEEPABLE = ("model.gate_init", "optim.lr", "optim.min_lr_ratio", "optim.weight_decay")
+SWEEPABLE = ("model.gate_init", *(f"optim.{field}" for field in _OPTIM))
 SWEEPABLE += tuple(f"optim.lr_multipliers.{part}" for part in ("rwkv", "mamba", "gate"))
 
 # Weight of the RWKV branch that a fusion starts from where model.gate_init is None.
@@ -114,7 +115,7 @@ def _with_values(config: Config, values: Mapping) -> Config:
     multipliers = {
         part: values[f"optim.lr_multipliers.{part}"] for part in ("rwkv", "mamba", "gate")
     }
-    fields = {f: values[f"optim.{f}"] for f in ("lr", "min_lr_ratio", "weight_decay")}
+    fields = {field: values[f"optim.{field}"] for field in _OPTIM}
     fields["lr_multipliers"] = dataclasses.replace(config.optim.lr_multipliers, **multipliers)
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
 

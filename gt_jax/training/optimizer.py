@@ -33,10 +33,10 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     Linear warm-up, lr * (n + 1) / warmup_steps, so that the first update moves; then a cosine from
     lr to min_lr_ratio * lr at the last update.
     """
-    last = max(steps - 1, optim.warmup_steps + 1)
 
-    def schedule(count):
-        warm = (count + 1) / max(optim.warmup_steps, 1)
+    def schedule(count):  # of optim's numbers, which may be tracers
+        last = jnp.maximum(steps - 1, optim.warmup_steps + 1)
+        warm = (count + 1) / jnp.maximum(optim.warmup_steps, 1)
         progress = jnp.clip((count - optim.warmup_steps) / (last - optim.warmup_steps), 0, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return optim.lr * jnp.minimum(warm, optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
