@@ -12,6 +12,7 @@ mixer. It reported 782 for GPT, 5.5 for RWKV and 2.0 for Mamba-2. Under every ot
 families have the same init, optimizer, data and reference, the embedding.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -22,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import lab, results
+from experiments import lab, programs, results
 from experiments.statistics import estimate
 from gt_jax.models import make_model
 from gt_jax.train import make_model_config
 from gt_jax.training import backend
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_train_step
+from gt_jax.training.step import init_state
 
 FAMILIES = {
     "RWKV-6": {"model.preset": "rwkv6", "model.tie_embeddings": True},
@@ -50,23 +51,27 @@ PROFILED = 2048  # tokens
 
 
 class Setting(NamedTuple):
-    """Config changes, and whether the embedding is scaled to a spread of one at the start."""
+    """model.init, other config changes, and whether the embedding starts scaled to a spread of 1.
 
+    The first and the last do not matter to a program that trains: settings share it.
+    """
+
+    init: str
     changes: dict
     unit_embedding: bool = False
 
 
 def brief(init, lr, weight_decay, **options):
     """The project's 50 steps on consecutive windows of 64 tokens, one row, constant rate."""
-    changes = {"model.init": init, "optim.lr": lr, "optim.weight_decay": weight_decay}
+    changes = {"optim.lr": lr, "optim.weight_decay": weight_decay}
     changes |= {"optim.warmup_steps": 0, "optim.min_lr_ratio": 1.0, "data.order": "tracks"}
     changes |= {"train.steps": 50, "train.batch_size": 1, "train.seq_len": 64}
-    return Setting(changes, **options)
+    return Setting(init, changes, **options)
 
 
 def trained(init):
     """500 steps of 64 rows."""
-    return Setting({"model.init": init, "optim.lr": 1e-3})
+    return Setting(init, {"optim.lr": 1e-3})
 
 
 SETTINGS = {
@@ -96,15 +101,22 @@ def main(argv=None):
     jobs = {("project", family): setting for family, setting in PROJECT.items()}
     jobs |= {(name, family): setting for name, setting in settings.items() for family in FAMILIES}
 
-    def run(job):
-        (_, family), setting = job
+    arms, tasks = {}, {}
+    for (name, family), setting in jobs.items():
         changes = COMMON | FAMILIES[family] | setting.changes | results.common(options)
         if options.quick:
             changes["data.vocab_size"] = QUICK_PIECES
-        return profiles(lab.make_config(changes), setting, options)
-
+        config = lab.make_config(changes)
+        text = config.data, config.train
+        if text not in tasks:
+            tasks[text] = lab.text_task(config)
+        arms[name, family] = lab.Arm(config, tasks[text])
+    planned = programs.plan(arms, options.seeds, {})
+    look = lambda program: profiles(program, jobs, options.quick)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        found = dict(zip(jobs, pool.map(run, jobs.items())))
+        found = {
+            job: profiled for each in pool.map(look, planned) for job, profiled in each.items()
+        }
 
     measures, tables, plots = {}, [], []
     for name in ("project", *settings):
@@ -146,16 +158,21 @@ def main(argv=None):
     )
 
 
-def profiles(config, setting, options):
-    """{"before", "after"}: what `profile` says, [seeds, ...], of models trained side by side."""
-    jit = lab.jit(options.quick)
-    task = lab.text_task(config)
-    model = make_model(make_model_config(config, task.vocab_size))
-    schedule = make_schedule(config.optim, config.train.steps)
-    tx = make_optimizer(config.optim, schedule)
-    step = jax.vmap(make_train_step(model, tx, schedule, config))
+def profiles(program, settings, quick):
+    """{"before", "after"} of every arm of a program: what `profile` says, [seeds, ...].
 
-    def init(seed):
+    Args:
+        program: of experiments.programs, with the keys of `settings` as names.
+        settings: name -> Setting.
+    """
+    jit = lab.jit(quick)
+    config, task = program.config, program.task
+    tx = make_optimizer(config.optim, make_schedule(config.optim, config.train.steps))
+    _, values, of_run, seeds = programs.inputs_of(program, slice(None), len(program.points))
+
+    def fresh(setting, seed):
+        model_config = make_model_config(config, task.vocab_size)
+        model = make_model(dataclasses.replace(model_config, init=setting.init))
         state = init_state(model, tx, config, jax.random.key(seed))
         if not setting.unit_embedding:
             return state
@@ -163,18 +180,27 @@ def profiles(config, setting, options):
         scaled = {"embedding": {"embedding": table / table.std()}}
         return state.replace(params=state.params | scaled)
 
-    feeds = [task.batches(seed) for seed in options.seeds]
-    burst = [next(feed) for _ in range(config.train.steps) for feed in feeds]
-    shape = config.train.steps, len(feeds)
-    batches = jax.tree.map(lambda *x: np.stack(x).reshape(*shape, *x[0].shape), *burst)
+    def init(seeds):
+        parts = [
+            jax.vmap(functools.partial(fresh, settings[name]))(seeds) for name in program.names
+        ]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)  # [arms * seeds]
+
+    feeds = [task.batches(seed) for seed in seeds]
+    steps = [programs.stacked(map(next, feeds)) for _ in range(config.train.steps)]
     texts = np.concatenate([batch.inputs for batch in task.held_out])
     texts = texts[: max(PROFILED // config.train.seq_len, 1)]
+    model = make_model(program.model_config)
     look = jit(jax.vmap(functools.partial(profile, model), in_axes=(0, None)))
+    advance = programs.functions(program)[1]
+    learn = jit(lambda *given: advance(*given)[0])
 
-    states = jit(jax.vmap(init))(np.array(options.seeds, np.uint32))
-    before = jax.device_get(look(states.params, texts))
-    states, _ = jit(lambda states, batches: jax.lax.scan(step, states, batches))(states, batches)
-    return {"before": before, "after": jax.device_get(look(states.params, texts))}
+    states = jit(init)(np.array(seeds, np.uint32))
+    found = {"before": jax.device_get(look(states.params, texts))}
+    states = learn(states, values, of_run, programs.stacked(steps))
+    found["after"] = jax.device_get(look(states.params, texts))
+    by_arm = jax.tree.map(lambda x: x.reshape(len(program.names), len(seeds), *x.shape[1:]), found)
+    return {name: jax.tree.map(lambda x, i=i: x[i], by_arm) for i, name in enumerate(program.names)}
 
 
 def profile(model, params, tokens):

@@ -143,9 +143,8 @@ def settings(config: Config) -> dict:
 
 
 def jit(compile_fast: bool) -> Callable:
-    """jax.jit, or one for tiny jobs."""
-    options = programs.COMPILE_FAST if compile_fast else None
-    return functools.partial(jax.jit, compiler_options=options)
+    """jax.jit with the compiler's options of the laboratory; compile_fast is for tiny jobs."""
+    return functools.partial(jax.jit, compiler_options=programs.compiler_options(compile_fast))
 
 
 def text_task(config: Config) -> Task:

@@ -110,6 +110,12 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
     return list(programs.values())
 
 
+def compiler_options(compile_fast: bool) -> dict:
+    """For the compiler; compile_fast is for tiny jobs."""
+    options = COMPILE_FAST if compile_fast else {}
+    return options | (ON_GPU if jax.default_backend() == "gpu" else {})
+
+
 def _with_values(config: Config, values: Mapping) -> Config:
     """A Config with some of its optim fields replaced, by tracers if need be."""
     multipliers = {
@@ -195,8 +201,7 @@ def prepare(program: Program, *, group: int | None, compile_fast: bool) -> Compi
     began = time.perf_counter()
     runs = len(program.points)
     group = min(group or math.ceil(runs / math.ceil(runs / FULL)), runs)
-    options = COMPILE_FAST if compile_fast else {}
-    options = options | (ON_GPU if jax.default_backend() == "gpu" else {})
+    options = compiler_options(compile_fast)
     while True:
         with _LOWERING:
             lowered = _lower(program, group)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import characterize, lab, results
+from experiments import characterize, lab, programs, results
 from gt_jax.models import make_config, make_model
 
 SMALL = {"vocab_size": 11, "dim": 32, "layers": 2, "heads": 1}
@@ -50,6 +50,28 @@ def test_growth_is_over_its_reference():
     profiled = {"embedding_std": np.array([0.5]), "block_std": np.array([[2.0, 3.0, 8.0]])}
     assert characterize.growth(profiled) == [16]
     assert characterize.growth(profiled, first=True) == [4]
+
+
+def test_settings_that_share_a_program_are_what_they_are_alone(tmp_path):
+    """Two inits, at rates of their own."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be that is the question\n" * 50)
+    shared = results.QUICK | {"model.preset": "gpt1", "data.source": str(text)}
+    settings = {"a": characterize.trained("normal"), "b": characterize.brief("blinkdl", 3e-3, 0.0)}
+    settings["b"] = settings["b"]._replace(unit_embedding=True)
+    configs = {"a": lab.make_config(shared), "b": lab.make_config(shared | {"optim.lr": 3e-3})}
+    task = lab.text_task(configs["a"])
+    arms = {name: lab.Arm(config, task) for name, config in configs.items()}
+    look = lambda names: [
+        characterize.profiles(program, settings, quick=True)
+        for program in programs.plan({name: arms[name] for name in names}, (0, 3), {})
+    ]
+    (both,), (alone,) = look("ab"), look("b")
+    assert set(both) == {"a", "b"}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, both["b"], alone["b"])
+    assert np.all(both["a"]["before"]["embedding_std"] < 0.1)
+    np.testing.assert_allclose(both["b"]["before"]["embedding_std"], 1, atol=0.2)
 
 
 def test_experiment_runs(tmp_path, monkeypatch):
