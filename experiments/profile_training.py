@@ -4,10 +4,10 @@
     python -m experiments.profile_training --config=configs/gf_mh_base.py --timed_steps=20
     ... --config.train.batch_size=8 --config.train.seq_len=2048
 
-Trains on random tokens with the trainer's own step. Prints seconds to the end of the first step,
-tokens per second (median of five timed stretches, without evaluation), model FLOPs per second and
-their share of the device's peak, peak memory of the device, and the costliest operations of a
-traced step by device time, like adding to like over the layers.
+Trains random weights on random tokens with the trainer's own step. Prints seconds to the end of
+the first step, tokens per second (median of five timed stretches, without evaluation), model FLOPs
+per second and their share of the device's peak, peak memory of the device, and the costliest
+operations of a traced step by device time, like adding to like over the layers.
 
 Model FLOPs are those of the definition, whatever the program does to get there: 6 per token and
 parameter, each of which is multiplied and added once forward and twice backward, and likewise 12
@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
+from experiments.benchmark_generation import random_params
+from experiments.programs import LOWERING
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import make_batches
@@ -79,10 +81,12 @@ class Trainer:
         self.model = make_model(make_model_config(config, vocab))
         schedule = make_schedule(config.optim, config.train.steps)
         tx = make_optimizer(config.optim, schedule)
-        self.state = jax.jit(
-            functools.partial(init_state, self.model, tx, config),
-            out_shardings=parallel.state_sharding(mesh),
-        )(jax.random.key(config.seed))
+        init = functools.partial(init_state, self.model, tx, config)
+        zeros = jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init, jax.random.key(0))
+        )
+        state = zeros.replace(params=random_params(self.model))
+        self.state = jax.device_put(state, parallel.state_sharding(mesh))
         B, T = config.train.batch_size, config.train.seq_len
         tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
         batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
@@ -91,7 +95,9 @@ class Trainer:
         began = time.perf_counter()
         make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
         train_step = parallel.compile_train_step(make_step, mesh, "jit")
-        self.compiled = train_step.lower(self.state, next(self.feed)[0]).compile()
+        with LOWERING:
+            lowered = train_step.lower(self.state, next(self.feed)[0])
+        self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 
     def run(self, steps):

@@ -48,7 +48,7 @@ COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 
 # Programs are lowered one after another, which Python does not faster at once: so the first can
 # run early.
-_LOWERING = threading.Lock()
+LOWERING = threading.Lock()
 
 
 class Program(NamedTuple):
@@ -203,7 +203,7 @@ def prepare(program: Program, *, group: int | None, compile_fast: bool) -> Compi
     group = min(group or math.ceil(runs / math.ceil(runs / FULL)), runs)
     options = compiler_options(compile_fast)
     while True:
-        with _LOWERING:
+        with LOWERING:
             lowered = _lower(program, group)
         with ThreadPoolExecutor(len(lowered)) as pool:
             compiled = dict(zip(lowered, pool.map(lambda x: x.compile(options), lowered.values())))
