@@ -117,9 +117,7 @@ def main(argv=None):
 
 def arms_of(options, names):
     """name -> Arm, and the validation text [n] int32."""
-    shared = {"train.steps": options.steps, "optim.lr": options.lr} | results.common(options)
-    shared["train.eval_every"] = 0
-    size = (shared["model.dim"], shared["model.layers"]) if options.quick else SIZE
+    shared, size = results.common(options, evaluations=1), results.size(options, SIZE)
     config = lab.make_config(shared)
     tokens = read_text(config).tokens
     tasks, arms = {}, {}

@@ -108,9 +108,8 @@ def add_flags(parser):
 
 def arms_of(options, preset, changes):
     """name -> (config, task) of a preset with some changes, under the flags' settings."""
-    shared = {"model.preset": preset, "train.steps": options.steps}
-    shared |= {"train.eval_every": max(options.steps // 5, 1), "optim.lr": REFERENCE_RATE}
-    shared |= BRANCHES[options.branch] | results.common(options)
+    shared = {"model.preset": preset, "optim.lr": REFERENCE_RATE} | BRANCHES[options.branch]
+    shared |= results.common(options, evaluations=5)
     configs = {name: lab.make_config(shared | change) for name, change in changes.items()}
     task = lab.text_task(next(iter(configs.values())))
     return {name: (config, task) for name, config in configs.items()}

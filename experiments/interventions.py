@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments import fusion, lab, paradox, results
 from experiments.parity import TEXTS
+from experiments.programs import stacked
 from experiments.ratio import RATES, late
 from experiments.statistics import compare, estimate
 from gt_jax.models import make_model
@@ -190,7 +191,7 @@ def contributions(runs, task, *, quick):
     """
     # One program for all: they differ in what their training was, not in what they compute.
     model = make_model(dataclasses.replace(runs[PLAIN].model_config, gate_init=None))
-    held_out = jax.tree.map(lambda *x: np.stack(x), *task.held_out)
+    held_out = stacked(task.held_out)
     jit = lab.jit(quick)
 
     @jit

@@ -43,13 +43,13 @@ def main(argv=None):
     options = results.parse(parser, argv)
     texts = results.one_of(TEXTS, options.texts, "--texts")
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
-    shared = {"train.steps": options.steps, "train.eval_every": max(options.steps // 10, 1)}
-    shared |= {"train.batch_size": ROWS} | results.common(options) | {"train.seq_len": lengths[0]}
+    shared = {"train.batch_size": ROWS} | results.common(options, evaluations=10)
+    shared["train.seq_len"] = lengths[0]
     arms, tests = {}, {}
     for text in texts:
         changes = shared | TEXTS[text] | ({"data.vocab_size": 300} if options.quick else {})
         task, tests[text] = needle_task(lab.make_config(changes), text)
-        size = (changes["model.dim"], changes["model.layers"]) if options.quick else SIZE
+        size = results.size(options, SIZE)
         for family in FAMILIES:
             shape = match(family, size, vocab_size=task.vocab_size, length=lengths[0])
             arms[text, family] = lab.Arm(lab.make_config(changes | shape), task)
@@ -100,14 +100,8 @@ def main(argv=None):
     config = next(iter(arms.values())).config
     results.write(
         options,
-        settings={
-            "steps": config.train.steps,
-            "batch": config.train.batch_size,
-            "lengths": lengths,
-            "depths": DEPTHS,
-            "trials": TRIALS,
-            "rates": RATES,
-        },
+        settings=lab.settings(config)
+        | {"lengths": lengths, "depths": DEPTHS, "trials": TRIALS, "rates": RATES},
         measures=measures,
         tables=tables,
         plots=plots,

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from experiments import lab, results
+from experiments.programs import stacked
 from experiments.statistics import estimate
 from gt_jax.models import make_config, make_model
 from gt_jax.train import make_model_config
@@ -46,7 +47,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=2e-3)
     options = results.parse(parser, argv)
-    shared = {"train.steps": options.steps, "optim.lr": options.lr} | results.common(options)
+    shared = results.common(options, evaluations=1)
     configs = {name: lab.make_config(shared | changes) for name, changes in VARIANTS.items()}
     config = configs["official"]
     task = lab.text_task(config)
@@ -99,8 +100,7 @@ def measure(config, task, runs, seeds, count, jit):
     """
     model = make_model(runs.model_config)
     at_first = make_model(make_model_config(config, task.vocab_size))
-    stack = lambda batches: jax.tree.map(lambda *x: np.stack(x), *batches)
-    held_out = stack(task.held_out)
+    held_out = stacked(task.held_out)
     inits = jit(lambda key: at_first.init(jax.random.fold_in(key, 0), held_out.inputs[0]))
     contributed = jit(functools.partial(contributions, model))
     lost = jit(functools.partial(losses, model))
@@ -109,7 +109,7 @@ def measure(config, task, runs, seeds, count, jit):
     found = {"untrained": [], "trained": []}
     for i, seed in enumerate(seeds):
         feed = task.batches(seed)
-        some = stack([next(feed) for _ in range(count)])
+        some = stacked([next(feed) for _ in range(count)])
         params = {
             "untrained": inits(jax.random.key(seed))["params"],
             "trained": jax.tree.map(lambda x, i=i: x[i], runs.params),
@@ -286,11 +286,7 @@ def losses(model, params, batches, keep, fill):
             kept = keep[layer][:, None, None, None] * parts
             return (kept + fill[layer][:, None, None]).sum(0)
 
-        logits = apply_with(model, params, batch, change)
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch.targets, 0)
-        )
-        return jnp.sum(loss, where=batch.targets >= 0)
+        return summed_loss(apply_with(model, params, batch, change), batch.targets)
 
     def of_setting(setting):
         return jax.lax.map(functools.partial(of_batch, setting), batches).sum()
@@ -323,6 +319,12 @@ def settings(model_config, means):
     return names, np.stack(keeps), np.stack(fills)
 
 
+def summed_loss(logits, targets):
+    """[] float32 nats over the counted targets."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.sum(losses, where=targets >= 0)
+
+
 def gradient_norms(model, config, params, batches):
     """Root mean square per parameter of each branch's gradient, and of its Adam update.
 
@@ -337,10 +339,7 @@ def gradient_norms(model, config, params, batches):
 
     def loss(params, batch):
         logits = model.apply({"params": params}, batch.inputs, segment_ids=batch.segment_ids).logits
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch.targets, 0)
-        )
-        return jnp.mean(losses, where=batch.targets >= 0)
+        return summed_loss(logits, batch.targets) / jnp.sum(batch.targets >= 0)
 
     def step(state, batch):
         grads = jax.grad(loss)(params, batch)
@@ -350,14 +349,8 @@ def gradient_norms(model, config, params, batches):
         return state, {kind: optimizer.norms_by_label(tree) for kind, tree in norms.items()}
 
     _, norms = jax.lax.scan(step, adam.init(params), batches)
-    sizes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = optimizer.label(path)
-        sizes[name] = sizes.get(name, 0) + leaf.size
-    return {
-        kind: {name: by_label[name][-1] / sizes[name] ** 0.5 for name in BRANCHES}
-        for kind, by_label in norms.items()
-    }
+    ones = optimizer.norms_by_label(jax.tree.map(jnp.ones_like, params))  # roots of the sizes
+    return {kind: {b: found[b][-1] / ones[b] for b in BRANCHES} for kind, found in norms.items()}
 
 
 def as_published(seeds, size, jit, *, vocab_size=16000, length=128):
@@ -378,7 +371,7 @@ def as_published(seeds, size, jit, *, vocab_size=16000, length=128):
 
         def loss(params):
             logits = model.apply({"params": params}, tokens[:, :-1]).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            return summed_loss(logits, tokens[:, 1:]) / tokens[:, 1:].size
 
         norms = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):

@@ -114,11 +114,7 @@ def main(argv=None):
         plots += found[2]
     results.write(
         options,
-        settings=lab.settings(config)
-        | {
-            "rates": RATES,
-            "texts": texts,
-        },
+        settings=lab.settings(config) | {"rates": RATES, "texts": texts},
         measures=measures,
         tables=tables,
         plots=plots,
@@ -133,12 +129,10 @@ def main(argv=None):
 
 def arms_of(options, text):
     """(text, family, counted) -> Arm of every family under every count."""
-    shared = {"train.steps": options.steps, "train.eval_every": max(options.steps // 20, 1)}
-    shared |= TEXTS[text] | results.common(options)
-    size = SIZE
+    shared = TEXTS[text] | results.common(options, evaluations=20)
     if options.quick:
-        size = shared["model.dim"], shared["model.layers"]
         shared["data.vocab_size"] = QUICK_PIECES
+    size = results.size(options, SIZE)
     config = lab.make_config(shared)
     task = lab.text_task(config)
     fit = {"vocab_size": task.vocab_size, "length": config.train.seq_len}

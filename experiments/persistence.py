@@ -50,14 +50,15 @@ def main(argv=None):
     options = results.parse(parser, argv)
     names = results.one_of(FAMILIES, options.models, "--models")
     learnt, turns = (QUICK_LEARNT, QUICK_TURNS) if options.quick else (LEARNT, TURNS)
-    shared = {"train.steps": options.steps, "train.batch_size": ROWS} | results.common(options)
-    shared |= {"train.eval_every": 0, "train.seq_len": learnt * TURN}
+    shared = {"train.batch_size": ROWS} | results.common(options, evaluations=1)
+    shared["train.seq_len"] = learnt * TURN
     config = lab.make_config(shared)
     task, unread = facts_task(config)
-    size = (config.model.dim, config.model.layers) if options.quick else SIZE
     fit = {"vocab_size": task.vocab_size, "length": config.train.seq_len}
+    size = results.size(options, SIZE)
+    configs = {name: lab.make_config(shared | match(name, size, **fit)) for name in names}
     trained = lab.train(
-        {name: lab.Arm(lab.make_config(shared | match(name, size, **fit)), task) for name in names},
+        {name: lab.Arm(config, task) for name, config in configs.items()},
         seeds=options.seeds,
         sweep={"optim.lr": RATES},
         group=options.group,
@@ -81,12 +82,7 @@ def main(argv=None):
         lines.append(results.line(name, turns, np.stack([*mine.values()], axis=1)))
     results.write(
         options,
-        settings=lab.settings(config)
-        | {
-            "turn": TURN,
-            "trials": TRIALS,
-            "rates": RATES,
-        },
+        settings=lab.settings(config) | {"turn": TURN, "trials": TRIALS, "rates": RATES},
         measures=measures,
         tables=[
             results.table(

@@ -4,7 +4,7 @@
         parser = results.parser("fusion", __doc__)
         parser.add_argument("--steps", type=int, default=500)
         options = results.parse(parser, argv)
-        config = lab.make_config(results.common(options) | {"train.steps": options.steps})
+        config = lab.make_config(results.common(options, evaluations=5))
         ...
         results.write(options, settings=..., measures=..., tables=..., plots=..., notes=...)
 
@@ -101,10 +101,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return options
 
 
-def common(options: argparse.Namespace) -> dict:
-    """Config fields that the common flags set."""
+def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:
+    """Config fields that the common flags set, and --steps and --lr of a parser that has them.
+
+    Args:
+        evaluations: how many of them --steps are to have, as far apart as one another; None leaves
+            it to the config.
+    """
     fields = {"data.source": options.source, "model.impl": options.impl}
+    flags = {"steps": "train.steps", "lr": "optim.lr"}
+    fields |= {field: getattr(options, flag) for flag, field in flags.items() if flag in options}
+    if evaluations:
+        fields["train.eval_every"] = max(options.steps // evaluations, 1)
     return fields | (QUICK if options.quick else {})
+
+
+def size(options: argparse.Namespace, full: tuple[int, int]) -> tuple[int, int]:
+    """Width and blocks of the hybrid: `full`, or those of QUICK."""
+    return (QUICK["model.dim"], QUICK["model.layers"]) if options.quick else full
 
 
 def one_of(choices, text: str, flag: str) -> list[str]:

@@ -55,8 +55,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=2e-3)
     options = results.parse(parser, argv)
-    shared = {"train.steps": options.steps, "optim.lr": options.lr} | results.common(options)
-    config = lab.make_config(shared | {"train.eval_every": 0})
+    config = lab.make_config(results.common(options, evaluations=1))
     task = lab.text_task(config)
     runs = lab.train(
         {HYBRID: lab.Arm(config, task)},
