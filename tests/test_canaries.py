@@ -22,11 +22,7 @@ LETTERS = CharTokenizer(string.ascii_letters + " \n.,:;?!'-")
 DECOYS = {"C1d": 1, "C2a": 1, "C3a": 1, "C3b": 1, "C3c": 1, "C5c": 1, "C6a": 1, "C6b": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,7 @@ from tests.models.small_models import lively_parameters, random_tokens
 TEXT = "the cat sat on the mat\n" * 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

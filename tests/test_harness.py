@@ -23,11 +23,7 @@ PIECES = ["\n", " ", "ab", *string.ascii_lowercase[:25]]
 WORLD = "".join(f"{i} {piece!r} {len(piece)}\n" for i, piece in enumerate(PIECES, start=1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

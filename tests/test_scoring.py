@@ -15,11 +15,7 @@ from tests.models.small_models import random_tokens, small_model
 LENGTHS = [30, 1, 17, 2, 9]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(params=["gru", "gpt2"])

@@ -1,6 +1,5 @@
 """A trace against one plain application of the same model and NumPy on what it gives."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,11 +23,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,12 @@
 
 import json
 
-import jax
 import pytest
 
 from experiments import gf_mh, graft
 
 
-@pytest.fixture
-def quickly(tmp_path):
-    """Compile fast rather than well, and the same program once."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path / "xla"), 0.2)):
-        jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys, quickly):
+def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys, compile_once):
     (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 100)
     small = {"train.batch_size": 2, "train.seq_len": 16, "optim.warmup_steps": 1}
     monkeypatch.setattr(graft, "SIZE", {"model.dim": 32, "model.layers": 1})

@@ -1,17 +1,11 @@
 """Speeds are counted as tokens over seconds, and compared stretch by stretch."""
 
-import jax
 import pytest
 
 from experiments import claims, parity, results, throughput
 from gt_jax.errors import InputError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 class Clock:
