@@ -202,7 +202,7 @@ def compared(title, outcomes, per_step, unit):
 def match(family, target, *, vocab_size, length, counted="all"):
     """Width, depth and heads of a family, as config changes, with the parameters of a hybrid.
 
-    Never fewer. Up to 5 % more cost nothing; beyond that, a tenth more costs as much as half or
+    Never fewer. Up to 3 % more cost nothing; beyond that, a tenth more costs as much as half or
     twice the hybrid's depth. The cheapest shape is taken.
 
     Args:
@@ -218,7 +218,7 @@ def match(family, target, *, vocab_size, length, counted="all"):
         one, two = size(family, dim, 1), size(family, dim, 2)  # each layer adds the same
         depth = max(1 - (one - wanted) // (two - one), 1)
         excess = (one + (depth - 1) * (two - one)) / wanted - 1
-        cost = 10 * max(excess - 0.05, 0) + abs(math.log2(depth / layers))
+        cost = 10 * max(excess - 0.03, 0) + abs(math.log2(depth / layers))
         return cost, dim, depth
 
     dims = range(WIDTH_STEP, 3 * target[0] + 1, WIDTH_STEP)
@@ -231,7 +231,6 @@ def match(family, target, *, vocab_size, length, counted="all"):
     return changes
 
 
-@functools.cache
 def _parameters(family, dim, layers, *, vocab_size, length, counted):
     fields = {
         name.removeprefix("model."): value for name, value in (FAMILIES | CONTROLS)[family].items()
@@ -243,9 +242,12 @@ def _parameters(family, dim, layers, *, vocab_size, length, counted):
     return counted_parameters(config, counted)
 
 
+_count = functools.cache(count_parameters)
+
+
 def counted_parameters(model_config, counted):
     """Number of parameters but for those that a key of COUNTED leaves out."""
-    parts = count_parameters(model_config)
+    parts = _count(model_config)
     return parts["total"] - sum(parts.get(part, 0) for part in COUNTED[counted])
 
 
