@@ -21,9 +21,9 @@ Of fresh weights of the same architecture, under configs/base.py's optimizer:
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 from experiments import lab, results
+from experiments.programs import stacked
 from gt_jax.analysis import memories
 from gt_jax.config import from_config_dict
 from gt_jax.data import encode_corpus, evaluation_batches, load_corpus, make_batches
@@ -86,7 +87,9 @@ def main(argv=None):
     backend.prepare()
     model, params, tokenizer = checkpoint.load(options.checkpoint)
     train, held_out = texts(options, tokenizer)
-    gates = [*of_trained(model, params, train, held_out), *of_fresh(model, train)]
+    parts = (of_trained(model, params, train, held_out), of_fresh(model, train))
+    with ThreadPoolExecutor(len(parts)) as pool:  # programs compile side by side
+        gates = [gate for part in pool.map(list, parts) for gate in part]
     rows = [[g.name, g.about, g.value, band(g), g.verdict] for g in gates]
     print(results.as_text(results.table("Gates", ["gate", "number", "", "band", ""], rows)))
     if options.out:
@@ -118,12 +121,11 @@ def of_trained(model, params, train, held_out):
     """G0, G1, G3.5, G4 and the naive baseline."""
     shape = {"batch_size": ROWS, "seq_len": LENGTH}
     batches = evaluation_batches(held_out, **shape)
-    batch, apply = batches[0], jax.jit(model.apply)
+    batch, apply = batches[0], jit(model.apply)
     output = apply({"params": params}, batch.inputs)
     slow = make_model(dataclasses.replace(model.config, impl="reference"))
-    reference = jax.jit(slow.apply)({"params": params}, batch.inputs).logits
+    reference = jit(slow.apply)({"params": params}, batch.inputs).logits
     apart = float(jnp.std(output.logits - reference) / jnp.std(reference))
-    exact = model.config.dtype == "float32"
     whole = output.logits.shape == (*batch.inputs.shape, model.config.vocab_size)
     finite = float(jnp.mean(jnp.isfinite(output.logits))) if whole else 0.0
     exact = model.config.dtype == "float32"
@@ -133,7 +135,7 @@ def of_trained(model, params, train, held_out):
     yield Gate("G1", "share of finite logits", finite, (1, 1), (1, 1))
     yield Gate("G3.5", "cosine of memories 64 tokens apart", cosine, (-1, 0.95), (-1, 0.99))
     yield Gate("G4", "gradient norms, RWKV / Mamba", ratio, (0.3, 3), (0.1, 10))
-    eval_step = jax.jit(make_eval_step(model))
+    eval_step = jit(make_eval_step(model))
     loss = evaluate(eval_step, params, batches)["validation_loss"]
     single, pairs = counted(train, held_out, model.config.vocab_size)
     about = f"held-out loss (pairs {pairs:.3f}, single tokens {single:.3f})"
@@ -144,29 +146,52 @@ def of_fresh(model, train):
     """G2, G3 and overfit."""
     batches = make_batches(train, order="windows", batch_size=ROWS, seq_len=LENGTH, seed=0)
     steps = [next(batches) for _ in range(STEPS)]
-    params = jax.jit(model.init)(jax.random.key(0), steps[0].inputs)["params"]
-    log_p = jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, steps[0].inputs).logits)
+    params = jit(model.init)(jax.random.key(0), steps[0].inputs)["params"]
+    log_p = jax.nn.log_softmax(jit(model.apply)({"params": params}, steps[0].inputs).logits)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_p[:, -1]) * log_p[:, -1], axis=-1))
     share = float(entropy) / math.log(model.config.vocab_size)
     yield Gate("G2", "a fresh model's entropy / ln vocabulary", share, (0.9, 1.001), (0.5, 1.001))
-    metrics = learn(model, steps)
+    learn = learner(model)
+    metrics = learn(steps)
     fall = float(metrics["loss"][:10].mean() - metrics["loss"][-10:].mean())
     yield Gate("G3", f"fall of the loss in {STEPS} steps", fall, (0.1, INF), (0, INF))
     norm = float(metrics["grad_norm"].mean())
     yield Gate("G3", "mean gradient norm", norm, (0.5, 1.5), (0, 5))
-    last = float(learn(model, steps[:1] * OVERFIT_STEPS)["loss"][-1])
+    last = float(learn(steps[:1] * OVERFIT_STEPS)["loss"][-1])
     yield Gate("overfit", f"loss on a batch seen {OVERFIT_STEPS} times", last, (0, 0.1), (0, 0.5))
 
 
-def learn(model, batches):
-    """Metrics [steps] of the trainer's own step over some batches, from fresh weights."""
-    config = lab.make_config({"optim.lr": RATE, "train.steps": len(batches)})
-    schedule = make_schedule(config.optim, len(batches))
-    tx = make_optimizer(config.optim, schedule)
-    step = make_train_step(model, tx, schedule, config)
-    state = jax.jit(functools.partial(init_state, model, tx, config))(jax.random.key(0))
-    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-    return jax.device_get(jax.jit(lambda *data: jax.lax.scan(step, *data)[1])(state, stacked))
+def jit(function):
+    """jax.jit as the laboratory compiles."""
+    return lab.jit(compile_fast=False)(function)
+
+
+def learner(model):
+    """learn(batches) -> metrics [steps] of the trainer's own step over them, from fresh weights.
+
+    One program takes STEPS of them; the length of the run is an argument of it.
+    """
+    config = lab.make_config({"optim.lr": RATE})
+
+    def parts(steps):
+        schedule = make_schedule(config.optim, steps)
+        return make_optimizer(config.optim, schedule), schedule
+
+    init = jit(lambda key: init_state(model, parts(1)[0], config, key))
+
+    @jit
+    def advance(state, batches, steps):
+        return jax.lax.scan(make_train_step(model, *parts(steps), config), state, batches)
+
+    def learn(batches):
+        state, found = init(jax.random.key(0)), []
+        for start in range(0, len(batches), STEPS):
+            some = stacked(batches[start : start + STEPS])
+            state, metrics = advance(state, some, len(batches))
+            found.append(metrics)
+        return jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(found))
+
+    return learn
 
 
 def frozen(apply, params, batches):
@@ -193,7 +218,7 @@ def gradient_ratio(model, params, batch):
         return jnp.mean(losses, where=batch.targets >= 0)
 
     norms = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(params)):
         norms.setdefault(optimizer.label(path), []).append(np.linalg.norm(leaf))
     if not {"rwkv", "mamba"} <= set(norms):
         return None
