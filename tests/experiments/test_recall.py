@@ -26,7 +26,7 @@ def test_families_have_states_of_one_size(size):
 
 
 def test_mixture_holds_every_number_of_pairs():
-    makers = [functools.partial(tasks.recall, pairs=n) for n in recall.PAIRS]
+    makers = [functools.partial(tasks.recall, pairs=n) for n in (4, 8, 16, 32, 64)]
     tokens, targets = recall.mixture(makers, np.random.default_rng(0), 64, 256)
     assert tokens.shape == (64, 256)
     found = Counter((targets >= 0).sum(axis=1).tolist())
@@ -61,14 +61,38 @@ def test_check_of_the_instrument():
     assert recall.check({"GPT-2": [1, 1]}) == "not made"
 
 
-def test_pairs_are_recalled(tmp_path, monkeypatch):
-    monkeypatch.setattr(recall, "VOCABULARY", 64)
+def test_pairs_are_as_many_as_fit():
+    assert recall.pairs_in(4, 4) == [1]
+    assert recall.pairs_in(63, 1024) == [1, 2, 4, 8]
+    assert recall.pairs_in(64, 34) == [1, 2, 4, 8, 16]
+    for length, vocabulary in ((4, 4), (64, 34)):  # the smallest there can be
+        pairs = recall.pairs_in(length, vocabulary)[-1]
+        rng = np.random.default_rng(0)
+        tokens, _ = tasks.recall(rng, 5, length, pairs=pairs, vocab_size=vocabulary)
+        assert tokens[:, : 2 * pairs].min() > 0 and tokens.max() < vocabulary
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--length=3"], "--length=3 must be at least 4"),
+        (["--length=64", "--vocabulary=33"], "--vocabulary=33 must be at least 34"),
+        (["--rates=fast"], "--rates"),
+    ],
+)
+def test_impossible_sizes_are_one_line(flags, message):
+    with pytest.raises(InputError, match=message):
+        recall.main(flags)
+
+
+def test_pairs_are_recalled(tmp_path):
     out = tmp_path / "recall.json"
-    recall.main(["--quick", "--seeds=2", "--models=gpt-2,mamba-2 small", f"--out={out}"])
+    flags = ["--quick", "--seeds=2", "--models=gpt-2,mamba-2 small", "--vocabulary=64"]
+    recall.main([*flags, f"--out={out}"])
     result = results.read(out)
     (table,) = result["tables"]
     assert [row[0] for row in table["rows"]] == ["GPT-2", "Mamba-2 small"]
-    assert result["measures"]["recall GPT-2, 2 pairs"]["n"] == 2
+    assert result["measures"]["recall GPT-2, 4 pairs"]["n"] == 2
     assert result["measures"]["check of the instrument"] in ("passed", "failed")
     assert out.with_suffix(".png").exists()
 
