@@ -45,29 +45,53 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Adam, decoupled decay (lr * weight_decay), learning rate by part; for clipped gradients."""
+    """Adam, decoupled decay (lr * weight_decay), learning rate by part.
+
+    Its gradients are clipped ones as `join` gives them, its updates a tree like the parameters.
+    """
+    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
 
     def decay_mask(params):
         return jax.tree_util.tree_map_with_path(is_decayed, params)
 
     return optax.chain(
-        # The moments as one vector: a step then takes and returns a third as many arrays.
-        optax.flatten(optax.scale_by_adam(optim.b1, optim.b2, optim.eps)),
+        optax.GradientTransformation(lambda params: adam.init(join(params)), adam.update),
+        optax.stateless(split),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
         _scale_by_label(optim.lr_multipliers),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def norms_by_label(grads) -> dict[str, jax.Array]:
-    """Global norm of the gradients of each label that occurs.
+def join(tree) -> dict[str, jax.Array]:
+    """A vector for each label that occurs, of all leaves that bear it.
 
-    Each label's leaves are joined first: hundreds of small sums would cost more than the copy.
+    What is done to hundreds of gradients and moments alike then takes a few large operations.
     """
     groups = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         groups.setdefault(label(path), []).append(leaf.ravel())
-    return {name: optax.tree.norm(jnp.concatenate(leaves)) for name, leaves in groups.items()}
+    vectors = {name: jnp.concatenate(leaves) for name, leaves in groups.items()}
+    # Once, and not again in everything that reads it.
+    return jax.lax.optimization_barrier(vectors)
+
+
+def split(vectors: dict[str, jax.Array], like):
+    """Undo `join` of a tree like `like`."""
+    starts = dict.fromkeys(vectors, 0)
+
+    def take(path, leaf):
+        name = label(path)
+        start = starts[name]
+        starts[name] += leaf.size
+        return vectors[name][start : starts[name]].reshape(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(take, like)
+
+
+def norms_by_label(tree) -> dict[str, jax.Array]:
+    """Global norm of the leaves of each label that occurs."""
+    return jax.tree.map(optax.tree.norm, join(tree))
 
 
 def clip(grads, norm, limit: float):

@@ -108,7 +108,8 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
             unroll=microbatches == 1,
         )
         loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
-        norms = optimizer.norms_by_label(grads)
+        grads = optimizer.join(grads)
+        norms = jax.tree.map(optax.tree.norm, grads)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +82,7 @@ def test_learning_rate_multipliers_scale_the_whole_update_of_their_part(toy, mak
     def updates(**fields):
         optim = make_config(**fields).optim
         tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 20))
-        return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
+        return jax.jit(lambda: tx.update(optimizer.join(grads), tx.init(params), params)[0])()
 
     plain = jax.tree_util.tree_leaves_with_path(updates())
     scaled = updates(**{"optim.lr_multipliers.rwkv": 2.0, "optim.lr_multipliers.gate": 0.0})
@@ -89,12 +91,37 @@ def test_learning_rate_multipliers_scale_the_whole_update_of_their_part(toy, mak
         np.testing.assert_allclose(after, factor * before, rtol=1e-6)
 
 
+def test_updates_are_those_of_adamw_leaf_by_leaf(toy, make_config):
+    params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    optim = make_config(**{"optim.weight_decay": 0.3, "optim.eps": 1e-3}).optim
+    schedule = optimizer.make_schedule(optim, 20)
+    decayed = jax.tree_util.tree_map_with_path(optimizer.is_decayed, params)
+    plain = optax.adamw(schedule, optim.b1, optim.b2, 1e-3, weight_decay=0.3, mask=decayed)
+    ours = optimizer.make_optimizer(optim, schedule)
+    states = [tx.init(params) for tx in (plain, ours)]
+    for n in range(3):
+        grads = jax.tree.map(lambda p, n=n: jnp.sin(p * 100 + n), params)
+        expected, states[0] = plain.update(grads, states[0], params)
+        updates, states[1] = ours.update(optimizer.join(grads), states[1], params)
+        compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
+        jax.tree.map(compare, updates, expected)
+        params = optax.apply_updates(params, updates)
+
+
+def test_split_undoes_join_whatever_the_order_of_labels(toy):
+    params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    joined = optimizer.join(params)
+    assert sum(v.size for v in joined.values()) == sum(p.size for p in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, optimizer.split(joined, params), params)
+
+
 def test_decay_is_decoupled(toy, make_config):
     """With zero gradients only decayed matrices move, by -lr * weight_decay * value."""
     params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     optim = make_config(**{"optim.lr": 0.5, "optim.warmup_steps": 0}).optim
     tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 20))
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    zeros = optimizer.join(jax.tree.map(jnp.zeros_like, params))
+    updates, _ = tx.update(zeros, tx.init(params), params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, value), update in zip(leaves, jax.tree.leaves(updates), strict=True):
         expected = -0.5 * 0.1 * value if optimizer.is_decayed(path, value) else 0 * value
