@@ -22,7 +22,7 @@ thousand steps not at all with it. So this differs from what was published:
     blocks       whole, with their feed-forward
     rates        of a narrower range, in larger batches
     sequences    new ones in every step, 64 tokens long; not 100,000 again and again, up to 512 long
-    vocabulary   1024, not 8192, to save time: from 64 to 512 it hardly mattered
+    vocabulary   1024, not 8192, to save time
 """
 
 import functools
