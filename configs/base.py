@@ -32,6 +32,7 @@ def get_config():
             state_size=config_dict.placeholder(int),  # Mamba-2 state channels per head
             max_positions=config_dict.placeholder(int),  # longest text of a GPT
             tie_embeddings=config_dict.placeholder(bool),  # output head shares the embedding
+            feed_forward=config_dict.placeholder(bool),  # behind the mixers of a block, or none
             init=config_dict.placeholder(str),  # "official", "normal" or "blinkdl"
             dtype="auto",  # of the computation: bfloat16 on GPU and TPU, float32 on CPU
             impl="auto",  # of the recurrences: "auto", "mosaic", "chunked" or "reference"

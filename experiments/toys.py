@@ -12,6 +12,7 @@ There is synergy in a task if the hybrid is ahead of its best branch alone by mo
 95 % interval of that difference, paired by seed, lies above 0.1.
 """
 
+import functools
 import itertools
 from collections import Counter
 
@@ -109,6 +110,7 @@ def make_task(name, generate, vocab_size, length, batch_size, *, tests=None):
         tests: generators of the test batches; TEST_BATCHES from `generate` if None.
     """
 
+    @functools.cache  # programs that train one after another draw the same
     def batch(generate, split, seed, index):
         tokens, targets = tasks.draw(
             generate, split=split, seed=seed, index=index, batch=batch_size, length=length

@@ -31,6 +31,7 @@ class Model:
     state_size: int | None
     max_positions: int | None
     tie_embeddings: bool | None
+    feed_forward: bool | None
     init: str | None
     dtype: str
     impl: str

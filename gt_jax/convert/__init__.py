@@ -97,14 +97,15 @@ def _find_layout(tensors):
 
 def _fits(layout, config):
     """Whether a layout can hold a model of ours."""
-    legacy = config.architecture == "rwkv6" and config.branch == "legacy"
-    return config.architecture == layout.architecture and not legacy
+    whole = config.branch == "official" and config.feed_forward
+    return config.architecture == layout.architecture and (config.architecture == "mamba2" or whole)
 
 
 def _describe(config):
     branch = ", legacy branch" if config.branch == "legacy" else ""
+    without = "" if config.feed_forward else ", without feed-forward,"
     return (
-        f"{config.architecture}{branch} of {config.layers} blocks, dim {config.dim}, "
+        f"{config.architecture}{branch}{without} of {config.layers} blocks, dim {config.dim}, "
         f"vocabulary {config.vocab_size:,}"
     )
 

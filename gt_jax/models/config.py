@@ -45,6 +45,8 @@ class ModelConfig:
             N(0, 0.02), as the reference repository did; "blinkdl" is "official" with embeddings
             from U(-1e-4, 1e-4) and zero mixer-output and second FFN kernels.
         tie_embeddings: share the embedding with the output head.
+        feed_forward: whether blocks have one behind their mixers, as RWKV-6 its channel-mix;
+            without, all a model can do is its mixers' doing. Mamba-2 never has one.
         max_positions: longest document of "gpt2" and "gpt1" (learned positions, key-value cache).
         dtype: type of matmuls and activations. Norms, decays, softmaxes, gates, recurrent states
             and the residual stream stay float32.
@@ -69,6 +71,7 @@ class ModelConfig:
     legacy_wkv: str = "a"
     init: str = "official"
     tie_embeddings: bool = True
+    feed_forward: bool = True
     max_positions: int = 1024
     dtype: str = "float32"
     impl: str = "auto"
@@ -81,8 +84,9 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise InputError(f"model.{field}={value!r} must be a whole number of at least 1")
-        if not isinstance(self.tie_embeddings, bool):
-            raise InputError(f"model.tie_embeddings={self.tie_embeddings!r} must be true or false")
+        for field in ("tie_embeddings", "feed_forward"):
+            if not isinstance(value := getattr(self, field), bool):
+                raise InputError(f"model.{field}={value!r} must be true or false")
         self._check_widths()
         self._check_gate()
 

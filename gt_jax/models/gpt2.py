@@ -116,5 +116,7 @@ class Block(nn.Module):
             norm(c, "mixer_norm")(x), state, segment_ids=segment_ids
         )
         x = x + mixed
+        if not c.feed_forward:
+            return x, state
         down = initializers.normal(0.02 * (2 * c.layers) ** -0.5)
         return x + FeedForward(c, down, name="ffn")(norm(c, "ffn_norm")(x)), state

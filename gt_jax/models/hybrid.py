@@ -49,7 +49,8 @@ class Block(nn.Module):
         )
         record(self, rwkv_out=rwkv, mamba_out=mamba, fused=fused)
         x = x + fused
-        x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        if c.feed_forward:
+            x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         return x, BlockState(rwkv_state, mamba_state, fusion_state)
 
     def _mixer(self, name):

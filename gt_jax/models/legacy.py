@@ -150,4 +150,6 @@ class Block(nn.Module):
             rms_norm(c, "mixer_norm")(x), state, segment_ids=segment_ids
         )
         x = x + mixed
-        return x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x)), state
+        if c.feed_forward:
+            x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        return x, state

@@ -168,7 +168,10 @@ class ChannelMix(nn.Module):
 
 
 class BlockState(NamedTuple):
-    """State of an RWKV-6 block: its TimeMixState and the channel-mix's last input [B, D]."""
+    """State of an RWKV-6 block: its TimeMixState, and the channel-mix's last input [B, D].
+
+    Without a channel-mix that is None.
+    """
 
     rwkv: TimeMixState
     ffn: jax.Array
@@ -191,6 +194,8 @@ class Block(nn.Module):
             layer_norm(c, "mixer_norm")(x), state.rwkv, segment_ids=segment_ids
         )
         x = x + mixed
+        if not c.feed_forward:
+            return x, BlockState(time_state, None)
         mixed, last = ChannelMix(c, self.layer, name="ffn")(
             layer_norm(c, "ffn_norm")(x), state.ffn, segment_ids=segment_ids
         )

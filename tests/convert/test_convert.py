@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gt_jax
 from gt_jax import cli
 from gt_jax.convert import LAYOUTS, __main__, export_model, files, import_model
 from gt_jax.convert.layout import read_params
-from gt_jax.data.pretrained import WorldTokenizer
+from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
 from gt_jax.errors import InputError
 from gt_jax.generate import generate
 from gt_jax.models import make_model
 from gt_jax.models.layers import rms_norm
+from gt_jax.training import checkpoint
 from tests.convert import small
 
 PAIRS = [
@@ -152,6 +154,18 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
     with pytest.raises(InputError, match=message):
         raise InputError(printed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+def test_model_without_feed_forward_has_no_other_layout(tmp_path):
+    config = dataclasses.replace(small.MODELS["rwkv6"], feed_forward=False)
+    params = flatten_dict(small.params_of("rwkv6"))
+    params = {p: x for p, x in params.items() if not any(name.startswith("ffn") for name in p)}
+    params = unflatten_dict(params)
+    checkpoint.save_model(tmp_path / "ours", config, params, IdTokenizer(small.VOCAB))
+    message = "--format=fla for rwkv6, without feed-forward, of 2 blocks.* cannot be: nothing else"
+    with pytest.raises(InputError, match=message):
+        export_model(tmp_path / "ours", tmp_path / "b", layout="fla")
+    assert not (tmp_path / "b").exists()
 
 
 def test_file_of_another_kind_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose
 
 from gt_jax.errors import InputError
@@ -79,6 +80,29 @@ def test_remat_changes_neither_gradients_nor_activations(remat):
     for name in ("rwkv_out", "mamba_out", "fused"):
         assert sown[name][0].shape == (2, T, 32)
     assert sown["fusion"]["gate"][0].shape == (2, T, 1)
+
+
+@pytest.mark.parametrize("kind", ["gf", "legacy-c", "rwkv6", "rwkv6-legacy", "gpt2"])
+def test_blocks_without_feed_forward_are_those_whose_feed_forward_adds_nothing(kind):
+    whole, bare = small_model(kind), small_model(kind, feed_forward=False)
+    tokens = random_tokens(2, T)
+
+    params = flatten_dict(whole.params)
+    for path, leaf in params.items():
+        if path[1:] in (("ffn", "down", "kernel"), ("ffn", "value", "kernel")):
+            params[path] = 0 * leaf
+    kept = flatten_dict(bare.params)
+    parts = {path: path[1] if len(path) > 1 else path[0] for path in params}
+    assert set(kept) == {path for path in params if not parts[path].startswith("ffn")}
+    bare_params = unflatten_dict({path: params[path] for path in kept})
+    expected = whole.apply({"params": unflatten_dict(params)}, tokens).logits
+    output = bare.apply({"params": bare_params}, tokens)
+    assert_allclose(output.logits, expected, rtol=1e-5, atol=1e-5)
+    state = bare.model.init_state(2)
+    assert jax.tree.structure(state) == jax.tree.structure(output.state)
+    first = bare.apply({"params": bare_params}, tokens[:, :9], state)
+    rest = bare.apply({"params": bare_params}, tokens[:, 9:], first.state)
+    assert_allclose(rest.logits, expected[:, 9:], rtol=1e-4, atol=1e-4)
 
 
 def test_init_returns_parameters_only():
