@@ -42,7 +42,7 @@ from gt_jax.evaluate import evaluate
 from gt_jax.models import make_model
 from gt_jax.training import backend, checkpoint, optimizer
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_eval_step, make_train_step
+from gt_jax.training.step import init_state, make_eval_step, make_train_step, summed_loss
 from gt_jax.training.text import read_text
 
 LENGTH = 64  # tokens in a row
@@ -212,10 +212,7 @@ def gradient_ratio(model, params, batch):
 
     def loss(params):
         logits = model.apply({"params": params}, batch.inputs).logits
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch.targets, 0)
-        )
-        return jnp.mean(losses, where=batch.targets >= 0)
+        return summed_loss(logits, batch.targets) / jnp.sum(batch.targets >= 0)
 
     norms = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(params)):

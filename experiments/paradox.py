@@ -31,6 +31,7 @@ from experiments.statistics import estimate
 from gt_jax.models import make_config, make_model
 from gt_jax.train import make_model_config
 from gt_jax.training import optimizer
+from gt_jax.training.step import summed_loss
 
 VARIANTS = {
     "official": {"model.preset": "gf-mh"},
@@ -317,12 +318,6 @@ def settings(model_config, means):
                 keeps.append(keep)
                 fills.append(fill)
     return names, np.stack(keeps), np.stack(fills)
-
-
-def summed_loss(logits, targets):
-    """[] float32 nats over the counted targets."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-    return jnp.sum(losses, where=targets >= 0)
 
 
 def gradient_norms(model, config, params, batches):

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gt_jax.config import Config, flatten
 from gt_jax.data.batches import Batch
@@ -27,7 +26,7 @@ from gt_jax.models import ModelConfig, make_model
 from gt_jax.models.fusion import logit
 from gt_jax.train import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_train_step
+from gt_jax.training.step import init_state, make_train_step, summed_loss
 
 _OPTIM = ("lr", "min_lr_ratio", "warmup_steps", "weight_decay")
 # Config fields in which the runs of one program may differ.
@@ -179,12 +178,8 @@ def functions(program: Program):
 
     def measure_one(params, batch):
         logits = model.apply({"params": params}, batch.inputs, segment_ids=batch.segment_ids).logits
-        counts = batch.targets >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch.targets, 0)
-        )
-        right = (jnp.argmax(logits, -1) == batch.targets) & counts
-        return jnp.sum(losses, where=counts), jnp.sum(right)
+        right = jnp.argmax(logits, -1) == batch.targets  # never where a target does not count
+        return summed_loss(logits, batch.targets), jnp.sum(right)
 
     def advance(states, values, of_run, batches):
         def step(states, batch):

@@ -94,7 +94,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
                 rngs={"dropout": jax.random.fold_in(key, index)},
                 mutable=["activations"],
             )
-            loss = _summed_loss(output.logits, batch.targets) / jnp.maximum(tokens, 1)
+            loss = summed_loss(output.logits, batch.targets) / jnp.maximum(tokens, 1)
             return loss, (mean_gates(sown), None if carry is None else output.state)
 
         def add_microbatch(grads, part):
@@ -158,7 +158,7 @@ def make_eval_step(model):
             _zero_rows(carry, batch.fresh),
             segment_ids=batch.segment_ids,
         )
-        sums = Evaluation(_summed_loss(output.logits, batch.targets), jnp.sum(batch.targets >= 0))
+        sums = Evaluation(summed_loss(output.logits, batch.targets), jnp.sum(batch.targets >= 0))
         return sums, None if carry is None else output.state
 
     return eval_step
@@ -175,8 +175,13 @@ def mean_gates(sown) -> jax.Array | None:
     return jnp.stack([gates[layer] for layer in sorted(gates)]) if gates else None
 
 
-def _summed_loss(logits, targets):
-    """Summed cross-entropy of the counted targets, float32 nats."""
+def summed_loss(logits, targets):
+    """Summed cross-entropy, [] float32 nats.
+
+    Args:
+        logits: [..., vocabulary] float32.
+        targets: [...] int32; below 0 they do not count.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return jnp.sum(losses, where=targets >= 0)
 
