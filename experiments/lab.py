@@ -15,6 +15,7 @@ How an experiment reads its command line and keeps its results: experiments/resu
 
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,10 @@ from gt_jax.training.text import loss_unit, read_text
 
 # One program runs at a time.
 _RUNNING = threading.Lock()
+
+# Seconds until one thread of Python lets another on. While programs are traced, the thread that
+# makes batches of text waits that long at every turn, with Python's usual 5 ms hundredfold.
+SWITCH = 1e-4
 
 
 class Task(NamedTuple):
@@ -202,6 +207,7 @@ def train(
         InputError: a field cannot be swept, or a config is impossible.
     """
     planned = programs.plan(arms, seeds, sweep or {})
+    sys.setswitchinterval(SWITCH)
     backend.prepare()
     results = {}
     with ThreadPoolExecutor(min(len(planned), os.cpu_count())) as pool:

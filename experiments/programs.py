@@ -39,9 +39,10 @@ GATES = {"hy": 0.7, "gf": 0.5, "ws": 0.5, "hgf": 0.5}
 # Runs side by side beyond which a large GPU would gain nothing.
 FULL = 32
 
-# Triton's products run no faster here, and trying them out was most of compiling; trying fusions in
-# two ways is much of the rest.
+# Nothing is tried out on the device while programs compile: that was most of compiling, and waits
+# for the program that runs meanwhile.
 ON_GPU = {
+    "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }

@@ -41,16 +41,18 @@ def mixed_requests():
 def test_greedy_tokens_are_what_reading_the_whole_text_again_finds_likeliest(kind):
     small = small_model(kind, max_positions=200)
     requests = [Request(TEXT[:n], max_tokens=40, temperature=0.0) for n in (1, 7, 70)]
-    completions = complete(small.model, small.params, requests, rows=2)
-    for request, completion in zip(requests, completions):
-        length = len(request.prompt)
-        whole = np.zeros((1, 110), np.int32)  # one shape; what follows has no influence
-        whole[0, : length + 40] = [*request.prompt, *completion.tokens]
-        logits = small.apply({"params": small.params}, whole).logits[0, length - 1 : length + 39]
-        assert completion.tokens == np.argmax(logits, -1).tolist()
-        expected = jax.nn.log_softmax(logits)[np.arange(40), np.array(completion.tokens)]
-        np.testing.assert_allclose(completion.log_probabilities, expected, atol=1e-4)
-        assert completion.reason == "length"
+    with jax.default_matmul_precision("float32"):  # where a GPU would round to TF32
+        completions = complete(small.model, small.params, requests, rows=2)
+        for request, completion in zip(requests, completions):
+            length = len(request.prompt)
+            whole = np.zeros((1, 110), np.int32)  # one shape; what follows has no influence
+            whole[0, : length + 40] = [*request.prompt, *completion.tokens]
+            logits = small.apply({"params": small.params}, whole).logits[0]
+            logits = logits[length - 1 : length + 39]
+            assert completion.tokens == np.argmax(logits, -1).tolist()
+            expected = jax.nn.log_softmax(logits)[np.arange(40), np.array(completion.tokens)]
+            np.testing.assert_allclose(completion.log_probabilities, expected, atol=1e-4)
+            assert completion.reason == "length"
 
 
 def test_company_changes_nothing_to_the_last_bit(gf):
