@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gt_jax.training import backend
 from gt_jax.training.step import TrainState
 
 
@@ -46,6 +47,7 @@ def compile_train_step(make_step, mesh: Mesh, mode: str):
             in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
+            compiler_options=backend.compiler_options(),
         )
 
     axes = _by_part(None, carry=0)
