@@ -2,9 +2,11 @@
 
     python -m experiments.gates --checkpoint=runs/gf_mh
     python -m experiments.gates --checkpoint=converted/rwkv --source=book.txt
+    python -m experiments.gates --checkpoint runs/0 runs/1 runs/2 --out=results/gates.json
 
 Every gate gives a number and says pass, warn or fail by the band printed beside it; the exit status
-is 1 if any fails. Of the trained weights:
+is 1 if any fails. Several checkpoints, of the same model from other seeds, give mean and interval,
+and the worst of their verdicts. Of the trained weights:
 
     G0   what the implementation in use makes of a text, beside the reference implementation's
     G1   finite logits, of the right shape
@@ -12,7 +14,8 @@ is 1 if any fails. Of the trained weights:
     G4   gradients of RWKV's tensors over Mamba's, mean norms, on one held-out batch (hybrids)
     naive baseline  held-out loss beside that of counted pairs and of counted single tokens
 
-Of fresh weights of the same architecture, under configs/base.py's optimizer:
+Of fresh weights of the same architecture, another seed's for each checkpoint, under
+configs/base.py's optimizer:
 
     G2   entropy of the untrained model's guess, as a share of the vocabulary's
     G3   some steps on the text: the loss must fall; mean gradient norm before clipping
@@ -21,7 +24,6 @@ Of fresh weights of the same architecture, under configs/base.py's optimizer:
 
 import argparse
 import dataclasses
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,7 @@ import optax
 
 from experiments import lab, results
 from experiments.programs import stacked
+from experiments.statistics import estimate
 from gt_jax.analysis import memories
 from gt_jax.config import from_config_dict
 from gt_jax.data import encode_corpus, evaluation_batches, load_corpus, make_batches
@@ -50,6 +53,7 @@ ROWS = 10
 STEPS, OVERFIT_STEPS = 100, 500
 RATE = 1e-3  # of fresh models
 INF = math.inf
+VERDICTS = ("none", "pass", "warn", "fail")
 
 
 class Gate(NamedTuple):
@@ -60,6 +64,11 @@ class Gate(NamedTuple):
     value: float | None  # None where the gate does not apply
     good: tuple[float, float]
     fair: tuple[float, float]
+
+    @property
+    def title(self):
+        """What to find it by: the name, without the numbers in brackets, of one text."""
+        return f"{self.name}: {self.about.split(' (')[0]}"
 
     @property
     def verdict(self):
@@ -80,37 +89,52 @@ def main(argv=None):
         allow_abbrev=False,
     )
     parser.error = results.refuse
-    parser.add_argument("--checkpoint", required=True, help="as gt_jax.load takes it")
+    parser.set_defaults(experiment="gates", about=__doc__.split("\n")[0], quick=False)
+    parser.add_argument("--checkpoint", required=True, nargs="+", help="as gt_jax.load takes it")
     parser.add_argument("--source", help="text, as data.source; default: that of the run")
     parser.add_argument("--out", type=Path, help="a JSON file for the gates")
-    options = parser.parse_args(argv)
+    options = results.parse(parser, argv)
+    options.seeds = range(len(options.checkpoint))
     backend.prepare()
-    model, params, tokenizer = checkpoint.load(options.checkpoint)
-    train, held_out = texts(options, tokenizer)
-    parts = (of_trained(model, params, train, held_out), of_fresh(model, train))
-    with ThreadPoolExecutor(len(parts)) as pool:  # programs compile side by side
-        gates = [gate for part in pool.map(list, parts) for gate in part]
-    rows = [[g.name, g.about, g.value, band(g), g.verdict] for g in gates]
-    print(results.as_text(results.table("Gates", ["gate", "number", "", "band", ""], rows)))
+    rows, measures, failed = [], {}, False
+    for gates in zip(*(gates_of(options, i) for i in options.seeds)):
+        gate, values = gates[0], [g.value for g in gates]
+        value = estimate(values) if len(gates) > 1 and None not in values else gate.value
+        verdict = max((g.verdict for g in gates), key=VERDICTS.index)
+        rows.append([gate.name, gate.about, value, band(gate), verdict])
+        measures |= {gate.title: value, f"{gate.title}, verdict": verdict}
+        failed |= verdict == "fail"
+    found = results.table("Gates", ["gate", "number", "", "band", ""], rows)
     if options.out:
-        fields = [g._asdict() | {"verdict": g.verdict} for g in gates]
-        text = json.dumps(results.plain({"checkpoint": options.checkpoint, "gates": fields}))
-        options.out.write_text(text + "\n", "utf-8")
-    return int(any(gate.verdict == "fail" for gate in gates))
+        about = {"checkpoints": options.checkpoint}
+        results.write(options, settings=about, measures=measures, tables=[found])
+    else:
+        print(results.as_text(found))
+    return int(failed)
 
 
-def texts(options, tokenizer):
-    """Token ids of the run's own split, or of one tenth of --source held out."""
-    about = checkpoint.read_about(checkpoint.find(options.checkpoint))["config"]
-    if options.source is None and "data" not in about:
+def gates_of(options, i):
+    """All gates of a checkpoint."""
+    path = options.checkpoint[i]
+    model, params, tokenizer = checkpoint.load(path)
+    train, held_out = texts(path, options.source, tokenizer)
+    parts = (of_trained(model, params, train, held_out), of_fresh(model, train, seed=i))
+    with ThreadPoolExecutor(len(parts)) as pool:  # programs compile side by side
+        return [gate for part in pool.map(list, parts) for gate in part]
+
+
+def texts(path, source, tokenizer):
+    """Token ids of the run's own split, or of one tenth of the source held out."""
+    about = checkpoint.read_about(checkpoint.find(path))["config"]
+    if source is None and "data" not in about:
         raise InputError(
-            f"--source is missing: {options.checkpoint} is a converted model and has no text of "
-            "its own; name a file"
+            f"--source is missing: {path} is a converted model and has no text of its own; name a "
+            "file"
         )
-    if options.source is None:
+    if source is None:
         tokens = read_text(from_config_dict(about), tokenizer=tokenizer).tokens
     else:
-        tokens = encode_corpus(load_corpus(options.source, validation_fraction=0.1), tokenizer)
+        tokens = encode_corpus(load_corpus(source, validation_fraction=0.1), tokenizer)
     needed = 2 * ROWS * LENGTH + 1  # two batches
     if min(sum(map(len, part)) for part in (tokens.train, tokens.validation)) < needed:
         raise InputError(f"the text must have {needed} tokens to train on and {needed} held out")
@@ -142,16 +166,16 @@ def of_trained(model, params, train, held_out):
     yield Gate("naive baseline", about, loss, (0, pairs), (0, single))
 
 
-def of_fresh(model, train):
+def of_fresh(model, train, seed):
     """G2, G3 and overfit."""
-    batches = make_batches(train, order="windows", batch_size=ROWS, seq_len=LENGTH, seed=0)
+    batches = make_batches(train, order="windows", batch_size=ROWS, seq_len=LENGTH, seed=seed)
     steps = [next(batches) for _ in range(STEPS)]
-    params = jit(model.init)(jax.random.key(0), steps[0].inputs)["params"]
+    params = jit(model.init)(jax.random.key(seed), steps[0].inputs)["params"]
     log_p = jax.nn.log_softmax(jit(model.apply)({"params": params}, steps[0].inputs).logits)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_p[:, -1]) * log_p[:, -1], axis=-1))
     share = float(entropy) / math.log(model.config.vocab_size)
     yield Gate("G2", "a fresh model's entropy / ln vocabulary", share, (0.9, 1.001), (0.5, 1.001))
-    learn = learner(model)
+    learn = learner(model, seed)
     metrics = learn(steps)
     fall = float(metrics["loss"][:10].mean() - metrics["loss"][-10:].mean())
     yield Gate("G3", f"fall of the loss in {STEPS} steps", fall, (0.1, INF), (0, INF))
@@ -166,7 +190,7 @@ def jit(function):
     return lab.jit(compile_fast=False)(function)
 
 
-def learner(model):
+def learner(model, seed):
     """learn(batches) -> metrics [steps] of the trainer's own step over them, from fresh weights.
 
     One program takes STEPS of them; the length of the run is an argument of it.
@@ -184,7 +208,7 @@ def learner(model):
         return jax.lax.scan(make_train_step(model, *parts(steps), config), state, batches)
 
     def learn(batches):
-        state, found = init(jax.random.key(0)), []
+        state, found = init(jax.random.key(seed)), []
         for start in range(0, len(batches), STEPS):
             some = stacked(batches[start : start + STEPS])
             state, metrics = advance(state, some, len(batches))

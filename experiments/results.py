@@ -92,10 +92,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     began = time.perf_counter()
     options = parser.parse_args(argv)
     for name in ("seeds", "group"):
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
-    options.seeds, options.began = range(options.seeds), began
+    options.began = began
+    if "seeds" in options:
+        options.seeds = range(options.seeds)
     given = [] if argv is None else argv
     options.command = shlex.join(["python", "-m", f"experiments.{options.experiment}", *given])
     return options

@@ -1,12 +1,10 @@
 """Each gate's number against one got another way; a run that fails says so by its exit status."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from experiments import gates
+from experiments import gates, results
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
@@ -54,20 +52,27 @@ def stored(tmp_path_factory):
     return folder
 
 
-def test_untrained_model_fails_the_baseline_alone(stored, monkeypatch, capsys):
+def test_untrained_models_fail_the_baseline_alone(stored, monkeypatch, capsys):
     monkeypatch.setattr(gates, "STEPS", 20)
     monkeypatch.setattr(gates, "OVERFIT_STEPS", 200)
-    flags = [f"--checkpoint={stored / 'model'}", f"--source={stored / 'text.txt'}"]
-    assert gates.main([*flags, f"--out={stored / 'gates.json'}"]) == 1
+    model, out = str(stored / "model"), stored / "gates.json"
+    flags = [f"--source={stored / 'text.txt'}", f"--out={out}"]
+    assert gates.main(["--checkpoint", model, model, *flags]) == 1
     printed = capsys.readouterr().out
-    found = {g["name"]: g for g in json.loads((stored / "gates.json").read_text())["gates"]}
-    failed = {name for name in found if found[name]["verdict"] == "fail"}
+    result = results.read(out)
+    assert result["settings"]["checkpoints"] == [model, model]
+    (table,) = result["tables"]
+    failed = {name for name, *_, verdict in table["rows"] if verdict == "fail"}
     assert failed - {"G4"} == {"naive baseline"}  # its RWKV still ends in zeros
     # Letters drawn at random: nothing beats their number.
-    assert f"single tokens {np.log(len(LETTERS)):.2f}" in found["naive baseline"]["about"]
-    assert found["G0"]["value"] < 1e-4 and found["G1"]["value"] == 1
-    assert found["G4"]["value"] > 0 and found["overfit"]["value"] < 0.5
-    for name in found:
+    assert f"single tokens {np.log(len(LETTERS)):.2f}" in printed
+    value = {name: value for name, _, value, *_ in table["rows"]}
+    assert value["G0"]["mean"] < 1e-4 and value["G1"]["mean"] == 1
+    assert value["G4"]["mean"] > 0 and value["overfit"]["mean"] < 0.5
+    # Trained weights are the same, fresh ones are of two seeds.
+    assert len(set(value["G4"]["values"])) == 1 and len(set(value["overfit"]["values"])) == 2
+    assert result["measures"]["naive baseline: held-out loss, verdict"] == "fail"
+    for name in value:
         assert name in printed
 
 
