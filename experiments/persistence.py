@@ -1,7 +1,7 @@
 """Over how many turns does each family keep a fact?
 
     python -m experiments.persistence --seeds=3
-    python -m experiments.persistence --steps=4000
+    python -m experiments.persistence --steps=9000
 
 Rows are turns of 16 tokens of text. The first states two characters, later ones ask for them (see
 `facts`). GF-MH of width 128 and 4 blocks, and families of its size, learn on rows of 16 turns, at
@@ -46,7 +46,7 @@ def main(argv=None):
     parser = results.parser("persistence", __doc__)
     parser.set_defaults(seeds=3)
     parser.add_argument("--models", default=",".join(FAMILIES), help="with commas between")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     options = results.parse(parser, argv)
     names = results.one_of(FAMILIES, options.models, "--models")
     learnt, turns = (QUICK_LEARNT, QUICK_TURNS) if options.quick else (LEARNT, TURNS)

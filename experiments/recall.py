@@ -20,9 +20,9 @@ the fewer pairs some sequences had; with a feed-forward behind it, at a rate of 
 steps not at all. So this differs from what was published:
 
     pairs        from 1 on, not from 4: with few, a guess is close to the answer
-    rates        of a narrower range, in larger batches
-    sequences    new ones in every step, 64 tokens long; not 100,000 again and again, up to 512 long
-    vocabulary   1024, not 8192, to save time
+    rates        of a narrower range
+    sequences    new ones in every step, 128 tokens long; not 100,000 again and again, up to 512
+    vocabulary   256, not 8192, to save time
 """
 
 import functools
@@ -45,10 +45,10 @@ def main(argv=None):
     parser = results.parser("recall", __doc__)
     parser.set_defaults(seeds=3)
     parser.add_argument("--models", help="with commas between; all if not given")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--length", type=int, default=64, help="tokens; four for each pair")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="keys and values together")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128, help="tokens; four for each pair")
+    parser.add_argument("--vocabulary", type=int, default=256, help="keys and values together")
     parser.add_argument("--rates", type=rates, default=RATES, help="of learning, commas between")
     options = results.parse(parser, argv)
     shared = SHAPE | {"train.batch_size": options.batch, "train.seq_len": options.length}

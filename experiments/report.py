@@ -21,6 +21,9 @@ from gt_jax.errors import InputError
 ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "states")
 ORDER += ("persistence", "toys", "interventions", "throughput", "scaling", "gates")
 
+# Characters that fit half the page's width; tables with more take all of it.
+HALF = 74
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
@@ -110,7 +113,10 @@ def claims_list(judged: Sequence[tuple[Claim, Verdict]], found: Mapping[str, dic
 
 def section(result: Mapping) -> str:
     """One experiment: what it asks, its numbers, and how to have them again."""
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in result["settings"].items())
+    settings = result["settings"]
+    groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    line = ", ".join(f"{n} {_plain(v)}" for n, v in settings.items() if n not in groups)
+    folded = "".join(details(*group) for group in groups.items())
     commit = f", commit <code>{escape(result['commit'][:10])}</code>" if result["commit"] else ""
     trial = (
         " <b>A trial run of a tiny model: its numbers mean nothing.</b>" if result["quick"] else ""
@@ -121,20 +127,28 @@ def section(result: Mapping) -> str:
     return f"""<section id="{escape(result["name"])}">
 <h2>{escape(result["name"])}</h2>
 <p>{escape(result["about"])}{trial}</p>
-{notes}<p class="small soft">{escape(settings)}<br>
-{escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>
+{notes}<p class="small soft">{escape(line)}<br>
+{escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>{folded}
 <pre><code>{escape(result["command"])}</code></pre>
 {f'<div class="plots">{plots}</div>' if plots else ""}
 <div class="tables">{"".join(map(html_table, result["tables"]))}</div>
 </section>"""
 
 
+def details(name: str, values: Mapping) -> str:
+    """Settings that are many, to be unfolded."""
+    lines = "".join(f"<p>{escape(n)}: {escape(_plain(v))}</p>" for n, v in values.items())
+    return f'<details class="small soft"><summary>{escape(name)}</summary>{lines}</details>'
+
+
 def html_table(table: Mapping) -> str:
     cells = lambda tag, row: "".join(f"<{tag}>{escape(results.show(cell))}</{tag}>" for cell in row)
     rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table["rows"])
     note = f'<p class="small soft">{escape(table["note"])}</p>' if table["note"] else ""
+    shown = [table["columns"], *([results.show(cell) for cell in row] for row in table["rows"])]
+    width = sum(3 + max(map(len, column)) for column in zip(*shown))  # characters
     return (
-        f'<div class="block card"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
+        f'<div class="block card{" wide" if width > HALF else ""}"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
         f"<thead><tr>{cells('th', table['columns'])}</tr></thead><tbody>{rows}</tbody>"
         f"</table></div>{note}</div>"
     )

@@ -265,6 +265,8 @@ def show(cell) -> str:
         if low is None:
             return show(mean)
         half = (high - low) / 2
+        if 0 < abs(mean) < 1e-4:
+            return f"{mean:.3g} ± {half:.2g}".replace("-", "−")
         most = 4 if abs(mean) >= 0.01 else 6
         digits = min(max(1 - math.floor(math.log10(half)), 0), most) if half else 4
         return f"{mean:,.{digits}f} ± {half:,.{digits}f}".replace("-", "−")

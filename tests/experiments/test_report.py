@@ -146,6 +146,22 @@ def test_attractor_must_show_at_both_rates(kept, verdict):
     assert verdict_of("attractor", {"ratio": a_result("ratio", measures)}).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("learnt", "score", "verdict"),
+    [
+        ((1.0, 0.9, 1.0), (100, 100, 100), "reproduced"),
+        ((1.0, 0.9, 1.0), (10, 20, 10), "refuted"),
+        ((1.0, 0.1, 1.0), (100, 0, 100), "undecided"),  # one did not learn to answer
+        ((0.1, 0.1, 0.1), (0, 0, 0), "undecided"),
+    ],
+)
+def test_what_was_not_learnt_is_not_forgotten(learnt, score, verdict):
+    measures = {"fact GF-MH, turn 5": estimate(learnt)}
+    measures |= {"state persistence GF-MH": estimate(score)}
+    found = {"persistence": a_result("persistence", measures=measures)}
+    assert verdict_of("state-persistence", found).verdict == verdict
+
+
 def test_size_is_counted():
     verdict = verdict_of("gpt2-size", {})
     assert verdict.verdict == "artefact" and "5,618,920 against 6,814,080" in verdict.ours

@@ -83,6 +83,7 @@ def test_tables_are_printed_and_plots_drawn(written):
         ({"mean": 98.0, "low": 97.0, "high": 99.0}, "98.0 ± 1.0"),
         ({"mean": -1.63284, "low": -1.63784, "high": -1.62784}, "−1.6328 ± 0.0050"),
         ({"mean": 1.0, "low": 1.0, "high": 1.0}, "1.0000 ± 0.0000"),
+        ({"mean": 3.416e-6, "low": 3.396e-6, "high": 3.436e-6}, "3.42e−06 ± 2e−08"),
     ],
 )
 def test_cells_as_text(cell, text):
