@@ -128,8 +128,8 @@ def section(result: Mapping) -> str:
 <h2>{escape(result["name"])}</h2>
 <p>{escape(result["about"])}{trial}</p>
 {notes}<p class="small soft">{escape(line)}<br>
-{escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>{folded}
-<pre><code>{escape(result["command"])}</code></pre>
+{escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>
+{folded}<pre><code>{escape(result["command"])}</code></pre>
 {f'<div class="plots">{plots}</div>' if plots else ""}
 <div class="tables">{"".join(map(html_table, result["tables"]))}</div>
 </section>"""
@@ -147,8 +147,9 @@ def html_table(table: Mapping) -> str:
     note = f'<p class="small soft">{escape(table["note"])}</p>' if table["note"] else ""
     shown = [table["columns"], *([results.show(cell) for cell in row] for row in table["rows"])]
     width = sum(3 + max(map(len, column)) for column in zip(*shown))  # characters
+    place = "block card wide" if width > HALF else "block card"
     return (
-        f'<div class="block card{" wide" if width > HALF else ""}"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
+        f'<div class="{place}"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
         f"<thead><tr>{cells('th', table['columns'])}</tr></thead><tbody>{rows}</tbody>"
         f"</table></div>{note}</div>"
     )
