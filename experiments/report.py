@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 
 from experiments import results, svg
-from experiments.claims import VERDICTS, Claim, Verdict, judge_all
+from experiments.claims import Claim, judge_all
+from experiments.rules import VERDICTS, Verdict
 from gt_jax.errors import InputError
 
 # Experiments in the order of the page; what is not named here follows.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import claims, report, results, svg
+from experiments import claims, report, results, rules, svg
 from experiments.statistics import compare, estimate
 from gt_jax.errors import InputError
 
@@ -177,7 +177,7 @@ def test_what_is_not_measured_is_undecided():
         verdict = verdict_of("gf-hy", found)
         assert verdict.verdict == "undecided" and verdict.because == because
     for claim, verdict in claims.judge_all({}):
-        assert verdict.verdict in claims.VERDICTS
+        assert verdict.verdict in rules.VERDICTS
         assert claim.rule and claim.source and (verdict.because or not claim.results)
     assert len({claim.id for claim in claims.CLAIMS}) == len(claims.CLAIMS)
 
