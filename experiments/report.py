@@ -159,7 +159,8 @@ def html_table(table: Mapping) -> str:
 def figure(plot: Mapping, colours: Mapping[str, int]) -> str:
     """A plot with its title, and a legend where its lines need one."""
     names = [series["name"] for series in plot["series"] if "x" in series]
-    legend = "".join(f'<li class="c{colours[n]}"><i></i>{escape(n)}</li>' for n in names)
+    classes = [svg.class_of(colours[n]) for n in names]
+    legend = "".join(f'<li class="{c}"><i></i>{escape(n)}</li>' for c, n in zip(classes, names))
     legend = f'<ul class="legend">{legend}</ul>' if len(names) > 1 else ""
     axis = f' <span class="soft">{escape(plot["y"])}</span>' if plot["y"] else ""
     title = f"<h3>{escape(plot['title'])}{axis}</h3>"

@@ -295,9 +295,12 @@ def as_text(each: Mapping) -> str:
 
 
 def colours(plots: Sequence[Mapping]) -> dict[str, int]:
-    """Name of a series -> the number of its colour, the same in all plots of a result."""
+    """Name of a series -> the number of its colour, the same in all plots of a result.
+
+    There are ten; from 10 on they come again, dashed.
+    """
     names = dict.fromkeys(series["name"] for plot in plots for series in plot["series"])
-    return {name: i % 10 for i, name in enumerate(names)}
+    return {name: i % 20 for i, name in enumerate(names)}
 
 
 def draw(plots: Sequence[Mapping], path: Path) -> None:
@@ -317,10 +320,11 @@ def draw(plots: Sequence[Mapping], path: Path) -> None:
 def _draw_one(axes, each: Mapping, numbers: Mapping[str, int]) -> None:
     nan = lambda values: [math.nan if v is None else v for v in values]
     for i, series in enumerate(each["series"]):
-        colour = f"C{numbers[series['name']]}"
+        number = numbers[series["name"]]
+        colour, dashes = f"C{number % 10}", "-" if number < 10 else "--"
         if "x" in series:
             x, low, high = series["x"], nan(series["low"]), nan(series["high"])
-            axes.plot(x, nan(series["y"]), color=colour, lw=1.5, label=series["name"])
+            axes.plot(x, nan(series["y"]), dashes, color=colour, lw=1.5, label=series["name"])
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         else:
             mean, low, high = nan([series["mean"], series["low"], series["high"]])

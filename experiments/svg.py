@@ -12,11 +12,16 @@ CHARACTER = 6.6  # width of a letter of a label
 
 
 def draw(plot: Mapping, colours: Mapping[str, int]) -> str:
-    """An <svg> element whose series have the classes c0, c1, ... of their names in `colours`."""
+    """An <svg> element whose series have the classes of their names' numbers in `colours`."""
     series = plot["series"]
     if series and "x" not in series[0]:
         return _dots(plot, colours)
     return _lines(plot, colours)
+
+
+def class_of(number: int) -> str:
+    """Of the page's style sheet: c0 to c9, and the same dashed."""
+    return f"c{number}" if number < 10 else f"c{number - 10} dashed"
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
@@ -70,7 +75,7 @@ def _lines(plot: Mapping, colours) -> str:
     x = _Axis(xs, LEFT, WIDTH - RIGHT, log=log_x, pad=0)
     y = _Axis(ys, HEIGHT - BOTTOM, TOP, log=log_y, pad=0.04)
     parts = [*_x_axis(x, HEIGHT - BOTTOM, plot["x"]), *_y_axis(y)]
-    classes = [f"c{colours[s['name']]}" for s in plot["series"]]
+    classes = [class_of(colours[s["name"]]) for s in plot["series"]]
     for points, colour in zip(usable, classes):
         banded = [p for p in points if p[2] is not None and (p[2] > 0 or not log_y)]
         if len(banded) > 1:
@@ -104,7 +109,7 @@ def _dots(plot: Mapping, colours) -> str:
         parts.append(f'<text x="{left - 8:.0f}" y="{y + 4}" class="end">{escape(s["name"])}</text>')
         if s["mean"] is None:
             continue
-        text, colour = f"{escape(s['name'])}: {show(s)}", f"c{colours[s['name']]}"
+        text, colour = f"{escape(s['name'])}: {show(s)}", class_of(colours[s["name"]])
         if s["low"] is not None:
             parts.append(f'<path class="whisker {colour}" d="M{x(s["low"])} {y}H{x(s["high"])}"/>')
         parts.append(
@@ -143,7 +148,8 @@ def _tick(value: float) -> str:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
     if abs(value) >= 1e5:
         return f"{value:.3g}".replace("e+0", "e")
-    return f"{round(value, 10):,.6g}".replace("-", "−")
+    digits = 2 if abs(value) < 0.01 else 3 if abs(value) < 0.1 else 6  # more would not fit
+    return f"{round(value, 10):,.{digits}g}".replace("-", "−")
 
 
 def _path(points) -> str:
