@@ -95,6 +95,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="a JSON file for the gates")
     options = results.parse(parser, argv)
     options.seeds = range(len(options.checkpoint))
+    for path in options.checkpoint:
+        checkpoint.find(path)  # what is not there is said now
     backend.prepare()
     rows, measures, failed = [], {}, False
     for gates in zip(*(gates_of(options, i) for i in options.seeds)):

@@ -129,6 +129,7 @@ def unlike(name, published_key, fair_key, low, high):
 
 
 def judge_persistence(measure):
+    """Judge of whether GF-MH keeps facts; not of models that never learnt to answer."""
     verdict = _by_interval(measure("persistence", "state persistence GF-MH"), 99, None)
     learnt = measure("persistence", "fact GF-MH, turn 5")["values"]
     if min(learnt) < 0.5:
@@ -138,6 +139,7 @@ def judge_persistence(measure):
 
 
 def judge_extremes(measure):
+    """Judge of whether both extreme starts of the gate are worse than 30 %."""
     judges = [better("GF-MH 0.3", other, "ratio")[2] for other in ("GF-XM 0.03", "GF-XR 0.97")]
     both = [judge(measure) for judge in judges]
     ours = f"{both[0].ours}\n{both[1].ours}"
@@ -147,6 +149,7 @@ def judge_extremes(measure):
 
 
 def judge_attractor(measure):
+    """Judge of whether gates meet, by the criterion of experiments/ratio.py at both rates."""
     keys = ("gate spread kept at 0.0003", "gate spread kept at 0.003")
     kept = [measure("ratio", key) for key in keys]
     found = [measure("ratio", key.replace("gate spread kept", "attractor")) for key in keys]
@@ -161,6 +164,7 @@ def judge_attractor(measure):
 
 
 def judge_size(measure):
+    """Judge of what GPT-2 has more parameters in; counts them, and measures nothing."""
     del measure  # a matter of arithmetic
     counts = {}
     for name, changes in (
@@ -182,6 +186,7 @@ def judge_size(measure):
 
 
 def judge_premise(measure):
+    """Judge of whether GF-MH is ahead of two branches of either kind, on both texts."""
     pairs = {
         f"{control}, {text}": measure("parity", f"{control} - GF-MH, {text}")
         for control in ("two RWKV-6", "two Mamba-2")

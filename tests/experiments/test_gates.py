@@ -78,7 +78,7 @@ def test_untrained_models_fail_the_baseline_alone(stored, monkeypatch, capsys):
 
 def test_wrong_input_is_one_line(stored, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
-        gates.main([f"--checkpoint={tmp_path}"])
+        gates.main(["--checkpoint", str(stored / "model"), str(tmp_path)])
     with pytest.raises(InputError, match=r"--source is missing: .* is a converted model"):
         gates.main([f"--checkpoint={stored / 'model'}"])
     short = tmp_path / "short.txt"

@@ -291,6 +291,14 @@ def test_ticks_are_round(low, high, log, expected):
     assert svg.ticks(low, high, log=log) == pytest.approx(expected)
 
 
+def test_more_than_ten_lines_can_be_told_apart():
+    lines = [results.line(f"line {i}", [1, 2], [[i, i + 1], [i, i + 2]]) for i in range(12)]
+    plot = results.plot("Lines", "x", "y", lines)
+    drawn = re.findall(r'<path class="line (.*?)"', svg.draw(plot, results.colours([plot])))
+    assert len(drawn) == len(set(drawn)) == 12
+    assert drawn[11] == f"{drawn[1]} dashed"
+
+
 def test_plots_of_what_is_not_finite_or_all_alike_draw():
     for ys, log in (([[None, None]], ""), ([[1, 1]], ""), ([[0, -1]], "y"), ([[2, 3]], "xy")):
         line = results.line("a", [1, 2], [[float("nan") if y is None else y for y in ys[0]]])
