@@ -4,6 +4,10 @@ A piece maps the state S it starts from to d S + U, with d its total decay and U
 pass over x and B finds the U of all but the last piece, a scan over them the states pieces start
 from, and then each piece is a row of a batch of its own. Backward the same, from the end, with dy
 and C.
+
+The pass walks towards the end the map is applied from: a chunk's part of U then needs no later
+decay, and what was read last, and is still in the second-level cache, is what the kernel behind it
+reads first.
 """
 
 import functools
@@ -59,7 +63,7 @@ def _additions(size, pieces, z, V, scalars, reverse):
             source = lax.div(row, others) * pieces + lax.rem(row, others) + int(reverse)
 
             def fetch(k, _):
-                m = size.chunks - 1 - k if reverse else k
+                m = k if reverse else size.chunks - 1 - k
                 slot = lax.rem(k, jnp.int32(_STAGES))
 
                 @pl.when(k >= _STAGES)
@@ -82,23 +86,23 @@ def _additions(size, pieces, z, V, scalars, reverse):
         def compute(wg):
             plgpu.set_max_registers(240, action="increase")
 
-            def step(k, U):
+            def step(k, carry):
+                met, U = carry  # log2 decays of the chunks met, summed
                 slot = lax.rem(k, jnp.int32(_STAGES))
                 plgpu.barrier_wait(ready.at[slot])
                 g = mosaic.load_rows(scalars_s.at[slot, wg, 0])
                 dt = mosaic.load_rows(scalars_s.at[slot, wg, 1])
                 g_end = scalars_s[slot, wg, 0, CHUNK - 1]
-                weight = jnp.exp2(g) if reverse else jnp.exp2(g_end - g) * dt
+                weight = jnp.exp2(g + met) if reverse else jnp.exp2(g_end - g + met) * dt
                 z = mosaic.load(z_s.at[slot, wg]).astype(jnp.float32)
                 zw_s[wg] = (z * over_columns(weight, z.shape)).astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                (U,) = matmul((U * jnp.exp2(g_end), (zw_s.at[wg].T, V_s.at[slot])))
+                (U,) = matmul((U, (zw_s.at[wg].T, V_s.at[slot])))
                 plgpu.barrier_arrive(consumed.at[slot])
-                return U
+                return met + g_end, U
 
-            U_[row, head0 + wg] = mosaic.loop(
-                size.chunks, step, mosaic.full((P, N), 0, jnp.float32)
-            )
+            start = (jnp.float32(0), mosaic.full((P, N), 0, jnp.float32))
+            _, U_[row, head0 + wg] = mosaic.loop(size.chunks, step, start)
 
         for n in range(W):
             pl.when(wg == n)(functools.partial(compute, n))

@@ -4,6 +4,10 @@ A piece maps the state S it starts from to diag(d) S + U, with d its total decay
 One pass over k, v and w finds the d and U of all but the last piece, a scan over them the states
 pieces start from, and then each piece is a row of a batch of its own. Backward the same, from the
 end, with r, do and w. States are transposed, [V, K], as in the kernels.
+
+The pass walks towards the end the map is applied from: a chunk's part of U then needs no later
+decay, and what was read last, and is still in the second-level cache, is what the kernel behind it
+reads first.
 """
 
 import functools
@@ -71,7 +75,7 @@ def _maps(pieces, x, V, w, reverse):
             plgpu.copy_gmem_to_smem(pattern_, pattern_s, start)
 
             def fetch(step, _):
-                m = chunks - 1 - step if reverse else step
+                m = step if reverse else chunks - 1 - step
                 slot = lax.rem(step, jnp.int32(_STAGES))
                 for n in range(heads):
                     b, h = place(n)
@@ -97,24 +101,23 @@ def _maps(pieces, x, V, w, reverse):
             ones = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
 
             def step(m, carry):
-                d, U = carry
+                met, U = carry  # log2 decays of the chunks met, summed, in every row
                 slot, at = lax.rem(m, jnp.int32(_STAGES)), wg + fresh.zero()
                 g, Y = g_s.at[at], y_s.at[at]
                 plgpu.barrier_wait(ready.at[at * _STAGES + slot])
                 g[...] = log2_decay(mosaic.load(w_s.at[at, slot])).astype(g.dtype)
                 plgpu.commit_smem()
-                exponent, total = matmul((square, (pattern_s, g)), (state, (ones, g)))
-                decay = jnp.exp2(total)
+                exponent, met = matmul((met, (pattern_s, g)), (met, (ones, g)))
                 tile = mosaic.load(x_s.at[at, slot]).astype(jnp.float32)
                 Y[...] = (tile * jnp.exp2(exponent)).astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                (U,) = matmul((U * decay, (V_s.at[at, slot].T, Y)))
+                (U,) = matmul((U, (V_s.at[at, slot].T, Y)))
                 plgpu.barrier_arrive(consumed.at[at * _STAGES + slot])
-                return d * decay, U
+                return met, U
 
-            start_of = lambda value: mosaic.full(state, value, jnp.float32)
-            d, U = mosaic.loop(chunks, step, (start_of(1), start_of(0)))
-            d_.at[b, h][...] = d
+            zeros = mosaic.full(state, 0, jnp.float32)
+            met, U = mosaic.loop(chunks, step, (zeros, zeros))
+            d_.at[b, h][...] = jnp.exp2(met)
             U_.at[b, h][...] = U
 
     result = jax.ShapeDtypeStruct((rows, H, *state), jnp.float32)
