@@ -337,12 +337,23 @@ def _draw_one(axes, each: Mapping, numbers: Mapping[str, int]) -> None:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # beside the lines
         axes.legend(frameon=False, fontsize="small", **place)
     axes.set(title=each["title"], xlabel=each["x"], ylabel=each["y"])
-    if "x" in each["log"]:
-        axes.set_xscale("log")
-    if "y" in each["log"]:
-        axes.set_yscale("log")
+    for name in each["log"]:
+        _scale_by_log(axes, name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale_by_log(axes, name: str) -> None:
+    """The axis of this name, "x" or "y", with the ticks it has on the page."""
+    from experiments import svg  # imports this module
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    ends = axis.get_view_interval()
+    places = svg.ticks(*ends, log=True)
+    axis.set_ticks(places, [svg.tick_label(place) for place in places])
+    axis.set_ticks([], minor=True)
+    axes.set(**{f"{name}lim": ends})
 
 
 def _commit() -> str | None:

@@ -27,15 +27,24 @@ def class_of(number: int) -> str:
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
     """Round numbers from low to high, about `most`: of steps 1, 2 or 5, or powers of 2 or 10."""
     if log:
-        base = 10 if high / low >= 1000 else 2
-        first, last = (math.log(v, base) for v in (low, high))
-        powers = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
-        return [float(base) ** n for n in powers[:: max(1, math.ceil(len(powers) / most))]]
+        if high / low < 1000 and 0.5 < low and high < 1e5:
+            places = _powers(2, low, high)
+        else:
+            places = _powers(10, low, high)
+            if len(places) < most // 2:
+                finer = sorted(m * p for p in _powers(10, low / 10, high) for m in (1, 2, 5))
+                places = [p for p in finer if low <= p * (1 + 1e-9) and p <= high * (1 + 1e-9)]
+        return places[:: max(1, math.ceil(len(places) / most))]
     size = 10 ** math.floor(math.log10((high - low) / most))
     step = next(m * size for m in (1, 2, 5, 10) if (high - low) / (m * size) <= most)
     return [
         n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ]
+
+
+def _powers(base: int, low: float, high: float) -> list[float]:
+    first, last = (math.log(v, base) for v in (low, high))
+    return [float(base) ** n for n in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)]
 
 
 class _Axis:
@@ -128,7 +137,7 @@ def _x_axis(x: _Axis, bottom: float, label: str) -> list[str]:
     parts = []
     for tick in x.ticks():
         parts.append(f'<path class="grid" d="M{x(tick)} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 16}" class="mid">{_tick(tick)}</text>')
+        parts.append(f'<text x="{x(tick)}" y="{bottom + 16}" class="mid">{tick_label(tick)}</text>')
     return [
         *parts,
         f'<text x="{WIDTH - RIGHT}" y="{bottom + 33}" class="end">{escape(label)}</text>',
@@ -139,15 +148,15 @@ def _y_axis(y: _Axis) -> list[str]:
     parts = []
     for tick in y.ticks():
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4}" class="end">{_tick(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4}" class="end">{tick_label(tick)}</text>')
     return parts
 
 
-def _tick(value: float) -> str:
+def tick_label(value: float) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
     if abs(value) >= 1e5:
-        return f"{value:.3g}".replace("e+0", "e")
+        return f"{value:.3g}".replace("e+", "e").replace("e0", "e")
     digits = 2 if abs(value) < 0.01 else 3 if abs(value) < 0.1 else 6  # more would not fit
     return f"{round(value, 10):,.{digits}g}".replace("-", "−")
 

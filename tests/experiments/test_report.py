@@ -285,6 +285,8 @@ def test_damaged_result_is_one_line(page, tmp_path):
         (1.51, 1.63, False, [1.52, 1.54, 1.56, 1.58, 1.6, 1.62]),
         (64, 2048, True, [64, 128, 256, 512, 1024, 2048]),
         (1, 1e6, True, [1, 100, 1e4, 1e6]),
+        (0.05, 0.9, True, [0.05, 0.1, 0.2, 0.5]),
+        (2e12, 9e14, True, [2e12, 1e13, 5e13, 2e14]),
     ],
 )
 def test_ticks_are_round(low, high, log, expected):
