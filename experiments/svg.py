@@ -27,7 +27,7 @@ def class_of(number: int) -> str:
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
     """Round numbers from low to high, about `most`: of steps 1, 2 or 5, or powers of 2 or 10."""
     if log:
-        if high / low < 1000 and 0.5 < low and high < 1e5:
+        if high / low < 1000 and low > 0.5 and high < 1e5:
             places = _powers(2, low, high)
         else:
             places = _powers(10, low, high)
@@ -148,7 +148,9 @@ def _y_axis(y: _Axis) -> list[str]:
     parts = []
     for tick in y.ticks():
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4}" class="end">{tick_label(tick)}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4}" class="end">{tick_label(tick)}</text>'
+        )
     return parts
 
 
