@@ -57,7 +57,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--impls", nargs="+", default=["chunked", "mosaic"])
-    parser.add_argument("--shapes", nargs="+", metavar="B,T,H[,K|N]", help="instead of the list")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="[OP:]B,T,H[,K|N]", help="instead of the list"
+    )
     parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
@@ -68,7 +70,10 @@ def main(argv=None):
         effort = {"seconds": 0.0, "least_calls": 2, "repeats": 2}
     lists = SWEEP if options.sweep else SHAPES
     cases = [
-        (op, parse_shape(op, shape)) for op in options.ops for shape in options.shapes or lists[op]
+        (op, parse_shape(op, shape.removeprefix(f"{op}:")))
+        for op in options.ops
+        for shape in options.shapes or lists[op]
+        if ":" not in shape or shape.startswith(f"{op}:")
     ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -27,7 +27,8 @@ from gt_jax.data.batches import Batch
 SIZE = (64, 4)  # width and blocks of the hybrid
 BRANCHES = ("RWKV-6", "Mamba-2")
 RATES = (1e-3, 3e-3)
-TEST_BATCHES = 16
+ROWS = 32  # sequences in a batch
+TEST_BATCHES = 32
 SYNERGY = 0.1
 
 
@@ -39,7 +40,7 @@ def main(argv=None):
     options = results.parse(parser, argv)
     names = results.one_of(tasks.TASKS, options.tasks, "--tasks")
     shared = {"train.steps": options.steps, "train.eval_every": max(options.steps // 20, 1)}
-    shared |= results.common(options)
+    shared = {"train.batch_size": ROWS} | shared | results.common(options)
     config = lab.make_config(shared)
     size = (config.model.dim, config.model.layers) if options.quick else SIZE
 
