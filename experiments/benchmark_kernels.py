@@ -1,7 +1,7 @@
 """How fast the recurrences are, beside what moving their bytes takes and beside other libraries.
 
     python -m experiments.benchmark_kernels [--peers] [--sweep]
-    python -m experiments.benchmark_kernels --ops wkv6 --shapes 1,256,2 --quick
+    python -m experiments.benchmark_kernels --shapes wkv6:1,256,2 ssd:1,256,4 --quick
 
 A time is a device time: many calls between two synchronisations, the median of several such
 stretches ± half their range. Inputs rotate over more bytes than a cache holds. The floor is each
@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,11 @@ def main(argv=None):
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--impls", nargs="+", default=["chunked", "mosaic"])
     parser.add_argument(
-        "--shapes", nargs="+", metavar="[OP:]B,T,H[,K|N]", help="instead of the list"
+        "--shapes",
+        nargs="+",
+        type=shape_text,
+        metavar="[OP:]B,T,H[,K|N]",
+        help="instead of the list",
     )
     parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
@@ -99,6 +104,16 @@ def main(argv=None):
     wrong = [row for row in ours if not max(row["errors"].values()) <= TOLERANCE]
     if wrong:
         sys.exit(f"error: beyond {TOLERANCE}: " + ", ".join(f"{r['op']} {r['who']}" for r in wrong))
+
+
+def shape_text(text):
+    """text, if it is a shape of an operation or of all."""
+    op, _, numbers = text.rpartition(":")
+    if op not in ("", *OPS) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2,3}", numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape; write 8,4096,32 or, for one operation, wkv6:8,4096,32,64"
+        )
+    return text
 
 
 def parse_shape(op, text):

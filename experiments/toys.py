@@ -39,8 +39,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=3000)
     options = results.parse(parser, argv)
     names = results.one_of(tasks.TASKS, options.tasks, "--tasks")
-    shared = {"train.steps": options.steps, "train.eval_every": max(options.steps // 20, 1)}
-    shared = {"train.batch_size": ROWS} | shared | results.common(options)
+    shared = {"train.steps": options.steps, "train.batch_size": ROWS}
+    shared |= {"train.eval_every": max(options.steps // 20, 1)} | results.common(options)
     config = lab.make_config(shared)
     size = (config.model.dim, config.model.layers) if options.quick else SIZE
 

@@ -11,7 +11,7 @@ from gt_jax.kernels import choose_impl
 
 def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys):
     out = tmp_path / "kernels.json"
-    benchmark_kernels.main(["--shapes", "1,64,1", "--quick", f"--out={out}"])
+    benchmark_kernels.main(["--shapes", "wkv6:1,64,1", "ssd:1,64,1", "--quick", f"--out={out}"])
     assert "over floor" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert [(row["op"], row["who"]) for row in rows] == [
@@ -26,6 +26,13 @@ def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys):
             assert 0 < max(row["errors"].values()) < benchmark_kernels.TOLERANCE
             assert row["extra_bytes"] > 0 and row["compile_seconds"] > 0
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("shape", ("wkv7:1,64,1", "1,64", "1,0,1", "ssd:1,64,1,2,3", "x"))
+def test_wrong_shape_is_one_line(shape, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_kernels.main(["--shapes", shape])
+    assert f"'{shape}' is no shape; write 8,4096,32" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_floor_counts_every_input_and_output_once():
