@@ -243,6 +243,12 @@ def measure(function, sets, effort):
 
 def clock(function, sets, effort):
     """Median ms of a call of function(*set) and half the range over stretches of many calls."""
+    times = timings(function, sets, effort)
+    return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
+
+
+def timings(function, sets, effort):
+    """ms of a call of function(*set), of each stretch of many calls."""
     turns = itertools.cycle(sets)
 
     def stretch(calls):
@@ -254,15 +260,13 @@ def clock(function, sets, effort):
 
     stretch(len(sets))  # compiles and warms up
     calls = max(effort["least_calls"], round(1e3 * effort["seconds"] / stretch(3)))
-    times = [stretch(calls) for _ in range(effort["repeats"])]
-    return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
+    return [stretch(calls) for _ in range(effort["repeats"])]
 
 
 def copy_bandwidth(effort):
     """Bytes read and written per second by the fastest of several large copies."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**30
-    time = clock(jax.jit(jnp.copy), [(jnp.ones(size, jnp.int8),)], effort)
-    return 2e3 * size / (time["ms"] - time["spread"])
+    return 2e3 * size / min(timings(jax.jit(jnp.copy), [(jnp.ones(size, jnp.int8),)], effort))
 
 
 def total_bytes(tree):

@@ -29,7 +29,8 @@ from gt_jax.training.text import read_text
 SIZE = (128, 4)  # width and blocks of the hybrid
 RATES = (1e-3, 3e-3)
 LENGTHS = (256, 1024, 4096, 16384)  # the first is learnt
-QUICK_LENGTHS = (48, 64)
+QUICK_LENGTHS = (64, 96)
+REPEATS = 16  # of tokens, for one time that a needle comes again in a row to learn from
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROWS = 32  # in a training batch
 TRIALS = 16  # texts of every length and depth, the same for all models
@@ -119,7 +120,9 @@ def needle_task(config, name):
     unread = functools.partial(make, haystack=np.concatenate(tokens.validation))
     task = make_task(
         name,
-        functools.partial(make, haystack=np.concatenate(tokens.train)),
+        functools.partial(
+            make, haystack=np.concatenate(tokens.train), repeats=config.train.seq_len // REPEATS
+        ),
         tokenizer.vocab_size + 1,
         config.train.seq_len,
         config.train.batch_size,

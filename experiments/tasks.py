@@ -192,7 +192,9 @@ def _rewrite(rng, batch, length, n, order, vocab_size):
 NEEDLES, KEY, VALUE = 4, 2, 2  # needles in a haystack, tokens of a key and of a value
 
 
-def needle(rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, depth=None):
+def needle(
+    rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, repeats=0, depth=None
+):
     """A text with needles in it; at its end some of their keys again: what was the value of each?
 
     A needle is a mark that no text has, a key and a value. A question is a needle without the last
@@ -203,11 +205,12 @@ def needle(rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, depth
             round and round if it is short.
         vocab_size: the last id is the mark. Keys and values are random ids below it, the keys of a
             row distinct.
-        questions: how many needles are asked for, in random order.
+        questions: how many needles are asked for at the end, in random order.
+        repeats: how many times needles come again, one or another, all over the text; of each that
+            was there before, the value is asked for as well.
         depth: where the first one asked for lies, 0 at the start of the text to 1 at its end; None
             is anywhere.
     """
-    tokens, targets = _nothing(batch, length)
     mark, size = vocab_size - 1, 1 + KEY + VALUE
     text = length - questions * size + 1
     codes = _distinct(rng, mark**KEY, (batch, NEEDLES))
@@ -216,20 +219,28 @@ def needle(rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, depth
     marks = np.full((batch, NEEDLES, 1), mark)
     needles = np.concatenate([marks, keys, values], axis=-1)  # [batch, NEEDLES, size]
     start = rng.integers(len(haystack), size=(batch, 1))
+    tokens, answers = _nothing(batch, length + 1)
     tokens[:, :text] = np.take(haystack, start + np.arange(text), mode="wrap")
     # Distinct slots keep needles apart. They lie in random order, so the first is asked for first.
-    slot = _distinct(rng, text // size, (batch, NEEDLES))
+    slot = _distinct(rng, text // size, (batch, NEEDLES + repeats))
     if depth is not None:
         wanted = round(depth * (text // size - 1))
         slot = np.where(slot == wanted, slot[:, :1], slot)
         slot[:, 0] = wanted
-    place = slot[..., None] * size + np.arange(size)
-    np.put_along_axis(tokens, place.reshape(batch, -1), needles.reshape(batch, -1), axis=1)
-    asked = needles[:, :questions].reshape(batch, -1)
-    tokens[:, text:] = asked[:, :-1]
-    is_value = np.arange(questions * size) % size > KEY
-    targets[:, text - 1 :] = np.where(is_value, asked, -1)
-    return tokens, targets
+    which = np.tile(np.arange(NEEDLES), (batch, 1))  # needle in each slot
+    which = np.append(which, rng.integers(NEEDLES, size=(batch, repeats)), axis=1)
+    same = which[:, :, None] == which[:, None]
+    known = (same & (slot[:, :, None] > slot[:, None])).any(axis=-1)  # it came before
+    is_value = np.arange(size) > KEY
+    place = (slot[..., None] * size + np.arange(size)).reshape(batch, -1)
+    there = np.take_along_axis(needles, which[..., None], axis=1)
+    asked = np.where(known[..., None] & is_value, there, -1)
+    np.put_along_axis(tokens, place, there.reshape(batch, -1), axis=1)
+    np.put_along_axis(answers, place, asked.reshape(batch, -1), axis=1)
+    asked = needles[:, :questions]
+    tokens[:, text:] = asked.reshape(batch, -1)
+    answers[:, text:] = np.where(is_value, asked, -1).reshape(batch, -1)
+    return tokens[:, :-1], answers[:, 1:]
 
 
 def _nothing(batch, length):
