@@ -4,9 +4,9 @@
     python -m experiments.needle --texts=characters --steps=4000
 
 The haystack is text, the needles are a key and a value each, four in a row, and keys come again at
-its end: what was the value? (tasks.needle.) Families of one size learn on rows of 256 tokens, at
-both learning rates of a sweep, and take the better one, by half of the tests of that length. They
-are then asked for one needle in texts of up to 16 384 tokens, at five depths; GPT-2 only as far as
+its end: what was the value? (tasks.needle.) Families of one size learn on rows of 256 tokens, where
+needles come again in the midst of the text too, at both learning rates of a sweep, and take the
+better one, by half of the tests of that length, which ask at the end only. They are then asked for one needle in texts of up to 16 384 tokens, at five depths; GPT-2 only as far as
 it has positions. A value is right if each of its tokens is the likeliest. Haystacks of tests come
 from the validation text.
 """
@@ -74,6 +74,7 @@ def main(argv=None):
     jobs = list(itertools.product(arms, lengths))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
         right = dict(zip(jobs, pool.map(ask, jobs)))  # [seeds, depths]
+    line = functools.partial(results.line, within=results.SHARE)
     measures, tables, plots = {}, [], []
     for text in texts:
         rows, lines = [], []
@@ -83,14 +84,12 @@ def main(argv=None):
             measures |= {f"needle {family}, {text}, {n}": found for n, found in means.items()}
             rate = runs[text, family].points[0]["optim.lr"]
             rows.append([family, runs[text, family].parameters, rate, *map(means.get, lengths)])
-            lines.append(
-                results.line(family, list(means), np.stack([mine[n].mean(-1) for n in means], 1))
-            )
+            lines.append(line(family, list(means), np.stack([mine[n].mean(-1) for n in means], 1)))
         columns = ["model", "parameters", "rate", *(f"{n:,} tokens" for n in lengths)]
         tables.append(results.table(f"Needles found, {text}", columns, rows, NOTE))
         plots.append(results.plot(f"Needles, {text}", "tokens", "found", lines, log="x"))
         longest = [
-            results.line(family, DEPTHS, right[(text, family), n])
+            line(family, DEPTHS, right[(text, family), n])
             for family in FAMILIES
             for n in [max(n for n in lengths if right[(text, family), n] is not None)]
         ]

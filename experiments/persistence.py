@@ -79,7 +79,8 @@ def main(argv=None):
         measures |= cells | {f"state persistence {name}": score}
         rate = runs[name].points[0]["optim.lr"]
         rows.append([name, runs[name].parameters, rate, *cells.values(), score])
-        lines.append(results.line(name, turns, np.stack([*mine.values()], axis=1)))
+        shares = np.stack([*mine.values()], axis=1)
+        lines.append(results.line(name, turns, shares, within=results.SHARE))
     results.write(
         options,
         settings=lab.settings(config) | {"turn": TURN, "trials": TRIALS, "rates": RATES},

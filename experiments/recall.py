@@ -83,7 +83,7 @@ def main(argv=None):
         rate = measures[f"best rate {name}"] = r.points[0]["optim.lr"]
         measures |= found
         rows.append([name, r.parameters, state_numbers(r.model_config), *found.values(), rate])
-        lines.append(results.line(name, numbers, right))
+        lines.append(results.line(name, numbers, right, within=results.SHARE))
         means[name] = right.mean(0)
     columns = ["model", "parameters", "numbers in a block's state"]
     columns += [*(f"{n} pairs" for n in numbers), "best rate"]

@@ -23,7 +23,7 @@ ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "rec
 ORDER += ("persistence", "toys", "interventions", "throughput", "scaling", "gates")
 
 # Characters that fit half the page's width; tables with more take all of it.
-HALF = 74
+HALF = 68
 
 
 def main(argv=None):

@@ -152,10 +152,19 @@ def plot(title: str, x: str, y: str, series: Sequence[dict], *, log: str = "") -
     return {"title": title, "x": x, "y": y, "log": log, "series": list(series)}
 
 
-def line(name: str, x: Sequence[float], ys) -> dict:
-    """A line through the means over seeds of ys [seeds, points], with 95 % intervals around it."""
+SHARE = (0.0, 1.0)  # where the values of a share lie
+
+
+def line(name: str, x: Sequence[float], ys, *, within=(-math.inf, math.inf)) -> dict:
+    """A line through the means over seeds of ys [seeds, points], with 95 % intervals around it.
+
+    Args:
+        within: where values lie, SHARE for one; intervals end there.
+    """
     found = [estimate(column) for column in np.asarray(ys, float).T]
-    ends = {part: [f[part] for f in found] for part in ("low", "high")}
+    least, most = within
+    inside = lambda value: None if value is None else min(max(value, least), most)
+    ends = {part: [inside(f[part]) for f in found] for part in ("low", "high")}
     return {"name": name, "x": [float(v) for v in x], "y": [f["mean"] for f in found]} | ends
 
 

@@ -192,9 +192,7 @@ def _rewrite(rng, batch, length, n, order, vocab_size):
 NEEDLES, KEY, VALUE = 4, 2, 2  # needles in a haystack, tokens of a key and of a value
 
 
-def needle(
-    rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, repeats=0, depth=None
-):
+def needle(rng, batch, length, *, haystack, vocab_size, questions=NEEDLES, repeats=0, depth=None):
     """A text with needles in it; at its end some of their keys again: what was the value of each?
 
     A needle is a mark that no text has, a key and a value. A question is a needle without the last

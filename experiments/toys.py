@@ -71,7 +71,10 @@ def main(argv=None):
         (lead,) = compare({HYBRID: right[HYBRID], alone: right[alone]})
         measures[f"lead of {HYBRID}, {name}"] = lead
         leads.append([name, alone, lead, synergy(lead)])
-        series = [results.line(f, chosen[f].steps, curve) for f, curve in curves.items()]
+        series = [
+            results.line(f, chosen[f].steps, curve, within=results.SHARE)
+            for f, curve in curves.items()
+        ]
         plots.append(results.plot(f"{name}: {tasks.TASKS[name].about}", "step", "right", series))
     results.write(
         options,

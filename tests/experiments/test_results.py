@@ -58,6 +58,12 @@ def test_line_goes_through_the_means(written):
     assert line["y"] == [3.25, 1.75] and line["low"][0] < 3 and line["high"][1] > 2
 
 
+def test_intervals_of_shares_end_where_shares_do():
+    line = results.line("GF", [1, 2], [[0.0, 1.0], [0.1, 0.7]], within=results.SHARE)
+    assert line["y"] == pytest.approx([0.05, 0.85])
+    assert line["low"] == [0, 0] and line["high"][1] == 1 and 0.1 < line["high"][0] < 1
+
+
 def test_tables_are_printed_and_plots_drawn(written):
     path, _, out = written
     assert "Losses" in out and "1.626 ± 0.082" in out and "12,345" in out
