@@ -1,0 +1,81 @@
+"""The two Hopper kernels as their tests call them."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gt_jax.kernels import hopper, ssd, wkv6
+from gt_jax.kernels.cases import ssd_inputs, wkv6_inputs
+from gt_jax.kernels.ssd.mosaic import ssd_mosaic
+from gt_jax.kernels.ssd.reference import ssd_reference
+from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
+from gt_jax.kernels.wkv6.reference import wkv6_reference
+
+with hopper.simulated("lower"):
+    too_old = pytest.mark.skipif(bool(hopper.unsupported()), reason=str(hopper.unsupported()))
+
+
+class Kernel(NamedTuple):
+    """An operation, its kernel beside its reference, and inputs for both."""
+
+    name: str
+    arguments: tuple[str, ...]
+    of_heads: tuple[str, ...]  # arguments that have neither a batch nor tokens
+    operation: Callable
+    implementations: dict[str, Callable]
+    make: Callable  # inputs of the operation, those of products in bfloat16, the rest in float32
+    per_token: Callable  # them -> inputs of an implementation
+
+    def public(self, impl):
+        """The operation with one implementation, under jit, of all of its inputs in order."""
+        return _public(self.operation, self.arguments, impl)
+
+    def run(self, impl, resets=None):
+        """An implementation itself, of all of its inputs in order."""
+        return lambda *arrays: self.implementations[impl](*arrays, resets, "default")
+
+
+@functools.cache
+def _public(operation, arguments, impl):
+    return jax.jit(lambda *arrays: operation(**dict(zip(arguments, arrays)), impl=impl))
+
+
+def _make_wkv6(regime="typical", batch=1, length=130, heads=2, K=64, V=64, seed=0):
+    arrays = wkv6_inputs(regime, batch, length, heads, K, V, seed=seed)
+    return _rounded(arrays, (0, 1, 2))
+
+
+def _make_ssd(regime="typical", batch=1, length=130, heads=2, groups=1, N=64, seed=0):
+    arrays = ssd_inputs(regime, batch, length, heads, groups, 64, N, seed=seed)
+    return _rounded(arrays, (0, 3, 4))
+
+
+def _rounded(arrays, bfloat16):
+    return tuple(
+        jnp.asarray(z, jnp.bfloat16 if n in bfloat16 else jnp.float32) for n, z in enumerate(arrays)
+    )
+
+
+WKV6 = Kernel(
+    "wkv6",
+    ("r", "k", "v", "w", "u", "initial_state"),
+    ("u",),
+    wkv6,
+    {"mosaic": wkv6_mosaic, "reference": wkv6_reference},
+    _make_wkv6,
+    lambda inputs: inputs,
+)
+SSD = Kernel(
+    "ssd",
+    ("x", "dt", "A", "B", "C", "D", "initial_state"),
+    ("A", "D"),
+    ssd,
+    {"mosaic": ssd_mosaic, "reference": ssd_reference},
+    _make_ssd,
+    # The log decay of each token in place of the rate of each head, of which there are few.
+    lambda inputs: (*inputs[:2], inputs[1] * inputs[2], *inputs[3:]),
+)

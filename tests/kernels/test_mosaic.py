@@ -1,0 +1,162 @@
+"""What both Hopper kernels do alike: segments, pieces, transformations, and being chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from gt_jax.kernels import choose_impl, hopper, mosaic
+from gt_jax.kernels.cases import segments
+from tests.kernels.accuracy import assert_accurate, values_and_gradients
+from tests.kernels.hopper_kernels import SSD, WKV6, too_old
+
+each_kernel = pytest.mark.parametrize("kernel", (WKV6, SSD), ids=lambda kernel: kernel.name)
+
+
+def lower(function, *inputs):
+    with hopper.simulated("lower"):
+        jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
+
+
+def assert_starts_segments_from_zero(kernel, length, **shape):
+    batch = shape.get("batch", 1)
+    resets = jnp.asarray(np.diff(segments(batch, length), axis=1, prepend=0) > 0)
+    inputs = kernel.per_token(kernel.make(length=length, **shape))
+    candidate, reference = (kernel.run(impl, resets) for impl in ("mosaic", "reference"))
+    assert_accurate(candidate, reference, inputs, kernel.arguments, "bfloat16")
+
+
+@too_old
+@each_kernel
+def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel):
+    with hopper.simulated("interpret"):
+        assert_starts_segments_from_zero(kernel, 130)
+
+
+@too_old
+@each_kernel
+def test_interpreted_pieces_of_a_sequence_join_exactly(
+    float64_in_every_thread, monkeypatch, kernel
+):
+    monkeypatch.setattr(mosaic, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 2)
+    # Pieces of two chunks, the second one of the last padded.
+    inputs = kernel.per_token(kernel.make(length=180))
+    with hopper.simulated("interpret"):
+        candidate, reference = kernel.run("mosaic"), kernel.run("reference")
+        assert_accurate(candidate, reference, inputs, kernel.arguments, "bfloat16")
+
+
+@too_old
+@each_kernel
+def test_kernels_lower_under_vmap_remat_and_scan(kernel):
+    inputs = kernel.per_token(kernel.make(length=64))
+
+    def layers(*arrays):
+        def layer(x, _):
+            return jax.checkpoint(kernel.run("mosaic"))(x, *arrays[1:])[0], None
+
+        return jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32).sum()
+
+    stacked = tuple(jnp.stack([z, z]) for z in inputs)
+    lower(jax.vmap(jax.grad(layers, range(len(inputs)))), *stacked)
+
+
+@too_old
+@each_kernel
+def test_kernels_lower_under_shard_map(kernel):
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = P("batch")
+    inputs = kernel.make(batch=2, length=64)
+    specs = tuple(P() if name in kernel.of_heads else rows for name in kernel.arguments)
+    part = jax.shard_map(
+        kernel.public("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
+    )
+    lower(part, *inputs)
+
+
+@each_kernel
+def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why(kernel):
+    if not hopper.unsupported():
+        pytest.skip("this is a Hopper GPU")
+    inputs = kernel.make(length=70)
+    assert choose_impl(kernel.name)[0] == "chunked"
+    outputs = (kernel.public(impl)(*inputs) for impl in ("auto", "chunked"))
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+    with pytest.raises(ValueError, match=rf"cannot run here: .*JAX {jax.__version__}"):
+        kernel.public("mosaic")(*inputs)
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_auto_takes_the_kernel(needs_hopper, kernel):
+    inputs = kernel.make(length=70)
+    assert choose_impl(kernel.name)[0] == "mosaic"
+    outputs = (kernel.public(impl)(*inputs) for impl in ("auto", "mosaic"))
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_starts_segments_from_zero(needs_hopper, kernel):
+    assert_starts_segments_from_zero(kernel, 300, batch=2, heads=8)
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel):
+    whole = (*kernel.of_heads, "initial_state")
+
+    def in_two(*inputs):
+        state, outputs = inputs[-1], []
+        for tokens in (slice(77), slice(77, None)):
+            part = [
+                z if name in whole else z[:, tokens] for name, z in zip(kernel.arguments, inputs)
+            ]
+            y, state = kernel.public("mosaic")(*part[:-1], state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), state
+
+    inputs = kernel.make(heads=32)
+    assert_accurate(in_two, kernel.public("reference"), inputs, kernel.arguments, "bfloat16")
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel):
+    inputs = kernel.make(batch=4, length=900, heads=64)  # too short for pieces, even alone
+    like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
+    cotangents = (like_output, inputs[-1])
+    both = lambda z: values_and_gradients(kernel.public("mosaic"), z, cotangents)
+    first = both(inputs)
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, first, both(inputs))
+    one = [z if n in kernel.of_heads else z[1:2] for n, z in zip(kernel.arguments, inputs)]
+    for alone, among in zip(kernel.public("mosaic")(*one), first[0]):
+        np.testing.assert_array_equal(alone, among[1:2])
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper, kernel):
+    inputs = kernel.make(batch=2, length=130, heads=4)
+    clean = (*kernel.of_heads, "initial_state")
+    poisoned = [
+        z if name in clean else z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
+        for name, z in zip(kernel.arguments, inputs)
+    ]
+    found, _ = kernel.public("mosaic")(*poisoned)
+    expected, _ = kernel.public("mosaic")(*inputs)
+    np.testing.assert_array_equal(found[0, :128], expected[0, :128])
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel):
+    inputs = [kernel.make(heads=4, seed=seed) for seed in range(2)]
+    together = jax.vmap(kernel.public("mosaic"))(*(jnp.stack(z) for z in zip(*inputs)))
+    for n in range(2):
+        apart = kernel.public("mosaic")(*inputs[n])
+        jax.tree.map(np.testing.assert_array_equal, [z[n] for z in together], list(apart))
