@@ -6,9 +6,10 @@
 The haystack is text, the needles are a key and a value each, four in a row, and keys come again at
 its end: what was the value? (tasks.needle.) Families of one size learn on rows of 256 tokens, where
 needles come again in the midst of the text too, at both learning rates of a sweep, and take the
-better one, by half of the tests of that length, which ask at the end only. They are then asked for one needle in texts of up to 16 384 tokens, at five depths; GPT-2 only as far as
-it has positions. A value is right if each of its tokens is the likeliest. Haystacks of tests come
-from the validation text.
+better one, by half of the tests of that length, which ask at the end only. They are then asked for
+one needle in texts of up to 16 384 tokens, at five depths; GPT-2 only as far as it has positions. A
+value is right if each of its tokens is the likeliest. Haystacks of tests come from the validation
+text.
 """
 
 import functools

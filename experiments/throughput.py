@@ -10,11 +10,13 @@ GPT-2 has as many positions as it needs. --seeds is the number of timed stretche
 here; all numbers are their median ± half their range, after everything has compiled.
 """
 
+import contextlib
 import functools
+import multiprocessing
 import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 from experiments import lab, programs, results
 from experiments.benchmark_generation import Decoder, random_params, total_bytes
@@ -50,34 +52,22 @@ def main(argv=None):
         raise InputError(f"--seeds={len(options.seeds)} must be at most 7: a GPT runs out of text")
     training = QUICK["training"] if options.quick else TRAINING
     decoding = QUICK["decoding"] if options.quick else DECODING
-    backend.prepare()
-    jobs = {
-        ("train", f, size, rows, length): functools.partial(
-            Trainer, config_of(options, f, size, length, rows), VOCAB
-        )
-        for f in families
-        for size, rows, length in training
-    }
-    jobs |= {
-        ("decode", f, size, rows): functools.partial(
-            decoder, config_of(options, f, size, POSITIONS), rows
-        )
-        for f in families
-        for size, rows in decoding
-    }
-    # All compile first, side by side, so that nothing disturbs what is timed.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {key: pool.submit(make) for key, make in jobs.items()}
-        ready = {key: job.result() for key, job in waiting.items()}
-    print(f"{len(ready)} programs ready after {time.perf_counter() - options.began:.0f} s")
-    stretches = len(options.seeds)
+    # The processes share the device's memory: none may take most of it beforehand.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    stretches, seconds = len(options.seeds), SECONDS_QUICK if options.quick else SECONDS
     trained, written = {}, {}
-    for (kind, *point), program in ready.items():
-        if kind == "train":
-            seconds = SECONDS_QUICK if options.quick else SECONDS
-            trained[tuple(point)] = time_training(program, point, stretches, seconds)
-        else:
-            written[tuple(point)] = time_decoding(program, point, stretches)
+    with contextlib.ExitStack() as stack:
+        # A process for each family: one thread at a time traces in a process, and that is most of
+        # the work. All compile first, so that nothing disturbs what is timed.
+        spawn = multiprocessing.get_context("spawn")
+        desks = {f: stack.enter_context(ProcessPoolExecutor(1, spawn)) for f in families}
+        waiting = [desks[f].submit(compile_all, options, f, training, decoding) for f in families]
+        count = sum(future.result() for future in waiting)
+        print(f"{count} programs ready after {time.perf_counter() - options.began:.0f} s")
+        for family in families:
+            speeds = desks[family].submit(time_all, family, stretches, seconds).result()
+            for (kind, *point), row in speeds.items():
+                (trained if kind == "train" else written)[family, *point] = row
 
     measures = {}
     for (family, (width, _), rows, length), row in trained.items():
@@ -125,6 +115,30 @@ def main(argv=None):
     )
 
 
+_ready = {}  # of this process: family -> (kind, *point) -> program
+
+
+def compile_all(options, family, training, decoding):
+    """Compile the programs of a family, side by side, for `time_all`; how many there are."""
+    backend.prepare()
+    jobs = {("train", *point): trainer for point in training}
+    jobs |= {("decode", *point): decoder for point in decoding}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = {job: pool.submit(make, options, family, *job[1:]) for job, make in jobs.items()}
+        _ready[family] = {job: future.result() for job, future in waiting.items()}
+    return len(jobs)
+
+
+def time_all(family, stretches, seconds):
+    """(kind, *point) -> what time_training or time_decoding says of each compiled program."""
+    return {
+        (kind, *point): time_training(program, (family, *point), stretches, seconds)
+        if kind == "train"
+        else time_decoding(program, (family, *point), stretches)
+        for (kind, *point), program in _ready[family].items()
+    }
+
+
 def config_of(options, family, size, length, rows=1):
     """A family with as many parameters in its blocks as the hybrid of a size."""
     changes = results.common(options) | shape(family, size)
@@ -139,7 +153,12 @@ def shape(family, size):
     return match(family, size, vocab_size=VOCAB, length=POSITIONS, counted="blocks")
 
 
-def decoder(config, rows):
+def trainer(options, family, size, rows, length):
+    return Trainer(config_of(options, family, size, length, rows), VOCAB)
+
+
+def decoder(options, family, size, rows):
+    config = config_of(options, family, size, POSITIONS)
     model = make_model(make_model_config(config, VOCAB))
     return model, Decoder(model, random_params(model), rows)
 
