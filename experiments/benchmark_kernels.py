@@ -80,6 +80,8 @@ def main(argv=None):
         for shape in options.shapes or lists[op]
         if ":" not in shape or shape.startswith(f"{op}:")
     ]
+    if not cases:
+        parser.error(f"--shapes has none of --ops {' '.join(options.ops)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -57,8 +57,8 @@ def main(argv=None):
     stretches, seconds = len(options.seeds), SECONDS_QUICK if options.quick else SECONDS
     trained, written = {}, {}
     with contextlib.ExitStack() as stack:
-        # A process for each family: one thread at a time traces in a process, and that is most of
-        # the work. All compile first, so that nothing disturbs what is timed.
+        # A process for each family: only one thread of a process traces at a time. All compile
+        # first, so that nothing disturbs what is timed.
         spawn = multiprocessing.get_context("spawn")
         desks = {f: stack.enter_context(ProcessPoolExecutor(1, spawn)) for f in families}
         waiting = [desks[f].submit(compile_all, options, f, training, decoding) for f in families]

@@ -35,6 +35,12 @@ def test_wrong_shape_is_one_line(shape, capsys):
     assert f"'{shape}' is no shape; write 8,4096,32" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_shapes_of_another_operation_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_kernels.main(["--ops", "ssd", "--shapes", "wkv6:1,64,1"])
+    assert "--shapes has none of --ops ssd" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_floor_counts_every_input_and_output_once():
     (floor,) = benchmark_kernels.benchmark("wkv6", (2, 64, 3, 64), {}, 1.0, {})
     one = 2 * 64 * 3 * 64  # elements of r, k, v (2 bytes), w (4), o (2); u is [3, 64] of 4

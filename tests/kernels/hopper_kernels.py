@@ -29,10 +29,15 @@ class Kernel(NamedTuple):
     implementations: dict[str, Callable]
     make: Callable  # inputs of the operation, those of products in bfloat16, the rest in float32
     per_token: Callable  # them -> inputs of an implementation
+    released: dict[str, int]  # sizes that released models have, where they are not those of `make`
+
+    def call(self, impl):
+        """The operation with one implementation, of all of its inputs in order."""
+        return lambda *arrays: self.operation(**dict(zip(self.arguments, arrays)), impl=impl)
 
     def public(self, impl):
-        """The operation with one implementation, under jit, of all of its inputs in order."""
-        return _public(self.operation, self.arguments, impl)
+        """`call` under jit, one function for all tests, so that it compiles once a shape."""
+        return _public(self.name, impl)
 
     def run(self, impl, resets=None):
         """An implementation itself, of all of its inputs in order."""
@@ -40,8 +45,8 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def _public(operation, arguments, impl):
-    return jax.jit(lambda *arrays: operation(**dict(zip(arguments, arrays)), impl=impl))
+def _public(name, impl):
+    return jax.jit({"wkv6": WKV6, "ssd": SSD}[name].call(impl))
 
 
 def _make_wkv6(regime="typical", batch=1, length=130, heads=2, K=64, V=64, seed=0):
@@ -68,6 +73,7 @@ WKV6 = Kernel(
     {"mosaic": wkv6_mosaic, "reference": wkv6_reference},
     _make_wkv6,
     lambda inputs: inputs,
+    {},
 )
 SSD = Kernel(
     "ssd",
@@ -78,4 +84,5 @@ SSD = Kernel(
     _make_ssd,
     # The log decay of each token in place of the rate of each head, of which there are few.
     lambda inputs: (*inputs[:2], inputs[1] * inputs[2], *inputs[3:]),
+    {"N": 128},
 )

@@ -72,7 +72,7 @@ def test_kernels_lower_under_shard_map(kernel):
     inputs = kernel.make(batch=2, length=64)
     specs = tuple(P() if name in kernel.of_heads else rows for name in kernel.arguments)
     part = jax.shard_map(
-        kernel.public("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
+        kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
     )
     lower(part, *inputs)
 
@@ -101,7 +101,7 @@ def test_auto_takes_the_kernel(needs_hopper, kernel):
 @pytest.mark.gpu
 @each_kernel
 def test_kernel_starts_segments_from_zero(needs_hopper, kernel):
-    assert_starts_segments_from_zero(kernel, 300, batch=2, heads=8)
+    assert_starts_segments_from_zero(kernel, 300, batch=2, heads=8, **kernel.released)
 
 
 @pytest.mark.gpu
@@ -119,14 +119,15 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel):
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
 
-    inputs = kernel.make(heads=32)
+    inputs = kernel.make(heads=32, **kernel.released)
     assert_accurate(in_two, kernel.public("reference"), inputs, kernel.arguments, "bfloat16")
 
 
 @pytest.mark.gpu
 @each_kernel
 def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel):
-    inputs = kernel.make(batch=4, length=900, heads=64)  # too short for pieces, even alone
+    # Too short for pieces, even alone.
+    inputs = kernel.make(batch=4, length=900, heads=64, **kernel.released)
     like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
     cotangents = (like_output, inputs[-1])
     both = lambda z: values_and_gradients(kernel.public("mosaic"), z, cotangents)

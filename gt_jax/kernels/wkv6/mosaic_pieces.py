@@ -6,8 +6,8 @@ pieces start from, and then each piece is a row of a batch of its own. Backward 
 end, with r, do and w. States are transposed, [V, K], as in the kernels.
 
 The pass walks towards the end the map is applied from: a chunk's part of U then needs no later
-decay, and what was read last, and is still in the second-level cache, is what the kernel behind it
-reads first.
+decay, and what was read last, and may still be in the second-level cache, is what the kernel behind
+it reads first.
 """
 
 import functools
