@@ -15,8 +15,6 @@ families have the same init, optimizer, data and reference, the embedding.
 import dataclasses
 import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -113,10 +111,11 @@ def main(argv=None):
         arms[name, family] = lab.Arm(config, tasks[text])
     planned = programs.plan(arms, options.seeds, {})
     look = lambda program: profiles(program, jobs, options.quick)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        found = {
-            job: profiled for each in pool.map(look, planned) for job, profiled in each.items()
-        }
+    found = {
+        job: profiled
+        for each in programs.side_by_side(look, planned)
+        for job, profiled in each.items()
+    }
 
     measures, tables, plots = {}, [], []
     for name in ("project", *settings):

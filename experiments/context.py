@@ -19,15 +19,13 @@ reset every 64 tokens: the same predictions, with and without a past. GPT-2 has 
 
 import functools
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import lab, results
+from experiments import lab, programs, results
 from experiments.parity import HYBRID, match
 from experiments.statistics import estimate, holm
 from gt_jax.analysis import memories, norm
@@ -88,8 +86,7 @@ def main(argv=None):
         read = functools.partial(jax.lax.map, read)  # one seed after the other
         return jax.device_get(lab.jit(options.quick)(read)(mine.params))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        found = dict(zip(names, pool.map(probe, names)))
+    found = dict(zip(names, programs.side_by_side(probe, names)))
     unit = f"nats per {next(iter(arms.values())).task.unit}"
     results.write(
         options,

@@ -6,20 +6,19 @@
     runs["GF"].at({"optim.lr": 3e-4}).loss()  # [seeds, evaluations]
 
 Arms that share an architecture share a program (experiments/programs.py). Programs compile in
-threads, and run one after another as they are ready. Each run is, within float noise, what
-gt_jax.train does with the same config and seed: the same parameters and batches, so that runs of
-different arms with the same seed are pairs.
+threads, and run as they are ready, one after another on each device. Each run is, within float
+noise, what gt_jax.train does with the same config and seed: the same parameters and batches, so
+that runs of different arms with the same seed are pairs.
 
 How an experiment reads its command line and keeps its results: experiments/results.py.
 """
 
+import collections
 import functools
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +34,8 @@ from gt_jax.models import ModelConfig, count_parameters
 from gt_jax.training import backend
 from gt_jax.training.text import loss_unit, read_text
 
-# One program runs at a time.
-_RUNNING = threading.Lock()
+# One program runs at a time on a device.
+_RUNNING = collections.defaultdict(threading.Lock)
 
 # Seconds until one thread of Python lets another on. The thread that makes batches waits that long
 # at every turn while programs are traced: with Python's usual 5 ms, 9 s for 100 steps of five seeds
@@ -210,17 +209,16 @@ def train(
     planned = programs.plan(arms, seeds, sweep or {})
     sys.setswitchinterval(SWITCH)
     backend.prepare()
-    results = {}
-    with ThreadPoolExecutor(min(len(planned), os.cpu_count())) as pool:
-        options = {"group": group, "compile_fast": compile_fast}
-        waiting = [pool.submit(programs.prepare, program, **options) for program in planned]
-        for done in as_completed(waiting):
-            compiled = done.result()
-            with _RUNNING:
-                runs = _run(compiled, keep_params)
-            show(_line(compiled, runs))
-            parts = np.split(np.arange(len(runs.points)), len(compiled.program.names))
-            results |= {n: runs.take(part) for n, part in zip(compiled.program.names, parts)}
+
+    def job(program):
+        compiled = programs.prepare(program, group=group, compile_fast=compile_fast)
+        with _RUNNING[programs.device()]:
+            runs = _run(compiled, keep_params)
+        show(_line(compiled, runs))
+        parts = np.split(np.arange(len(runs.points)), len(program.names))
+        return {name: runs.take(part) for name, part in zip(program.names, parts)}
+
+    results = {n: runs for part in programs.side_by_side(job, planned) for n, runs in part.items()}
     return {name: results[name] for name in arms}
 
 

@@ -14,13 +14,11 @@ text.
 
 import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
-from experiments import lab, results, tasks
+from experiments import lab, programs, results, tasks
 from experiments.parity import FAMILIES, HYBRID, TEXTS, match
 from experiments.statistics import estimate
 from experiments.toys import TEST_BATCHES, at_best_rate, make_task
@@ -73,8 +71,7 @@ def main(argv=None):
         return found(runs[text, family], tests[text], length, quick=options.quick)
 
     jobs = list(itertools.product(arms, lengths))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        right = dict(zip(jobs, pool.map(ask, jobs)))  # [seeds, depths]
+    right = dict(zip(jobs, programs.side_by_side(ask, jobs)))  # [seeds, depths]
     line = functools.partial(results.line, within=results.SHARE)
     measures, tables, plots = {}, [], []
     for text in texts:

@@ -16,14 +16,12 @@ the score is 100 (turns before that) / 50.
 
 import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import lab, results
+from experiments import lab, programs, results
 from experiments.parity import HYBRID, match
 from experiments.statistics import estimate
 from experiments.toys import TEST_BATCHES, at_best_rate, make_task
@@ -68,8 +66,7 @@ def main(argv=None):
     runs = {name: at_best_rate(r) for name, r in trained.items()}
     ask = lambda job: recalled(runs[job[0]], unread, job[1], quick=options.quick)
     jobs = list(itertools.product(names, turns))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs compile side by side
-        right = dict(zip(jobs, pool.map(ask, jobs)))  # [seeds]
+    right = dict(zip(jobs, programs.side_by_side(ask, jobs)))  # [seeds]
 
     measures, rows, lines = {}, [], []
     for name in names:

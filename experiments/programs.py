@@ -77,6 +77,24 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def side_by_side(work: Callable, jobs: Sequence) -> list:
+    """work(job) of all jobs, in threads so that programs compile side by side; where there are
+    several devices, each job is on one of them."""
+    devices = jax.local_devices()
+
+    def on_one(i, job):
+        with jax.default_device(devices[i % len(devices)]):
+            return work(job)
+
+    with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count()))) as pool:
+        return list(pool.map(on_one, range(len(jobs)), jobs))
+
+
+def device() -> jax.Device:
+    """The device of the thread's job."""
+    return jax.config.jax_default_device or jax.local_devices()[0]
+
+
 def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> list[Program]:
     """The programs that train arms, each (config, task), as experiments.lab.train says.
 
@@ -273,8 +291,8 @@ def program_bytes(compiled) -> int:
 
 
 def bytes_free() -> float:
-    """What a program may take of the device's memory, or of the machine's if it has none."""
-    stats = jax.local_devices()[0].memory_stats()
+    """What a program may take of its device's memory, or of the machine's if it has none."""
+    stats = device().memory_stats()
     if stats:
         return 0.75 * stats["bytes_limit"]  # programs that compile meanwhile try kernels
     return 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

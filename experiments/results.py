@@ -203,7 +203,7 @@ def write(
         "about": options.about,
         "command": options.command,
         "commit": _commit(),
-        "device": jax.devices()[0].device_kind,
+        "device": _devices(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "seconds": round(time.perf_counter() - options.began, 1),
@@ -363,6 +363,13 @@ def _scale_by_log(axes, name: str) -> None:
     axis.set_ticks(places, [svg.tick_label(place) for place in places])
     axis.set_ticks([], minor=True)
     axes.set(**{f"{name}lim": ends})
+
+
+def _devices():
+    """Their kind, and their number if there are several."""
+    devices = jax.local_devices()
+    count = f"{len(devices)} x " if len(devices) > 1 else ""
+    return count + devices[0].device_kind
 
 
 def _commit() -> str | None:

@@ -18,6 +18,8 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import jax
+
 from experiments import lab, programs, results
 from experiments.benchmark_generation import Decoder, random_params, total_bytes
 from experiments.parity import FAMILIES, HYBRID, match
@@ -66,6 +68,7 @@ def main(argv=None):
         print(f"{count} programs ready after {time.perf_counter() - options.began:.0f} s")
         for family in families:
             speeds = desks[family].submit(time_all, family, stretches, seconds).result()
+            desks[family].shutdown()  # and what it holds of the memory is free
             for (kind, *point), row in speeds.items():
                 (trained if kind == "train" else written)[family, *point] = row
 
@@ -131,12 +134,18 @@ def compile_all(options, family, training, decoding):
 
 def time_all(family, stretches, seconds):
     """(kind, *point) -> what time_training or time_decoding says of each compiled program."""
-    return {
-        (kind, *point): time_training(program, (family, *point), stretches, seconds)
-        if kind == "train"
-        else time_decoding(program, (family, *point), stretches)
-        for (kind, *point), program in _ready[family].items()
-    }
+
+    def size(job):
+        kind, made = job[0], _ready[family][job]
+        return programs.program_bytes(made.compiled) if kind == "train" else 0
+
+    found = {}
+    # The largest first: the others find room in what it leaves.
+    for job in sorted(_ready[family], key=size, reverse=True):
+        kind, *point = job
+        timer = time_training if kind == "train" else time_decoding
+        found[job] = timer(_ready[family][job], (family, *point), stretches, seconds)
+    return {job: found[job] for job in _ready[family]}
 
 
 def config_of(options, family, size, length, rows=1):
@@ -168,16 +177,20 @@ def time_training(made, point, stretches, seconds):
     family, _, rows, length = point
     rate, size = None, programs.program_bytes(made.compiled)
     if size <= programs.bytes_free():
-        made.run(2)
-        steps = max(1, round(seconds / made.run(1)))
-        rate = spread([steps * rows * length / made.run(steps) for _ in range(stretches)])
+        try:
+            made.run(2)
+            steps = max(1, round(seconds / made.run(1)))
+            rate = spread([steps * rows * length / made.run(steps) for _ in range(stretches)])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
     flops = flops_per_token(made.model.config, length)
     cells = [*described(family, made.model), f"{rows} x {length}", rate]
     cells += [rate and flops * rate["mean"] / 1e12, size / 2**20]
     return {"rate": rate, "MiB": size / 2**20, "cells": cells}
 
 
-def time_decoding(made, point, stretches):
+def time_decoding(made, point, stretches, _):
     """{"rate", "MiB", "cells"} of a model and its Decoder."""
     (family, _, rows), (model, made) = point, made
     rate = spread([rows / made.run(BURSTS) for _ in range(stretches)])

@@ -1,6 +1,10 @@
 """Runs side by side are the trainer's own runs, in whatever company."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +182,38 @@ def test_short_memory_makes_groups(config, task, monkeypatch):
     np.testing.assert_array_equal(whole.at({"seed": 4}).metrics["tokens"], [tokens] * 3)
     for part in parts:
         jax.tree.map(np.testing.assert_array_equal, part[:6], whole[:6])
+
+
+TWO_DEVICES = """
+import json, sys
+from experiments import lab, programs
+changes = json.loads(sys.argv[1])
+configs = {name: lab.make_config(changes | {"model.preset": name}) for name in ("gf", "hy")}
+task = lab.text_task(configs["gf"])
+arms = {name: lab.Arm(config, task) for name, config in configs.items()}
+runs = lab.train(arms, seeds=(3, 0), compile_fast=True, show=lambda line: None)
+where = programs.side_by_side(lambda job: programs.device().id, range(3))
+print(json.dumps([where, runs["hy"].loss().tolist()]))
+"""
+
+
+def test_programs_share_out_the_devices_and_train_alike(source):
+    changes = json.dumps(SMALL | {"data.source": source})
+    found = []
+    for count in (1, 2):
+        env = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", TWO_DEVICES, changes],
+            env=os.environ | env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    (one, losses), (two, same) = found
+    assert one == [0, 0, 0] and two == [0, 1, 0]
+    np.testing.assert_allclose(losses, same, rtol=1e-5)
 
 
 def test_what_cannot_be_swept_is_refused(config, task):
