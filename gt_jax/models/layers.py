@@ -52,6 +52,10 @@ def embedding_init(config, official=None):
     return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
 
 
+# Numbers in what a GPU multiplies in the time it takes to start: some 3 µs of an H100's bandwidth.
+_QUICK = 2**22
+
+
 def project(x, kernel):
     """x [..., in] @ kernel [in, out] in the dtype of x.
 
@@ -82,17 +86,23 @@ def dense(config, features, name, init):
     return Dense(features, config.dtype, init, name=name)
 
 
-def apply_each(layers, inputs):
-    """[layer(x) for every Dense layer and its x], of equal shapes.
+def quickly_done(x):
+    """Whether a GPU takes as long to start a product with x [B, T, D] as to do it.
 
-    For a single token it is one product of matrices put side by side: what a GPU does then takes as
-    long as starting it.
+    Then one of matrices put side by side is better than many; XLA's CPU backend is several times
+    slower on it, but for a single token.
     """
-    if inputs[0].shape[1] > 1 or layers[0].is_initializing():
+    return x.shape[1] == 1 or (jax.default_backend() == "gpu" and x.size <= _QUICK)
+
+
+def apply_each(layers, inputs):
+    """[layer(x) for every Dense layer and its x], of equal shapes [B, T, D]."""
+    shape = inputs[0].shape
+    if not quickly_done(inputs[0]) or layers[0].is_initializing():
         return [layer(x) for layer, x in zip(layers, inputs)]
-    x = jnp.stack([x[:, 0] for x in inputs])  # [J, B, D]
-    kernels = jnp.stack([layer.kernel(x.shape[-1]) for layer in layers])
-    return list((x @ kernels.astype(x.dtype))[:, :, None])
+    x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
+    kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
+    return list((x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
 def rms_norm(config, name):

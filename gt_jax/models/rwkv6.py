@@ -23,6 +23,7 @@ from gt_jax.models.layers import (
     per_row,
     previous_token,
     project,
+    quickly_done,
     recurrence,
     symmetric_uniform,
 )
@@ -66,11 +67,11 @@ class TimeMix(nn.Module):
         c = self.config
         B, T, D = x.shape
         H, K = c.heads, c.head_dim
-        x_w, x_k, x_v, x_r, x_g = self._shifted_inputs(x, state, segment_ids)
+        x_w, *inputs = self._shifted_inputs(x, state, segment_ids)
 
         gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "gate": 0.1}
         layers = [dense(c, D, name, kernel_init(c, orthogonal(g))) for name, g in gains.items()]
-        r, k, v, g = apply_each(layers, [x_r, x_k, x_v, x_g])
+        r, k, v, g = apply_each(layers, inputs)
         log_w = self._log_decay(x_w)  # float32
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
 
@@ -89,7 +90,7 @@ class TimeMix(nn.Module):
         return y, TimeMixState(wkv, x[:, -1])
 
     def _shifted_inputs(self, x, state, segment_ids):
-        """The inputs [B, T, D] of decay, key, value, receptance and gate."""
+        """The inputs [B, T, D] of decay, receptance, key, value and gate."""
         D = x.shape[-1]
         shares = {
             name: self.param(
@@ -103,16 +104,16 @@ class TimeMix(nn.Module):
 
         delta = previous_token(x, None if state is None else state.last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
-        if x.shape[1] == 1:
-            parts = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B, rank]
-            products = (parts @ w2.astype(x.dtype))[:, :, None]
+        if quickly_done(x):
+            parts = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
+            products = (parts @ w2.astype(x.dtype)).reshape(5, *x.shape)
         else:
-            # Five products rather than one: XLA's CPU backend is three times as fast on them.
-            products = map(project, jnp.split(hidden, 5, axis=-1), w2)
-        return [
+            products = list(map(project, jnp.split(hidden, 5, axis=-1), w2))
+        w, k, v, r, g = (
             x + delta * (shares[name].astype(x.dtype) + product)
             for name, product in zip("wkvrg", products)
-        ]
+        )
+        return w, r, k, v, g
 
     def _log_decay(self, x_w):
         """-exp(omega) in float32: small decays and their gradients need the range."""

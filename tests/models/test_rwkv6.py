@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from gt_jax.models import layers, rwkv6
 from gt_jax.models.rwkv6 import ChannelMix, TimeMix, TimeMixState
 from tests.models.small_models import (
     jit,
@@ -67,8 +68,10 @@ def layer_norm(p, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-@pytest.mark.parametrize("T", [1, 19])
-def test_time_mix_matches_the_formulas(T):
+@pytest.mark.parametrize(("T", "quick"), [(1, True), (19, False), (19, True)])
+def test_time_mix_matches_the_formulas(monkeypatch, T, quick):
+    for module in (layers, rwkv6):
+        monkeypatch.setattr(module, "quickly_done", lambda x: quick)
     config = small_config(heads=4)
     x, wkv, last = (
         jax.random.normal(jax.random.key(i), shape)

@@ -25,6 +25,7 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_backward import backward
 from gt_jax.kernels.wkv6.mosaic_levels import (
+    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
@@ -60,7 +61,7 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
     # and channels change nothing.
     end = (0, -length % (8 if pieces == 1 else pieces * CHUNK))
     cut = lambda z: z.reshape(z.shape[0] * pieces, -1, *z.shape[2:])
-    r, k, v, w = (cut(_pad(z, end, (0, 0), (0, SIZE - z.shape[-1]))) for z in inputs)
+    r, k, v, w = (cut(_pad(z, end, (0, 0), (0, _width(z.shape[-1]) - z.shape[-1]))) for z in inputs)
     u = _pad(u.astype(jnp.float32), (0, SIZE - K))
     state = _pad(initial_state, (0, SIZE - K), (0, SIZE - V)).mT
     o, final_state = _wkv6(pieces, r, k, v, w.astype(jnp.float32), u, state)
@@ -82,6 +83,11 @@ def _refusal(r, v, state, precision):
     return None
 
 
+def _width(channels):
+    """The channels that bulk copies move for a head of so many: powers of two from 8 up."""
+    return max(8, pl.next_power_of_2(channels))
+
+
 def _pad(z, *last):
     """z with its last axes padded by (before, after) zeros; z itself where there are none."""
     if not any(map(any, last)):
@@ -91,7 +97,11 @@ def _pad(z, *last):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _wkv6(pieces, *inputs):
-    """o and final state; r, k, v, w are [batch * pieces, T, H, 64], the state [batch, H, V, K]."""
+    """o and final state.
+
+    r, k, v, w are [batch * pieces, T, H, 8 to 64 channels], u [H, 64], the state [batch, H, 64, 64]
+    with V before K.
+    """
     return _pieces_forward(pieces, *inputs, save=False)[0]
 
 
@@ -119,10 +129,11 @@ def _forward(r, k, v, w, u, state, *, save):
     """o, the final state and, with save, what the backward pass reads; states are [V, K].
 
     Returns:
-        o [B, T, H, V]; the final state [B, H, V, K]; the state each chunk starts from
+        o [B, T, H, V]; the final state [B, H, 64, 64]; the state each chunk starts from
         [B, M, H, V, K] and A [B, M, H, C, C], both bfloat16 (one chunk long without save).
     """
-    batch, T, H, _ = r.shape
+    batch, T, H, K = r.shape
+    V = v.shape[-1]
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
     heads = min(HEADS, rows)
     levels = CHUNK.bit_length() - 1
@@ -144,7 +155,8 @@ def _forward(r, k, v, w, u, state, *, save):
                 b, h = place(n)
                 for source, target in zip(sources, targets):
                     tokens = mosaic.tokens(m)
-                    plgpu.copy_gmem_to_smem(source.at[b, tokens, h], target.at[n], barrier.at[n])
+                    tile = source.at[b, tokens, h, CHANNELS]
+                    plgpu.copy_gmem_to_smem(tile, target.at[n], barrier.at[n])
 
             fetch_inputs = functools.partial(
                 fetch, sources=(r_, k_, w_), targets=(r_s, k_s, w_s), barrier=ready
@@ -186,7 +198,7 @@ def _forward(r, k, v, w, u, state, *, save):
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(taken.at[at])
                 if save:
-                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h])
+                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h, CHANNELS, CHANNELS])
 
                 def by_role(level, exponent):
                     Y = jnp.where(fresh.query(level), r, k)
@@ -233,7 +245,7 @@ def _forward(r, k, v, w, u, state, *, save):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_n[...] = o.astype(bf16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h])
+                plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h, CHANNELS])
                 (S,) = matmul((S * jnp.exp2(total), (v_s.at[at].T, Y)))
                 plgpu.barrier_arrive(taken_v.at[at])
                 return S
@@ -250,7 +262,7 @@ def _forward(r, k, v, w, u, state, *, save):
         out_type=(
             jax.ShapeDtypeStruct(v.shape, bf16),
             jax.ShapeDtypeStruct((batch, H, SIZE, SIZE), jnp.float32),
-            jax.ShapeDtypeStruct((*saved, H, SIZE, SIZE), bf16),
+            jax.ShapeDtypeStruct((*saved, H, V, K), bf16),
             jax.ShapeDtypeStruct((*saved, H, CHUNK, CHUNK), bf16),
         ),
         scratch_types=[

@@ -23,6 +23,7 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.hopper import interpreting
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_levels import (
+    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
@@ -43,14 +44,15 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
     """Gradients of one call.
 
     Args:
-        r, k, v, do: [B, T, H, 64] bfloat16; w: [B, T, H, 64] float32; u: [H, 64] float32.
+        r, k: [B, T, H, K] bfloat16; v, do: [B, T, H, V] bfloat16; w: [B, T, H, K] float32;
+            u: [H, 64] float32.
         states: [B, M, H, V, K] bfloat16, transposed state each chunk starts from.
         scores: [B, M, H, C, C] bfloat16, the matrix A of each chunk.
-        dstate: [B, H, V, K] float32, gradient of the final state, transposed.
+        dstate: [B, H, 64, 64] float32, gradient of the final state, transposed.
 
     Returns:
-        dr, dk, dv, dw like r, k, v, w; du [B, H, K] float32, of each batch row; the gradient of the
-        initial state [B, H, V, K] float32, transposed.
+        dr, dk, dv, dw like r, k, v, w; du [B, H, 64] float32, of each batch row; the gradient of
+        the initial state [B, H, 64, 64] float32, transposed.
     """
     batch, T, H, _ = r.shape
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
@@ -79,15 +81,17 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
                 b, h = place(n)
                 by_token = ((r_, r_s), (k_, k_s), (v_, v_s), (do_, do_s), (w_, w_s))
                 for source, target in by_token:
-                    tile = source.at[b, mosaic.tokens(m), h]
+                    tile = source.at[b, mosaic.tokens(m), h, CHANNELS]
                     plgpu.copy_gmem_to_smem(tile, target.at[n], ready.at[n])
-                for source, target in ((states_, y_s), (scores_, z_s)):
-                    plgpu.copy_gmem_to_smem(source.at[b, m, h], target.at[n], ready.at[n])
+                state = states_.at[b, m, h, CHANNELS, CHANNELS]
+                plgpu.copy_gmem_to_smem(state, y_s.at[n], ready.at[n])
+                plgpu.copy_gmem_to_smem(scores_.at[b, m, h], z_s.at[n], ready.at[n])
 
             def store(n, m):
                 b, h = place(n)
                 for source, target in ((r_s, dr_), (k_s, dk_), (v_s, dv_), (w_s, dw_)):
-                    plgpu.copy_smem_to_gmem(source.at[n], target.at[b, mosaic.tokens(m), h])
+                    tile = target.at[b, mosaic.tokens(m), h, CHANNELS]
+                    plgpu.copy_smem_to_gmem(source.at[n], tile)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             for n in range(heads):

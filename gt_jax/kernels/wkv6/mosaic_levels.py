@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import levels
@@ -16,7 +17,9 @@ from gt_jax.kernels.mosaic import CHUNK
 _LOWEST_LOG_DECAY = -128.0
 _LOG2_E = math.log2(math.e)
 
-SIZE = 64  # key and value channels of a head; smaller heads are padded with zeros
+SIZE = 64  # key and value channels of a head on chip
+# All of them: of a narrower head, bulk copies read zeros for what is not there and do not write it.
+CHANNELS = pl.ds(0, SIZE)
 HEADS = 2  # that a block of the grid works on, a warpgroup each
 FROM_START, TO_END = 5, 6  # places of the chunk-wide patterns among sum_patterns()
 

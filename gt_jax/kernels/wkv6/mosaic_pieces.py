@@ -22,6 +22,7 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
 from gt_jax.kernels.mosaic import CHUNK, matmul
 from gt_jax.kernels.wkv6.mosaic_levels import (
+    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
@@ -40,7 +41,7 @@ def piece_states(pieces, x, V, w, state, *, reverse=False):
 
     Args:
         pieces: how many there are of each row.
-        x, V, w: k, v and w, or r, do and w if reverse; [batch * pieces, T, H, 64].
+        x, V, w: k, v and w, or r, do and w if reverse; [batch * pieces, T, H, up to 64].
         state: [batch, H, V, K] before the first piece, or the gradient after the last.
     """
     by_row = lambda z: z.reshape(-1, pieces - 1, *z.shape[1:]).swapaxes(1, 2)  # [batch, H, pieces]
@@ -82,7 +83,7 @@ def _maps(pieces, x, V, w, reverse):
                     at = n * _STAGES + slot
                     pl.when(step >= _STAGES)(lambda at=at: plgpu.barrier_wait(consumed.at[at]))
                     for source, target in ((x_, x_s), (V_, V_s), (w_, w_s)):
-                        tile = source.at[source_row(b), mosaic.tokens(m), h]
+                        tile = source.at[source_row(b), mosaic.tokens(m), h, CHANNELS]
                         plgpu.copy_gmem_to_smem(tile, target.at[n, slot], ready.at[at])
 
             mosaic.loop(chunks, fetch, None)
