@@ -59,18 +59,24 @@ def main(argv=None):
     stretches, seconds = len(options.seeds), SECONDS_QUICK if options.quick else SECONDS
     trained, written = {}, {}
     with contextlib.ExitStack() as stack:
-        # A process for each family: only one thread of a process traces at a time. All compile
+        # Processes for each family: only one thread of a process traces at a time. All compile
         # first, so that nothing disturbs what is timed.
         spawn = multiprocessing.get_context("spawn")
-        desks = {f: stack.enter_context(ProcessPoolExecutor(1, spawn)) for f in families}
-        waiting = [desks[f].submit(compile_all, options, f, training, decoding) for f in families]
-        count = sum(future.result() for future in waiting)
-        print(f"{count} programs ready after {time.perf_counter() - options.began:.0f} s")
+        desks = []
+        for family, part in shares(families, training, decoding):
+            desk = stack.enter_context(ProcessPoolExecutor(1, spawn))
+            desks.append((family, part, desk, desk.submit(compile_all, options, family, part)))
+        for *_, ready in desks:
+            ready.result()
+        took = time.perf_counter() - options.began
+        print(f"{sum(len(part) for _, part, *_ in desks)} programs ready after {took:.0f} s")
+        found = {}
+        for family, _, desk, _ in desks:
+            found |= desk.submit(time_all, family, stretches, seconds).result()
+            desk.shutdown()  # and what it holds of the memory is free
         for family in families:
-            speeds = desks[family].submit(time_all, family, stretches, seconds).result()
-            desks[family].shutdown()  # and what it holds of the memory is free
-            for (kind, *point), row in speeds.items():
-                (trained if kind == "train" else written)[family, *point] = row
+            trained |= {(family, *p): found["train", family, *p] for p in training}
+            written |= {(family, *p): found["decode", family, *p] for p in decoding}
 
     measures = {}
     for (family, (width, _), rows, length), row in trained.items():
@@ -118,34 +124,40 @@ def main(argv=None):
     )
 
 
-_ready = {}  # of this process: family -> (kind, *point) -> program
+def shares(families, training, decoding):
+    """(family, jobs) of each process: a few for each family, where there are the cores for it."""
+    jobs = [("train", *point) for point in training] + [("decode", *point) for point in decoding]
+    parts = max(1, min(3, os.cpu_count() // (2 * len(families))))
+    return [(family, jobs[i::parts]) for family in families for i in range(parts) if jobs[i::parts]]
 
 
-def compile_all(options, family, training, decoding):
-    """Compile the programs of a family, side by side, for `time_all`; how many there are."""
+_ready = {}  # of this process: (kind, *point) -> program
+
+
+def compile_all(options, family, jobs):
+    """Compile programs of a family, side by side, for `time_all`."""
     backend.prepare()
-    jobs = {("train", *point): trainer for point in training}
-    jobs |= {("decode", *point): decoder for point in decoding}
+    make = {"train": trainer, "decode": decoder}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {job: pool.submit(make, options, family, *job[1:]) for job, make in jobs.items()}
-        _ready[family] = {job: future.result() for job, future in waiting.items()}
-    return len(jobs)
+        waiting = {job: pool.submit(make[job[0]], options, family, *job[1:]) for job in jobs}
+        _ready.update({job: future.result() for job, future in waiting.items()})
 
 
 def time_all(family, stretches, seconds):
-    """(kind, *point) -> what time_training or time_decoding says of each compiled program."""
+    """(kind, family, *point) -> what time_training or time_decoding says of a compiled program."""
 
     def size(job):
-        kind, made = job[0], _ready[family][job]
+        kind, made = job[0], _ready[job]
         return programs.program_bytes(made.compiled) if kind == "train" else 0
 
-    found = {}
+    timer = {"train": time_training, "decode": time_decoding}
     # The largest first: the others find room in what it leaves.
-    for job in sorted(_ready[family], key=size, reverse=True):
-        kind, *point = job
-        timer = time_training if kind == "train" else time_decoding
-        found[job] = timer(_ready[family][job], (family, *point), stretches, seconds)
-    return {job: found[job] for job in _ready[family]}
+    return {
+        (kind, family, *point): timer[kind](
+            _ready[kind, *point], (family, *point), stretches, seconds
+        )
+        for kind, *point in sorted(_ready, key=size, reverse=True)
+    }
 
 
 def config_of(options, family, size, length, rows=1):

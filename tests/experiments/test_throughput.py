@@ -1,5 +1,8 @@
 """Speeds are counted as tokens over seconds, and compared stretch by stretch."""
 
+import os
+
+import jax
 import pytest
 
 from experiments import claims, parity, results, throughput
@@ -16,6 +19,13 @@ class Clock:
 
     def run(self, steps):
         return next(self.seconds)
+
+
+class FullGpu:
+    """A program that fits in the memory but finds no room in it."""
+
+    def run(self, steps):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
 
 def test_median_and_range_are_those_of_the_stretches():
@@ -37,6 +47,9 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     made = Clock(9, 0.5, 1, 2, 4)  # two steps, one step of half a second, then stretches of two
     made.compiled, made.model = None, throughput
     found = throughput.time_training(made, ("GPT-2", None, 4, 16), 3, 1.0)
+    full = FullGpu()
+    full.compiled, full.model = None, throughput
+    assert throughput.time_training(full, ("GPT-2", None, 4, 16), 3, 1.0)["rate"] is None
     assert found["rate"]["values"] == [128, 64, 32] and found["cells"][-2] == 10 * 64 / 1e12
 
 
@@ -63,3 +76,15 @@ def test_wrong_flags_are_one_line():
         throughput.main(["--seeds=9"])
     with pytest.raises(InputError, match="--only=LSTM must be of GF-MH"):
         throughput.main(["--only=LSTM"])
+
+
+def test_processes_share_out_every_program(monkeypatch):
+    training, decoding = throughput.TRAINING, throughput.DECODING
+    jobs = {("train", *p) for p in training} | {("decode", *p) for p in decoding}
+    for cores, processes in ((2, 2), (16, 6), (128, 6)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        shares = throughput.shares(["RWKV-6", "GPT-2"], training, decoding)
+        assert len(shares) == processes
+        for family in ("RWKV-6", "GPT-2"):
+            mine = [job for f, part in shares if f == family for job in part]
+            assert len(mine) == len(jobs) and set(mine) == jobs
