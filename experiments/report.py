@@ -19,8 +19,8 @@ from experiments.rules import VERDICTS, Verdict
 from gt_jax.errors import InputError
 
 # Experiments in the order of the page; what is not named here follows.
-ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "states")
-ORDER += ("persistence", "toys", "interventions", "throughput", "scaling", "gates")
+ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "needle")
+ORDER += ("states", "persistence", "toys", "interventions", "throughput", "scaling", "gates")
 
 # Characters that fit half the page's width; tables with more take all of it.
 HALF = 68

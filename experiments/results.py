@@ -333,7 +333,8 @@ def _draw_one(axes, each: Mapping, numbers: Mapping[str, int]) -> None:
         colour, dashes = f"C{number % 10}", "-" if number < 10 else "--"
         if "x" in series:
             x, low, high = series["x"], nan(series["low"]), nan(series["high"])
-            axes.plot(x, nan(series["y"]), dashes, color=colour, lw=1.5, label=series["name"])
+            style = {"color": colour, "lw": 1.5, "marker": "o" if len(x) <= 12 else None, "ms": 4}
+            axes.plot(x, nan(series["y"]), dashes, label=series["name"], **style)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         else:
             mean, low, high = nan([series["mean"], series["low"], series["high"]])
