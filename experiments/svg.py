@@ -137,7 +137,10 @@ def _x_axis(x: _Axis, bottom: float, label: str) -> list[str]:
     parts = []
     for tick in x.ticks():
         parts.append(f'<path class="grid" d="M{x(tick)} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 16}" class="mid">{tick_label(tick)}</text>')
+        text = tick_label(tick)
+        centred = x(tick) + len(text) * CHARACTER / 2 <= WIDTH  # or the edge would cut it
+        place = f'x="{x(tick)}" class="mid"' if centred else f'x="{WIDTH}" class="end"'
+        parts.append(f'<text {place} y="{bottom + 16}">{text}</text>')
     return [
         *parts,
         f'<text x="{WIDTH - RIGHT}" y="{bottom + 33}" class="end">{escape(label)}</text>',

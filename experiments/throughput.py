@@ -119,7 +119,7 @@ def main(argv=None):
             "A rate is the median of the stretches ± half their range; intervals of ratios are of "
             "the stretches too: of timing on one machine, not of machines.",
             "A point that does not fit in the memory has no rate.",
-            "GPT-2's attention is XLA's, which writes scores out; one that decodes attends over all of "
+            "GPT-2's attention is XLA's, which writes scores out; decoding, it attends over all of "
             "its 1024 positions, used or not.",
         ],
     )

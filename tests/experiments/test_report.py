@@ -308,3 +308,14 @@ def test_plots_of_what_is_not_finite_or_all_alike_draw():
         assert text.startswith("<svg") and "nan" not in text
     dots = results.plot("t", "x", "", [results.dot("a", estimate([float("nan")]))])
     assert svg.draw(results.plain(dots), {"a": 0}).count("<circle") == 0
+
+
+def test_no_tick_is_cut_by_the_edge():
+    line = {"name": "a", "x": [256, 1024, 16384], "y": [0.0, 0.5, 1.0]}
+    plot = results.plot("t", "tokens", "y", [line | {"low": line["y"], "high": line["y"]}], log="x")
+    drawn = svg.draw(results.plain(plot), {"a": 0})
+    ticks = re.findall(r'<text x="([\d.]+)" class="(mid|end)" y="[\d.]+">([\d,]+)<', drawn)
+    assert [text for *_, text in ticks][-1] == "16,384"
+    for x, anchor, text in ticks:
+        width = svg.CHARACTER * len(text)
+        assert float(x) + (width / 2 if anchor == "mid" else 0) <= svg.WIDTH
