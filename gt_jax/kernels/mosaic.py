@@ -152,6 +152,18 @@ def load(ref):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
 
 
+def load_transposed(ref):
+    """The transpose of a square tile of 16-bit values, as `load`."""
+    value = plgpu.load(ref.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+    return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+
+
+def split(z):
+    """Two bfloat16 values whose sum has twice the bits of one: operands as good as float32 ones."""
+    high = z.astype(jnp.bfloat16)
+    return high, (z - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
 def load_rows(ref):
     """[rows] from shared memory, to be broadcast along the columns of an accumulator."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))

@@ -178,7 +178,7 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
     chunk_states = (size.batch, size.heads, size.chunks, P, N) if save_states else (1,)
 
     def body(x_, B_, C_, scalars_, D_, state_, y_, final_, states_, x_s, B_s, C_s, scalars_s,
-             S_s, xw_s, y_s, ready, consumed):  # fmt: skip
+             S_s, y_s, ready, consumed):  # fmt: skip
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
@@ -209,7 +209,7 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
         def compute(wg):  # a plain number: addresses known when compiling save registers
             plgpu.set_max_registers(240, action="increase")
             head = head0 + wg
-            S_b, xw_b, y_b = S_s.at[wg], xw_s.at[wg], y_s.at[wg]
+            S_b, y_b = S_s.at[wg], y_s.at[wg]
             D_h = D_[head]
             i, j = mosaic.iota(square, 0), mosaic.iota(square, 1)
 
@@ -228,18 +228,17 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
                     ((CHUNK, P), (C_b, S_b.T)),
                 )
                 g_ref, dt_ref = scalars_s.at[slot, wg, 0], scalars_s.at[slot, wg, 1]
-                g_i, dt_i = mosaic.load_rows(g_ref), mosaic.load_rows(dt_ref)
+                g_i = mosaic.load_rows(g_ref)
                 g_j, dt_j = mosaic.load_columns(g_ref), mosaic.load_columns(dt_ref)
                 g_end = scalars_s[slot, wg, 0, CHUNK - 1]
                 between = over_columns(g_i, square) - over_rows(g_j, square)
                 L = jnp.exp2(jnp.where(i >= j, between, -jnp.inf))
                 M = (L * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
                 x = mosaic.load(x_b).astype(jnp.float32)
-                weight = jnp.exp2(g_end - g_i) * dt_i
-                xw_b[...] = (x * over_columns(weight, x.shape)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
                 y = CS * over_columns(jnp.exp2(g_i), x.shape) + x * D_h
-                y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), (xw_b.T, B_b)))
+                weight = over_rows(jnp.exp2(g_end - g_j) * dt_j, square)
+                kept = mosaic.split(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
+                y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), *((z, B_b) for z in kept)))
                 plgpu.barrier_arrive(consumed.at[slot])
                 plgpu.wait_smem_to_gmem(1 if save_states else 0, wait_read_only=True)  # y_b is free
                 y_b[...] = y.astype(jnp.bfloat16)
@@ -270,7 +269,6 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
             mosaic.tile(_STAGES, CHUNK, N),
             plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
             mosaic.tile(W, P, N),
-            mosaic.tile(W, CHUNK, P),
             mosaic.tile(W, CHUNK, P),
             plgpu.Barrier(num_arrivals=2 + 2 * W, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),

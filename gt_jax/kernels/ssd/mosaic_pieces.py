@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, tokens
+from gt_jax.kernels.mosaic import CHUNK, matmul, over_rows, tokens
 
 _STAGES = 4  # chunks in flight
 
@@ -51,7 +51,7 @@ def _additions(size, pieces, z, V, scalars, reverse):
     P, N, W = size.P, size.N, size.heads_per_block
     rows = size.batch // pieces * (pieces - 1)
 
-    def body(z_, V_, scalars_, U_, z_s, V_s, scalars_s, zw_s, ready, consumed):
+    def body(z_, V_, scalars_, U_, z_s, V_s, scalars_s, ready, consumed):
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
@@ -90,14 +90,13 @@ def _additions(size, pieces, z, V, scalars, reverse):
                 met, U = carry  # log2 decays of the chunks met, summed
                 slot = lax.rem(k, jnp.int32(_STAGES))
                 plgpu.barrier_wait(ready.at[slot])
-                g = mosaic.load_rows(scalars_s.at[slot, wg, 0])
-                dt = mosaic.load_rows(scalars_s.at[slot, wg, 1])
+                g = mosaic.load_columns(scalars_s.at[slot, wg, 0])
+                dt = mosaic.load_columns(scalars_s.at[slot, wg, 1])
                 g_end = scalars_s[slot, wg, 0, CHUNK - 1]
                 weight = jnp.exp2(g + met) if reverse else jnp.exp2(g_end - g + met) * dt
-                z = mosaic.load(z_s.at[slot, wg]).astype(jnp.float32)
-                zw_s[wg] = (z * over_columns(weight, z.shape)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                (U,) = matmul((U, (zw_s.at[wg].T, V_s.at[slot])))
+                z = mosaic.load_transposed(z_s.at[slot, wg]).astype(jnp.float32)
+                added = mosaic.split(z * over_rows(weight, z.shape))
+                (U,) = matmul((U, *((part, V_s.at[slot]) for part in added)))
                 plgpu.barrier_arrive(consumed.at[slot])
                 return met + g_end, U
 
@@ -117,7 +116,6 @@ def _additions(size, pieces, z, V, scalars, reverse):
             mosaic.tile(_STAGES, W, CHUNK, P),
             mosaic.tile(_STAGES, CHUNK, N),
             plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
-            mosaic.tile(W, CHUNK, P),
             plgpu.Barrier(num_arrivals=1 + 2 * W, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
         ),
