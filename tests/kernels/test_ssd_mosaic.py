@@ -39,7 +39,7 @@ def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_threa
     inputs = (*inputs, jnp.zeros_like(state))  # all that is in the state came slowly
     with hopper.simulated("interpret"):
         found = errors(run("mosaic"), run("reference"), inputs, SSD.arguments)
-    assert found["final_state"] < TOLERANCE["bfloat16"]
+    assert found["final_state"] < TOLERANCE["float32"]  # nor is what comes in rounded
     assert found["d_initial_state"] < TOLERANCE["bfloat16"]
 
 
