@@ -25,12 +25,12 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_backward import backward
 from gt_jax.kernels.wkv6.mosaic_levels import (
-    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
     TO_END,
     Fresh,
+    channels,
     log2_decay,
     place_of,
     sum_patterns,
@@ -155,7 +155,7 @@ def _forward(r, k, v, w, u, state, *, save):
                 b, h = place(n)
                 for source, target in zip(sources, targets):
                     tokens = mosaic.tokens(m)
-                    tile = source.at[b, tokens, h, CHANNELS]
+                    tile = source.at[b, tokens, h, channels()]
                     plgpu.copy_gmem_to_smem(tile, target.at[n], barrier.at[n])
 
             fetch_inputs = functools.partial(
@@ -198,7 +198,7 @@ def _forward(r, k, v, w, u, state, *, save):
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(taken.at[at])
                 if save:
-                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h, CHANNELS, CHANNELS])
+                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h, channels(), channels()])
 
                 def by_role(level, exponent):
                     Y = jnp.where(fresh.query(level), r, k)
@@ -245,7 +245,7 @@ def _forward(r, k, v, w, u, state, *, save):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_n[...] = o.astype(bf16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h, CHANNELS])
+                plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h, channels()])
                 (S,) = matmul((S * jnp.exp2(total), (v_s.at[at].T, Y)))
                 plgpu.barrier_arrive(taken_v.at[at])
                 return S

@@ -23,12 +23,12 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.hopper import interpreting
 from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
 from gt_jax.kernels.wkv6.mosaic_levels import (
-    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
     TO_END,
     Fresh,
+    channels,
     log2_decay,
     place_of,
     sum_patterns,
@@ -81,16 +81,16 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
                 b, h = place(n)
                 by_token = ((r_, r_s), (k_, k_s), (v_, v_s), (do_, do_s), (w_, w_s))
                 for source, target in by_token:
-                    tile = source.at[b, mosaic.tokens(m), h, CHANNELS]
+                    tile = source.at[b, mosaic.tokens(m), h, channels()]
                     plgpu.copy_gmem_to_smem(tile, target.at[n], ready.at[n])
-                state = states_.at[b, m, h, CHANNELS, CHANNELS]
+                state = states_.at[b, m, h, channels(), channels()]
                 plgpu.copy_gmem_to_smem(state, y_s.at[n], ready.at[n])
                 plgpu.copy_gmem_to_smem(scores_.at[b, m, h], z_s.at[n], ready.at[n])
 
             def store(n, m):
                 b, h = place(n)
                 for source, target in ((r_s, dr_), (k_s, dk_), (v_s, dv_), (w_s, dw_)):
-                    tile = target.at[b, mosaic.tokens(m), h, CHANNELS]
+                    tile = target.at[b, mosaic.tokens(m), h, channels()]
                     plgpu.copy_smem_to_gmem(source.at[n], tile)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -18,10 +18,15 @@ _LOWEST_LOG_DECAY = -128.0
 _LOG2_E = math.log2(math.e)
 
 SIZE = 64  # key and value channels of a head on chip
-# All of them: of a narrower head, bulk copies read zeros for what is not there and do not write it.
-CHANNELS = pl.ds(0, SIZE)
 HEADS = 2  # that a block of the grid works on, a warpgroup each
 FROM_START, TO_END = 5, 6  # places of the chunk-wide patterns among sum_patterns()
+
+
+def channels():
+    """All channels of a head: of a narrower one, bulk copies read zeros for what is not there, and
+    write nothing there. They start at a traced 0, as JAX refuses a slice it sees to end beyond.
+    """
+    return pl.ds(lax.axis_index("wg") * 0, SIZE)
 
 
 def place_of(heads, batch, H, n):

@@ -22,12 +22,12 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
 from gt_jax.kernels.mosaic import CHUNK, matmul
 from gt_jax.kernels.wkv6.mosaic_levels import (
-    CHANNELS,
     FROM_START,
     HEADS,
     SIZE,
     TO_END,
     Fresh,
+    channels,
     log2_decay,
     place_of,
     sum_patterns,
@@ -83,7 +83,7 @@ def _maps(pieces, x, V, w, reverse):
                     at = n * _STAGES + slot
                     pl.when(step >= _STAGES)(lambda at=at: plgpu.barrier_wait(consumed.at[at]))
                     for source, target in ((x_, x_s), (V_, V_s), (w_, w_s)):
-                        tile = source.at[source_row(b), mosaic.tokens(m), h, CHANNELS]
+                        tile = source.at[source_row(b), mosaic.tokens(m), h, channels()]
                         plgpu.copy_gmem_to_smem(tile, target.at[n, slot], ready.at[at])
 
             mosaic.loop(chunks, fetch, None)
