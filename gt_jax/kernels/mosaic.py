@@ -55,6 +55,27 @@ def lowered_once(*static):
     return decorate
 
 
+def batched_as_rows(function):
+    """function, whose arrays all begin with the rows of a batch; vmap gives it more rows.
+
+    For kernels in which blocks of the grid pass on numbers: they would mix what vmap tells apart.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def rows(*arrays):
+        return tuple(function(*arrays))
+
+    @rows.def_vmap
+    def _more_rows(size, batched, *arrays):
+        spread = (
+            z if b else jnp.broadcast_to(z, (size, *z.shape)) for z, b in zip(arrays, batched)
+        )
+        results = rows(*(z.reshape(-1, *z.shape[2:]) for z in spread))
+        return tuple(z.reshape(size, -1, *z.shape[1:]) for z in results), (True,) * len(results)
+
+    return rows
+
+
 def keep(results):
     """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
     return [checkpoint_name(x, "recurrence") for x in results]
@@ -89,6 +110,21 @@ def tile(*shape, dtype=jnp.bfloat16):
     columns = 128 // jnp.dtype(dtype).itemsize  # a swizzled row is 128 bytes
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def overlay(*types):
+    """Scratch of several types in one place; the interpreter wants a place for each."""
+    return types if interpreting() else plgpu.RefUnion(*types)
+
+
+def wait_for_turn(turns, n, value):
+    """Waits until the semaphore turns[n] is `value`: the blocks before have all passed it on."""
+    plgpu.semaphore_wait(turns.at[n], value, decrement=False, memory_scope="gpu")
+
+
+def pass_on_turn(turns, n):
+    """Counts up the semaphore turns[n], once all that this thread copied has arrived."""
+    plgpu.semaphore_signal(turns.at[n], memory_scope="gpu")
 
 
 def matmul(*sums):

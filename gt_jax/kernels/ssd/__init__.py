@@ -23,8 +23,23 @@ def _mosaic(*args):
     return ssd_mosaic(*args)
 
 
+def _from_zeros(implementation):
+    """implementation, given zeros where there is no initial state (a kernel needs none)."""
+
+    def call(x, dt, a, B, C, D, state, *options):
+        if state is None:
+            state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), dt.dtype)
+        return implementation(x, dt, a, B, C, D, state, *options)
+
+    return call
+
+
 # fastest first
-_IMPLS = {"mosaic": _mosaic, "chunked": ssd_chunked, "reference": ssd_reference}
+_IMPLS = {
+    "mosaic": _mosaic,
+    "chunked": _from_zeros(ssd_chunked),
+    "reference": _from_zeros(ssd_reference),
+}
 
 
 def ssd(
@@ -88,13 +103,12 @@ def ssd(
     checks.same_float_dtype("ssd", x=x, B=B, C=C)
     checks.precision("ssd", precision)
     state_dtype = checks.state_dtype(x, dt, A, B, C)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, H, P, N), state_dtype)
+    if initial_state is not None:
+        initial_state = initial_state.astype(state_dtype)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
     resets = None if segment_ids is None else resets_from_segments(segment_ids)
     a = dt * A.astype(state_dtype)  # log decay
-    state = initial_state.astype(state_dtype)
-    return dispatch("ssd", _IMPLS, impl, x, dt, a, B, C, D, state, resets, precision)
+    return dispatch("ssd", _IMPLS, impl, x, dt, a, B, C, D, initial_state, resets, precision)
 
 
 def ssd_step(

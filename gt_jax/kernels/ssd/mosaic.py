@@ -61,21 +61,20 @@ def _by_chunk(v, size):
     return v.transpose(0, 2, 1).reshape(size.batch, size.heads, size.chunks, CHUNK)
 
 
-def _token_scalars(dt, a, size):
-    """[B, H, chunks, 2, CHUNK]: g, the running sum of log2 decays in each chunk, and dt."""
+def _log2_decays(a, size):
+    """[B, H, chunks, CHUNK]: g, the running sum of log2 decays in each chunk."""
     a = _by_chunk(jnp.maximum(a, _LOWEST_LOG_DECAY), size)
     until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
-    g = jnp.matmul(a * _LOG2_E, until, precision=lax.Precision.HIGHEST)
-    return jnp.stack([g, _by_chunk(dt, size)], axis=3)
+    return jnp.matmul(a * _LOG2_E, until, precision=lax.Precision.HIGHEST)
 
 
 def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
-    """SSD on a Hopper GPU; arguments as `ssd_reference`.
+    """SSD on a Hopper GPU; arguments as `ssd_reference`, initial_state may be None.
 
     Raises:
         NotImplementedError: a dtype or a size is not supported (says which).
     """
-    reason = _refusal(x, B, initial_state, precision)
+    reason = _refusal(x, dt, B, precision)
     if reason is not None:
         raise NotImplementedError(reason)
     if resets is not None:
@@ -99,13 +98,11 @@ def _cut(z, end, pieces):
     return z.reshape(z.shape[0] * pieces, -1, *z.shape[2:])
 
 
-def _refusal(x, B, state, precision):
-    """What of a call the kernel does not do, or None."""
+def _refusal(x, dt, B, precision):
+    """What of a call the kernel does not do, or None; states have the dtype of dt."""
     P, N = x.shape[-1], B.shape[-1]
-    if x.dtype != jnp.bfloat16 or state.dtype != jnp.float32:
-        return (
-            f"the kernel is for bfloat16 x with a float32 state; these are {x.dtype}, {state.dtype}"
-        )
+    if x.dtype != jnp.bfloat16 or dt.dtype != jnp.float32:
+        return f"the kernel is for bfloat16 x with a float32 state; these are {x.dtype}, {dt.dtype}"
     if precision == "highest":
         return "the kernel multiplies bfloat16; precision='highest' asks for float32"
     if P != 64 or N not in (64, 128):
@@ -120,41 +117,31 @@ def _ssd(pieces, x, dt, a, B, C, D, state):
 
 def _ssd_forward(pieces, x, dt, a, B, C, D, state, *, save_states=True):
     size = _sizes(x, B)
-    scalars = _token_scalars(dt, a, size)
+    g, dt = _log2_decays(a, size), _by_chunk(dt, size)
+    start = state
     if pieces > 1:
-        state = piece_states(size, pieces, x, B, scalars, state)
-    y, final, states = mosaic.keep(_forward(x, B, C, scalars, D, state, save_states=save_states))
-    return (y, final[pieces - 1 :: pieces]), (x, B, C, scalars, D, states)
+        start = piece_states(size, pieces, x, B, g, dt, start)
+    y, final, *states = mosaic.keep(_forward(x, B, C, g, dt, D, start, save_states=save_states))
+    wanted = None if state is None else ()  # residuals tell apart by structure what is not traced
+    return (y, final[pieces - 1 :: pieces]), (x, B, C, g, dt, D, wanted, states)
 
 
 def _ssd_backward(pieces, residuals, cotangents):
-    x, B, C, scalars, D, states = residuals
+    x, B, C, g, dt, D, wanted, states = residuals
     size = _sizes(x, B)
     dy, dstate = cotangents
     if pieces > 1:
-        dstate = piece_states(size, pieces, dy, C, scalars, dstate, reverse=True)
-    dx, dB, dC, rows, dD, dstate = backward(size, x, B, C, scalars, D, states, dy, dstate)
-    ddt, da = _of_token_scalars(scalars, rows)
-    dB, dC = (_sum_blocks(z, size).astype(B.dtype) for z in (dB, dC))
-    ddt, da = _by_token(ddt, size), _by_token(da, size)
-    return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate[::pieces]
+        dstate = piece_states(size, pieces, dy, C, g, None, dstate, reverse=True)
+    dx, dB, dC, rows, dD, *dstart = backward(
+        size, x, B, C, g, dt, D, *states, dy, dstate, of_start=wanted is not None
+    )
+    dB, dC = (_sum_chains(z, size).astype(B.dtype) for z in (dB, dC))
+    ddt, da = (_by_token(rows[..., n, :], size) for n in range(len(ROWS)))
+    dstate = dstart[0][::pieces] if dstart else None
+    return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
-
-
-def _of_token_scalars(scalars, rows):
-    """Gradients of dt and of the log decay, [B, H, chunks, CHUNK]."""
-    g, dt = scalars[..., 0, :], scalars[..., 1, :]
-    ddt, kept, read, carried, between = (rows[..., n, :] for n in range(len(ROWS)))
-    kept *= jnp.exp2(g[..., -1:] - g)
-    until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
-    # a_t decays what is read at i >= t, what was kept from j < t, and the state carried through
-    total = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    da = (
-        between + total(read, until.T) + total(kept * dt, until - jnp.eye(CHUNK, dtype=jnp.float32))
-    )
-    return ddt + kept, da + jnp.sum(carried, axis=-1, keepdims=True)
 
 
 def _by_token(v, size):
@@ -163,22 +150,33 @@ def _by_token(v, size):
     return mosaic.row_major(v)
 
 
-def _sum_blocks(z, size):
-    """[B, T, blocks, N] -> [B, T, G, N] float32, summed over the blocks of a group."""
+def _sum_chains(z, size):
+    """[B, T, chains, N] -> [B, T, G, N], summed over the chains of a group."""
     z = z[:, : size.length].reshape(size.batch, size.length, size.groups, -1, size.N)
-    return jnp.sum(z, axis=3, dtype=jnp.float32)
+    return jnp.sum(z, axis=3)
 
 
 @mosaic.lowered_once("save_states")
-def _forward(x, B, C, scalars, D, state, *, save_states):
-    """y, the final state, and with save_states the state each chunk starts from, in bfloat16."""
+def _forward(x, B, C, g, dt, D, state, *, save_states):
+    """y, the final state, and with save_states what every other chunk starts from, in bfloat16.
+
+    state is what the first chunk starts from, None for zeros.
+    """
     size = _sizes(x, B)
     P, N, W = size.P, size.N, size.heads_per_block
     square = (CHUNK, CHUNK)
-    chunk_states = (size.batch, size.heads, size.chunks, P, N) if save_states else (1,)
+    inputs = (x, B, C, g, dt, D, *(() if state is None else (state,)))
+    results = [
+        jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct((size.batch, size.heads, P, N), jnp.float32),
+    ]
+    if save_states:
+        saved = (size.batch, size.heads, pl.cdiv(size.chunks, 2), P, N)
+        results.append(jax.ShapeDtypeStruct(saved, jnp.bfloat16))
 
-    def body(x_, B_, C_, scalars_, D_, state_, y_, final_, states_, x_s, B_s, C_s, scalars_s,
-             S_s, y_s, ready, consumed):  # fmt: skip
+    def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, ready, consumed):
+        x_, B_, C_, g_, dt_, D_, *state_ = refs[: len(inputs)]
+        y_, final_, *states_ = refs[len(inputs) :]
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
@@ -200,7 +198,8 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
                 for h in range(W):
                     head = head0 + h
                     plgpu.copy_gmem_to_smem(x_.at[row, tokens(m), head], x_s.at[slot, h], there)
-                    plgpu.copy_gmem_to_smem(scalars_.at[row, head, m], scalars_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(g_.at[row, head, m], g_s.at[slot, h], there)
+                    plgpu.copy_gmem_to_smem(dt_.at[row, head, m], dt_s.at[slot, h], there)
 
             mosaic.loop(size.chunks, fetch, None)
             for m in range(max(0, size.chunks - _STAGES), size.chunks):  # see every chunk out
@@ -221,16 +220,21 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
                 S_b[...] = S.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 if save_states:
-                    plgpu.copy_smem_to_gmem(S_b, states_.at[row, head, m])
+
+                    @pl.when(lax.rem(m, jnp.int32(2)) == 0)
+                    def _():
+                        pair = lax.div(m, jnp.int32(2))
+                        plgpu.copy_smem_to_gmem(S_b, states_[0].at[row, head, pair])
+
                 plgpu.barrier_wait(ready.at[slot])
                 CB, CS = matmul(
                     (square, (C_b, B_b.T)),
                     ((CHUNK, P), (C_b, S_b.T)),
                 )
-                g_ref, dt_ref = scalars_s.at[slot, wg, 0], scalars_s.at[slot, wg, 1]
-                g_i = mosaic.load_rows(g_ref)
-                g_j, dt_j = mosaic.load_columns(g_ref), mosaic.load_columns(dt_ref)
-                g_end = scalars_s[slot, wg, 0, CHUNK - 1]
+                g_b, dt_b = g_s.at[slot, wg], dt_s.at[slot, wg]
+                g_i = mosaic.load_rows(g_b)
+                g_j, dt_j = mosaic.load_columns(g_b), mosaic.load_columns(dt_b)
+                g_end = g_s[slot, wg, CHUNK - 1]
                 between = over_columns(g_i, square) - over_rows(g_j, square)
                 L = jnp.exp2(jnp.where(i >= j, between, -jnp.inf))
                 M = (L * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
@@ -240,14 +244,18 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
                 kept = mosaic.split(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
                 y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), *((z, B_b) for z in kept)))
                 plgpu.barrier_arrive(consumed.at[slot])
-                plgpu.wait_smem_to_gmem(1 if save_states else 0, wait_read_only=True)  # y_b is free
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y_b is free
                 y_b[...] = y.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(y_b, y_.at[row, tokens(m), head])
                 return S
 
-            start = plgpu.load(state_.at[row, head], layout=plgpu.Layout.WGMMA, optimized=False)
-            final_[row, head] = mosaic.loop(size.chunks, step, start)
+            if state_:
+                start = state_[0].at[row, head]
+                S = plgpu.load(start, layout=plgpu.Layout.WGMMA, optimized=False)
+            else:
+                S = mosaic.full((P, N), 0, jnp.float32)
+            final_[row, head] = mosaic.loop(size.chunks, step, S)
             plgpu.wait_smem_to_gmem(0)
 
         for n in range(W):
@@ -258,19 +266,16 @@ def _forward(x, B, C, scalars, D, state, *, save_states):
         threads=W + 1,
         grid=(size.batch, size.heads // W),
         grid_names=("row", "heads"),
-        out_type=(
-            jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct(state.shape, jnp.float32),
-            jax.ShapeDtypeStruct(chunk_states, jnp.bfloat16),
-        ),
-        scratch_types=(
-            mosaic.tile(_STAGES, W, CHUNK, P),
-            mosaic.tile(_STAGES, CHUNK, N),
-            mosaic.tile(_STAGES, CHUNK, N),
-            plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
-            mosaic.tile(W, P, N),
-            mosaic.tile(W, CHUNK, P),
-            plgpu.Barrier(num_arrivals=2 + 2 * W, num_barriers=_STAGES),
-            plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
-        ),
-    )(x, B, C, scalars, D, state)
+        out_type=results,
+        scratch_types={
+            "x_s": mosaic.tile(_STAGES, W, CHUNK, P),
+            "B_s": mosaic.tile(_STAGES, CHUNK, N),
+            "C_s": mosaic.tile(_STAGES, CHUNK, N),
+            "g_s": plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32),
+            "dt_s": plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32),
+            "S_s": mosaic.tile(W, P, N),
+            "y_s": mosaic.tile(W, CHUNK, P),
+            "ready": plgpu.Barrier(num_arrivals=2 + 3 * W, num_barriers=_STAGES),
+            "consumed": plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
+        },
+    )(*inputs)

@@ -25,18 +25,21 @@ from gt_jax.kernels.mosaic import CHUNK, matmul, over_rows, tokens
 _STAGES = 4  # chunks in flight
 
 
-def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):
+def piece_states(size, pieces, z, V, g, dt, state, *, reverse=False):
     """State each piece starts from (ends with if reverse), [rows, H, P, N], rows = batch * pieces.
 
     Args:
         size: Sizes of the pieces as rows.
         z, V: x and B, or dy and C if reverse; [rows, T, ...].
-        state: [batch, H, P, N] before the first piece, or the gradient after the last.
+        g, dt: [rows, H, chunks, CHUNK]; dt is None if reverse.
+        state: [batch, H, P, N] before the first piece, or the gradient after the last; None is 0.
     """
-    decay = jnp.exp2(jnp.sum(scalars[..., 0, -1], axis=-1))  # [rows, H]
+    if state is None:
+        state = jnp.zeros((size.batch // pieces, size.heads, size.P, size.N), jnp.float32)
+    decay = jnp.exp2(jnp.sum(g[..., -1], axis=-1))  # [rows, H]
     others = slice(1, None) if reverse else slice(-1)  # nothing follows the last piece met
     decay = decay.reshape(-1, pieces, size.heads)[:, others]
-    update = _additions(size, pieces, z, V, scalars, reverse)
+    update = _additions(size, pieces, z, V, g, dt, reverse)
     update = update.reshape(-1, pieces - 1, *update.shape[1:])
     states, last = carry_state(
         state, decay.swapaxes(1, 2)[..., None, None], update.swapaxes(1, 2), reverse=reverse
@@ -46,12 +49,17 @@ def piece_states(size, pieces, z, V, scalars, state, *, reverse=False):
 
 
 @mosaic.lowered_once("size", "pieces", "reverse")
-def _additions(size, pieces, z, V, scalars, reverse):
+def _additions(size, pieces, z, V, g, dt, reverse):
     """What all but the last piece met add to their states, [rows, H, P, N] float32."""
     P, N, W = size.P, size.N, size.heads_per_block
     rows = size.batch // pieces * (pieces - 1)
 
-    def body(z_, V_, scalars_, U_, z_s, V_s, scalars_s, ready, consumed):
+    scalars = (g,) if reverse else (g, dt)
+    given = len(scalars)
+
+    def body(z_, V_, *refs):
+        scalars_, (U_, z_s, V_s, *scalars_s, ready, consumed) = refs[:given], refs[given:]
+        g_s, *dt_s = scalars_s
         row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
@@ -75,9 +83,8 @@ def _additions(size, pieces, z, V, scalars, reverse):
                 for h in range(W):
                     head = head0 + h
                     plgpu.copy_gmem_to_smem(z_.at[source, tokens(m), head], z_s.at[slot, h], there)
-                    plgpu.copy_gmem_to_smem(
-                        scalars_.at[source, head, m], scalars_s.at[slot, h], there
-                    )
+                    for v_, v_s in zip(scalars_, scalars_s):
+                        plgpu.copy_gmem_to_smem(v_.at[source, head, m], v_s.at[slot, h], there)
 
             mosaic.loop(size.chunks, fetch, None)
             for k in range(max(0, size.chunks - _STAGES), size.chunks):
@@ -90,10 +97,11 @@ def _additions(size, pieces, z, V, scalars, reverse):
                 met, U = carry  # log2 decays of the chunks met, summed
                 slot = lax.rem(k, jnp.int32(_STAGES))
                 plgpu.barrier_wait(ready.at[slot])
-                g = mosaic.load_columns(scalars_s.at[slot, wg, 0])
-                dt = mosaic.load_columns(scalars_s.at[slot, wg, 1])
-                g_end = scalars_s[slot, wg, 0, CHUNK - 1]
-                weight = jnp.exp2(g + met) if reverse else jnp.exp2(g_end - g + met) * dt
+                g, g_end = mosaic.load_columns(g_s.at[slot, wg]), g_s[slot, wg, CHUNK - 1]
+                if reverse:
+                    weight = jnp.exp2(g + met)
+                else:
+                    weight = jnp.exp2(g_end - g + met) * mosaic.load_columns(dt_s[0].at[slot, wg])
                 z = mosaic.load_transposed(z_s.at[slot, wg]).astype(jnp.float32)
                 added = mosaic.split(z * over_rows(weight, z.shape))
                 (U,) = matmul((U, *((part, V_s.at[slot]) for part in added)))
@@ -115,8 +123,8 @@ def _additions(size, pieces, z, V, scalars, reverse):
         scratch_types=(
             mosaic.tile(_STAGES, W, CHUNK, P),
             mosaic.tile(_STAGES, CHUNK, N),
-            plgpu.SMEM((_STAGES, W, 2, CHUNK), jnp.float32),
-            plgpu.Barrier(num_arrivals=1 + 2 * W, num_barriers=_STAGES),
+            *(plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32) for _ in scalars),
+            plgpu.Barrier(num_arrivals=1 + (1 + given) * W, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
         ),
-    )(z, V, scalars)
+    )(z, V, *scalars)
