@@ -234,14 +234,15 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 da = jnp.sum(not_before(between), axis=1)
                 dx = dx.astype(jnp.bfloat16)
                 dCB_b[...] = dCB
+
+                plgpu.barrier_wait(S_ready)
+                pl.when(odd)(lambda: state_between(1 - slot))
+                x_b, dy_b, B_b, C_b, S_b, dS_b, dCB_b = operands(slot)
                 dy = mosaic.load(dy_b).astype(jnp.float32)
                 from_start = jnp.exp2(g)
                 dy_b[...] = (dy * over_columns(from_start, dy.shape)).astype(jnp.bfloat16)
-                plgpu.barrier_wait(S_ready)
-                pl.when(odd)(lambda: state_between(1 - slot))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(operands_ready)
-                x_b, dy_b, B_b, C_b, S_b, dS_b, dCB_b = operands(slot)
                 through = jnp.exp2(g_end)
                 S = mosaic.load(S_b).astype(jnp.float32)
                 carried = jnp.sum(S * dS, axis=1) * through
