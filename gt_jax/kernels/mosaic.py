@@ -10,6 +10,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -160,7 +161,12 @@ def _started(start):
 
 def loop(steps, body, carry):
     """carry after body(0, carry) ... body(steps - 1, carry); counts in int32 whatever the flags."""
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
+
+
+def divide(n, by):
+    """Quotient and remainder of a traced int32 and a number."""
+    return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
 
 
 def iota(shape, axis):
@@ -212,9 +218,9 @@ def load_columns(ref):
 
 def over_rows(v, shape):
     """[columns] -> shape, the same in every row."""
-    return jax.lax.broadcast_in_dim(v, shape, [1])
+    return lax.broadcast_in_dim(v, shape, [1])
 
 
 def over_columns(v, shape):
     """[rows] -> shape, the same in every column."""
-    return jax.lax.broadcast_in_dim(v, shape, [0])
+    return lax.broadcast_in_dim(v, shape, [0])

@@ -161,3 +161,66 @@ def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel):
     for n in range(2):
         apart = kernel.public("mosaic")(*inputs[n])
         jax.tree.map(np.testing.assert_array_equal, [z[n] for z in together], list(apart))
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_spread_over_devices_equals_one(needs_hopper, kernel):
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
+    inputs = kernel.make(batch=2 * devices, length=130, heads=64)  # too many heads for pieces
+    specs = tuple(P() if name in kernel.of_heads else P("batch") for name in kernel.arguments)
+    spread = jax.shard_map(
+        kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False
+    )
+    found, expected = jax.jit(spread)(*inputs), kernel.public("mosaic")(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_reaches_elements_beyond_two_to_the_31(needs_hopper, kernel):
+    memory = jax.devices()[0].memory_stats()["bytes_limit"]
+    if memory < 100e9:
+        pytest.skip(f"needs 100 GB of GPU memory; this process may have {memory / 1e9:.0f} GB")
+    some = kernel.make(length=1024, heads=64, **kernel.released)
+
+    def repeat(name, z, rows, times):
+        if name in kernel.of_heads:
+            return z
+        if name != "initial_state":
+            z = jnp.tile(z, (1, times, *(1,) * (z.ndim - 2)))
+        return jnp.concatenate([jnp.roll(z, 7 * n, axis=1) for n in range(rows)])
+
+    def both(inputs):
+        like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
+        return values_and_gradients(kernel.public("mosaic"), inputs, (like_output, inputs[-1]))
+
+    few = [repeat(name, z, 3, 64) for name, z in zip(kernel.arguments, some)]
+    values, gradients = both(few)
+    expected = [*values, *(g for g in gradients if g.shape[0] == 3)]
+    many = [z if z.shape[0] != 3 else jnp.tile(z, (3, *(1,) * (z.ndim - 1))) for z in few]
+    assert max(z.size for z in many) > 2**31
+    values, gradients = both(many)
+    found = [*values, *(g for g in gradients if g.shape[0] == 9)]
+    assert len(found) == len(expected) == len(some) + 2 - len(kernel.of_heads)
+    for z, rows in zip(found, expected):
+        assert all(bool(jnp.array_equal(z[n : n + 3], rows)) for n in (0, 3, 6))
+
+
+@pytest.mark.gpu
+@each_kernel
+def test_kernel_takes_more_rows_than_an_axis_of_a_grid_has(needs_hopper, kernel):
+    inputs = kernel.make(batch=65540, length=8, heads=2)
+    last = [z if n in kernel.of_heads else z[-3:] for n, z in zip(kernel.arguments, inputs)]
+    like_output = kernel.arguments.index("v" if "v" in kernel.arguments else "x")
+    values, gradients = values_and_gradients(
+        kernel.public("mosaic"), inputs, (inputs[like_output], inputs[-1])
+    )
+    expected, of_last = values_and_gradients(
+        kernel.public("mosaic"), last, (last[like_output], last[-1])
+    )
+    jax.tree.map(lambda z, y: np.testing.assert_array_equal(z[-3:], y), values, expected)
+    for name, z, y in zip(kernel.arguments, gradients, of_last):
+        if name not in kernel.of_heads:
+            np.testing.assert_array_equal(z[-3:], y)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows, tokens
+from gt_jax.kernels.mosaic import CHUNK, divide, matmul, over_columns, over_rows, tokens
 from gt_jax.kernels.ssd.mosaic_backward import ROWS, backward
 from gt_jax.kernels.ssd.mosaic_pieces import piece_states
 
@@ -177,7 +177,8 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
     def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, ready, consumed):
         x_, B_, C_, g_, dt_, D_, *state_ = refs[: len(inputs)]
         y_, final_, *states_ = refs[len(inputs) :]
-        row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
+        row, block = divide(lax.axis_index("block"), size.heads // W)
+        head0 = block * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
 
@@ -264,8 +265,8 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
     return mosaic.kernel(
         body,
         threads=W + 1,
-        grid=(size.batch, size.heads // W),
-        grid_names=("row", "heads"),
+        grid=(size.batch * size.heads // W,),
+        grid_names=("block",),
         out_type=results,
         scratch_types={
             "x_s": mosaic.tile(_STAGES, W, CHUNK, P),

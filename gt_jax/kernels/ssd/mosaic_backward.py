@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.hopper import interpreting
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows, tokens
+from gt_jax.kernels.mosaic import CHUNK, divide, matmul, over_columns, over_rows, tokens
 
 _STAGES = 2  # chunks in flight
 _LONGEST_CHAIN = 32  # blocks; each starts a moment after the one before
@@ -71,13 +71,10 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
     P, N, W = size.P, size.N, size.heads_per_block
     square, half = (CHUNK, CHUNK), N // 2
     links = _links(size)
-    blocks_of_group = size.heads // size.groups // W
+    blocks, blocks_of_group = size.heads // W, size.heads // size.groups // W
     chains_of_group = pl.cdiv(blocks_of_group, links)
     chains, last = size.groups * chains_of_group, size.chunks - 1
     together = max(n for n in range(1, _ROWS_TOGETHER + 1) if size.batch % n == 0)
-
-    def divide(n, by):
-        return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
 
     def body(x_, B_, C_, g_, dt_, D_, states_, dy_, dlast_, dx_, dB_, dC_, rows_, dD_, *dfirst_,
              x_and_dB, dy_and_dC, B_and_dB, C_and_dC, g_s, dt_s, S_s, dS_s, dCB_s, before_s, zero_s,
@@ -85,8 +82,10 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
         # Where a chunk's inputs were, its dB and dC leave from, in halves of columns.
         (x_s, dB_right), (dy_s, dC_right) = x_and_dB, dy_and_dC
         (B_s, dB_left), (C_s, dC_left) = B_and_dB, C_and_dC
-        row = lax.axis_index("rows") * together + lax.axis_index("row")
-        block = lax.axis_index("heads")
+        # Blocks start in this order, so that none waits for one that has no place yet.
+        place, row = divide(lax.axis_index("block"), together)
+        rows, block = divide(place, blocks)
+        row += rows * together
         head0 = block * W
         group, of_group = divide(block, blocks_of_group)
         chain, link = divide(of_group, links)
@@ -185,11 +184,9 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 g, dt = (mosaic.load_columns(v.at[slot, wg]) for v in (g_s, dt_s))
                 g_end = g_s[slot, wg, CHUNK - 1]
                 weight = over_rows(jnp.exp2(g_end - g) * dt, square)
-                kept = (mosaic.load_transposed(x_b).astype(jnp.float32) * weight).astype(
-                    jnp.bfloat16
-                )
+                kept = mosaic.split(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
                 S = mosaic.load(S_b).astype(jnp.float32) * jnp.exp2(g_end)
-                (S,) = matmul((S, (kept, B_b)))
+                (S,) = matmul((S, *((z, B_b) for z in kept)))
                 S_s[wg] = S.astype(jnp.bfloat16)
 
             def step(k, carry):
@@ -305,8 +302,8 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
     return mosaic.kernel(
         body,
         threads=W + 1,
-        grid=(size.batch // together, size.heads // W, together),
-        grid_names=("rows", "heads", "row"),
+        grid=(size.batch * blocks,),
+        grid_names=("block",),
         out_type=(
             jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
             sums,

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_rows, tokens
+from gt_jax.kernels.mosaic import CHUNK, divide, matmul, over_rows, tokens
 
 _STAGES = 4  # chunks in flight
 
@@ -60,15 +60,16 @@ def _additions(size, pieces, z, V, g, dt, reverse):
     def body(z_, V_, *refs):
         scalars_, (U_, z_s, V_s, *scalars_s, ready, consumed) = refs[:given], refs[given:]
         g_s, *dt_s = scalars_s
-        row, head0 = lax.axis_index("row"), lax.axis_index("heads") * W
+        row, block = divide(lax.axis_index("block"), size.heads // W)
+        head0 = block * W
         group = head0 // (size.heads // size.groups)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == W)
         def _copy():
             plgpu.set_max_registers(24, action="decrease")
-            others = jnp.int32(pieces - 1)
-            source = lax.div(row, others) * pieces + lax.rem(row, others) + int(reverse)
+            whole, piece = divide(row, pieces - 1)
+            source = whole * pieces + piece + int(reverse)
 
             def fetch(k, _):
                 m = k if reverse else size.chunks - 1 - k
@@ -117,8 +118,8 @@ def _additions(size, pieces, z, V, g, dt, reverse):
     return mosaic.kernel(
         body,
         threads=W + 1,
-        grid=(rows, size.heads // W),
-        grid_names=("row", "heads"),
+        grid=(rows * size.heads // W,),
+        grid_names=("block",),
         out_type=jax.ShapeDtypeStruct((rows, size.heads, P, N), jnp.float32),
         scratch_types=(
             mosaic.tile(_STAGES, W, CHUNK, P),
