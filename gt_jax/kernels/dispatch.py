@@ -4,6 +4,8 @@ import jax
 
 from gt_jax.kernels import hopper
 
+_KERNEL_DTYPES = {"wkv6": "bfloat16 and float32", "ssd": "bfloat16"}
+
 
 def dispatch(op, impls, impl, *args, **kwargs):
     """Calls impls[impl], or under "auto" the first whose call does not raise NotImplementedError.
@@ -42,11 +44,12 @@ def choose_impl(op):
     Returns:
         (name, reason): the implementation's name and a short reason to show a person.
     """
-    if op not in ("wkv6", "ssd"):
+    if op not in _KERNEL_DTYPES:
         raise ValueError(f"op={op!r} must be 'wkv6' or 'ssd'")
     device = jax.devices()[0].device_kind
     if hopper.unsupported() is None:
-        return "mosaic", f"Pallas kernels for {device}, bfloat16; other dtypes take chunked"
+        dtypes = _KERNEL_DTYPES[op]
+        return "mosaic", f"Pallas kernels for {device}, {dtypes}; other dtypes take chunked"
     return "chunked", f"portable matmuls over chunks, runs on {device}"
 
 

@@ -7,6 +7,7 @@ them must not take such sums at once.
 
 import functools
 import inspect
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from gt_jax.kernels.hopper import interpreting, simulation
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
 MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
 LEAST_CHUNKS = 8  # of a piece of a sequence
+# Type of the inputs -> how many bfloat16 numbers an operand of a product is the sum of.
+PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 2}
 
 
 def choose_pieces(blocks, chunks):
@@ -133,24 +136,53 @@ def matmul(*sums):
 
     Each sum is (start, (a, b), (a, b), ...): `start` is a float32 value to add to, or the shape of
     a result that starts at zero; `a` a value or a reference into shared memory, `b` a reference.
+    Operands may be tuples of parts; `start` may then be a reference to the value.
     Returns one float32 value per sum.
     """
-    if interpreting():  # knows neither operands in registers nor started accumulators
-        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        values = []
-        for start, *pairs in sums:
-            value = jnp.zeros(start, jnp.float32) if isinstance(start, tuple) else start
-            for a, b in pairs:
-                value += product(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
-            values.append(value)
-        return values
+    inside, outside, products = [], [], []
+    for start, *pairs in sums:
+        products.append([product for pair in pairs for product in _products(*pair)])
+        # Tensor cores round towards zero (Fasi et al. 2021, doi:10.7717/peerj-cs.330). Along a
+        # sequence that would add up to what operands of two parts lose, so the products of such
+        # are added to `start` afterwards.
+        apart = not isinstance(start, tuple) and len(products[-1]) > len(pairs)
+        inside.append(start.shape if apart else start)
+        outside.append(start if apart else None)
+    values = (_interpreted if interpreting() else _on_tensor_cores)(inside, products)
+    return [z if start is None else _value(start) + z for start, z in zip(outside, values)]
 
+
+def _products(a, b):
+    """Products of parts, the smallest first, without those that the parts' own rounding exceeds."""
+    a, b = (z if isinstance(z, tuple) else (z,) for z in (a, b))
+    kept = max(len(a), len(b))
+    pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < kept]
+    return [(a[i], b[j]) for i, j in sorted(pairs, key=sum, reverse=True)]
+
+
+def _value(z):
+    return z if isinstance(z, jax.Array) else load(z)
+
+
+def _interpreted(starts, products):
+    """The interpreter knows neither operands in registers nor started accumulators."""
+    values = []
+    for start, pairs in zip(starts, products):
+        value = jnp.zeros(start, jnp.float32) if isinstance(start, tuple) else start
+        for a, b in pairs:
+            a, b = a[...].astype(jnp.float32), b[...].astype(jnp.float32)
+            value += jnp.dot(a, b, preferred_element_type=jnp.float32)
+        values.append(value)
+    return values
+
+
+def _on_tensor_cores(starts, products):
     def issue(accumulators):
-        for accumulator, (_, *pairs) in zip(accumulators, sums):
+        for accumulator, pairs in zip(accumulators, products):
             for a, b in pairs:
                 plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(issue)(tuple(plgpu.ACC.init(_started(start)) for start, *_ in sums))
+    return pl.run_state(issue)(tuple(plgpu.ACC.init(_started(start)) for start in starts))
 
 
 def _started(start):
@@ -200,10 +232,46 @@ def load_transposed(ref):
     return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
 
 
-def split(z):
-    """Two bfloat16 values whose sum has twice the bits of one: operands as good as float32 ones."""
-    high = z.astype(jnp.bfloat16)
-    return high, (z - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def input_tiles(parts, *shape):
+    """Shared memory for inputs that become operands: as they arrive, and split."""
+    split_tile = tile(*shape[:-2], parts, *shape[-2:])
+    return split_tile if parts == 1 else (tile(*shape, dtype=jnp.float32), split_tile)
+
+
+def whole_and_split(parts, tiles):
+    """`input_tiles` in a kernel: [..., rows, columns] and [..., parts, rows, columns]."""
+    if parts > 1:
+        return tiles
+    return tiles.at[(slice(None),) * (tiles.ndim - 3) + (0,)], tiles
+
+
+def split(z, parts=2, dtype=jnp.bfloat16):
+    """Parts of 16 bits whose sum is z: two of bfloat16 hold 16 of its bits, where one holds 8."""
+    high = z.astype(dtype)
+    if parts == 1:
+        return (high,)
+    return high, *split(z - high.astype(jnp.float32), parts - 1, dtype)
+
+
+def parts_of(ref):
+    """References to the parts in a tile [parts, rows, columns]."""
+    return tuple(ref.at[part] for part in range(ref.shape[0]))
+
+
+def put(refs, parts):
+    """Writes parts to their places."""
+    for ref, part in zip(refs, parts, strict=True):
+        ref[...] = part
+
+
+def join(refs):
+    """The float32 value whose parts lie there."""
+    return functools.reduce(operator.add, (load(ref).astype(jnp.float32) for ref in refs))
+
+
+def transpose(refs):
+    """References to the parts of the transpose."""
+    return tuple(ref.T for ref in refs)
 
 
 def load_rows(ref):

@@ -27,7 +27,8 @@ class Kernel(NamedTuple):
     of_heads: tuple[str, ...]  # arguments that have neither a batch nor tokens
     operation: Callable
     implementations: dict[str, Callable]
-    make: Callable  # inputs of the operation, those of products in bfloat16, the rest in float32
+    dtypes: tuple[str, ...]  # that it takes, for what it multiplies
+    make: Callable  # inputs of the operation, those of products of one of them, others float32
     per_token: Callable  # them -> inputs of an implementation
     released: dict[str, int]  # sizes that released models have, where they are not those of `make`
 
@@ -49,19 +50,23 @@ def _public(name, impl):
     return jax.jit({"wkv6": WKV6, "ssd": SSD}[name].call(impl))
 
 
-def _make_wkv6(regime="typical", batch=1, length=130, heads=2, K=64, V=64, seed=0):
+def _make_wkv6(
+    regime="typical", batch=1, length=130, heads=2, K=64, V=64, seed=0, dtype="bfloat16"
+):
     arrays = wkv6_inputs(regime, batch, length, heads, K, V, seed=seed)
-    return _rounded(arrays, (0, 1, 2))
+    return _rounded(arrays, (0, 1, 2), dtype)
 
 
-def _make_ssd(regime="typical", batch=1, length=130, heads=2, groups=1, N=64, seed=0):
+def _make_ssd(
+    regime="typical", batch=1, length=130, heads=2, groups=1, N=64, seed=0, dtype="bfloat16"
+):
     arrays = ssd_inputs(regime, batch, length, heads, groups, 64, N, seed=seed)
-    return _rounded(arrays, (0, 3, 4))
+    return _rounded(arrays, (0, 3, 4), dtype)
 
 
-def _rounded(arrays, bfloat16):
+def _rounded(arrays, multiplied, dtype):
     return tuple(
-        jnp.asarray(z, jnp.bfloat16 if n in bfloat16 else jnp.float32) for n, z in enumerate(arrays)
+        jnp.asarray(z, dtype if n in multiplied else jnp.float32) for n, z in enumerate(arrays)
     )
 
 
@@ -71,6 +76,7 @@ WKV6 = Kernel(
     ("u",),
     wkv6,
     {"mosaic": wkv6_mosaic, "reference": wkv6_reference},
+    ("bfloat16", "float32"),
     _make_wkv6,
     lambda inputs: inputs,
     {},
@@ -81,6 +87,7 @@ SSD = Kernel(
     ("A", "D"),
     ssd,
     {"mosaic": ssd_mosaic, "reference": ssd_reference},
+    ("bfloat16",),
     _make_ssd,
     # The log decay of each token in place of the rate of each head, of which there are few.
     lambda inputs: (*inputs[:2], inputs[1] * inputs[2], *inputs[3:]),

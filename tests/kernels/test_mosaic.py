@@ -13,6 +13,14 @@ from tests.kernels.accuracy import assert_accurate, values_and_gradients
 from tests.kernels.hopper_kernels import SSD, WKV6, too_old
 
 each_kernel = pytest.mark.parametrize("kernel", (WKV6, SSD), ids=lambda kernel: kernel.name)
+each_kernel_and_dtype = pytest.mark.parametrize(
+    "kernel, dtype",
+    [
+        pytest.param(kernel, dtype, id=f"{kernel.name}-{dtype}")
+        for kernel in (WKV6, SSD)
+        for dtype in kernel.dtypes
+    ],
+)
 
 
 def lower(function, *inputs):
@@ -20,39 +28,39 @@ def lower(function, *inputs):
         jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
-def assert_starts_segments_from_zero(kernel, length, **shape):
+def assert_starts_segments_from_zero(kernel, dtype, length, **shape):
     batch = shape.get("batch", 1)
     resets = jnp.asarray(np.diff(segments(batch, length), axis=1, prepend=0) > 0)
-    inputs = kernel.per_token(kernel.make(length=length, **shape))
+    inputs = kernel.per_token(kernel.make(length=length, dtype=dtype, **shape))
     candidate, reference = (kernel.run(impl, resets) for impl in ("mosaic", "reference"))
-    assert_accurate(candidate, reference, inputs, kernel.arguments, "bfloat16")
+    assert_accurate(candidate, reference, inputs, kernel.arguments, dtype)
 
 
 @too_old
-@each_kernel
-def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel):
+@each_kernel_and_dtype
+def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel, dtype):
     with hopper.simulated("interpret"):
-        assert_starts_segments_from_zero(kernel, 130)
+        assert_starts_segments_from_zero(kernel, dtype, 130)
 
 
 @too_old
-@each_kernel
+@each_kernel_and_dtype
 def test_interpreted_pieces_of_a_sequence_join_exactly(
-    float64_in_every_thread, monkeypatch, kernel
+    float64_in_every_thread, monkeypatch, kernel, dtype
 ):
     monkeypatch.setattr(mosaic, "LEAST_CHUNKS", 1)
-    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 4)
     # Pieces of two chunks, the second one of the last padded.
-    inputs = kernel.per_token(kernel.make(length=180))
+    inputs = kernel.per_token(kernel.make(length=180, dtype=dtype))
     with hopper.simulated("interpret"):
         candidate, reference = kernel.run("mosaic"), kernel.run("reference")
-        assert_accurate(candidate, reference, inputs, kernel.arguments, "bfloat16")
+        assert_accurate(candidate, reference, inputs, kernel.arguments, dtype)
 
 
 @too_old
-@each_kernel
-def test_kernels_lower_under_vmap_remat_and_scan(kernel):
-    inputs = kernel.per_token(kernel.make(length=64))
+@each_kernel_and_dtype
+def test_kernels_lower_under_vmap_remat_and_scan(kernel, dtype):
+    inputs = kernel.per_token(kernel.make(length=64, dtype=dtype))
 
     def layers(*arrays):
         def layer(x, _):
@@ -65,11 +73,11 @@ def test_kernels_lower_under_vmap_remat_and_scan(kernel):
 
 
 @too_old
-@each_kernel
-def test_kernels_lower_under_shard_map(kernel):
+@each_kernel_and_dtype
+def test_kernels_lower_under_shard_map(kernel, dtype):
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     rows = P("batch")
-    inputs = kernel.make(batch=2, length=64)
+    inputs = kernel.make(batch=2, length=64, dtype=dtype)
     specs = tuple(P() if name in kernel.of_heads else rows for name in kernel.arguments)
     part = jax.shard_map(
         kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
@@ -90,23 +98,23 @@ def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why(kernel):
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_auto_takes_the_kernel(needs_hopper, kernel):
-    inputs = kernel.make(length=70)
+@each_kernel_and_dtype
+def test_auto_takes_the_kernel(needs_hopper, kernel, dtype):
+    inputs = kernel.make(length=70, dtype=dtype)
     assert choose_impl(kernel.name)[0] == "mosaic"
     outputs = (kernel.public(impl)(*inputs) for impl in ("auto", "mosaic"))
     jax.tree.map(np.testing.assert_array_equal, *outputs)
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_kernel_starts_segments_from_zero(needs_hopper, kernel):
-    assert_starts_segments_from_zero(kernel, 300, batch=2, heads=8, **kernel.released)
+@each_kernel_and_dtype
+def test_kernel_starts_segments_from_zero(needs_hopper, kernel, dtype):
+    assert_starts_segments_from_zero(kernel, dtype, 300, batch=2, heads=8, **kernel.released)
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel):
+@each_kernel_and_dtype
+def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtype):
     whole = (*kernel.of_heads, "initial_state")
 
     def in_two(*inputs):
@@ -119,15 +127,15 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel):
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
 
-    inputs = kernel.make(heads=32, **kernel.released)
-    assert_accurate(in_two, kernel.public("reference"), inputs, kernel.arguments, "bfloat16")
+    inputs = kernel.make(heads=32, dtype=dtype, **kernel.released)
+    assert_accurate(in_two, kernel.public("reference"), inputs, kernel.arguments, dtype)
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel):
+@each_kernel_and_dtype
+def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel, dtype):
     # Too short for pieces, even alone.
-    inputs = kernel.make(batch=4, length=900, heads=64, **kernel.released)
+    inputs = kernel.make(batch=4, length=900, heads=64, dtype=dtype, **kernel.released)
     like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
     cotangents = (like_output, inputs[-1])
     both = lambda z: values_and_gradients(kernel.public("mosaic"), z, cotangents)
@@ -140,9 +148,9 @@ def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, ker
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper, kernel):
-    inputs = kernel.make(batch=2, length=130, heads=4)
+@each_kernel_and_dtype
+def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper, kernel, dtype):
+    inputs = kernel.make(batch=2, length=130, heads=4, dtype=dtype)
     clean = (*kernel.of_heads, "initial_state")
     poisoned = [
         z if name in clean else z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
@@ -154,9 +162,9 @@ def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper, ke
 
 
 @pytest.mark.gpu
-@each_kernel
-def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel):
-    inputs = [kernel.make(heads=4, seed=seed) for seed in range(2)]
+@each_kernel_and_dtype
+def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel, dtype):
+    inputs = [kernel.make(heads=4, seed=seed, dtype=dtype) for seed in range(2)]
     together = jax.vmap(kernel.public("mosaic"))(*(jnp.stack(z) for z in zip(*inputs)))
     for n in range(2):
         apart = kernel.public("mosaic")(*inputs[n])

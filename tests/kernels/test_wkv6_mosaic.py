@@ -14,39 +14,47 @@ from tests.kernels.accuracy import assert_accurate
 from tests.kernels.hopper_kernels import WKV6, too_old
 
 make, run, public = WKV6.make, WKV6.run, WKV6.public
+each_dtype = pytest.mark.parametrize("dtype", WKV6.dtypes)
 
 
 @too_old
+@each_dtype
 @pytest.mark.parametrize(
     "regime, length, heads, K, V",
     [
         ("typical", 130, 3, 64, 64),
         ("minus_inf", 130, 2, 64, 64),
         ("constants", 64, 1, 64, 64),
+        ("near_one", 200, 1, 64, 64),
         ("strong", 65, 2, 32, 32),
         ("slow", 5, 2, 64, 32),
     ],
 )
-def test_interpreted_kernel_matches_reference(float64_in_every_thread, regime, length, heads, K, V):
-    inputs = make(regime, 1, length, heads, K, V)
+def test_interpreted_kernel_matches_reference(
+    float64_in_every_thread, regime, length, heads, K, V, dtype
+):
+    inputs = make(regime, 1, length, heads, K, V, dtype=dtype)
     with hopper.simulated("interpret"):
-        assert_accurate(run("mosaic"), run("reference"), inputs, WKV6.arguments, "bfloat16")
+        assert_accurate(run("mosaic"), run("reference"), inputs, WKV6.arguments, dtype)
 
 
 @too_old
-def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_in_every_thread):
-    r, k, v, w, u, state = make(length=65)
+@each_dtype
+def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(
+    float64_in_every_thread, dtype
+):
+    r, k, v, w, u, state = make(length=65, dtype=dtype)
     with hopper.simulated("interpret"):
         _, final_state = run("mosaic")(r, 0 * k, v, 0 * w, u, state)
     np.testing.assert_array_equal(final_state, state)
 
 
 @too_old
-@pytest.mark.parametrize("heads", (1, 4))
+@pytest.mark.parametrize("dtype, heads", [("bfloat16", 1), ("bfloat16", 4), ("float32", 2)])
 @pytest.mark.parametrize("K", (32, 64))
 @pytest.mark.parametrize("length", (130, 2048))  # the longer in pieces
-def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, heads):
-    inputs = make(length=length, heads=heads, K=K, V=K)
+def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, dtype, heads):
+    inputs = make(length=length, heads=heads, K=K, V=K, dtype=dtype)
 
     def gradients(*arrays):
         outputs, pull_back = jax.vjp(run("mosaic"), *arrays)
@@ -61,7 +69,8 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, heads):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dtype": jnp.float32}, "bfloat16 r with a float32 state; these are float32"),
+        ({"dtype": jnp.float16}, "float32 r with a float32 state; these are float16, float32"),
+        ({"dtype": jnp.float64}, "float32 r with a float32 state; these are float64, float64"),
         ({"precision": "highest"}, "precision='highest'"),
         ({"K": 128}, "this call has K=128, V=64"),
     ],
@@ -74,36 +83,41 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
         wkv6(r, k, v, w, u, **options)
 
 
+def assert_kernel_matches_reference(dtype, *case, **shape):
+    inputs = make(*case, **shape, dtype=dtype)
+    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, dtype)
+
+
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("K", (32, 64))
 @pytest.mark.parametrize("regime", WKV6_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, K):
-    inputs = make(regime, batch=2, length=150, heads=32, K=K, V=K)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, "bfloat16")
+def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, K, dtype):
+    assert_kernel_matches_reference(dtype, regime, batch=2, length=150, heads=32, K=K, V=K)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("length", (*LENGTHS, 4096))
-def test_kernel_matches_reference_at_every_length(needs_hopper, length):
-    inputs = make(batch=2, length=length, heads=32)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, "bfloat16")
+def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
+    assert_kernel_matches_reference(dtype, batch=2, length=length, heads=32)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 32), (1, 5000, 2), (2, 2048, 12)])
-def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads):
-    inputs = make(batch=batch, length=length, heads=heads)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, "bfloat16")
+def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads, dtype):
+    assert_kernel_matches_reference(dtype, batch=batch, length=length, heads=heads)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("heads", (1, 3, 132, 257))
-def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads):
-    inputs = make(heads=heads)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, "bfloat16")
+def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, dtype):
+    assert_kernel_matches_reference(dtype, heads=heads)
 
 
 @pytest.mark.gpu
-def test_kernel_keeps_slow_channels_over_a_long_sequence(needs_hopper):
-    inputs = make("near_one", length=16384, heads=4)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, "bfloat16")
+@each_dtype
+def test_kernel_keeps_slow_channels_over_a_long_sequence(needs_hopper, dtype):
+    assert_kernel_matches_reference(dtype, "near_one", length=16384, heads=4)

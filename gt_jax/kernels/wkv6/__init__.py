@@ -54,9 +54,10 @@ def wkv6(
         segment_ids: [B, T] int; where an id differs from the token before, the state is zero before
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of r (bfloat16 with float32 accumulation, or
-            true float32); "highest" multiplies in float32 whatever the inputs.
-        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16, K and V up to 64),
-            "chunked" or "reference".
+            float32, which "mosaic" takes as sums of two bfloat16 numbers: good to 1e-5); "highest"
+            multiplies in true float32 whatever the inputs.
+        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, K and V up to
+            64), "chunked" or "reference".
 
     Returns:
         o [B, T, H, V] in v.dtype, and the state after the last token [B, H, K, V] in float32

@@ -11,6 +11,9 @@ A is built level by level as in chunks.py: at each level one 64 x 64 product of 
 pattern with the log decays gives every exponent, and one product of Y = [r or k] exp(.) with itself
 gives the entries of A whose tokens part there. The state is held transposed, [V, K], so that the
 decay of a key channel runs along its columns, which is how the products deliver it.
+
+Operands of products are bfloat16 numbers or, where r, k and v are float32, sums of two of them; a
+block then owns one head.
 """
 
 import functools
@@ -22,11 +25,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.mosaic import (
+    CHUNK,
+    PARTS,
+    matmul,
+    over_columns,
+    over_rows,
+    parts_of,
+    put,
+    transpose,
+)
 from gt_jax.kernels.wkv6.mosaic_backward import backward
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
     HEADS,
+    ONE,
     SIZE,
     TO_END,
     Fresh,
@@ -55,7 +68,7 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
         own = jnp.sum((r * k).astype(u.dtype) * u, axis=-1, keepdims=True) * v  # [B, T, H, V]
         own = jnp.where(resets, own, 0).astype(v.dtype)
         inputs = (jnp.where(resets, 0, r), k, v, jnp.where(resets, -jnp.inf, w))
-    blocks = pl.cdiv(r.shape[0] * r.shape[2], HEADS)
+    blocks = pl.cdiv(r.shape[0] * r.shape[2], HEADS // PARTS[r.dtype])
     pieces = mosaic.choose_pieces(blocks, pl.cdiv(length, CHUNK))
     # Pieces are whole chunks, and bulk copies move 8 rows at least; the zeros that fill up tokens
     # and channels change nothing.
@@ -72,12 +85,13 @@ def wkv6_mosaic(r, k, v, w, u, initial_state, resets, precision):
 def _refusal(r, v, state, precision):
     """What of a call the kernel does not do, or None."""
     K, V = r.shape[-1], v.shape[-1]
-    if r.dtype != jnp.bfloat16 or state.dtype != jnp.float32:
+    if r.dtype not in PARTS or state.dtype != jnp.float32:
         return (
-            f"the kernel is for bfloat16 r with a float32 state; these are {r.dtype}, {state.dtype}"
+            "the kernel is for bfloat16 or float32 r with a float32 state; "
+            f"these are {r.dtype}, {state.dtype}"
         )
     if precision == "highest":
-        return "the kernel multiplies bfloat16; precision='highest' asks for float32"
+        return "the kernel multiplies bfloat16 parts; precision='highest' asks for float32"
     if max(K, V) > SIZE:
         return f"the kernel is for K and V up to {SIZE}; this call has K={K}, V={V}"
     return None
@@ -130,19 +144,23 @@ def _forward(r, k, v, w, u, state, *, save):
 
     Returns:
         o [B, T, H, V]; the final state [B, H, 64, 64]; the state each chunk starts from
-        [B, M, H, V, K] and A [B, M, H, C, C], both bfloat16 (one chunk long without save).
+        [B, M, H, parts, V, K] and A [B, M, H, parts, C, C], both bfloat16 (one chunk long without
+        save).
     """
     batch, T, H, K = r.shape
-    V = v.shape[-1]
+    V, parts = v.shape[-1], PARTS[r.dtype]
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
-    heads = min(HEADS, rows)
+    heads = min(HEADS // parts, rows)
     levels = CHUNK.bit_length() - 1
-    bf16, square = jnp.bfloat16, (CHUNK, SIZE)
+    bf16, f32, square = jnp.bfloat16, jnp.float32, (CHUNK, SIZE)
+    split = functools.partial(mosaic.split, parts=parts)
 
     def body(r_, k_, v_, w_, u_, state_, patterns_, o_, final_, states_, scores_,
-             patterns_s, r_s, k_s, v_s, w_s, g_s, y_s, S_s, o_s, u_s, zero_s,
+             patterns_s, r_s, k_s, v_s, w_s, g_s, y_s, S_s, o_A_s, u_s, zero_s,
              start, ready, ready_v, taken, taken_v):  # fmt: skip
         wg = lax.axis_index("wg")
+        v_s, v_split_s = mosaic.whole_and_split(parts, v_s)
+        o_s, A_s = o_A_s
 
         place = functools.partial(place_of, heads, batch, H)
 
@@ -186,67 +204,74 @@ def _forward(r, k, v, w, u, state, *, save):
             plgpu.commit_smem()
             plgpu.barrier_wait(start)
             fresh = Fresh(zero_s.at[wg])
-            ones = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+            ones = mosaic.full((SIZE, CHUNK), ONE[parts], g_s.dtype)
 
             def step(m, S):
                 at = wg + fresh.zero()
-                g = g_s.at[at]
                 plgpu.barrier_wait(ready.at[at])
-                g[...] = log2_decay(mosaic.load(w_s.at[at])).astype(g.dtype)
-                r, k = (mosaic.load(x.at[at]).astype(jnp.float32) for x in (r_s, k_s))
-                S_s.at[at][...] = S.astype(bf16)
+                g, S_n = parts_of(g_s.at[at]), parts_of(S_s.at[at])
+                put(g, log2_decay(mosaic.load(w_s.at[at]), parts))
+                r, k = (mosaic.load(x.at[at]).astype(f32) for x in (r_s, k_s))
+                put(S_n, split(S))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(taken.at[at])
                 if save:
-                    plgpu.copy_smem_to_gmem(S_s.at[at], states_.at[b, m, h, channels(), channels()])
+                    for part in range(parts):
+                        target = states_.at[b, m, h, part, channels(), channels()]
+                        plgpu.copy_smem_to_gmem(S_n[part], target)
 
                 def by_role(level, exponent):
                     Y = jnp.where(fresh.query(level), r, k)
-                    return (Y if exponent is None else Y * jnp.exp2(exponent)).astype(bf16)
+                    return split(Y if exponent is None else Y * jnp.exp2(exponent))
 
                 def sums(place):
                     zero = fresh.zero()
-                    return square, (patterns_s.at[place + zero], g_s.at[wg + zero])
+                    return square, (patterns_s.at[place + zero], parts_of(g_s.at[wg + zero]))
 
-                Y = y_s.at[wg + fresh.zero(), 0]
-                Y[...] = by_role(0, None)
+                Y = parts_of(y_s.at[wg + fresh.zero(), 0])
+                put(Y, by_role(0, None))
                 plgpu.commit_smem()
-                met, exponent = matmul(((CHUNK, CHUNK), (Y, Y.T)), sums(levels - 2))
+                met, exponent = matmul(((CHUNK, CHUNK), (Y, transpose(Y))), sums(levels - 2))
                 A = jnp.where(fresh.pair(0), met, 0.0)
                 for level in reversed(range(1, levels)):
-                    Y = y_s.at[wg + fresh.zero(), level % 2]
-                    Y[...] = by_role(level, exponent)
+                    Y = parts_of(y_s.at[wg + fresh.zero(), level % 2])
+                    put(Y, by_role(level, exponent))
                     plgpu.commit_smem()
                     following = sums(level - 2 if level > 1 else FROM_START)
-                    met, exponent = matmul(((CHUNK, CHUNK), (Y, Y.T)), following)
+                    met, exponent = matmul(((CHUNK, CHUNK), (Y, transpose(Y))), following)
                     A = jnp.where(fresh.pair(level), met, A)
 
                 at = wg + fresh.zero()
-                Y, Q, S_n, o_n = y_s.at[at, 1], y_s.at[at, 0], S_s.at[at], o_s.at[at]
+                tiles = (y_s.at[at, 0], S_s.at[at], A_s.at[at], v_split_s.at[at], g_s.at[at])
+                Q, S_n, A_n, v_n, g = map(parts_of, tiles)
                 u = over_rows(mosaic.load_columns(u_s.at[at]), square)
                 own = over_columns(jnp.sum(r * k * u, axis=1), (CHUNK, CHUNK))
-                A = jnp.where(fresh.diagonal(), own, A).astype(bf16)
-                Q[...] = (r * jnp.exp2(exponent)).astype(bf16)
+                A = split(jnp.where(fresh.diagonal(), own, A))
+                put(Q, split(r * jnp.exp2(exponent)))
                 if save:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    o_n[...] = A
+                    put(A_n, A)
                 plgpu.commit_smem()
                 if save:
-                    plgpu.copy_smem_to_gmem(o_n, scores_.at[b, m, h])
+                    for part in range(parts):
+                        plgpu.copy_smem_to_gmem(A_n[part], scores_.at[b, m, h, part])
                 plgpu.barrier_wait(ready_v.at[at])
+                if parts > 1:
+                    put(v_n, split(mosaic.load(v_s.at[at])))
+                    plgpu.commit_smem()
                 o, exponent, total = matmul(
-                    (square, (Q, S_n.T), (A, v_s.at[at])),
+                    (square, (Q, transpose(S_n)), (A, v_n)),
                     sums(TO_END),
-                    ((SIZE, SIZE), (ones, g_s.at[at])),  # the chunk's whole sum, in every row
+                    ((SIZE, SIZE), (ones, g)),  # the chunk's whole sum, in every row
                 )
                 at = wg + fresh.zero()
-                Y, o_n = y_s.at[at, 1], o_s.at[at]
-                Y[...] = (k * jnp.exp2(exponent)).astype(bf16)
+                Y, v_n, o_n = parts_of(y_s.at[at, 1]), parts_of(v_split_s.at[at]), o_s.at[at]
+                put(Y, split(k * jnp.exp2(exponent)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                o_n[...] = o.astype(bf16)
+                o_n[...] = o.astype(o_n.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_n, o_.at[b, mosaic.tokens(m), h, channels()])
-                (S,) = matmul((S * jnp.exp2(total), (v_s.at[at].T, Y)))
+                (S,) = matmul((S * jnp.exp2(total), (transpose(v_n), Y)))
                 plgpu.barrier_arrive(taken_v.at[at])
                 return S
 
@@ -260,21 +285,24 @@ def _forward(r, k, v, w, u, state, *, save):
         threads=heads + 1,
         manual_barriers=True,
         out_type=(
-            jax.ShapeDtypeStruct(v.shape, bf16),
-            jax.ShapeDtypeStruct((batch, H, SIZE, SIZE), jnp.float32),
-            jax.ShapeDtypeStruct((*saved, H, V, K), bf16),
-            jax.ShapeDtypeStruct((*saved, H, CHUNK, CHUNK), bf16),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((batch, H, SIZE, SIZE), f32),
+            jax.ShapeDtypeStruct((*saved, H, parts, V, K), bf16),
+            jax.ShapeDtypeStruct((*saved, H, parts, CHUNK, CHUNK), bf16),
         ),
         scratch_types=[
             mosaic.tile(levels + 1, CHUNK, CHUNK, dtype=jnp.float16),
-            mosaic.tile(heads, *square),  # r
-            mosaic.tile(heads, *square),  # k
-            mosaic.tile(heads, *square),  # v
-            mosaic.tile(heads, *square, dtype=jnp.float32),  # w
-            mosaic.tile(heads, *square, dtype=jnp.float16),  # log2 decays
-            mosaic.tile(heads, 2, *square),  # Y
-            mosaic.tile(heads, SIZE, SIZE),  # state
-            mosaic.tile(heads, *square),  # o
+            mosaic.tile(heads, *square, dtype=r.dtype),  # r
+            mosaic.tile(heads, *square, dtype=r.dtype),  # k
+            mosaic.input_tiles(parts, heads, *square),  # v
+            mosaic.tile(heads, *square, dtype=f32),  # w
+            mosaic.tile(heads, parts, *square, dtype=jnp.float16),  # log2 decays
+            mosaic.tile(heads, 2, parts, *square),  # Y
+            mosaic.tile(heads, parts, SIZE, SIZE),  # state
+            mosaic.overlay(
+                mosaic.tile(heads, *square, dtype=v.dtype),  # o
+                mosaic.tile(heads, parts, CHUNK, CHUNK),  # A
+            ),
             plgpu.SMEM((heads, SIZE), jnp.float32),
             plgpu.SMEM((heads,), jnp.int32),
             plgpu.Barrier(),
@@ -285,4 +313,4 @@ def _forward(r, k, v, w, u, state, *, save):
         ],
         grid=(pl.cdiv(rows, heads),),
         grid_names=("rows",),
-    )(r, k, v, w, u, state, sum_patterns())
+    )(r, k, v, w, u, state, sum_patterns(parts))

@@ -15,16 +15,28 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.hopper import interpreting
-from gt_jax.kernels.mosaic import CHUNK, matmul, over_columns, over_rows
+from gt_jax.kernels.mosaic import (
+    CHUNK,
+    PARTS,
+    join,
+    matmul,
+    over_columns,
+    over_rows,
+    parts_of,
+    put,
+    transpose,
+)
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
     HEADS,
+    ONE,
     SIZE,
     TO_END,
     Fresh,
@@ -34,9 +46,14 @@ from gt_jax.kernels.wkv6.mosaic_levels import (
     sum_patterns,
 )
 
-# The patterns are float16, as the decays they sum in the forward direction; gradients need the
-# range of bfloat16. The bits of 1 in float16 are 2^-7 in bfloat16, so one table serves both.
-_FLOAT16_ONE_AS_BFLOAT16 = 2.0**-7
+
+def _gradient_one(parts):
+    """What a 1 of the patterns is in products with gradients, which need the range of bfloat16.
+
+    One table serves both, as the bits of a power of two in float16 are one in bfloat16 too.
+    """
+    one = np.float16(ONE[parts])
+    return float(one if interpreting() else one.view(jnp.bfloat16))
 
 
 @mosaic.lowered_once()
@@ -44,10 +61,10 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
     """Gradients of one call.
 
     Args:
-        r, k: [B, T, H, K] bfloat16; v, do: [B, T, H, V] bfloat16; w: [B, T, H, K] float32;
+        r, k: [B, T, H, K]; v, do: [B, T, H, V], bfloat16 or float32; w: [B, T, H, K] float32;
             u: [H, 64] float32.
-        states: [B, M, H, V, K] bfloat16, transposed state each chunk starts from.
-        scores: [B, M, H, C, C] bfloat16, the matrix A of each chunk.
+        states: [B, M, H, parts, V, K] bfloat16, transposed state each chunk starts from.
+        scores: [B, M, H, parts, C, C] bfloat16, the matrix A of each chunk.
         dstate: [B, H, 64, 64] float32, gradient of the final state, transposed.
 
     Returns:
@@ -56,11 +73,13 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
     """
     batch, T, H, _ = r.shape
     chunks, rows = pl.cdiv(T, CHUNK), batch * H
-    heads = min(HEADS, rows)
+    parts = PARTS[r.dtype]
+    heads = min(HEADS // parts, rows)
     levels = CHUNK.bit_length() - 1
     bf16, f32 = jnp.bfloat16, jnp.float32
     square = (CHUNK, SIZE)
-    one = 1.0 if interpreting() else _FLOAT16_ONE_AS_BFLOAT16
+    one = _gradient_one(parts)
+    split = functools.partial(mosaic.split, parts=parts)
 
     def body(r_, k_, v_, w_, u_, states_, scores_, do_, dfinal_, patterns_, ones_,
              dr_, dk_, dv_, dw_, du_, dinitial_,
@@ -68,6 +87,8 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
              start, ready, done):  # fmt: skip
         sums_s, dsums_s = (patterns_s,) * 2 if interpreting() else patterns_s
         wg = lax.axis_index("wg")
+        v_s, v_split_s = mosaic.whole_and_split(parts, v_s)
+        do_s, do_split_s = mosaic.whole_and_split(parts, do_s)
 
         place = functools.partial(place_of, heads, batch, H)
 
@@ -83,9 +104,10 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
                 for source, target in by_token:
                     tile = source.at[b, mosaic.tokens(m), h, channels()]
                     plgpu.copy_gmem_to_smem(tile, target.at[n], ready.at[n])
-                state = states_.at[b, m, h, channels(), channels()]
-                plgpu.copy_gmem_to_smem(state, y_s.at[n], ready.at[n])
-                plgpu.copy_gmem_to_smem(scores_.at[b, m, h], z_s.at[n], ready.at[n])
+                for part in range(parts):
+                    state = states_.at[b, m, h, part, channels(), channels()]
+                    plgpu.copy_gmem_to_smem(state, y_s.at[n, part], ready.at[n])
+                    plgpu.copy_gmem_to_smem(scores_.at[b, m, h, part], z_s.at[n, part], ready.at[n])
 
             def store(n, m):
                 b, h = place(n)
@@ -117,114 +139,143 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
             plgpu.commit_smem()
             plgpu.barrier_wait(start)
             fresh = Fresh(zero_s.at[wg])
-            ones_g = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+            ones_g = mosaic.full((SIZE, CHUNK), ONE[parts], g_s.dtype)
             ones = mosaic.full((CHUNK, SIZE), one, bf16)
             load = lambda ref: mosaic.load(ref).astype(f32)
 
             def sums(place):
                 zero = fresh.zero()
-                return square, (sums_s.at[place + zero], g_s.at[wg + zero])
+                return square, (sums_s.at[place + zero], parts_of(g_s.at[wg + zero]))
 
             def gather(start, place, Z):
                 return start, (dsums_s.at[place + fresh.zero()].T, Z)
 
+            def stow(tile, z):
+                """z or, as operands of two parts take the registers, where it lies from now on."""
+                if parts == 1:
+                    return z
+                ref = tile.at[wg + fresh.zero()]
+                ref[...] = z
+                return ref
+
+            recall = lambda z: z if parts == 1 else mosaic.load(z)
+
             def step(back, carry):
                 # Where a tile has served, its room is used again: the state's by Q and Y, A's by
-                # Z, that of dS by M, w's by the carried dS, those of r, k, v, w by their gradients.
+                # Z, that of dS by M, w's by the carried dS, those of r, k, v, w by their gradients
+                # and, with operands of two parts, do's by dw.
                 dS, du = carry
                 at = wg + fresh.zero()
-                v_n, d_n, w_n, g = v_s.at[at], d_s.at[at], w_s.at[at], g_s.at[at]
+                v_n, d_n = parts_of(v_split_s.at[at]), parts_of(d_s.at[at])
                 plgpu.barrier_wait(ready.at[at])
-                g[...] = log2_decay(mosaic.load(w_n)).astype(g.dtype)
-                d_n[...] = dS.astype(bf16)
+                put(parts_of(g_s.at[at]), log2_decay(mosaic.load(w_s.at[at]), parts))
+                put(d_n, split(dS))
+                if parts > 1:
+                    put(v_n, split(mosaic.load(v_s.at[at])))
+                    do = mosaic.load(do_s.at[at])
+                    plgpu.commit_smem()  # all of it is read before it is overwritten
+                    put(parts_of(do_split_s.at[at]), split(do))
                 plgpu.commit_smem()
                 exponent, dKh = matmul(sums(TO_END), (square, (v_n, d_n)))
 
-                at = wg + fresh.zero()
-                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                def operands():
+                    at = wg + fresh.zero()
+                    tiles = (do_split_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at])
+                    return at, *map(parts_of, tiles)
+
+                at, do_n, y_n, z_n, d_n = operands()
                 decay, k = jnp.exp2(exponent), load(k_s.at[at])
                 dk = dKh * decay
-                Z_end, Kh = (k * dk).astype(bf16), (k * decay).astype(bf16)
+                Z_end, Kh = split(k * dk), split(k * decay)
                 dv, total = matmul(
-                    (square, (z_n.T, do_n), (Kh, d_n.T)), ((SIZE, SIZE), (ones_g, g_s.at[at]))
+                    (square, (transpose(z_n), do_n), (Kh, transpose(d_n))),
+                    ((SIZE, SIZE), (ones_g, parts_of(g_s.at[at]))),
                 )
 
-                at = wg + fresh.zero()
-                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                at, do_n, y_n, z_n, d_n = operands()
                 dS = dS * jnp.exp2(total)
-                dv, Z_total = dv.astype(bf16), (load(y_n) * dS).astype(bf16)
+                dv, Z_total = dv.astype(v_s.dtype), split(join(y_n) * dS)
+                if parts > 1:  # and v lies elsewhere, split
+                    v_s.at[at][...] = dv
+                dS = stow(w_s, dS)
                 plgpu.commit_smem()
-                z_n[...] = Z_end
-                d_n[...] = Z_total
+                put(z_n, Z_end)
+                put(d_n, Z_total)
                 exponent, dQ = matmul(sums(FROM_START), (square, (do_n, y_n)))
 
-                at = wg + fresh.zero()
-                do_n, y_n, z_n, d_n = do_s.at[at], y_s.at[at], z_s.at[at], d_s.at[at]
+                at, do_n, y_n, z_n, d_n = operands()
                 decay, r = jnp.exp2(exponent), load(r_s.at[at])
                 dr = dQ * decay
-                Z_start, Q = (r * dr).astype(bf16), (r * decay).astype(bf16)
+                Z_start, Q = split(r * dr), split(r * decay)
                 plgpu.commit_smem()
-                y_n[...] = Q
+                put(y_n, Q)
                 plgpu.commit_smem()
-                dw, dS = matmul((*gather(square, TO_END, z_n), (ones, d_n)), (dS, (do_n.T, y_n)))
+                dw, dS = matmul(
+                    (*gather(square, TO_END, z_n), (ones, d_n)),
+                    (dS, (transpose(do_n), y_n)),
+                )
 
-                at = wg + fresh.zero()
-                do_n, z_n, v_n = do_s.at[at], z_s.at[at], v_s.at[at]
+                at, do_n, _, z_n, _ = operands()
+                v_n = parts_of(v_split_s.at[at])
                 w_s.at[at][...] = dS
                 plgpu.commit_smem()
-                z_n[...] = Z_start
+                put(z_n, Z_start)
                 plgpu.commit_smem()
                 dw, down, across = matmul(
                     gather(dw, FROM_START, z_n),
-                    ((CHUNK, CHUNK), (do_n, v_n.T)),
-                    ((CHUNK, CHUNK), (v_n, do_n.T)),
+                    ((CHUNK, CHUNK), (do_n, transpose(v_n))),
+                    ((CHUNK, CHUNK), (v_n, transpose(do_n))),
                 )
 
                 at = wg + fresh.zero()
                 own = jnp.sum(jnp.where(fresh.diagonal(), down, 0.0), axis=1)  # do . v
-                d_s.at[at][...] = jnp.where(fresh.later(), down, across).astype(bf16)
+                put(parts_of(d_s.at[at]), split(jnp.where(fresh.later(), down, across)))
                 plgpu.commit_smem()
-                v_s.at[at][...] = dv
+                if parts == 1:
+                    v_s.at[at][...] = dv
+                dw = stow(do_s, dw)
 
                 (exponent,) = matmul(sums(levels - 2))
                 for level in reversed(range(levels)):
                     at = wg + fresh.zero()
-                    y_n, z_n = y_s.at[at], z_s.at[at]
+                    y_n = parts_of(y_s.at[at])
                     decay = jnp.exp2(exponent) if level else 1.0
                     r, k = load(r_s.at[at]) * decay, load(k_s.at[at]) * decay
-                    y_n[...] = jnp.where(fresh.query(level), r, k).astype(bf16)
+                    put(y_n, split(jnp.where(fresh.query(level), r, k)))
                     plgpu.commit_smem()
-                    M = jnp.where(fresh.partners(level), load(d_s.at[at]), 0.0).astype(bf16)
+                    partners, M = fresh.partners(level), parts_of(d_s.at[at])
+                    M = tuple(jnp.where(partners, load(part), 0.0).astype(bf16) for part in M)
                     (dY,) = matmul((square, (M, y_n)))
                     dx, query = dY * decay, fresh.query(level)
                     dr, dk = jnp.where(query, dr + dx, dr), jnp.where(query, dk, dk + dx)
                     if level == 0:
                         break  # no decay lies between neighbours
                     at = wg + fresh.zero()
-                    y_n, z_n = y_s.at[at], z_s.at[at]
-                    z_n[...] = (dY * load(y_n)).astype(bf16)
+                    y_n, z_n = parts_of(y_s.at[at]), parts_of(z_s.at[at])
+                    put(z_n, split(dY * join(y_n)))
                     plgpu.commit_smem()
                     gathered = gather(dw, level - 1, z_n)
                     if level > 1:
                         dw, exponent = matmul(gathered, sums(level - 2))
                     else:
                         (dw,) = matmul(gathered)
+                    dw = stow(do_s, dw)
 
                 at = wg + fresh.zero()
-                r_n, k_n, w_n, y_n = r_s.at[at], k_s.at[at], w_s.at[at], y_s.at[at]
+                r_n, k_n, w_n, y_n = r_s.at[at], k_s.at[at], w_s.at[at], parts_of(y_s.at[at])
                 r, k = load(r_n), load(k_n)
                 own, u = (
                     over_columns(own, square),
                     over_rows(mosaic.load_columns(u_s.at[at]), square),
                 )
                 plgpu.commit_smem()
-                y_n[...] = (own * r * k).astype(bf16)
-                r_n[...] = (dr + own * u * k).astype(bf16)
-                k_n[...] = (dk + own * u * r).astype(bf16)
+                put(y_n, split(own * r * k))
+                r_n[...] = (dr + own * u * k).astype(r_n.dtype)
+                k_n[...] = (dk + own * u * r).astype(k_n.dtype)
                 dS = mosaic.load(w_n)
-                w_n[...] = dw * (1 / one)
+                w_n[...] = recall(dw) * (1 / one)
                 plgpu.commit_smem()
-                (du,) = matmul((du, (y_n.T, ones_s.T)))
+                (du,) = matmul((du, (transpose(y_n), ones_s.T)))
                 plgpu.barrier_arrive(done.at[at])
                 return dS, du
 
@@ -237,6 +288,7 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
             plgpu.copy_smem_to_gmem(u_s.at[wg], du_.at[b, h])
             plgpu.wait_smem_to_gmem(0)
 
+    do_tiles = mosaic.input_tiles(parts, heads, *square)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     patterns = mosaic.tile(levels + 1, CHUNK, CHUNK, dtype=jnp.float16)
     if not interpreting():
@@ -252,22 +304,22 @@ def backward(r, k, v, w, u, states, scores, do, dstate):
         ),
         scratch_types=[
             patterns,
-            mosaic.tile(heads, *square),  # r
-            mosaic.tile(heads, *square),  # k
-            mosaic.tile(heads, *square),  # v
-            mosaic.tile(heads, *square),  # do
-            mosaic.tile(heads, SIZE, SIZE),  # states, Q, Y
-            mosaic.tile(heads, CHUNK, CHUNK),  # A, Z
-            mosaic.tile(heads, SIZE, SIZE),  # dS, M
+            mosaic.tile(heads, *square, dtype=r.dtype),  # r
+            mosaic.tile(heads, *square, dtype=r.dtype),  # k
+            mosaic.input_tiles(parts, heads, *square),  # v
+            do_tiles if parts == 1 else mosaic.overlay(*do_tiles),  # split where it arrives
+            mosaic.tile(heads, parts, SIZE, SIZE),  # states, Q, Y
+            mosaic.tile(heads, parts, CHUNK, CHUNK),  # A, Z
+            mosaic.tile(heads, parts, SIZE, SIZE),  # dS, M
             mosaic.tile(heads, *square, dtype=f32),  # w
-            mosaic.tile(heads, *square, dtype=jnp.float16),  # log2 decays
+            mosaic.tile(heads, parts, *square, dtype=jnp.float16),  # log2 decays
             plgpu.SMEM((heads, SIZE), f32),
             mosaic.tile(16, CHUNK),
             plgpu.SMEM((heads,), jnp.int32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=heads, num_arrivals=7),
+            plgpu.Barrier(num_barriers=heads, num_arrivals=5 + 2 * parts),
             plgpu.Barrier(num_barriers=heads),
         ],
         grid=(pl.cdiv(rows, heads),),
         grid_names=("rows",),
-    )(r, k, v, w, u, states, scores, do, dstate, sum_patterns(), jnp.ones((16, CHUNK), bf16))
+    )(r, k, v, w, u, states, scores, do, dstate, sum_patterns(parts), jnp.ones((16, CHUNK), bf16))

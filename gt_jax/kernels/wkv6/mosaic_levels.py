@@ -12,13 +12,17 @@ from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import levels
 from gt_jax.kernels.mosaic import CHUNK
 
-# exp of this is 0 in float32; times 64 tokens it is finite in float16, which holds the decays:
-# 11 bits of each are beyond what the bfloat16 operands of the other products resolve.
-_LOWEST_LOG_DECAY = -128.0
+_LOWEST_LOG_DECAY = -128.0  # exp of this is 0 in float32
 _LOG2_E = math.log2(math.e)
 
+# Log decays are summed on the tensor cores as float16, whose 11 bits are beyond what the bfloat16
+# operands of other products resolve, and in as many parts as those. Second parts come close to the
+# smallest number of float16: with two, log decays are 64 times as large and a 1 of the patterns is
+# 1/64.
+ONE = {1: 1.0, 2: 2.0**-6}
+
 SIZE = 64  # key and value channels of a head on chip
-HEADS = 2  # that a block of the grid works on, a warpgroup each
+HEADS = 2  # that a block of the grid works on, a warpgroup each; 1 where tiles hold two parts
 FROM_START, TO_END = 5, 6  # places of the chunk-wide patterns among sum_patterns()
 
 
@@ -35,9 +39,10 @@ def place_of(heads, batch, H, n):
     return lax.div(row, jnp.int32(H)), lax.rem(row, jnp.int32(H))
 
 
-def log2_decay(w):
-    """Log decays in base 2, -inf replaced by what decays to zero as well."""
-    return jnp.maximum(w, _LOWEST_LOG_DECAY) * _LOG2_E
+def log2_decay(w, parts):
+    """Parts of log decays in base 2, over ONE; -inf is replaced by what decays to zero as well."""
+    z = jnp.maximum(w, _LOWEST_LOG_DECAY) * (_LOG2_E / ONE[parts])
+    return mosaic.split(z, parts, jnp.float16)
 
 
 @functools.cache
@@ -47,10 +52,10 @@ def _patterns():
     return np.concatenate([levels(C).before[1:], [from_start, to_end]])
 
 
-def sum_patterns():
-    """[7, C, C] float16 of 0 and 1: what is summed at level l, at l - 1 (level 0 sums nothing);
+def sum_patterns(parts):
+    """[7, C, C] float16 of 0 and ONE: what is summed at level l, at l - 1 (level 0 sums nothing);
     then from the chunk's start, and to its end."""
-    return jnp.asarray(_patterns(), jnp.float16)
+    return jnp.asarray(_patterns() * ONE[parts], jnp.float16)
 
 
 class Fresh:

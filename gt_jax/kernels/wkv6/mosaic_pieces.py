@@ -20,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
 from gt_jax.kernels.chunks import carry_state
-from gt_jax.kernels.mosaic import CHUNK, matmul
+from gt_jax.kernels.mosaic import CHUNK, PARTS, matmul, parts_of, put, transpose
 from gt_jax.kernels.wkv6.mosaic_levels import (
     FROM_START,
     HEADS,
+    ONE,
     SIZE,
     TO_END,
     Fresh,
@@ -56,13 +57,15 @@ def _maps(pieces, x, V, w, reverse):
     """d (the same in every row) and U of all but the last piece met, [rows, H, V, K] float32."""
     _, T, H, _ = x.shape
     rows = x.shape[0] // pieces * (pieces - 1)
-    chunks, heads = pl.cdiv(T, CHUNK), min(HEADS, rows * H)
+    parts = PARTS[x.dtype]
+    chunks, heads = pl.cdiv(T, CHUNK), min(HEADS // parts, rows * H)
     square, state = (CHUNK, SIZE), (SIZE, SIZE)
-    pattern = sum_patterns()[FROM_START if reverse else TO_END]
+    pattern = sum_patterns(parts)[FROM_START if reverse else TO_END]
 
     def body(x_, V_, w_, pattern_, d_, U_,
              pattern_s, x_s, V_s, w_s, g_s, y_s, zero_s, start, ready, consumed):  # fmt: skip
         wg = lax.axis_index("wg")
+        V_s, V_split_s = mosaic.whole_and_split(parts, V_s)
         place = functools.partial(place_of, heads, rows, H)
 
         def source_row(row):
@@ -99,20 +102,22 @@ def _maps(pieces, x, V, w, reverse):
             plgpu.commit_smem()
             plgpu.barrier_wait(start)
             fresh = Fresh(zero_s.at[wg])
-            ones = mosaic.full((SIZE, CHUNK), 1, g_s.dtype)
+            ones = mosaic.full((SIZE, CHUNK), ONE[parts], g_s.dtype)
 
             def step(m, carry):
                 met, U = carry  # log2 decays of the chunks met, summed, in every row
                 slot, at = lax.rem(m, jnp.int32(_STAGES)), wg + fresh.zero()
-                g, Y = g_s.at[at], y_s.at[at]
+                g, Y, V_n = map(parts_of, (g_s.at[at], y_s.at[at], V_split_s.at[at, slot]))
                 plgpu.barrier_wait(ready.at[at * _STAGES + slot])
-                g[...] = log2_decay(mosaic.load(w_s.at[at, slot])).astype(g.dtype)
+                put(g, log2_decay(mosaic.load(w_s.at[at, slot]), parts))
                 plgpu.commit_smem()
                 exponent, met = matmul((met, (pattern_s, g)), (met, (ones, g)))
                 tile = mosaic.load(x_s.at[at, slot]).astype(jnp.float32)
-                Y[...] = (tile * jnp.exp2(exponent)).astype(jnp.bfloat16)
+                put(Y, mosaic.split(tile * jnp.exp2(exponent), parts))
+                if parts > 1:
+                    put(V_n, mosaic.split(mosaic.load(V_s.at[at, slot]), parts))
                 plgpu.commit_smem()
-                (U,) = matmul((U, (V_s.at[at, slot].T, Y)))
+                (U,) = matmul((U, (transpose(V_n), Y)))
                 plgpu.barrier_arrive(consumed.at[at * _STAGES + slot])
                 return met, U
 
@@ -129,11 +134,11 @@ def _maps(pieces, x, V, w, reverse):
         out_type=(result, result),
         scratch_types=[
             mosaic.tile(CHUNK, CHUNK, dtype=jnp.float16),
-            mosaic.tile(heads, _STAGES, *square),
-            mosaic.tile(heads, _STAGES, *square),
-            mosaic.tile(heads, _STAGES, *square, dtype=jnp.float32),
-            mosaic.tile(heads, *square, dtype=jnp.float16),
-            mosaic.tile(heads, *square),
+            mosaic.tile(heads, _STAGES, *square, dtype=x.dtype),
+            mosaic.input_tiles(parts, heads, _STAGES, *square),  # V
+            mosaic.tile(heads, _STAGES, *square, dtype=jnp.float32),  # w
+            mosaic.tile(heads, parts, *square, dtype=jnp.float16),  # log2 decays
+            mosaic.tile(heads, parts, *square),  # Y
             plgpu.SMEM((heads,), jnp.int32),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=heads * _STAGES, num_arrivals=3),
