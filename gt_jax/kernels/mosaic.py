@@ -228,8 +228,7 @@ def load(ref):
 
 def load_transposed(ref):
     """The transpose of a square tile of 16-bit values, as `load`."""
-    value = plgpu.load(ref.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-    return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+    return plgpu.load(ref.T, layout=plgpu.Layout.WGMMA)
 
 
 def input_tiles(parts, *shape):
@@ -251,6 +250,13 @@ def split(z, parts=2, dtype=jnp.bfloat16):
     if parts == 1:
         return (high,)
     return high, *split(z - high.astype(jnp.float32), parts - 1, dtype)
+
+
+def cut(z):
+    """As split(z), of whose bits it keeps one less, by cutting bits off where that rounds twice."""
+    bits = lax.bitcast_convert_type(z, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (z - high).astype(jnp.bfloat16)
 
 
 def parts_of(ref):

@@ -85,14 +85,14 @@ def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, N)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", (1, 2, 15, 63, 64, 65, 127, 1000, 4096))
+@pytest.mark.parametrize("length", (1, 2, 15, 63, 64, 65, 127, 1000))
 def test_kernel_matches_reference_at_every_length(needs_hopper, length):
     inputs = make(batch=2, length=length, heads=32, N=128)
     assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, "bfloat16")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 64), (1, 5000, 2), (2, 2048, 24)])
+@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 24)])
 def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads):
     inputs = SSD.per_token(make(batch=batch, length=length, heads=heads, N=128))
     candidate, reference = run("mosaic"), run("reference")

@@ -98,14 +98,14 @@ def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, K,
 
 @pytest.mark.gpu
 @each_dtype
-@pytest.mark.parametrize("length", (*LENGTHS, 4096))
+@pytest.mark.parametrize("length", LENGTHS)
 def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
     assert_kernel_matches_reference(dtype, batch=2, length=length, heads=32)
 
 
 @pytest.mark.gpu
 @each_dtype
-@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 32), (1, 5000, 2), (2, 2048, 12)])
+@pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 12)])
 def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads, dtype):
     assert_kernel_matches_reference(dtype, batch=batch, length=length, heads=heads)
 

@@ -174,7 +174,7 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
         saved = (size.batch, size.heads, pl.cdiv(size.chunks, 2), P, N)
         results.append(jax.ShapeDtypeStruct(saved, jnp.bfloat16))
 
-    def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, ready, consumed):
+    def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, reads_s, ready, consumed):
         x_, B_, C_, g_, dt_, D_, *state_ = refs[: len(inputs)]
         y_, final_, *states_ = refs[len(inputs) :]
         row, block = divide(lax.axis_index("block"), size.heads // W)
@@ -212,6 +212,9 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
             S_b, y_b = S_s.at[wg], y_s.at[wg]
             D_h = D_[head]
             i, j = mosaic.iota(square, 0), mosaic.iota(square, 1)
+            # Bits of which a warp keeps what tokens read; both warpgroups write the same.
+            reads_s[...] = jnp.where(i >= j, -1, 0).astype(jnp.int16)
+            plgpu.commit_smem()
 
             def step(m, S):
                 slot = lax.rem(m, jnp.int32(_STAGES))
@@ -237,12 +240,13 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
                 g_j, dt_j = mosaic.load_columns(g_b), mosaic.load_columns(dt_b)
                 g_end = g_s[slot, wg, CHUNK - 1]
                 between = over_columns(g_i, square) - over_rows(g_j, square)
-                L = jnp.exp2(jnp.where(i >= j, between, -jnp.inf))
-                M = (L * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
+                M = (jnp.exp2(between) * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
+                M = lax.bitcast_convert_type(M, jnp.int16) & mosaic.load(reads_s)
+                M = lax.bitcast_convert_type(M, jnp.bfloat16)
                 x = mosaic.load(x_b).astype(jnp.float32)
                 y = CS * over_columns(jnp.exp2(g_i), x.shape) + x * D_h
                 weight = over_rows(jnp.exp2(g_end - g_j) * dt_j, square)
-                kept = mosaic.split(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
+                kept = mosaic.cut(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
                 y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), *((z, B_b) for z in kept)))
                 plgpu.barrier_arrive(consumed.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y_b is free
@@ -265,6 +269,7 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
     return mosaic.kernel(
         body,
         threads=W + 1,
+        manual_barriers=True,
         grid=(size.batch * size.heads // W,),
         grid_names=("block",),
         out_type=results,
@@ -276,6 +281,7 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
             "dt_s": plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32),
             "S_s": mosaic.tile(W, P, N),
             "y_s": mosaic.tile(W, CHUNK, P),
+            "reads_s": mosaic.tile(CHUNK, CHUNK, dtype=jnp.int16),
             "ready": plgpu.Barrier(num_arrivals=2 + 3 * W, num_barriers=_STAGES),
             "consumed": plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
         },

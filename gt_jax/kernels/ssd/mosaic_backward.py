@@ -31,7 +31,7 @@ from gt_jax.kernels.hopper import interpreting
 from gt_jax.kernels.mosaic import CHUNK, divide, matmul, over_columns, over_rows, tokens
 
 _STAGES = 2  # chunks in flight
-_LONGEST_CHAIN = 32  # blocks; each starts a moment after the one before
+_LONGEST_CHAIN = 16  # blocks running at a time; each starts a moment after the one before
 _ROWS_TOGETHER = 8  # rows of a batch whose blocks run at a time, at most
 ROWS = ("ddt", "da")  # gradients of the step size and of the log decay
 
@@ -59,22 +59,24 @@ def backward(size, x, B, C, g, dt, D, states, dy, dstate, *, of_start):
     return rows(x, B, C, g, dt, D, states, dy, dstate)
 
 
-def _links(size):
-    """How many blocks of a group form a chain."""
+def _order(size):
+    """How many rows of the batch run together, and into how many chains a group's blocks form."""
+    together = max(n for n in range(1, _ROWS_TOGETHER + 1) if size.batch % n == 0)
+    blocks = size.heads // size.groups // size.heads_per_block
     if interpreting():  # knows no copies that add
-        return 1
-    return min(_LONGEST_CHAIN, size.heads // size.groups // size.heads_per_block)
+        return together, blocks
+    running = min(blocks, mosaic.MULTIPROCESSORS // together)
+    return together, pl.cdiv(running, _LONGEST_CHAIN)
 
 
 @mosaic.lowered_once("size", "of_start")
 def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
     P, N, W = size.P, size.N, size.heads_per_block
     square, half = (CHUNK, CHUNK), N // 2
-    links = _links(size)
+    together, chains_of_group = _order(size)
     blocks, blocks_of_group = size.heads // W, size.heads // size.groups // W
-    chains_of_group = pl.cdiv(blocks_of_group, links)
+    links = pl.cdiv(blocks_of_group, chains_of_group)
     chains, last = size.groups * chains_of_group, size.chunks - 1
-    together = max(n for n in range(1, _ROWS_TOGETHER + 1) if size.batch % n == 0)
 
     def body(x_, B_, C_, g_, dt_, D_, states_, dy_, dlast_, dx_, dB_, dC_, rows_, dD_, *dfirst_,
              x_and_dB, dy_and_dC, B_and_dB, C_and_dC, g_s, dt_s, S_s, dS_s, dCB_s, before_s, zero_s,
@@ -184,7 +186,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 g, dt = (mosaic.load_columns(v.at[slot, wg]) for v in (g_s, dt_s))
                 g_end = g_s[slot, wg, CHUNK - 1]
                 weight = over_rows(jnp.exp2(g_end - g) * dt, square)
-                kept = mosaic.split(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
+                kept = mosaic.cut(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
                 S = mosaic.load(S_b).astype(jnp.float32) * jnp.exp2(g_end)
                 (S,) = matmul((S, *((z, B_b) for z in kept)))
                 S_s[wg] = S.astype(jnp.bfloat16)
@@ -230,6 +232,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 x_b, dy_b, B_b, C_b, S_b, dS_b, dCB_b = operands(slot)
                 da = jnp.sum(not_before(between), axis=1)
                 dx = dx.astype(jnp.bfloat16)
+                plgpu.commit_smem()  # every warp's products have read dCB_b and dy_b
                 dCB_b[...] = dCB
 
                 plgpu.barrier_wait(S_ready)
@@ -249,6 +252,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 # state carries; its parts may stand with either, as every one of them is met.
                 rows_b[0] = read + carried
                 rows_b[1] = of_weight * to_end * dt + carried
+                plgpu.commit_smem()
                 read, kept = (over_rows(mosaic.load_columns(rows_b.at[n]), square) for n in (0, 1))
                 before = mosaic.load(before_s.at[zero()]).astype(jnp.float32)
                 da += jnp.sum(read - before * read + before * kept, axis=1)
@@ -302,6 +306,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
     return mosaic.kernel(
         body,
         threads=W + 1,
+        manual_barriers=True,
         grid=(size.batch * blocks,),
         grid_names=("block",),
         out_type=(

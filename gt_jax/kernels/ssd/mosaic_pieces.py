@@ -104,7 +104,7 @@ def _additions(size, pieces, z, V, g, dt, reverse):
                 else:
                     weight = jnp.exp2(g_end - g + met) * mosaic.load_columns(dt_s[0].at[slot, wg])
                 z = mosaic.load_transposed(z_s.at[slot, wg]).astype(jnp.float32)
-                added = mosaic.split(z * over_rows(weight, z.shape))
+                added = mosaic.cut(z * over_rows(weight, z.shape))
                 (U,) = matmul((U, *((part, V_s.at[slot]) for part in added)))
                 plgpu.barrier_arrive(consumed.at[slot])
                 return met + g_end, U
@@ -118,6 +118,7 @@ def _additions(size, pieces, z, V, g, dt, reverse):
     return mosaic.kernel(
         body,
         threads=W + 1,
+        manual_barriers=True,
         grid=(rows * size.heads // W,),
         grid_names=("block",),
         out_type=jax.ShapeDtypeStruct((rows, size.heads, P, N), jnp.float32),
