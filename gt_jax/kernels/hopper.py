@@ -10,7 +10,7 @@ import contextvars
 
 import jax
 
-OLDEST_JAX = (0, 11, 0)  # first release whose Pallas has all that the kernels use
+OLDEST_JAX = (0, 11, 2)  # first release whose Pallas has all that the kernels use
 
 _simulation = contextvars.ContextVar("simulation", default=None)
 
