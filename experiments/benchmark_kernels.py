@@ -11,7 +11,8 @@ forward and backward in one program take beyond inputs, output and gradients; "k
 between the two. "error" is the worst relative RMS error of the output and of every gradient per
 token and head, for one head of one batch row, against float64.
 
---sweep times lengths from 4K to 64K instead. --peers adds jax-linear-attention and, in a process of
+--sweep times lengths from 4K to 64K instead, unchecked. --dtype=float32 times what is multiplied in
+float32. --peers adds jax-linear-attention and, in a process of
 their own (peers_torch.py), flash-linear-attention and mamba_ssm, on inputs of the same
 distributions. What cannot run here is listed with the reason. Every number goes to --out, a plot of
 time against length beside it.
@@ -33,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.kernel_tables import PASSES, draw, print_group, print_linearity
 from gt_jax.kernels import ssd, wkv6
 
 OPS = {"wkv6": wkv6, "ssd": ssd}
@@ -47,10 +49,9 @@ SWEEP = {
     "wkv6": [f"8,{1024 * k},32" for k in (4, 8, 16, 32, 64)],
     "ssd": [f"8,{1024 * k},64" for k in (4, 8, 16, 32, 64)],
 }
-PASSES = ("forward", "backward", "both")
 ROTATED_BYTES = 2**28  # five times the second-level cache of an H100
 PER_TOKEN_AND_HEAD = ("o", "r", "k", "v", "w", "x", "dt")  # the output, and gradients
-TOLERANCE = 4e-3  # of bfloat16, as in the tests
+TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-5}  # as in the tests
 LONGEST_CHECKED = 32768  # the float64 gradient keeps the state of every token
 
 
@@ -66,10 +67,13 @@ def main(argv=None):
         help="instead of the list",
     )
     parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
     parser.add_argument("--out", type=Path, default=Path("results/kernels.json"))
     options = parser.parse_args(argv)
+    if options.peers and options.dtype != "bfloat16":
+        parser.error(f"--dtype={options.dtype}: the libraries of --peers are timed in bfloat16")
     effort = {"seconds": 0.2, "least_calls": 20, "repeats": 5}
     if options.quick:
         effort = {"seconds": 0.0, "least_calls": 2, "repeats": 2}
@@ -91,9 +95,18 @@ def main(argv=None):
         device = jax.devices()[0].device_kind
         print(f"{device}, jax {jax.__version__}, copy {bandwidth / 1e9:,.0f} GB/s")
         rows = []
-        results = {"device": device, "jax": jax.__version__, "copy_bytes_per_second": bandwidth}
+        results = {"device": device, "jax": jax.__version__, "dtype": options.dtype}
+        results["copy_bytes_per_second"] = bandwidth
         for op, shape in cases:
-            group = benchmark(op, shape, contenders(op, options), bandwidth, effort)
+            group = benchmark(
+                op,
+                shape,
+                contenders(op, options),
+                bandwidth,
+                effort,
+                options.dtype,
+                check=not options.sweep,
+            )
             if (op, shape) in torch_rows:
                 group.append(checked(op, torch_rows[op, shape]))
             print_group(op, shape, group)
@@ -103,9 +116,10 @@ def main(argv=None):
         print_linearity(rows)
     draw(rows, device, options.out.with_suffix(".png"))
     ours = [row for row in rows if row["who"] in options.impls and "errors" in row]
-    wrong = [row for row in ours if not max(row["errors"].values()) <= TOLERANCE]
+    most = TOLERANCE[options.dtype]
+    wrong = [row for row in ours if not max(row["errors"].values()) <= most]
     if wrong:
-        sys.exit(f"error: beyond {TOLERANCE}: " + ", ".join(f"{r['op']} {r['who']}" for r in wrong))
+        sys.exit(f"error: beyond {most}: " + ", ".join(f"{r['op']} {r['who']}" for r in wrong))
 
 
 def shape_text(text):
@@ -124,13 +138,13 @@ def parse_shape(op, text):
     return shape if len(shape) == 4 else (*shape, STATE_SIZE[op])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def make_inputs(op, shape, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def make_inputs(op, shape, key, multiplied="bfloat16"):
     """Arguments of an operation by name, and a gradient of its output."""
     B, T, H, size = shape
     keys = iter(jax.random.split(key, 8))
 
-    def normal(*shape, dtype=jnp.bfloat16):
+    def normal(*shape, dtype=multiplied):
         return jax.random.normal(next(keys), shape, dtype)
 
     def uniform(low, high, *shape):
@@ -192,17 +206,19 @@ JAX_PEERS = {
 }
 
 
-def benchmark(op, shape, functions, bandwidth, effort):
+def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, check=True):
     """Rows of one shape: the floor and every contender, with its numbers or why it has none."""
-    inputs, do = jax.eval_shape(functools.partial(make_inputs, op, shape), jax.random.key(0))
+    make = lambda key: make_inputs(op, shape, key, dtype)
+    inputs, do = jax.eval_shape(make, jax.random.key(0))
     read, written = total_bytes(inputs), total_bytes(do)
     moved = {"forward": read + written, "backward": 2 * read + written}
     moved["both"] = sum(moved.values())
     rows = [{"who": "floor"} | {part: {"ms": 1e3 * moved[part] / bandwidth} for part in PASSES}]
 
     keys = jax.random.split(jax.random.key(0), min(8, -(-ROTATED_BYTES // read)))
-    sets = [make_inputs(op, shape, key) for key in keys]
-    known = exact(op, one_head(*sets[0], shape)) if shape[1] <= LONGEST_CHECKED else {}
+    sets = [make(key) for key in keys]
+    check &= shape[1] <= LONGEST_CHECKED
+    known = exact(op, one_head(*sets[0], shape)) if check else {}
     for who, (function, same) in functions.items():
         try:
             row, results = measure(function, sets, effort)
@@ -336,84 +352,6 @@ def checked(op, row):
     sample = dict(np.load(row.pop("sample")))
     read = {name.removeprefix("in_"): z for name, z in sample.items() if name.startswith("in_")}
     return row | {"errors": errors(sample, exact(op, read))}
-
-
-def print_group(op, shape, rows):
-    """A table of one shape."""
-    B, T, H, size = shape
-    floor = rows[0]
-    print(f"\n{op} B={B} T={T} H={H} {'K' if op == 'wkv6' else 'N'}={size}, ms")
-    titles = f"{'forward':>17}{'backward':>17}{'both':>17}  over floor"
-    print(f"  {'':22}{titles}  extra MiB  kept MiB  compile s   error")
-    for row in rows:
-        line = f"  {row['who']:22}"
-        if "reason" in row:
-            print(line + "  " + row["reason"])
-            continue
-        for part in PASSES:
-            spread = f" ± {row[part]['spread']:.3f}" if "spread" in row[part] else " " * 8
-            line += f"{row[part]['ms']:9.3f}{spread}"
-        if row is not floor:
-            kept = f"{row['kept_bytes'] / 2**20:10.0f}" if "kept_bytes" in row else " " * 10
-            line += f"{row['both']['ms'] / floor['both']['ms']:12.2f}"
-            line += f"{row['extra_bytes'] / 2**20:11.0f}{kept}{row['compile_seconds']:11.1f}"
-        if "errors" in row:
-            line += f"{max(row['errors'].values()):8.1e}"
-        print(line, flush=True)
-
-
-def print_linearity(rows):
-    """How far the time per token of a sweep strays from that of its longest sequences."""
-    print()
-    for (op, who, size), series in by_length(rows).items():
-        for part in ("forward", "both"):
-            rates = [row[part]["ms"] / row["shape"][1] for row in series]
-            stray = max(abs(rate / rates[-1] - 1) for rate in rates)
-            lengths = f"T={series[0]['shape'][1]} to {series[-1]['shape'][1]}"
-            print(f"{op} {size} {who}, {part}: linear to {100 * stray:.1f} % over {lengths}")
-
-
-def by_length(rows):
-    """(op, who, the shape but for its length) -> the rows with times, from short to long."""
-    series = {}
-    for row in sorted(rows, key=lambda row: row["shape"][1]):
-        if "both" in row:
-            B, _, *rest = row["shape"]
-            series.setdefault((row["op"], row["who"], (B, *rest)), []).append(row)
-    return series
-
-
-def draw(rows, device, path):
-    """Time against length, for each operation at the batch and heads with the most lengths."""
-    from matplotlib.figure import Figure  # slow to import
-
-    series = by_length(rows)
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(ops), 4.5), layout="constrained")
-    figure.suptitle(f"forward (dashed) and forward + backward, {device}")
-    for ax, op in zip(figure.subplots(1, len(ops), squeeze=False)[0], ops):
-        floors = {
-            size: mine for (o, who, size), mine in series.items() if (o, who) == (op, "floor")
-        }
-        size = max(floors, key=lambda size: len(floors[size]))
-        names = [who for o, who, s in series if (o, s) == (op, size)]
-        for n, who in enumerate(names):
-            mine = series[op, who, size]
-            style = {"color": "black", "lw": 1} if who == "floor" else {"color": f"C{n}"}
-            lengths = [row["shape"][1] for row in mine]
-            for part, dashes, label in (("forward", "--", None), ("both", "-", who)):
-                times = [row[part]["ms"] for row in mine]
-                marker = None if who == "floor" else "o"
-                ax.loglog(lengths, times, dashes, marker=marker, ms=3.5, label=label, **style)
-        B, H, state = size
-        ax.set_title(f"{op}, B={B}, H={H}, {'K' if op == 'wkv6' else 'N'}={state}")
-        ax.set(xlabel="tokens per sequence", ylabel="ms")
-        ax.legend(frameon=False, fontsize="small")
-        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        ax.minorticks_off()
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from experiments import benchmark_kernels
 from gt_jax.kernels import choose_impl
 
 
-def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys):
+@pytest.mark.parametrize("dtype", benchmark_kernels.TOLERANCE)
+def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys, dtype):
     out = tmp_path / "kernels.json"
-    benchmark_kernels.main(["--shapes", "wkv6:1,64,1", "ssd:1,64,1", "--quick", f"--out={out}"])
+    shapes = ["--shapes", "wkv6:1,64,1", "ssd:1,64,1"]
+    benchmark_kernels.main([*shapes, "--quick", f"--dtype={dtype}", f"--out={out}"])
     assert "over floor" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert [(row["op"], row["who"]) for row in rows] == [
@@ -23,7 +25,7 @@ def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys):
             continue
         assert all(row[part]["ms"] > 0 for part in benchmark_kernels.PASSES)
         if row["who"] != "floor":
-            assert 0 < max(row["errors"].values()) < benchmark_kernels.TOLERANCE
+            assert 0 < max(row["errors"].values()) < benchmark_kernels.TOLERANCE[dtype]
             assert row["extra_bytes"] > 0 and row["compile_seconds"] > 0
     assert out.with_suffix(".png").stat().st_size > 10_000
 
@@ -39,6 +41,12 @@ def test_shapes_of_another_operation_are_one_line(capsys):
     with pytest.raises(SystemExit):
         benchmark_kernels.main(["--ops", "ssd", "--shapes", "wkv6:1,64,1"])
     assert "--shapes has none of --ops ssd" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_libraries_in_float32_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_kernels.main(["--peers", "--dtype=float32"])
+    assert "--dtype=float32: the libraries" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_floor_counts_every_input_and_output_once():
