@@ -226,15 +226,16 @@ def load(ref):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
 
 
-def load_transposed(ref):
-    """The transpose of a square tile of 16-bit values, as `load`."""
-    return plgpu.load(ref.T, layout=plgpu.Layout.WGMMA)
-
-
 def input_tiles(parts, *shape):
     """Shared memory for inputs that become operands: as they arrive, and split."""
     split_tile = tile(*shape[:-2], parts, *shape[-2:])
     return split_tile if parts == 1 else (tile(*shape, dtype=jnp.float32), split_tile)
+
+
+def input_tiles_in_place(parts, *shape):
+    """`input_tiles` whose parts take the place of what arrives; see split_in_place."""
+    tiles = input_tiles(parts, *shape)
+    return tiles if parts == 1 else overlay(*tiles)
 
 
 def whole_and_split(parts, tiles):
@@ -270,14 +271,32 @@ def put(refs, parts):
         ref[...] = part
 
 
+def split_in_place(whole, refs):
+    """Splits a float32 tile whose place is that of its parts; returns the value."""
+    z = load(whole)
+    plgpu.commit_smem()  # every warp has read it
+    put(refs, split(z, len(refs)))
+    return z
+
+
 def join(refs):
     """The float32 value whose parts lie there."""
-    return functools.reduce(operator.add, (load(ref).astype(jnp.float32) for ref in refs))
+    return total(load(ref).astype(jnp.float32) for ref in refs)
 
 
 def transpose(refs):
     """References to the parts of the transpose."""
     return tuple(ref.T for ref in refs)
+
+
+def total(parts):
+    """The sum of parts."""
+    return functools.reduce(operator.add, parts)
+
+
+def difference(z, y):
+    """z - y of values in parts, by parts: what is large and alike in both goes first."""
+    return total(a - b for a, b in zip(z, y, strict=True))
 
 
 def load_rows(ref):

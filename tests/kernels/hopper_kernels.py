@@ -87,7 +87,7 @@ SSD = Kernel(
     ("A", "D"),
     ssd,
     {"mosaic": ssd_mosaic, "reference": ssd_reference},
-    ("bfloat16",),
+    ("bfloat16", "float32"),
     _make_ssd,
     # The log decay of each token in place of the rate of each head, of which there are few.
     lambda inputs: (*inputs[:2], inputs[1] * inputs[2], *inputs[3:]),

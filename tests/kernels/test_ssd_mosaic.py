@@ -13,24 +13,29 @@ from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors
 from tests.kernels.hopper_kernels import SSD, too_old
 
 make, run, public = SSD.make, SSD.run, SSD.public
+each_dtype = pytest.mark.parametrize("dtype", SSD.dtypes)
 
 
 @too_old
 @pytest.mark.parametrize(
-    "regime, length, heads, groups, N",
+    "regime, length, heads, groups, N, dtype",
     [
-        ("typical", 130, 2, 1, 64),
-        ("some_huge_steps", 130, 2, 1, 64),
-        ("zero_rows", 64, 2, 1, 128),
-        ("wide", 64, 3, 3, 64),
+        ("typical", 130, 2, 1, 64, "bfloat16"),
+        ("some_huge_steps", 130, 2, 1, 64, "bfloat16"),
+        ("zero_rows", 64, 2, 1, 128, "bfloat16"),
+        ("wide", 64, 3, 3, 64, "bfloat16"),
+        ("typical", 130, 3, 1, 64, "float32"),
+        ("some_huge_steps", 130, 2, 1, 128, "float32"),
+        ("near_one", 200, 1, 1, 64, "float32"),
+        ("wide", 65, 4, 2, 64, "float32"),
     ],
 )
 def test_interpreted_kernel_matches_reference(
-    float64_in_every_thread, regime, length, heads, groups, N
+    float64_in_every_thread, regime, length, heads, groups, N, dtype
 ):
-    inputs = SSD.per_token(make(regime, 1, length, heads, groups, N))
+    inputs = SSD.per_token(make(regime, 1, length, heads, groups, N, dtype=dtype))
     with hopper.simulated("interpret"):
-        assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, "bfloat16")
+        assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, dtype)
 
 
 @too_old
@@ -44,11 +49,14 @@ def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_threa
 
 
 @too_old
-@pytest.mark.parametrize("heads, groups", [(4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "heads, groups, dtype", [(4, 2, "bfloat16"), (3, 1, "bfloat16"), (4, 2, "float32")]
+)
 @pytest.mark.parametrize("N", (64, 128))
 @pytest.mark.parametrize("length", (64, 130, 2048))  # the longest in pieces
-def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups):
-    inputs = SSD.per_token(make(batch=2, length=length, heads=heads, groups=groups, N=N))
+def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups, dtype):
+    inputs = make(batch=2, length=length, heads=heads, groups=groups, N=N, dtype=dtype)
+    inputs = SSD.per_token(inputs)
 
     def gradients(*arrays):
         outputs, pull_back = jax.vjp(run("mosaic"), *arrays)
@@ -63,7 +71,8 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dtype": jnp.float32}, "bfloat16 x with a float32 state; these are float32"),
+        ({"dtype": jnp.float16}, "float32 x with a float32 state; these are float16, float32"),
+        ({"dtype": jnp.float64}, "float32 x with a float32 state; these are float64, float64"),
         ({"precision": "highest"}, "precision='highest'"),
         ({"N": 32}, "this call has P=64, N=32"),
     ],
@@ -76,31 +85,37 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
         ssd(x, dt, A, B, C, **options)
 
 
+def assert_kernel_matches_reference(dtype, *case, **shape):
+    inputs = make(*case, **shape, dtype=dtype)
+    assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, dtype)
+
+
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("N", (64, 128))
 @pytest.mark.parametrize("regime", SSD_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, N):
-    inputs = make(regime, batch=2, length=150, heads=32, groups=2, N=N)
-    assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, "bfloat16")
+def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, N, dtype):
+    shape = {"batch": 2, "length": 150, "heads": 32, "groups": 2, "N": N}
+    assert_kernel_matches_reference(dtype, regime, **shape)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("length", (1, 2, 15, 63, 64, 65, 127, 1000))
-def test_kernel_matches_reference_at_every_length(needs_hopper, length):
-    inputs = make(batch=2, length=length, heads=32, N=128)
-    assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, "bfloat16")
+def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
+    assert_kernel_matches_reference(dtype, batch=2, length=length, heads=32, N=128)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 24)])
-def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads):
-    inputs = SSD.per_token(make(batch=batch, length=length, heads=heads, N=128))
-    candidate, reference = run("mosaic"), run("reference")
-    assert_accurate(candidate, reference, inputs, SSD.arguments, "bfloat16")
+def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads, dtype):
+    inputs = SSD.per_token(make(batch=batch, length=length, heads=heads, N=128, dtype=dtype))
+    assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, dtype)
 
 
 @pytest.mark.gpu
+@each_dtype
 @pytest.mark.parametrize("heads, groups", [(24, 1), (24, 24), (33, 11), (132, 2), (260, 1)])
-def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, groups):
-    inputs = make(heads=heads, groups=groups, N=64)
-    assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, "bfloat16")
+def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, groups, dtype):
+    assert_kernel_matches_reference(dtype, heads=heads, groups=groups, N=64)

@@ -6,6 +6,9 @@ decays from the chunk's start (so exp2(g_i - g_j) is what passes from j to i >= 
 
     y = (exp2(g_i - g_j) * C B^T * dt_j) x + exp2(g_i) (C S^T) + D x
     S <- exp2(g_end) S + (exp2(g_end - g) dt x)^T B
+
+Operands of products are bfloat16 numbers or, where x, B and C are float32, sums of two of them; a
+chunk is then split where it arrives, and a block owns one head.
 """
 
 import functools
@@ -19,14 +22,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import mosaic
-from gt_jax.kernels.mosaic import CHUNK, divide, matmul, over_columns, over_rows, tokens
+from gt_jax.kernels.mosaic import (
+    CHUNK,
+    PARTS,
+    difference,
+    divide,
+    matmul,
+    over_columns,
+    over_rows,
+    parts_of,
+    put,
+    split_in_place,
+    tokens,
+    total,
+    transpose,
+)
 from gt_jax.kernels.ssd.mosaic_backward import ROWS, backward
-from gt_jax.kernels.ssd.mosaic_pieces import piece_states
+from gt_jax.kernels.ssd.mosaic_pieces import piece_states, weighed
 
 # exp of this is 0 in float32, and a chunk's sum of it is finite
 _LOWEST_LOG_DECAY = -104.0
 _LOG2_E = math.log2(math.e)
-_STAGES = 3  # chunks in flight
+_STAGES = {1: 3, 2: 2}  # parts of an operand -> chunks in flight
 
 
 class Sizes(NamedTuple):
@@ -38,6 +55,7 @@ class Sizes(NamedTuple):
     groups: int
     P: int
     N: int
+    parts: int  # bfloat16 numbers whose sum an operand is
 
     @property
     def chunks(self):
@@ -45,11 +63,11 @@ class Sizes(NamedTuple):
 
     @property
     def heads_per_block(self):
-        return 2 if self.heads // self.groups % 2 == 0 else 1
+        return 2 if self.parts == 1 and self.heads // self.groups % 2 == 0 else 1
 
 
 def _sizes(x, B):
-    return Sizes(*x.shape[:3], B.shape[2], x.shape[3], B.shape[3])
+    return Sizes(*x.shape[:3], B.shape[2], x.shape[3], B.shape[3], PARTS[x.dtype])
 
 
 def _by_chunk(v, size):
@@ -62,10 +80,16 @@ def _by_chunk(v, size):
 
 
 def _log2_decays(a, size):
-    """[B, H, chunks, CHUNK]: g, the running sum of log2 decays in each chunk."""
-    a = _by_chunk(jnp.maximum(a, _LOWEST_LOG_DECAY), size)
+    """[B, H, chunks, parts, CHUNK]: g, the running sum of log2 decays in each chunk.
+
+    Two parts are the sums of whole numbers, which are exact, and of what is left, which are small:
+    where one decay is strong, the differences of others' sums would lose digits that float32 needs.
+    """
+    a = _by_chunk(jnp.maximum(a, _LOWEST_LOG_DECAY), size) * _LOG2_E
+    whole = jnp.round(a)
+    a = jnp.stack((a,) if size.parts == 1 else (whole, a - whole), axis=-2)
     until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
-    return jnp.matmul(a * _LOG2_E, until, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(a, until, precision=lax.Precision.HIGHEST)
 
 
 def ssd_mosaic(x, dt, a, B, C, D, initial_state, resets, precision):
@@ -101,10 +125,13 @@ def _cut(z, end, pieces):
 def _refusal(x, dt, B, precision):
     """What of a call the kernel does not do, or None; states have the dtype of dt."""
     P, N = x.shape[-1], B.shape[-1]
-    if x.dtype != jnp.bfloat16 or dt.dtype != jnp.float32:
-        return f"the kernel is for bfloat16 x with a float32 state; these are {x.dtype}, {dt.dtype}"
+    if x.dtype not in PARTS or dt.dtype != jnp.float32:
+        return (
+            "the kernel is for bfloat16 or float32 x with a float32 state; "
+            f"these are {x.dtype}, {dt.dtype}"
+        )
     if precision == "highest":
-        return "the kernel multiplies bfloat16; precision='highest' asks for float32"
+        return "the kernel multiplies bfloat16 parts; precision='highest' asks for float32"
     if P != 64 or N not in (64, 128):
         return f"the kernel is for P=64 and N=64 or 128; this call has P={P}, N={N}"
     return None
@@ -158,25 +185,31 @@ def _sum_chains(z, size):
 
 @mosaic.lowered_once("save_states")
 def _forward(x, B, C, g, dt, D, state, *, save_states):
-    """y, the final state, and with save_states what every other chunk starts from, in bfloat16.
+    """y, the final state, and with save_states what every chunk starts from, in float32; where x is
+    bfloat16, what every other one starts from, in bfloat16.
 
     state is what the first chunk starts from, None for zeros.
     """
     size = _sizes(x, B)
-    P, N, W = size.P, size.N, size.heads_per_block
+    P, N, W, parts = size.P, size.N, size.heads_per_block, size.parts
+    stages = _STAGES[parts]
     square = (CHUNK, CHUNK)
     inputs = (x, B, C, g, dt, D, *(() if state is None else (state,)))
     results = [
-        jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
         jax.ShapeDtypeStruct((size.batch, size.heads, P, N), jnp.float32),
     ]
     if save_states:
-        saved = (size.batch, size.heads, pl.cdiv(size.chunks, 2), P, N)
-        results.append(jax.ShapeDtypeStruct(saved, jnp.bfloat16))
+        chunks = pl.cdiv(size.chunks, 2) if parts == 1 else size.chunks
+        saved = (size.batch, size.heads, chunks, P, N)
+        results.append(jax.ShapeDtypeStruct(saved, x.dtype))
 
-    def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, reads_s, ready, consumed):
+    def body(*refs, x_s, B_s, C_s, g_s, dt_s, S_s, y_s, reads_s, ready, consumed, zero_s=None):
         x_, B_, C_, g_, dt_, D_, *state_ = refs[: len(inputs)]
         y_, final_, *states_ = refs[len(inputs) :]
+        x_s, x_split_s = mosaic.whole_and_split(parts, x_s)
+        B_s, B_split_s = mosaic.whole_and_split(parts, B_s)
+        C_s, C_split_s = mosaic.whole_and_split(parts, C_s)
         row, block = divide(lax.axis_index("block"), size.heads // W)
         head0 = block * W
         group = head0 // (size.heads // size.groups)
@@ -187,9 +220,9 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
             plgpu.set_max_registers(24, action="decrease")
 
             def fetch(m, _):
-                slot = lax.rem(m, jnp.int32(_STAGES))
+                slot = lax.rem(m, jnp.int32(stages))
 
-                @pl.when(m >= _STAGES)
+                @pl.when(m >= stages)
                 def _():
                     plgpu.barrier_wait(consumed.at[slot])
 
@@ -199,58 +232,89 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
                 for h in range(W):
                     head = head0 + h
                     plgpu.copy_gmem_to_smem(x_.at[row, tokens(m), head], x_s.at[slot, h], there)
-                    plgpu.copy_gmem_to_smem(g_.at[row, head, m], g_s.at[slot, h], there)
+                    for part in range(parts):
+                        sums = g_.at[row, head, m, part]
+                        plgpu.copy_gmem_to_smem(sums, g_s.at[slot, h, part], there)
                     plgpu.copy_gmem_to_smem(dt_.at[row, head, m], dt_s.at[slot, h], there)
 
             mosaic.loop(size.chunks, fetch, None)
-            for m in range(max(0, size.chunks - _STAGES), size.chunks):  # see every chunk out
-                plgpu.barrier_wait(consumed.at[m % _STAGES])
+            for m in range(max(0, size.chunks - stages), size.chunks):  # see every chunk out
+                plgpu.barrier_wait(consumed.at[m % stages])
 
         def compute(wg):  # a plain number: addresses known when compiling save registers
             plgpu.set_max_registers(240, action="increase")
             head = head0 + wg
-            S_b, y_b = S_s.at[wg], y_s.at[wg]
+            y_b = y_s.at[wg]
             D_h = D_[head]
             i, j = mosaic.iota(square, 0), mosaic.iota(square, 1)
             # Bits of which a warp keeps what tokens read; both warpgroups write the same.
             reads_s[...] = jnp.where(i >= j, -1, 0).astype(jnp.int16)
+            if parts > 1:
+                zero_s[wg] = jnp.int32(0)
             plgpu.commit_smem()
 
+            def operands(slot):
+                # A 0 read from memory: addresses are then computed where they are used, not once
+                # before the loop to occupy registers that two parts need.
+                z = zero_s[wg] if parts > 1 else 0
+                tiles = x_split_s.at[slot + z, wg], B_split_s.at[slot + z], C_split_s.at[slot + z]
+                return map(parts_of, (*tiles, S_s.at[wg + z]))
+
+            def what_is_read(M):
+                bits = lax.bitcast_convert_type(M, jnp.int16) & mosaic.load(reads_s)
+                return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
             def step(m, S):
-                slot = lax.rem(m, jnp.int32(_STAGES))
-                x_b, B_b, C_b = x_s.at[slot, wg], B_s.at[slot], C_s.at[slot]
-                if save_states:
+                slot = lax.rem(m, jnp.int32(stages))
+                x_b, B_b, C_b, S_b = operands(slot)
+                if save_states and parts == 1:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # S_b is free; y may be leaving
-                S_b[...] = S.astype(jnp.bfloat16)
+                put(S_b, mosaic.split(S, parts))
                 plgpu.commit_smem()
-                if save_states:
+                if save_states and parts == 1:
 
                     @pl.when(lax.rem(m, jnp.int32(2)) == 0)
                     def _():
                         pair = lax.div(m, jnp.int32(2))
-                        plgpu.copy_smem_to_gmem(S_b, states_[0].at[row, head, pair])
+                        plgpu.copy_smem_to_gmem(S_b[0], states_[0].at[row, head, pair])
 
+                elif save_states:
+                    states_[0][row, head, m] = S
                 plgpu.barrier_wait(ready.at[slot])
+                if parts > 1:
+                    split_in_place(B_s.at[slot], B_b)
+                    split_in_place(C_s.at[slot], C_b)
+                    x = split_in_place(x_s.at[slot, wg], x_b)
+                    plgpu.commit_smem()
                 CB, CS = matmul(
-                    (square, (C_b, B_b.T)),
-                    ((CHUNK, P), (C_b, S_b.T)),
+                    (square, (C_b, transpose(B_b))),
+                    ((CHUNK, P), (C_b, transpose(S_b))),
                 )
-                g_b, dt_b = g_s.at[slot, wg], dt_s.at[slot, wg]
-                g_i = mosaic.load_rows(g_b)
-                g_j, dt_j = mosaic.load_columns(g_b), mosaic.load_columns(dt_b)
-                g_end = g_s[slot, wg, CHUNK - 1]
-                between = over_columns(g_i, square) - over_rows(g_j, square)
-                M = (jnp.exp2(between) * CB * over_rows(dt_j, square)).astype(jnp.bfloat16)
-                M = lax.bitcast_convert_type(M, jnp.int16) & mosaic.load(reads_s)
-                M = lax.bitcast_convert_type(M, jnp.bfloat16)
-                x = mosaic.load(x_b).astype(jnp.float32)
-                y = CS * over_columns(jnp.exp2(g_i), x.shape) + x * D_h
-                weight = over_rows(jnp.exp2(g_end - g_j) * dt_j, square)
-                kept = mosaic.cut(mosaic.load_transposed(x_b).astype(jnp.float32) * weight)
-                y, S = matmul((y, (M, x_b)), (S * jnp.exp2(g_end), *((z, B_b) for z in kept)))
+                g_b = parts_of(g_s.at[slot, wg])
+                g_i = [mosaic.load_rows(ref) for ref in g_b]
+                g_j = [mosaic.load_columns(ref) for ref in g_b]
+                dt_j = mosaic.load_columns(dt_s.at[slot, wg])
+                g_end = [g_s[slot, wg, part, CHUNK - 1] for part in range(parts)]
+                between = difference(
+                    [over_columns(z, square) for z in g_i], [over_rows(z, square) for z in g_j]
+                )
+                M = mosaic.split(jnp.exp2(between) * CB * over_rows(dt_j, square), parts)
+                M = tuple(map(what_is_read, M))
+                if parts == 1:
+                    x = mosaic.load(x_s.at[slot, wg]).astype(jnp.float32)
+                y = CS * over_columns(jnp.exp2(total(g_i)), x.shape) + x * D_h
+                x_b, B_b, *_ = operands(slot)
+                if parts > 1:  # registers do not hold both sums at once
+                    (y,) = matmul((y, (M, x_b)))
+                kept = weighed(x_b, jnp.exp2(difference(g_end, g_j)) * dt_j, B_b)
+                of_S = (S * jnp.exp2(total(g_end)), *kept)
+                if parts == 1:
+                    y, S = matmul((y, (M, x_b)), of_S)
+                else:
+                    (S,) = matmul(of_S)
                 plgpu.barrier_arrive(consumed.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y_b is free
-                y_b[...] = y.astype(jnp.bfloat16)
+                y_b[...] = y.astype(x_.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(y_b, y_.at[row, tokens(m), head])
                 return S
@@ -274,15 +338,16 @@ def _forward(x, B, C, g, dt, D, state, *, save_states):
         grid_names=("block",),
         out_type=results,
         scratch_types={
-            "x_s": mosaic.tile(_STAGES, W, CHUNK, P),
-            "B_s": mosaic.tile(_STAGES, CHUNK, N),
-            "C_s": mosaic.tile(_STAGES, CHUNK, N),
-            "g_s": plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32),
-            "dt_s": plgpu.SMEM((_STAGES, W, CHUNK), jnp.float32),
-            "S_s": mosaic.tile(W, P, N),
-            "y_s": mosaic.tile(W, CHUNK, P),
+            "x_s": mosaic.input_tiles_in_place(parts, stages, W, CHUNK, P),
+            "B_s": mosaic.input_tiles_in_place(parts, stages, CHUNK, N),
+            "C_s": mosaic.input_tiles_in_place(parts, stages, CHUNK, N),
+            "g_s": plgpu.SMEM((stages, W, parts, CHUNK), jnp.float32),
+            "dt_s": plgpu.SMEM((stages, W, CHUNK), jnp.float32),
+            "S_s": mosaic.tile(W, parts, P, N),
+            "y_s": mosaic.tile(W, CHUNK, P, dtype=x.dtype),
             "reads_s": mosaic.tile(CHUNK, CHUNK, dtype=jnp.int16),
-            "ready": plgpu.Barrier(num_arrivals=2 + 3 * W, num_barriers=_STAGES),
-            "consumed": plgpu.Barrier(num_arrivals=W, num_barriers=_STAGES),
+            **({"zero_s": plgpu.SMEM((W,), jnp.int32)} if parts > 1 else {}),
+            "ready": plgpu.Barrier(num_arrivals=2 + (2 + parts) * W, num_barriers=stages),
+            "consumed": plgpu.Barrier(num_arrivals=W, num_barriers=stages),
         },
     )(*inputs)
