@@ -4,7 +4,7 @@ Of 154 M parameters; a step is 16 x 2048 tokens. Shakespeare is far too short fo
 
     python -m gt_jax.train --config=configs/gf_mh_base.py --config.data.source=FOLDER
 
-Expected: 210 000 tokens/s on an H100, so 52 minutes for the 20 000 steps; the loss depends on
+Expected: 244 000 tokens/s on an H200, so 45 minutes for the 20 000 steps; the loss depends on
 the text and is not measured. Its speed on random tokens:
 
     python -m experiments.profile_training --config=configs/gf_mh_base.py --timed_steps=20

@@ -1,5 +1,7 @@
 """What benchmark_kernels found, as tables and as a plot."""
 
+import numpy as np
+
 PASSES = ("forward", "backward", "both")
 
 
@@ -28,14 +30,20 @@ def print_group(op, shape, rows):
 
 
 def print_linearity(rows):
-    """How far the time per token of a sweep strays from that of its longest sequences."""
+    """How far times of a sweep stray from the nearest line: so much a call and so much a token."""
     print()
     for (op, who, size), series in by_length(rows).items():
+        lengths = np.array([row["shape"][1] for row in series])
+        if len(lengths) < 3:  # any two lie on a line
+            continue
         for part in ("forward", "both"):
-            rates = [row[part]["ms"] / row["shape"][1] for row in series]
-            stray = max(abs(rate / rates[-1] - 1) for rate in rates)
-            lengths = f"T={series[0]['shape'][1]} to {series[-1]['shape'][1]}"
-            print(f"{op} {size} {who}, {part}: linear to {100 * stray:.1f} % over {lengths}")
+            ms = np.array([row[part]["ms"] for row in series])
+            terms = np.stack([1 / ms, lengths / ms], axis=1)  # relative errors weigh the same
+            a_call, a_token = np.linalg.lstsq(terms, np.ones(len(ms)), rcond=None)[0]
+            stray = np.max(np.abs(terms @ (a_call, a_token) - 1))
+            line = f"{1e3 * a_call:.0f} us + {1e6 * a_token:.1f} ns a token"
+            over = f"T={lengths[0]} to {lengths[-1]}"
+            print(f"{op} {size} {who}, {part}: {line}, to {100 * stray:.1f} % over {over}")
 
 
 def by_length(rows):

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from experiments import benchmark_kernels
+from experiments import benchmark_kernels, kernel_tables
 from gt_jax.kernels import choose_impl
 
 
@@ -65,3 +65,15 @@ def test_an_error_in_the_gradient_is_seen():
     found = known | {"dt": 1.01 * known["dt"]}
     errors = benchmark_kernels.errors(found, known)
     assert errors == {"o": 0, "x": 0, "dt": pytest.approx(0.01)}
+
+
+def test_times_on_a_line_are_a_fixed_cost_and_one_per_token(capsys):
+    def row(length, times):
+        passes = {part: {"ms": times(length)} for part in benchmark_kernels.PASSES}
+        return {"op": "ssd", "who": "mosaic", "shape": (8, length, 64, 128)} | passes
+
+    lengths = (4096, 16384, 65536)
+    kernel_tables.print_linearity([row(n, lambda n: 0.02 + 1e-4 * n) for n in lengths])
+    assert "20 us + 100.0 ns a token, to 0.0 %" in capsys.readouterr().out
+    kernel_tables.print_linearity([row(n, lambda n: 1e-8 * n * n) for n in lengths])
+    assert "to 0.0 %" not in capsys.readouterr().out

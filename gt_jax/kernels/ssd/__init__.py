@@ -74,9 +74,10 @@ def ssd(
         segment_ids: [B, T] int; where an id differs from the token before, the state is zero before
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of x (bfloat16 with float32 accumulation, or
-            true float32); "highest" multiplies in float32 whatever the inputs.
-        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16, P = 64, N = 64 or 128),
-            "chunked" or "reference".
+            float32, which "mosaic" takes as sums of bfloat16 numbers: good to 1e-5); "highest"
+            multiplies in true float32 whatever the inputs.
+        impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, P = 64, N = 64
+            or 128), "chunked" or "reference".
 
     Returns:
         y [B, T, H, P] in x.dtype, and the state after the last token [B, H, P, N] in float32
