@@ -18,7 +18,8 @@ The state that every other chunk starts from was saved; the one between follows 
 x and B that are needed next anyway.
 
 Where operands have two parts, a block owns one head, and shared memory holds one chunk; the state
-of every chunk was saved, in float32.
+of every chunk was saved, in float32. C B^T, dy x^T and what is summed over the rectangle have three
+parts, as the gradient of the log decay, one number a token, may be small beside its terms.
 """
 
 import functools
@@ -58,7 +59,7 @@ ROWS = ("ddt", "da")  # gradients of the step size and of the log decay
 def every_product(a, b):
     """Operands of all products of two parts each, where matmul drops the smallest.
 
-    The gradient of the log decay, one number a token, may be small beside what it is the sum of.
+    For what enters the gradient of the log decay.
     """
     return [*zip(a[1:], b[1:]), (a, b)]
 
