@@ -11,9 +11,9 @@ forward and backward in one program take beyond inputs, output and gradients; "k
 between the two. "error" is the worst relative RMS error of the output and of every gradient per
 token and head, for one head of one batch row, against float64.
 
---sweep times lengths from 4K to 64K instead, unchecked. --dtype=float32 times what is multiplied in
-float32. --peers adds jax-linear-attention and, in a process of
-their own (peers_torch.py), flash-linear-attention and mamba_ssm, on inputs of the same
+--sweep times lengths from 4K to 64K instead, unchecked, and the line nearest to the times.
+--dtype=float32 times what is multiplied in float32. --peers adds jax-linear-attention and, in a
+process of their own (peers_torch.py), flash-linear-attention and mamba_ssm, on inputs of the same
 distributions. What cannot run here is listed with the reason. Every number goes to --out, a plot of
 time against length beside it.
 """

@@ -56,7 +56,7 @@ _ROWS_TOGETHER = 8  # rows of a batch whose blocks run at a time, at most
 ROWS = ("ddt", "da")  # gradients of the step size and of the log decay
 
 
-def every_product(a, b):
+def _every_product(a, b):
     """Operands of all products of two parts each, where matmul drops the smallest.
 
     For what enters the gradient of the log decay.
@@ -64,7 +64,7 @@ def every_product(a, b):
     return [*zip(a[1:], b[1:]), (a, b)]
 
 
-class Tiles(NamedTuple):
+class _Tiles(NamedTuple):
     """Shared memory of a chunk and a head: x and dy as they arrived, and parts of operands."""
 
     x: Any
@@ -247,7 +247,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 x, dy, *own = (x.at[slot + z, wg + z] for x in (x_s, dy_s, x_split_s, dy_split_s))
                 of_group = (x.at[slot + z] for x in (B_split_s, C_split_s))
                 of_states = (x.at[wg + z] for x in (S_split_s, dS_s, dCB_s))
-                return Tiles(x, dy, *map(parts_of, (*own, *of_group, *of_states)))
+                return _Tiles(x, dy, *map(parts_of, (*own, *of_group, *of_states)))
 
             def decays(slot, load):
                 return [load(ref) for ref in parts_of(g_s.at[slot, wg])]
@@ -259,8 +259,9 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 """Places of three parts of B, C, x and dy; until dM, x and dCB lend the third."""
                 at, z = operands(slot), zero()
                 thirds = B_third_s.at[z], C_third_s.at[z], *at.dCB_b
-                two = at.B_b, at.C_b, at.x_b, at.dy_b
-                return [(*parts, third) for parts, third in zip(two, thirds)]
+                return [
+                    (*two, third) for two, third in zip((at.B_b, at.C_b, at.x_b, at.dy_b), thirds)
+                ]
 
             def split_and_multiply(a, b, places):
                 """a b^T of float32 tiles, of which places() are the places of three parts."""
@@ -272,7 +273,7 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                 a, b = places()
                 (product,) = matmul((square, (a[2], b[0].T), (a[0], b[2].T)))
                 a, b = places()  # in one go the addresses alone would fill the registers
-                (product,) = matmul((product, *every_product(a[:2], transpose(b[:2]))))
+                (product,) = matmul((product, *_every_product(a[:2], transpose(b[:2]))))
                 return product
 
             def state_between(slot):
@@ -368,8 +369,8 @@ def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
                     S = join(at.S_b)
                 carried = jnp.sum(S * dS, axis=1) * through
                 CS, dS = matmul(
-                    ((CHUNK, P), *every_product(at.C_b, transpose(at.S_b))),
-                    (dS * through, *every_product(transpose(at.dy_b), at.C_b)),
+                    ((CHUNK, P), *_every_product(at.C_b, transpose(at.S_b))),
+                    (dS * through, *_every_product(transpose(at.dy_b), at.C_b)),
                 )
                 read = jnp.sum(CS * dy, axis=1) * from_start
                 # a_t decays what is read at i >= t, what was kept from j < t, and all that the
