@@ -12,6 +12,7 @@ from jax.nn import initializers
 from gt_jax.errors import InputError
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig, check_choice
+from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fusion import FUSIONS
 from gt_jax.models.layers import (
     embedding_init,
@@ -39,12 +40,18 @@ class Output(NamedTuple):
     state: Any
 
 
+class Loss(NamedTuple):
+    """nats [] float32, the summed cross-entropy, and the state after the last token."""
+
+    nats: jax.Array
+    state: Any
+
+
 class LanguageModel(nn.Module):
     """Tokens in, logits and state out; the same call trains, prefills and steps."""
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):
         """Applies the model.
 
@@ -65,6 +72,26 @@ class LanguageModel(nn.Module):
             InputError: more positions than a GPT has (inside jit: NaN logits from there on), or
                 rwkv_drop for a model that is no hybrid of RWKV and another.
         """
+        x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return Output(logits.reshape(*tokens.shape, -1), state)
+
+    def loss(self, tokens, targets, state=None, *, segment_ids=None, rwkv_drop=None):
+        """The model's loss on a text, without [B, T, vocab] logits in memory.
+
+        Args:
+            tokens, state, segment_ids, rwkv_drop: as for a call.
+            targets: [B, T] int; those below 0 do not count.
+
+        Returns:
+            Loss; what else comes and what is raised is as for a call.
+        """
+        x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
+        return Loss(head_cross_entropy(x, head, targets.ravel()), state)
+
+    @nn.compact
+    def _read(self, tokens, state, segment_ids, rwkv_drop):
+        """Normalised hidden vectors [B T, D], the head [D, vocab] float32, and the state after."""
         c = self.config
         chex.assert_rank(tokens, 2)
         if rwkv_drop is not None and (c.architecture, c.branches) != ("hybrid", "rwkv+mamba"):
@@ -92,8 +119,7 @@ class LanguageModel(nn.Module):
             head = embedding.embedding.T
         else:
             head = self.param("head", head_init, (c.dim, c.vocab_size))
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return Output(logits.reshape(*tokens.shape, c.vocab_size), tuple(states))
+        return x, head, tuple(states)
 
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""

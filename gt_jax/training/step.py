@@ -88,13 +88,15 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
             output, sown = model.apply(
                 {"params": params},
                 batch.inputs,
+                batch.targets,
                 _zero_rows(carry, batch.fresh),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
                 mutable=["activations"],
+                method="loss",
             )
-            loss = summed_loss(output.logits, batch.targets) / jnp.maximum(tokens, 1)
+            loss = output.nats / jnp.maximum(tokens, 1)
             return loss, (mean_gates(sown), None if carry is None else output.state)
 
         def add_microbatch(grads, part):
@@ -155,10 +157,12 @@ def make_eval_step(model):
         output = model.apply(
             {"params": params},
             batch.inputs,
+            batch.targets,
             _zero_rows(carry, batch.fresh),
             segment_ids=batch.segment_ids,
+            method="loss",
         )
-        sums = Evaluation(summed_loss(output.logits, batch.targets), jnp.sum(batch.targets >= 0))
+        sums = Evaluation(output.nats, jnp.sum(batch.targets >= 0))
         return sums, None if carry is None else output.state
 
     return eval_step

@@ -11,12 +11,18 @@ import pytest
 from configs import base
 from gt_jax.config import from_config_dict
 from gt_jax.data import Batch
+from gt_jax.training.step import summed_loss
 
 VOCAB, DIM = 11, 8
 
 
 class Output(NamedTuple):
     logits: Any
+    state: Any
+
+
+class Loss(NamedTuple):
+    nats: Any
     state: Any
 
 
@@ -43,7 +49,7 @@ class Block(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Same interface as gt_jax.models: tokens and state in, logits and state out."""
+    """Same interface as gt_jax.models: tokens and state in, logits or loss and state out."""
 
     layers: int = 2
 
@@ -56,6 +62,10 @@ class ToyModel(nn.Module):
             x, h = Block(name=f"blocks_{layer}")(x, state[layer])
             after.append(h)
         return Output(nn.Dense(VOCAB, use_bias=False, name="head")(x), tuple(after))
+
+    def loss(self, tokens, targets, state=None, **options):
+        output = self(tokens, state, **options)
+        return Loss(summed_loss(output.logits, targets), output.state)
 
     def init_state(self, batch_size):
         return (jnp.zeros((batch_size, DIM)),) * self.layers
