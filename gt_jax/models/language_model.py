@@ -22,6 +22,7 @@ from gt_jax.models.layers import (
     rms_norm,
     symmetric_uniform,
 )
+from gt_jax.models.lookup import lookup
 
 # What of a block is stored under each choice of ModelConfig.remat but "none".
 REMAT_POLICIES = {
@@ -104,7 +105,7 @@ class LanguageModel(nn.Module):
 
         # The residual stream is a long sum: float32 whatever the blocks compute in.
         embedding = nn.Embed(c.vocab_size, c.dim, embedding_init=embed_init, name="embedding")
-        x = embedding(tokens)  # [B, T, D] float32
+        x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
         if c.architecture in ("gpt2", "gpt1"):
             x = x + self._positions(tokens.shape, state, segment_ids)
         if c.remat != "none":
@@ -136,7 +137,7 @@ class LanguageModel(nn.Module):
                     "to attend over: shorten the text or train with more positions"
                 )
         place = gpt2.positions(shape, cache, segment_ids)
-        return jnp.take(table, place, axis=0, mode="fill", fill_value=jnp.nan)
+        return lookup(table, place)
 
     def init_state(self, batch_size):
         """The state before any token, for a state of static structure: zeros."""
