@@ -59,6 +59,7 @@ def get_config():
             b1=0.9,
             b2=0.95,
             eps=1e-8,
+            moments_dtype="float32",  # of Adam's two moments at rest; "bfloat16" halves them
             clip=1.0,  # global gradient norm; 0 turns clipping off
             lr_multipliers=group(rwkv=1.0, mamba=1.0, gate=1.0),  # by part of the model
             grad_accumulation=1,  # microbatches per step; the gradient stays the full batch's

@@ -67,6 +67,7 @@ class Optim:
     b1: float
     b2: float
     eps: float
+    moments_dtype: str
     clip: float
     lr_multipliers: Multipliers
     grad_accumulation: int
@@ -229,6 +230,7 @@ _CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.impl": ("auto", "reference", "chunked", "mosaic"),
     "data.order": ("windows", "tracks"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
     "data.split": ("contiguous", "tracks"),
     "parallel.mode": ("jit", "pmap"),
 }

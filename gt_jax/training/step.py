@@ -60,7 +60,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
 
     Args:
         model: a gt_jax.models module.
-        tx: the optimizer, and `schedule` its learning rate by update.
+        tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
         config: uses model.rwkv_dropout_*, optim.grad_accumulation, optim.clip and train.steps.
         axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
             batch's.
@@ -111,18 +111,16 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
         )
         loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
         grads = optimizer.join(grads)
-        norms = jax.tree.map(optax.tree.norm, grads)
+        norms = optimizer.norms(grads)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
 
         # A step that is not finite leaves no trace but its count, the carried state included.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, _join(carry)),
-            (state.params, state.opt_state, state.carry),
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+        params = optax.apply_updates(state.params, updates)
+        carry = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), _join(carry), state.carry
         )
         new_state = state.replace(
             step=state.step + 1,
