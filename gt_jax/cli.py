@@ -7,6 +7,7 @@ import warnings
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
+from gt_jax import compilation
 from gt_jax.config import flatten
 from gt_jax.errors import InputError, did_you_mean
 
@@ -30,15 +31,19 @@ def run(main) -> None:
 
 
 def new_flags() -> absl_flags.FlagValues:
-    """An empty set of flags plus --verbose and --help, independent of absl's global one."""
+    """Flags that every program has: --compile_cache, --verbose, --help; none of absl's own."""
     flags = absl_flags.FlagValues()
+    cache = f"Folder of compiled programs (auto: {compilation.default_cache()}), or none."
+    absl_flags.DEFINE_string("compile_cache", "auto", cache, flag_values=flags)
     absl_flags.DEFINE_bool("verbose", False, "Show tracebacks of errors.", flag_values=flags)
     absl_flags.DEFINE_bool("help", False, "Show this help.", flag_values=flags)
     return flags
 
 
 def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> bool:
-    """Parse argv into flags. Returns False when --help was asked for and has been printed.
+    """Parse argv into flags and do what those of every program say.
+
+    Returns False when --help was asked for and has been printed.
 
     Raises:
         InputError: unknown flag or argument, value of the wrong type, a required flag missing.
@@ -57,6 +62,7 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
+    compilation.use_cache(flags.compile_cache)
     return True
 
 

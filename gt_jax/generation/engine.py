@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import compilation
 from gt_jax.errors import InputError
 from gt_jax.generation.contexts import PIECES, Context, read, zero_state
 from gt_jax.generation.sampling import Settings, choose
@@ -25,13 +26,6 @@ from gt_jax.generation.weights import prepare, step
 BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
 ROWS = 8
-
-# A step is hundreds of small kernels: the branches' run side by side, and no product is cut along
-# the axis it sums, since summing the parts takes longer than is saved.
-ON_GPU = {
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    "xla_gpu_experimental_force_split_k": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +307,7 @@ def advance(model, weights, slots, *, narrows):
 
 @functools.cache
 def _advance():
-    options = ON_GPU if jax.default_backend() == "gpu" else None
+    options = compilation.options(compilation.DECODING)
     arguments = {"static_argnames": ("model", "narrows"), "donate_argnames": "slots"}
     return jax.jit(_burst, compiler_options=options, **arguments)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.training import backend
+from gt_jax import compilation
 from gt_jax.training.step import TrainState
 
 
@@ -47,7 +47,7 @@ def compile_train_step(make_step, mesh: Mesh, mode: str):
             in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
-            compiler_options=backend.compiler_options(),
+            compiler_options=compilation.options(compilation.TRAINING),
         )
 
     axes = _by_part(None, carry=0)
