@@ -1,6 +1,7 @@
 """Small parts that several models share: dense layers, norms, the feed-forward, document bounds."""
 
 import functools
+import itertools
 import math
 
 import flax.linen as nn
@@ -79,6 +80,42 @@ class Dense(nn.Module):
 
     def __call__(self, x):
         return project(x.astype(self.dtype), self.kernel(x.shape[-1]))
+
+    def parts(self, x, widths):
+        """Its result cut into parts of some widths, which add up to its features."""
+        x, kernel = x.astype(self.dtype), self.kernel(x.shape[-1])
+        if not quickly_done(x):
+            return project_and_split(x, kernel, widths)
+        return jnp.split(project(x, kernel), list(itertools.accumulate(widths[:-1])), axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project_and_split(x, kernel, widths):
+    """project(x, kernel) cut into parts of some widths along the last axis.
+
+    x [..., in], kernel [in, sum of widths]. One product; its gradient takes one for each part, so
+    that the gradients of the parts need not be copied into one array.
+    """
+    return _project_and_split_forward(x, kernel, widths)[0]
+
+
+def _project_and_split_forward(x, kernel, widths):
+    cuts = list(itertools.accumulate(widths[:-1]))
+    return tuple(jnp.split(project(x, kernel), cuts, axis=-1)), (x, kernel)
+
+
+def _project_and_split_backward(widths, residuals, grads):
+    x, kernel = residuals
+    tokens = x.reshape(-1, x.shape[-1])
+    grads = [g.reshape(-1, g.shape[-1]) for g in grads]
+    ends = list(itertools.accumulate(widths))
+    parts = [kernel[:, end - width : end].astype(x.dtype) for end, width in zip(ends, widths)]
+    dx = sum(g @ part.T for g, part in zip(grads, parts))
+    d_kernel = jnp.concatenate([tokens.T @ g for g in grads], axis=-1)
+    return dx.reshape(x.shape), d_kernel.astype(kernel.dtype)
+
+
+project_and_split.defvjp(_project_and_split_forward, _project_and_split_backward)
 
 
 def dense(config, features, name, init):

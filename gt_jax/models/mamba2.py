@@ -64,8 +64,9 @@ class Mamba2(nn.Module):
         E, N, H = c.mamba_dim, c.state_size, c.mamba_heads
         batch, T, _ = x.shape
 
-        projected = dense(c, 2 * E + 2 * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
-        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
+        widths = (E, E + 2 * N, H)
+        in_proj = dense(c, sum(widths), "in_proj", kernel_init(c, fan_in_uniform()))
+        z, xBC, dt = in_proj.parts(x, widths)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
         if T == 1:  # or XLA would convolve for each of the three
