@@ -167,20 +167,14 @@ def _silu_of_conv_backward(residuals, g):
     y, slope = jax.vjp(jax.nn.silu, _conv(window, weight, bias, same))
     (g,) = slope(g.astype(y.dtype))
     g = jax.lax.optimization_barrier(g.astype(window.dtype))
-    T = g.shape[1]
-    d_window, terms, last_terms = 0, [], []
-    for i in range(width):
-        # Shifts g, not the window: slices of the window would be kept from the forward pass.
-        shifted = g if same is None else jnp.where(same[:, i], g, 0)
-        shifted = jnp.pad(shifted, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
-        shifted = shifted.astype(jnp.float32)
-        d_window += shifted * weight[i]
-        # T tokens and then the taps', because T is a rounder number to sum by
-        terms.append((shifted * window)[:, :T])
-        last_terms.append((shifted * window)[:, T:])
+    d_window, terms = 0, []
+    for i, seen in enumerate(_tokens_by_tap(window, same, width)):
+        terms.append(g.astype(jnp.float32) * seen)
+        back = g if same is None else jnp.where(same[:, i], g, 0)
+        back = jnp.pad(back, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
+        d_window += back.astype(jnp.float32) * weight[i]
     *d_weight, d_bias = sums_over_tokens(*terms, g.astype(jnp.float32))
-    d_weight = jnp.stack(d_weight) + jnp.sum(jnp.stack(last_terms), axis=(1, 2))
-    return d_window.astype(window.dtype), d_weight, d_bias, None
+    return d_window.astype(window.dtype), jnp.stack(d_weight), d_bias, None
 
 
 _silu_of_conv.defvjp(_silu_of_conv_forward, _silu_of_conv_backward)
