@@ -160,28 +160,29 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", initializers.ones, (x.shape[-1],))
-        return _scaled_to_unit(x, scale, self.epsilon).astype(self.dtype)
+        return _scaled_to_unit(x, scale, self.epsilon, self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scaled_to_unit(x, scale, epsilon):
-    """x [..., D] in any dtype, scale [D] -> float32."""
-    return _scaled_to_unit_forward(x, scale, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _scaled_to_unit(x, scale, epsilon, dtype):
+    """x [..., D] in any dtype, scale [D] -> dtype."""
+    return _scaled_to_unit_forward(x, scale, epsilon, dtype)[0]
 
 
-def _scaled_to_unit_forward(x, scale, epsilon):
+def _scaled_to_unit_forward(x, scale, epsilon, dtype):
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return wide * (inverse * scale), (x, inverse, scale)
+    return (wide * (inverse * scale)).astype(dtype), (x, inverse, scale)
 
 
-def _scaled_to_unit_backward(epsilon, residuals, g):
-    # No product here is one of the forward pass: on CPUs, XLA computes such a product once and
-    # keeps it, and broadcasts of `scale` besides, a tenth of a step's memory.
+def _scaled_to_unit_backward(epsilon, dtype, residuals, g):
+    # The barrier: g, a sum over all that read the norm, is added up once and read in its dtype; and
+    # products of x are computed again here instead of being kept from the forward pass.
     x, inverse, scale = residuals
-    wide, g = x.astype(jnp.float32), g * inverse
-    d_scale = jnp.sum(g * wide, axis=tuple(range(g.ndim - 1)))
-    along = jnp.matmul(g * wide, scale, precision="highest")[..., None] / x.shape[-1]
+    x, g = jax.lax.optimization_barrier((x, g))
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32) * inverse
+    (d_scale,) = sums_over_tokens(g * wide)
+    along = jnp.mean(g * wide * scale, axis=-1, keepdims=True)
     return (g * scale - wide * (jnp.square(inverse) * along)).astype(x.dtype), d_scale
 
 
