@@ -213,22 +213,6 @@ def gelu(x):
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def per_row(param, rows):
-    """A parameter [...] repeated for every row of a batch, [rows, ...].
-
-    Its gradient is a sum over time and then, apart from it, one over rows: in one step a GPU has
-    too few columns to sum in parallel.
-    """
-    return jnp.broadcast_to(param, (rows, *param.shape))
-
-
-per_row.defvjp(
-    lambda param, rows: (per_row(param, rows), None),
-    lambda rows, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=0),),
-)
-
-
 def sums_over_tokens(*arrays):
     """n arrays [..., T, C] of one shape -> [n, C]: sums of some tokens, then the sum of those.
 

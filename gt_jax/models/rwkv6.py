@@ -20,11 +20,11 @@ from gt_jax.models.layers import (
     kernel_init,
     layer_norm,
     output_init,
-    per_row,
     previous_token,
     project,
     quickly_done,
     recurrence,
+    sums_over_tokens,
     symmetric_uniform,
 )
 
@@ -84,8 +84,7 @@ class TimeMix(nn.Module):
             y, wkv = recurrence(
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
-        y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
-        y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
+        y = GatedHeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y, g)  # [B, T, D]
         y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
         return y, TimeMixState(wkv, x[:, -1])
 
@@ -126,23 +125,95 @@ class TimeMix(nn.Module):
         return -jnp.exp(base + change.astype(jnp.float32))
 
 
-class HeadNorm(nn.Module):
-    """GroupNorm with one group per head, [B, T, H, V] -> [B, T, H V] in float32."""
+@jax.custom_vjp
+def blends(x, before, shares, changes=None):
+    """x + (before - x) (share_j + change_j) for every j, a tuple of [B, T, D] in the dtype of x.
+
+    Args:
+        x, before: [B, T, D].
+        shares: [n, D] float32.
+        changes: n arrays [B, T, D], or None for zeros.
+    """
+    delta = before - x
+    return tuple(x + delta * mix for mix in _mixes(x, shares, changes))
+
+
+def _mixes(x, shares, changes):
+    shares = shares.astype(x.dtype)
+    return shares if changes is None else [s + change for s, change in zip(shares, changes)]
+
+
+def _blends_backward(residuals, grads):
+    # All at once: the gradients of n blends are read once, and summed over tokens together.
+    x, before, shares, changes = residuals
+    delta = (before - x).astype(jnp.float32)
+    grads = [g.astype(jnp.float32) for g in grads]
+    d_mixes = [g * delta for g in grads]
+    d_before = sum(g * mix for g, mix in zip(grads, _mixes(x, shares, changes)))
+    dx = sum(grads) - d_before
+    d_changes = None if changes is None else tuple(d.astype(x.dtype) for d in d_mixes)
+    return dx.astype(x.dtype), d_before.astype(x.dtype), sums_over_tokens(*d_mixes), d_changes
+
+
+blends.defvjp(lambda *arguments: (blends(*arguments), arguments), _blends_backward)
+
+
+class GatedHeadNorm(nn.Module):
+    """GroupNorm of y with one group per head, times silu(gate): [B, T, H, V] -> [B, T, H V].
+
+    Computes in float32; the result has the dtype of the gate.
+    """
 
     layer: int
     layers: int
 
     @nn.compact
-    def __call__(self, y):
-        B, T, H, V = y.shape
-        y = y.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = (y * jax.lax.rsqrt(variance + 64e-5)).reshape(B, T, H * V)
+    def __call__(self, y, gate):
+        width = gate.shape[-1]
         scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
-        scale = self.param("scale", scale_at_start, (H * V,))
-        bias = self.param("bias", initializers.zeros, (H * V,))
-        return y * per_row(scale, B)[:, None] + per_row(bias, B)[:, None]
+        scale = self.param("scale", scale_at_start, (width,))
+        bias = self.param("bias", initializers.zeros, (width,))
+        return _gated_head_norm(y, gate, scale, bias)
+
+
+@jax.custom_vjp
+def _gated_head_norm(y, gate, scale, bias):
+    """y [B, T, H, V]; gate [B, T, H V]; scale, bias [H V] -> [B, T, H V]."""
+    return _gated_head_norm_forward(y, gate, scale, bias)[0]
+
+
+def _gated_head_norm_forward(y, gate, scale, bias):
+    unit, _ = _to_unit(y)
+    gate_ = gate.astype(jnp.float32)
+    normed = unit.reshape(gate.shape) * scale + bias
+    return (normed * jax.nn.silu(gate_)).astype(gate.dtype), (y, gate, scale, bias)
+
+
+def _gated_head_norm_backward(residuals, g):
+    *arrays, scale, bias = residuals
+    # The barrier: all of this is computed again rather than kept from the forward pass in float32.
+    (y, gate), g = jax.lax.optimization_barrier((tuple(arrays), g))
+    unit, inverse = _to_unit(y)
+    flat, gate_, g = unit.reshape(gate.shape), gate.astype(jnp.float32), g.astype(jnp.float32)
+    share = jax.nn.sigmoid(gate_)
+    d_normed = g * gate_ * share
+    d_gate = g * (flat * scale + bias) * share * (1 + gate_ * (1 - share))
+    d_scale, d_bias = sums_over_tokens(d_normed * flat, d_normed)
+    d_unit = (d_normed * scale).reshape(y.shape)
+    along = jnp.mean(d_unit * unit, axis=-1, keepdims=True)
+    dy = inverse * (d_unit - jnp.mean(d_unit, axis=-1, keepdims=True) - unit * along)
+    return dy.astype(y.dtype), d_gate.astype(gate.dtype), d_scale, d_bias
+
+
+_gated_head_norm.defvjp(_gated_head_norm_forward, _gated_head_norm_backward)
+
+
+def _to_unit(y):
+    """y of mean 0 and variance 1 over the last axis, float32, and what it was multiplied by."""
+    y = y.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 64e-5)
+    return y * inverse, inverse
 
 
 class ChannelMix(nn.Module):
