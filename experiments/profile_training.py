@@ -97,6 +97,7 @@ class Trainer:
         train_step = parallel.compile_train_step(make_step, mesh, "jit")
         with LOWERING:
             lowered = train_step.lower(self.state, next(self.feed)[0])
+        self.lower_seconds = time.perf_counter() - began
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 

@@ -129,3 +129,8 @@ def compile_side_by_side(
         return result
 
     return {name: start(lower) for name, lower in programs.items()}
+
+
+def when_ready(program: Future) -> Callable:
+    """A function that waits for a future function at its first call."""
+    return lambda *args: program.result()(*args)
