@@ -27,7 +27,7 @@ NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
 VARIANTS = {
     "now": ((), {}),
     "joined": (("joined",), {}),  # optimizer: every leaf in a vector, as before
-    "one_hot": (("take",), {}),  # embedding gradient: the scatter-add as before
+    "scatter": (("take",), {}),  # embedding gradient: the scatter-add as before
     "scan": (("scan1",), {}),
     "scan2": (("scan2",), {}),
     "scan4": (("scan4",), {}),
