@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
 LOWEST_LOG_DECAY = -1e4
@@ -151,6 +152,11 @@ def carry_state(state, decay, update, *, reverse=False):
     unroll = min(8, update.shape[2])
     state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse, unroll=unroll)
     return jnp.moveaxis(starts, 0, 2), state
+
+
+def named(*results):
+    """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
+    return [checkpoint_name(x, "recurrence") for x in results]
 
 
 def scan_groups(body, carry, groups, *, reverse=False):

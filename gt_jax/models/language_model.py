@@ -26,10 +26,7 @@ from gt_jax.models.lookup import lookup
 
 # What of a block is stored under each choice of ModelConfig.remat but "none".
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("recurrence"),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names("dense", "recurrence"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
@@ -79,14 +80,20 @@ class Dense(nn.Module):
         return self.param("kernel", self.kernel_init, (width, self.features))
 
     def __call__(self, x):
-        return project(x.astype(self.dtype), self.kernel(x.shape[-1]))
+        return _dense(project(x.astype(self.dtype), self.kernel(x.shape[-1])))
 
     def parts(self, x, widths):
         """Its result cut into parts of some widths, which add up to its features."""
         x, kernel = x.astype(self.dtype), self.kernel(x.shape[-1])
         if not quickly_done(x):
             return project_and_split(x, kernel, widths)
-        return jnp.split(project(x, kernel), list(itertools.accumulate(widths[:-1])), axis=-1)
+        cuts = list(itertools.accumulate(widths[:-1]))
+        return jnp.split(_dense(project(x, kernel)), cuts, axis=-1)
+
+
+def _dense(y):
+    """Names a dense layer's result "dense", for policies of jax.checkpoint to store."""
+    return checkpoint_name(y, "dense")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -101,7 +108,7 @@ def project_and_split(x, kernel, widths):
 
 def _project_and_split_forward(x, kernel, widths):
     cuts = list(itertools.accumulate(widths[:-1]))
-    return tuple(jnp.split(project(x, kernel), cuts, axis=-1)), (x, kernel)
+    return tuple(jnp.split(_dense(project(x, kernel)), cuts, axis=-1)), (x, kernel)
 
 
 def _project_and_split_backward(widths, residuals, grads):
@@ -139,7 +146,7 @@ def apply_each(layers, inputs):
         return [layer(x) for layer, x in zip(layers, inputs)]
     x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
     kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
-    return list((x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
+    return list(_dense(x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
 def rms_norm(config, name):
