@@ -32,6 +32,8 @@ LABORATORY = {
 
 # Compiled programs kept on disk; the least recently used go first.
 _CACHE_BYTES = 2 * 2**30
+# What of JAX's settings says that there is, or shall be, another cache.
+_OF_THE_USER = ("compilation_cache_dir", "enable_compilation_cache")
 # A program that compiles faster than this is not worth a file.
 _WORTH_KEEPING_SECONDS = 0.2
 
@@ -62,9 +64,8 @@ def use_cache(folder: str = "auto") -> Path | None:
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if folder == "auto" and (
-        jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
-    ):
+    own, enabled = (getattr(jax.config, f"jax_{name}") for name in _OF_THE_USER)
+    if folder == "auto" and (own or not enabled):
         return None
     path = default_cache() if folder == "auto" else Path(folder).expanduser()
     warnings.filterwarnings("ignore", ".*persistent compilation cache.*", UserWarning)

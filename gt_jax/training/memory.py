@@ -29,7 +29,7 @@ def check_fits(state, available: int | None = None) -> int:
     if available is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        available = stats.get("bytes_limit", machine)
+        available = int(stats.get("bytes_limit") or machine)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     parameters, moments = size(state.params), size(state.opt_state)
     needed = 2 * parameters + moments + size(state.carry)

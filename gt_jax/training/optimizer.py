@@ -64,14 +64,14 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
         mu, nu = (jax.tree.map(lambda x: jnp.zeros(x.shape, stored), shapes) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(grads, state, params, *, finite=True, **_):
+    def update(updates, state, params=None, *, finite=True, **_):
         def moment(decay, old, new):
             old = old.astype(new.dtype)
             return jnp.where(finite, decay * old + (1 - decay) * new, old)
 
-        mu = jax.tree.map(lambda old, g: moment(optim.b1, old, g), state.mu, grads)
-        nu = jax.tree.map(lambda old, g: moment(optim.b2, old, g * g), state.nu, grads)
-        rate, count = schedule(state.count), state.count + 1
+        mu = jax.tree.map(lambda old, g: moment(optim.b1, old, g), state.mu, updates)
+        nu = jax.tree.map(lambda old, g: moment(optim.b2, old, g * g), state.nu, updates)
+        rate, count = jnp.asarray(schedule(state.count)), state.count + 1
         unbias_mu, unbias_nu = 1 - optim.b1**count, 1 - optim.b2**count
         directions = jax.tree.map(
             lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps), mu, nu
