@@ -70,6 +70,7 @@ def test_losses_of_twenty_steps_are_the_golden_ones(preset):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="CPUs add in a fixed order anyway")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_trainings_end_with_the_same_bits(preset):
     (losses, params), (again, params_again) = train(preset), train(preset)
