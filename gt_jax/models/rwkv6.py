@@ -101,17 +101,18 @@ class TimeMix(nn.Module):
         w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * rank))
         w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, rank, D))
 
-        before = previous_token(x, None if state is None else state.last, segment_ids)
-        (blend,) = blends(x, before, shares["x"][None])
-        hidden = jnp.tanh(project(blend, w1))
+        delta = previous_token(x, None if state is None else state.last, segment_ids) - x
+        hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
         if quickly_done(x):
             parts = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
-            products = tuple((parts @ w2.astype(x.dtype)).reshape(5, *x.shape))
+            products = (parts @ w2.astype(x.dtype)).reshape(5, *x.shape)
         else:
-            products = tuple(map(project, jnp.split(hidden, 5, axis=-1), w2))
-        names = "wkvrg"
-        mixed = blends(x, before, jnp.stack([shares[name] for name in names]), products)
-        return [dict(zip(names, mixed))[name] for name in "wrkvg"]
+            products = list(map(project, jnp.split(hidden, 5, axis=-1), w2))
+        w, k, v, r, g = (
+            x + delta * (shares[name].astype(x.dtype) + product)
+            for name, product in zip("wkvrg", products)
+        )
+        return w, r, k, v, g
 
     def _log_decay(self, x_w):
         """-exp(omega) in float32: small decays and their gradients need the range."""
@@ -230,7 +231,8 @@ class ChannelMix(nn.Module):
             self.param(f"time_maa_{name}", shift_init(self.layer, c.layers, "channel"), (D,))
             for name in "kr"
         )
-        x_k, x_r = blends(x, previous_token(x, last, segment_ids), jnp.stack([share_k, share_r]))
+        delta = previous_token(x, last, segment_ids) - x
+        x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
         k = dense(c, hidden_dim(D), "key", kernel_init(c, orthogonal(1.0)))(x_k)
         r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
         y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from gt_jax.models.layers import RMSNorm, project, project_and_split
+from gt_jax.models.layers import RMSNorm
 from gt_jax.models.mamba2 import CausalConv, GatedNorm
-from gt_jax.models.rwkv6 import GatedHeadNorm, blends
 
 B, T, D, WIDTH = 2, 11, 8, 4
 
@@ -48,53 +47,6 @@ def test_gated_norm_matches_flax_on_the_gated_values():
         draw(0, B, T, D),
         draw(1, B, T, D),
         draw(2, D),
-    )
-
-
-def test_gated_head_norm_matches_flax_on_heads():
-    ours, theirs = GatedHeadNorm(0, 1), nn.GroupNorm(num_groups=2, epsilon=64e-5, reduction_axes=-1)
-
-    def expected(y, gate, scale, bias):
-        params = {"scale": scale, "bias": bias}
-        return theirs.apply({"params": params}, y.reshape(B, T, -1)) * gate / (1 + jnp.exp(-gate))
-
-    same_with_gradients(
-        lambda y, gate, scale, bias: ours.apply(
-            {"params": {"scale": scale, "bias": bias}}, y, gate
-        ),
-        expected,
-        draw(0, B, T, 2, 4),
-        draw(1, B, T, 8),
-        draw(2, 8),
-        draw(3, 8),
-    )
-
-
-@pytest.mark.parametrize("n, changing", [(1, False), (2, False), (3, True)])
-def test_blends_are_those_written_out(n, changing):
-    """Automatic gradients of the same sum, of every share and every change of it."""
-    changes = [draw(3 + i, B, T, D) for i in range(n)] if changing else []
-    weights = jnp.arange(1, n + 1)
-
-    def found(x, before, shares, *changes):
-        mixed = blends(x, before, shares, changes or None)
-        return sum(w * mix for w, mix in zip(weights, mixed))
-
-    def expected(x, before, shares, *changes):
-        mixes = [s + change for s, change in zip(shares, changes)] if changes else shares
-        return sum(w * (x + (before - x) * mix) for w, mix in zip(weights, mixes))
-
-    arrays = draw(0, B, T, D), draw(1, B, T, D), draw(2, n, D)
-    same_with_gradients(found, expected, *arrays, *changes)
-
-
-def test_parts_of_a_projection_are_its_columns():
-    """Gradients too, which come from a product for each part."""
-    same_with_gradients(
-        lambda x, kernel: jnp.concatenate(project_and_split(x, kernel, (3, 4, 1))[::-1], -1),
-        lambda x, kernel: jnp.concatenate(jnp.split(project(x, kernel), [3, 7], -1)[::-1], -1),
-        draw(0, B, T, D),
-        draw(1, D, 8),
     )
 
 
