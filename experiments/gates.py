@@ -37,13 +37,14 @@ import optax
 from experiments import lab, results
 from experiments.programs import stacked
 from experiments.statistics import estimate
+from gt_jax import checkpoint
 from gt_jax.analysis import memories
 from gt_jax.config import from_config_dict
 from gt_jax.data import encode_corpus, evaluation_batches, load_corpus, make_batches
 from gt_jax.errors import InputError
 from gt_jax.evaluate import evaluate
 from gt_jax.models import make_model
-from gt_jax.training import backend, checkpoint, optimizer
+from gt_jax.training import backend, optimizer
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step, summed_loss
 from gt_jax.training.text import read_text

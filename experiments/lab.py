@@ -31,8 +31,9 @@ from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters
+from gt_jax.scoring import loss_unit
 from gt_jax.training import backend
-from gt_jax.training.text import loss_unit, read_text
+from gt_jax.training.text import read_text
 
 # One program runs at a time on a device.
 _RUNNING = collections.defaultdict(threading.Lock)

@@ -17,6 +17,6 @@ def load(path):
     Raises:
         gt_jax.errors.InputError: there is no checkpoint at `path`, or it is damaged.
     """
-    from gt_jax.training.checkpoint import load as load_checkpoint
+    from gt_jax.checkpoint import load as load_checkpoint
 
     return load_checkpoint(path)

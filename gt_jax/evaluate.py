@@ -17,14 +17,13 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import cli
+from gt_jax import checkpoint, cli
 from gt_jax.config import from_config_dict
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
 from gt_jax.errors import InputError
-from gt_jax.scoring import position_limit, score, windows
-from gt_jax.training import checkpoint
+from gt_jax.scoring import loss_unit, position_limit, score, windows
 from gt_jax.training.step import make_eval_step
-from gt_jax.training.text import loss_unit, read_text
+from gt_jax.training.text import read_text
 
 
 def evaluate(eval_step, params, batches, *, carry=None, per_token=1.0) -> dict[str, float]:

@@ -75,7 +75,7 @@ def main(argv):
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    from gt_jax.training.checkpoint import load
+    from gt_jax.checkpoint import load
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: flags[name].value for name in names} | {"stop": tuple(flags.stop)}

@@ -10,10 +10,9 @@ import functools
 
 import numpy as np
 
-from gt_jax import cli
+from gt_jax import checkpoint, cli
 from gt_jax.errors import InputError
 from gt_jax.scoring import continue_greedily, part, position_limit, score, windows
-from gt_jax.training import checkpoint
 
 _MAX_TOKENS = 256  # generated where a task does not say
 

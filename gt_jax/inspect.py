@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import analysis, cli
+from gt_jax import analysis, checkpoint, cli
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters
-from gt_jax.scoring import position_limit
-from gt_jax.training import checkpoint
-from gt_jax.training.text import loss_unit
+from gt_jax.scoring import loss_unit, position_limit
 
 PLACES = 12  # of least agreement, at least APART tokens from each other
 APART = 8

@@ -42,6 +42,11 @@ def position_limit(model) -> int | None:
     return model.config.max_positions if "gpt" in model.config.architecture else None
 
 
+def loss_unit(tokenizer) -> str:
+    """What a loss in nats is counted per: "character" or "token"."""
+    return "character" if tokenizer.kind.startswith("char") else "token"
+
+
 def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
     """Log-likelihood of continuations given the tokens before them.
 

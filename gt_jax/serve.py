@@ -134,7 +134,7 @@ def main(argv):
         raise InputError(
             f'{error}; install what serving needs: pip install -e ".[serve]"'
         ) from error
-    from gt_jax.training.checkpoint import load
+    from gt_jax.checkpoint import load
 
     model, params, tokenizer = load(flags.checkpoint)
     read = functools.partial(parse, model=model, tokenizer=tokenizer, max_tokens=flags.max_tokens)

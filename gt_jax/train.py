@@ -21,7 +21,7 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from gt_jax import cli, kernels
+from gt_jax import checkpoint, cli, kernels
 from gt_jax.config import (
     Config,
     check_devices,
@@ -35,13 +35,15 @@ from gt_jax.errors import InputError
 from gt_jax.evaluate import describe, evaluate
 from gt_jax.generate import encode_prompt, generate
 from gt_jax.models import ModelConfig, count_parameters, make_config, make_model
-from gt_jax.training import backend, checkpoint, parallel
+from gt_jax.scoring import loss_unit
+from gt_jax.training import backend, parallel
 from gt_jax.training.display import Display, Speed
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.plot import draw_curve
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
-from gt_jax.training.text import Text, characters_per_token, loss_unit, read_text
+from gt_jax.training.text import Text, characters_per_token, read_text
+from gt_jax.training.writer import Writer, restore
 
 # What a resumed run may change; a longer one follows the cosine of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
@@ -91,7 +93,7 @@ def train(config: Config, workdir) -> Progress:
     backend.prepare()
     mesh = parallel.make_mesh()
     check_devices(config, mesh.size)
-    writer = checkpoint.Writer(workdir, keep=config.checkpoint.keep)
+    writer = Writer(workdir, keep=config.checkpoint.keep)
     start = writer.latest_step() or 0
     about = checkpoint.read_about(checkpoint.find(workdir)) if start else None
     progress = Progress(**about["progress"]) if about else Progress()
@@ -145,7 +147,7 @@ def train(config: Config, workdir) -> Progress:
                 f"data.source={config.data.source} is no longer the text that {workdir} began "
                 "with; bring it back, or start anew with another --workdir"
             )
-        state = checkpoint.restore(checkpoint.find(workdir), jax.eval_shape(make_state, key))
+        state = restore(checkpoint.find(workdir), jax.eval_shape(make_state, key))
         batches.restore(about["batches"])
     else:
         state = make_state(key)

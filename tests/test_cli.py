@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax import cli, evaluate, generate, train
-from gt_jax.training import checkpoint, metrics
+from gt_jax import checkpoint, cli, evaluate, generate, train
+from gt_jax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import cli, harness
+from gt_jax import checkpoint, cli, harness
 from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training import checkpoint
 from tests.models.small_models import lively_parameters, random_tokens
 
 LETTERS = CharTokenizer(string.ascii_lowercase + " \n.")

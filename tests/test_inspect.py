@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import analysis, inspect
+from gt_jax import analysis, checkpoint, inspect
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.data.tokenizers import CharTokenizer, train_sentencepiece
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
-from gt_jax.training import checkpoint
 from tests.models.small_models import lively_parameters, small_config
 
 HOSTILE = '<!-- &amp; </script> "quoted" \\ end\n<script>x()</script>'

@@ -3,12 +3,12 @@
 import importlib.util
 from pathlib import Path
 
+from gt_jax import checkpoint
 from gt_jax.convert import files, mamba2, rwkv6
 from gt_jax.convert.layout import read_params, write_arrays
 from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
-from gt_jax.training import checkpoint
 
 LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
 WORLD_FILE = "rwkv_vocab_v20230424.txt"

@@ -51,8 +51,3 @@ def characters_per_token(tokenizer, documents) -> float:
     if tokenizer.kind.startswith("char"):
         return 1.0
     return sum(len(tokenizer.decode(ids)) for ids in documents) / sum(map(len, documents))
-
-
-def loss_unit(tokenizer) -> str:
-    """What a loss in nats is counted per: "character" or "token"."""
-    return "character" if tokenizer.kind.startswith("char") else "token"

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from experiments import gates, results
+from gt_jax.checkpoint import save_model
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training.checkpoint import save_model
 
 LETTERS = "abcdefghijklmnop "
 SIZE = {"dim": 32, "layers": 1, "heads": 1, "state_size": 16, "fusion": "gf"}

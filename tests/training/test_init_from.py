@@ -8,12 +8,12 @@ import pytest
 
 import gt_jax
 from configs import base
+from gt_jax import checkpoint
 from gt_jax.config import from_config_dict
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.train import train
-from gt_jax.training import checkpoint
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax import checkpoint
 from gt_jax.errors import InputError
-from gt_jax.training import checkpoint
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state
+from gt_jax.training.writer import Writer, restore
 
 ABOUT = {"batches": {"epoch": 3, "index": 14}, "progress": {"best_loss": 1.5}}
 
@@ -30,7 +31,7 @@ def at(state, step):
 
 
 def save(workdir, state, steps, *, keep=2, best_step=None):
-    writer = checkpoint.Writer(workdir, keep=keep)
+    writer = Writer(workdir, keep=keep)
     for step in steps:
         writer.save(at(state, step), ABOUT, best_step=best_step)
     writer.finish(best_step=best_step)
@@ -46,7 +47,7 @@ def test_everything_comes_back_to_the_bit(tmp_path, state):
     folder = checkpoint.find(tmp_path)
     assert folder.name == "7"
     assert checkpoint.read_about(folder) == ABOUT
-    back = checkpoint.restore(folder, state)
+    back = restore(folder, state)
     jax.tree.map(np.testing.assert_array_equal, back, at(state, 7))
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert checkpoint.find(folder) == folder
@@ -82,10 +83,10 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, state):
     folder = checkpoint.find(tmp_path)
     renamed = state.replace(params={**state.params, "extra": jnp.zeros(3)})
     with pytest.raises(InputError, match="is a checkpoint of another model"):
-        checkpoint.restore(folder, renamed)
+        restore(folder, renamed)
     head = {"kernel": jnp.zeros((5, 5))}
     with pytest.raises(InputError, match="is a checkpoint of another model"):
-        checkpoint.restore(folder, state.replace(params={**state.params, "head": head}))
+        restore(folder, state.replace(params={**state.params, "head": head}))
 
 
 # Orbax's threads outlive a failure and complain: what a user sees of it needs a process to itself.
@@ -93,8 +94,9 @@ PROGRAM = """
 import resource, signal, sys
 import jax.numpy as jnp
 from gt_jax import cli
-from gt_jax.training import checkpoint
+from gt_jax import checkpoint
 from gt_jax.training.step import TrainState
+from gt_jax.training.writer import Writer, restore
 
 workdir, action = sys.argv[1:]
 one = jnp.ones((), jnp.int32)
@@ -102,10 +104,10 @@ state = TrainState(one, one, {"a": jnp.arange(3000.0)}, {"b": jnp.arange(9.0)}, 
 
 def main(argv):
     if action == "read":
-        checkpoint.restore(checkpoint.find(workdir), state)
+        restore(checkpoint.find(workdir), state)
         print(checkpoint.find(workdir).name)
         return
-    writer = checkpoint.Writer(workdir, keep=2)
+    writer = Writer(workdir, keep=2)
     writer.save(state, {}, best_step=None)
     writer.finish(best_step=None)
     # A limit on the size of files stands in for a disk without room.

@@ -1,14 +1,15 @@
-"""Checkpoints of a run: written in the background by Orbax, read whole or refused with a reason.
+"""A trained model on disk: found, read whole or refused with a reason, loaded, saved.
 
-WORKDIR/checkpoints/STEP/params      the parameters, float32
-                         training    step, random key, optimizer, carried state, skip counts
-                         about       JSON: model, tokenizer, config, place in the text, progress
-                         files.json  every file's size, to tell when one is damaged
+FOLDER/params      the parameters, float32
+       about       JSON: model, tokenizer, config; of a run also its place in the text and progress
+       training    of a run alone, see gt_jax.training.writer
+       files.json  every file's size, to tell when one is damaged
+
+A run's checkpoints are WORKDIR/checkpoints/STEP.
 """
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -19,73 +20,8 @@ from gt_jax.config import computation_dtype
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
-
-
-class Writer:
-    """Saves a run's checkpoints, keeping the latest few and the best."""
-
-    def __init__(self, workdir, *, keep: int):
-        self.folder = Path(workdir).absolute() / FOLDER
-        self._keep = keep
-        self._manager = ocp.CheckpointManager(self.folder)
-        self._clean()
-
-    def latest_step(self) -> int | None:
-        """Steps of the newest checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, state: TrainState, about: dict, *, best_step: int | None) -> None:
-        """Write checkpoint `state.step`; returns once the state is copied, then writes behind.
-
-        Args:
-            state: the run, possibly donated to the next step right after.
-            about: what belongs with it and JSON can hold; "model" and "tokenizer" serve `load`.
-            best_step: the older checkpoint to keep whatever its age.
-
-        Raises:
-            OSError: this or the previous checkpoint could not be written. Earlier ones are intact.
-        """
-        self.finish(best_step=best_step)
-        parts = _parts(state)
-        items = {name: ocp.args.StandardSave(parts[name]) for name in parts}
-        items["about"] = ocp.args.JsonSave(about)
-        self._attempt(lambda: self._manager.save(int(state.step), args=ocp.args.Composite(**items)))
-
-    def finish(self, *, best_step: int | None) -> None:
-        """Wait for the write under way, then delete what is neither among the latest nor the best.
-
-        Raises:
-            OSError: the checkpoint under way could not be written.
-        """
-        self._attempt(self._manager.wait_until_finished)
-        steps = sorted(self._manager.all_steps())
-        for step in steps[: -self._keep]:
-            if step != best_step:
-                self._manager.delete(step)
-        if steps and jax.process_index() == 0:
-            self._attempt(lambda: _write_sizes(self.folder / str(steps[-1])))
-
-    def close(self) -> None:
-        self._manager.close()
-
-    def _attempt(self, write) -> None:
-        try:
-            write()
-        except Exception as error:  # Orbax raises many kinds for one thing.
-            self._clean()
-            reason = str(error).strip().rsplit(": ", 1)[-1]
-            raise OSError(
-                f"a checkpoint could not be written to {self.folder} ({reason}); "
-                "earlier ones are intact: make room, then run the same command again"
-            ) from error
-
-    def _clean(self) -> None:
-        """Remove what an interrupted write left behind."""
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def find(path) -> Path:
@@ -125,16 +61,6 @@ def read_about(folder: Path) -> dict:
         raise _damaged(folder, str(error)) from error
 
 
-def restore(folder: Path, like: TrainState) -> TrainState:
-    """The TrainState in a checkpoint folder, placed like `like` (arrays or shapes with shardings).
-
-    Raises:
-        InputError: the checkpoint is damaged, or of a model or optimizer of another shape.
-    """
-    parts = {name: _read(folder, name, part) for name, part in _parts(like).items()}
-    return TrainState(params=parts["params"], **parts["training"])
-
-
 def load(path):
     """A trained model, ready to apply.
 
@@ -156,7 +82,7 @@ def load(path):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return model, _read(folder, "params", like), tokenizer_from_dict(about["tokenizer"])
+    return model, read_tree(folder, "params", like), tokenizer_from_dict(about["tokenizer"])
 
 
 def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
@@ -169,15 +95,20 @@ def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     items = ocp.args.Composite(params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(folder.absolute(), items)
-    _write_sizes(folder)
+    write_sizes(folder)
 
 
-def _parts(state: TrainState) -> dict:
-    training = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    return {"params": training.pop("params"), "training": training}
+def read_tree(folder: Path, name: str, like):
+    """The arrays of part `name` of a checkpoint folder, placed like `like`.
 
+    Args:
+        folder: from `find`.
+        name: "params", or another part that was written with arrays.
+        like: a pytree of arrays, or of shapes with shardings.
 
-def _read(folder: Path, name: str, like):
+    Raises:
+        InputError: the part is damaged, or its arrays have other names or shapes.
+    """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     try:
@@ -200,7 +131,8 @@ def _damaged(folder: Path, reason: str) -> InputError:
     )
 
 
-def _write_sizes(folder: Path) -> None:
+def write_sizes(folder: Path) -> None:
+    """Write files.json of a finished checkpoint folder, unless it has one."""
     if (folder / "files.json").exists():
         return
     files = [p for p in folder.rglob("*") if p.is_file()]
