@@ -31,8 +31,8 @@ from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.data import make_batches
 from gt_jax.models import count_parameters, make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import backend, parallel
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 

@@ -27,8 +27,8 @@ from experiments.profile_training import Trainer, flops_per_token
 from experiments.statistics import estimate
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters, make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import backend
+from gt_jax.training.model import make_model_config
 
 VOCAB = 65
 SMALL, LARGE = (128, 8), (384, 10)  # width and blocks of the hybrid

@@ -1,15 +1,18 @@
 """A trained model on disk: found, read whole or refused with a reason, loaded, saved.
 
 FOLDER/params      the parameters, float32
-       about       JSON: model, tokenizer, config; of a run also its place in the text and progress
+       about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
        training    of a run alone, see gt_jax.training.writer
-       files.json  every file's size, to tell when one is damaged
+       files.json  size and CRC-32 of every file of these: a changed one is noticed
 
-A run's checkpoints are WORKDIR/checkpoints/STEP.
+A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
+name is that number as Python writes it, and its `about` says the same step.
 """
 
 import dataclasses
 import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -18,10 +21,24 @@ import orbax.checkpoint as ocp
 
 from gt_jax.config import computation_dtype
 from gt_jax.data import tokenizer_from_dict
+from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 
 FOLDER = "checkpoints"
+FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
+_CHUNK = 1 << 22  # bytes read at once for a checksum
+
+
+class Damaged(InputError):
+    """A checkpoint is not as it was written."""
+
+
+def steps(workdir) -> list[int]:
+    """The steps of a run's checkpoints by the names of their folders, newest first."""
+    folders = [p for p in (Path(workdir) / FOLDER).glob("[0-9]*") if p.is_dir()]
+    named = [p.name for p in folders if p.name.isascii() and p.name.isdigit()]
+    return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
 
 
 def find(path) -> Path:
@@ -33,32 +50,65 @@ def find(path) -> Path:
     path = Path(path).absolute()
     if (path / "about").is_dir():
         return path
-    steps = [int(p.name) for p in (path / FOLDER).glob("[0-9]*") if p.name.isdigit()]
-    if not steps:
-        raise InputError(
-            f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
-        )
-    return path / FOLDER / str(max(steps))
+    if found := steps(path):
+        return path / FOLDER / str(found[0])
+    raise InputError(
+        f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
+    )
+
+
+def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
+    """Read the files of a checkpoint folder and compare them with files.json.
+
+    Args:
+        folder: from `find`.
+        parts: the subfolders to read, e.g. ("about", "params"); None for all there are.
+
+    Raises:
+        Damaged: a file is missing, cut off or has other bytes than were written.
+    """
+    try:
+        files = json.loads((folder / "files.json").read_text())
+        # Before format 2, a size alone.
+        sums = {n: v if isinstance(v, list) else [v, None] for n, v in files.items()}
+    except FileNotFoundError:
+        sums = {}  # `read_about` knows whether there should be one.
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(folder, f"files.json: {error}") from error
+    sums = {n: v for n, v in sums.items() if parts is None or n.split("/")[0] in parts}
+    with ThreadPoolExecutor(4) as pool:  # zlib lets go of the GIL
+        checks = [pool.submit(_check, folder / name, *entry) for name, entry in sums.items()]
+        for name, check in zip(sums, checks):
+            try:
+                fault = check.result()
+            except (OSError, TypeError, ValueError) as error:
+                fault = f"cannot be read: {error}"
+            if fault:
+                raise _damaged(folder, f"{name} {fault}")
 
 
 def read_about(folder: Path) -> dict:
-    """The JSON part of a checkpoint folder, once all its files are seen to be whole.
+    """The JSON part of a checkpoint folder.
 
     Raises:
-        InputError: a file is missing or shorter than written.
+        Damaged: it is not as written, or the folder bears the number of another step.
     """
+    verify(folder, ("about",))
     try:
-        sizes = json.loads((folder / "files.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        sizes = {}  # The run was killed just after the write: the read below finds out.
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise _damaged(folder, f"{name} is {'cut off' if file.is_file() else 'missing'}")
-    try:
-        return json.loads((folder / "about" / "metadata").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise _damaged(folder, str(error)) from error
+        about = json.loads((folder / "about" / "metadata").read_text())
+        if about.get("format", 1) >= FORMAT and not (folder / "files.json").is_file():
+            raise _damaged(folder, "files.json is missing")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise _damaged(folder, f"about/metadata: {error}") from error
+    step = about.get("step")
+    if folder.parent.name == FOLDER and step is not None and folder.name != str(step):
+        raise Damaged(
+            f"{folder} is a copy of the checkpoint of step {step} under another number: "
+            "move it out of this folder"
+        )
+    return about
 
 
 def load(path):
@@ -76,6 +126,7 @@ def load(path):
     """
     folder = find(path)
     about = read_about(folder)
+    verify(folder, ("params",))
     # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
     dtype = computation_dtype(about["config"]["model"]["dtype"])
     model = make_model(ModelConfig(**about["model"] | {"dtype": dtype, "impl": "auto"}))
@@ -88,6 +139,7 @@ def load(path):
 def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     """Write a model that no run trained here, for `load`; `folder` must not exist."""
     about = {
+        "format": FORMAT,
         "model": dataclasses.asdict(config),
         "tokenizer": tokenizer.to_dict(),
         "config": {"model": {"dtype": "auto"}},
@@ -95,7 +147,7 @@ def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     items = ocp.args.Composite(params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(folder.absolute(), items)
-    write_sizes(folder)
+    seal(folder)
 
 
 def read_tree(folder: Path, name: str, like):
@@ -125,16 +177,37 @@ def _shapes(tree) -> dict:
     return {jax.tree_util.keystr(p, simple=True): tuple(leaf.shape) for p, leaf in leaves}
 
 
-def _damaged(folder: Path, reason: str) -> InputError:
-    return InputError(
-        f"{folder} is damaged ({reason}); delete it to go on from an earlier checkpoint"
+def seal(folder: Path) -> None:
+    """Write files.json of a folder whose subfolders are final; Orbax changes its own file last."""
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.parent != folder]
+    files = {str(p.relative_to(folder)): p for p in found}
+    with ThreadPoolExecutor(4) as pool:
+        sums = dict(zip(files, pool.map(_checksum, files.values())))
+    replace_file(folder / "files.json", json.dumps(sums, indent=1).encode())
+
+
+def _checksum(file: Path) -> list[int]:
+    """[size in bytes, CRC-32] of a file."""
+    crc, size = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]
+
+
+def _check(file: Path, size: int, crc: int | None) -> str | None:
+    """What is wrong with a file, None for nothing."""
+    if not file.is_file():
+        return "is missing"
+    if (now := file.stat().st_size) != size:
+        return "is cut off" if now < size else "is longer than written"
+    if crc is not None and _checksum(file)[1] != crc:
+        return "has other bytes than were written"
+    return None
+
+
+def _damaged(folder: Path, reason: str) -> Damaged:
+    return Damaged(
+        f"{folder} is damaged ({reason}); use an earlier one: training again sets this one aside "
+        "and continues from the one before"
     )
-
-
-def write_sizes(folder: Path) -> None:
-    """Write files.json of a finished checkpoint folder, unless it has one."""
-    if (folder / "files.json").exists():
-        return
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(files)}
-    (folder / "files.json").write_text(json.dumps(sizes, indent=1))

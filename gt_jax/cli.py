@@ -1,18 +1,35 @@
 """What the command-line programs share: absl flags of their own, and errors in one line."""
 
+import contextlib
+import io
 import logging
+import os
 import sys
+import traceback
 import warnings
+from pathlib import Path
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from gt_jax.config import flatten
+from gt_jax.config import field_names, flatten, suggest_field
 from gt_jax.errors import InputError, did_you_mean
 
 
-def run(main) -> None:
-    """Call main(sys.argv); a mistake in the input prints as `error: ...` with exit status 1."""
+def run(main, *, leave_threads: bool = False) -> None:
+    """Call main(sys.argv) and exit with the status it returns, 0 for None.
+
+    A mistake in the input prints as `error: ...` with exit status 1. Ctrl-C ends with 130 and a
+    closed pipe (`| head`) with 141, as shells report them, both without a word. What the console
+    cannot show is escaped.
+
+    Args:
+        main: takes the command line.
+        leave_threads: after an error, do not wait for threads that may still be writing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verbose = any(argument.startswith("--verbose") for argument in sys.argv)
     if not verbose:  # Orbax logs a failure before raising it, and its threads complain after.
         for name in ("absl", "asyncio"):
@@ -20,13 +37,36 @@ def run(main) -> None:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         sys.unraisablehook = lambda _: None
     try:
+        sys.exit(_status(main, verbose))
+    except BaseException as end:
+        failed = not isinstance(end, SystemExit) or end.code == 1
+        if not (failed and leave_threads):
+            raise
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
+
+
+def _status(main, verbose: bool) -> int | None:
+    try:
         status = main(sys.argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python flushes at exit, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         if verbose:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        with contextlib.suppress(OSError):
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
 
 
 def new_flags() -> absl_flags.FlagValues:
@@ -46,14 +86,17 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     try:
         rest = flags(argv)[1:]
     except absl_flags.Error as error:
-        raise InputError(str(error)) from error
+        raise InputError(_unknown_flag(argv, flags) or str(error)) from error
     except (AttributeError, KeyError) as error:
         raise InputError(_unknown_field(argv) or str(error)) from error
     if flags.help:
         print(usage.strip(), flags.get_help(), sep="\n")
         return False
     if rest:
-        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
+        hint = "flags are written --name=value"
+        if "config" in flags and (rest[0].endswith(".py") or Path(rest[0]).is_file()):
+            hint = f"did you mean --config={rest[0]}?"
+        raise InputError(f"{rest[0]} is not a flag; {hint}")
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
@@ -61,9 +104,13 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
 
 
 def define_config(flags: absl_flags.FlagValues, argv) -> None:
-    """Add --config=FILE with its --config.group.field=value overrides."""
+    """Add --config=FILE with its --config.group.field=value overrides. The file is run."""
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, e.g. configs/gf_mh.py.", sys_argv=argv, flag_values=flags
+        "config",
+        None,
+        "Config file, e.g. configs/gf_mh.py. It is Python and is run: name only files you trust.",
+        sys_argv=argv,
+        flag_values=flags,
     )
 
 
@@ -77,6 +124,22 @@ def _unknown_field(argv) -> str | None:
     for argument in argv:
         name = argument.split("=", 1)[0].removeprefix("--config.")
         if argument.startswith("--config.") and name not in known:
-            mend = did_you_mean(name, known) or "; configs/base.py has them all"
-            return f"{name} is not a config field{mend}"
+            hint = suggest_field(name, known) or "; configs/base.py has them all"
+            return f"{name} is not a config field{hint}"
+    return None
+
+
+def _unknown_flag(argv, flags) -> str | None:
+    """Name a flag that is none, with the config field it may stand for; None if all are flags."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=", 1)[0]
+        if not argument.startswith("--") or "." in name or not name:
+            continue
+        if name in flags or name.removeprefix("no") in flags:
+            continue
+        hint = did_you_mean(name, [f for f in flags if f != "config"])
+        if not hint and "config" in flags:
+            field = suggest_field(name, field_names())
+            hint = field.replace("'", "--config.", 1).replace("'", "=...", 1)
+        return f"--{name} is not a flag{hint or '; see --help'}"
     return None

@@ -99,6 +99,8 @@ def main(argv):
                 context, unread = speak(context, ids, seed=flags.seed + turn, **settings)
             except InputError as error:
                 print("error:", error, file=sys.stderr)
+            except KeyboardInterrupt:  # just before or after the reply
+                print()
     if flags.save_state and context:
         save_context(flags.save_state, model, params, read(model, params, unread, context))
 
@@ -114,36 +116,42 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **settings):
-    """Read ids after the context `before`, print `echo` and how the model goes on.
+    """Read ids after the context `before`, print `echo` and how the model continues. Ctrl-C ends it.
 
     Returns:
-        The context with the ids, and the list of ids written after it.
+        The context with the ids, and the list of ids written after it. If Ctrl-C came before the
+        ids were read: `before`, and the ids.
     """
-    start = functools.partial(stream, model, params, tokenizer=tokenizer, rows=1)
-    if show_speed:  # a rehearsal, so that nothing is compiled while the clock runs
-        next(start([Request(read(model, params, ids, before), **settings)]))
-    began = time.perf_counter()
-    context = jax.block_until_ready(read(model, params, ids, before))
-    prefilled, written = time.perf_counter(), []
-    pieces = start([Request(context, **settings)])
-    print(echo, end="", flush=True)
+    context, written, prefilled = before, list(ids), None
     with contextlib.suppress(KeyboardInterrupt):
+        start = functools.partial(stream, model, params, tokenizer=tokenizer, rows=1)
+        if show_speed:  # a rehearsal, so that nothing is compiled while the clock runs
+            next(start([Request(read(model, params, ids, before), **settings)]), None)
+        began = time.perf_counter()
+        context, written = jax.block_until_ready(read(model, params, ids, before)), []
+        prefilled = time.perf_counter()
+        pieces = start([Request(context, **settings)])
+        print(echo, end="", flush=True)
         for piece in pieces:
             written += piece.tokens
             print(piece.text, end="", flush=True)
     ended = time.perf_counter()
     print()
-    if show_speed:
+    if show_speed and prefilled is not None:
         known = before.length - len(before.waiting) if before else 0
         in_pieces = context.length - len(context.waiting) - known
         steps = len(context.waiting) - 1 + len(written)
         print(
-            f"prefill: {in_pieces:,} tokens, {in_pieces / (prefilled - began):,.0f} tokens/s; "
-            f"decode: {steps:,} tokens ({len(written):,} new), "
-            f"{steps / (ended - prefilled):,.0f} tokens/s",
+            f"prefill: {_speed(in_pieces, prefilled - began)}; "
+            f"decode: {_speed(steps, ended - prefilled)}, {len(written):,} of them new",
             file=sys.stderr,
         )
     return context, written
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    """How much was done how fast; no speed where there was nothing to do."""
+    return f"{tokens:,} tokens" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
 
 
 if __name__ == "__main__":

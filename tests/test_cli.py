@@ -107,7 +107,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
     with monkeypatch.context() as patch:
         patch.setattr(train.parallel, "in_bursts", interrupted)
         run_train(tmp_path, text)
-    assert "stopped by SIGTERM after step 10; the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 10; the same command continues" in capsys.readouterr().out
     run_train(tmp_path, text)
     assert "resuming at step 10" in capsys.readouterr().out
     assert rows_of(tmp_path) == rows_of(finished)
@@ -118,7 +118,9 @@ def test_resumed_run_equals_one_that_went_straight_through(
 def test_run_out_of_time_stops_after_a_step_and_goes_on(text, tmp_path, capsys):
     for step in (1, 2):
         run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
-        expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command goes on"
+        expected = (
+            f"stopped by train.max_minutes=1e-06 after step {step}; the same command continues"
+        )
         assert expected in capsys.readouterr().out
         assert checkpoint.find(tmp_path).name == str(step)
     run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
@@ -169,7 +171,7 @@ def test_model_runs_where_its_implementation_does_not(finished, tmp_path):
     written = about.read_text()
     assert '"impl": "auto"' in written
     about.write_text(written.replace('"impl": "auto"', '"impl": "mosaic"'))
-    (about.parents[1] / "files.json").unlink()
+    checkpoint.seal(about.parents[1])
     assert gt_jax.load(tmp_path)[0].config.impl == "auto"
 
 
@@ -203,7 +205,12 @@ def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
         ("--config.data.source=nowhere.txt", "data.source"),
         ("--config.model.impl=mosiac", "did you mean 'mosaic'?"),
         ("--config.model.impl=mosaic", "model.impl=mosaic: "),
-        ("--workdr=x", "workdr"),
+        ("--workdr=x", "--workdr is not a flag; did you mean 'workdir'?"),
+        ("--lr=3e-4", "--lr is not a flag; did you mean --config.optim.lr=...?"),
+        ("--config.optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("--config.lr=1", "lr is not a config field; did you mean 'optim.lr'?"),
+        ("--config.model.dim=100000", "model.dim=100000 with model.layers=1 makes"),
+        ("configs/tiny.py", "did you mean --config=configs/tiny.py?"),
         ("stray", "stray is not a flag"),
     ],
 )  # fmt: skip
@@ -231,7 +238,7 @@ def test_missing_config_or_checkpoint_is_one_line(tmp_path, capsys):
     assert "--checkpoint is missing" in error_of(generate, "--prompt=a", capsys=capsys)
 
 
-def test_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
+def test_loading_a_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
     finished, text, tmp_path, capsys
 ):
     workdir = tmp_path / "run"
@@ -240,17 +247,14 @@ def test_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
     folder = checkpoint.find(workdir)
     largest = max((folder / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     largest.write_bytes(largest.read_bytes()[:100])
-    longer = "--config.train.steps=30"
-    assert "is cut off" in train_error(text, workdir, capsys, longer)
-    assert "is cut off" in error_of(
-        generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys
-    )
+    error = error_of(generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys)
+    assert "is cut off" in error and "use an earlier one" in error
     # The model another checkpoint was written for: same config, other parameters.
     shutil.rmtree(workdir / "checkpoints")
     shutil.copytree(finished / "checkpoints", workdir / "checkpoints")
     about = folder / "about" / "metadata"
     about.write_text(about.read_text().replace('"dim": 32', '"dim": 64'))
-    (folder / "files.json").unlink()
+    checkpoint.seal(folder)
     error = error_of(generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys)
     assert "is a checkpoint of another model" in error
     assert (workdir / "metrics.jsonl").read_text() == before

@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": {"config"},
     "checkpoint": {"config", "data", "models"},
     "scoring": set(),
-    "training": {"checkpoint", "config", "data"},
+    "training": {"checkpoint", "config", "data", "models"},
     "analysis": {"models"},
     "convert": {"checkpoint", "cli", "data", "models"},
     "generation": {"data", "models"},
@@ -33,8 +33,8 @@ ALLOWED = {
     "harness": {"checkpoint", "cli", "scoring"},
     "canaries": {"checkpoint", "cli", "models", "scoring"},
     "inspect": {"analysis", "checkpoint", "cli", "models", "scoring"},
-    "train": {"checkpoint", "cli", "config", "data", "evaluate", "generate", "kernels", "models"}
-    | {"scoring", "training"},
+    "train": {"checkpoint", "cli", "config", "data", "evaluate", "generate", "kernels", "scoring"}
+    | {"training"},
 }
 
 

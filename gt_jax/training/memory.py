@@ -1,9 +1,13 @@
-"""Host memory of a CPU run."""
+"""Memory: what a model needs and there is, and how a CPU run keeps it."""
 
 import ctypes
 import functools
+import os
+from pathlib import Path
 
 import jax
+
+from gt_jax.errors import InputError
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -32,3 +36,40 @@ def keep_freed_memory() -> None:
             malloc_trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)
+
+
+def check_fits(parameters: int, fields: str) -> None:
+    """Refuse a model before it is compiled if its training state alone exceeds the memory.
+
+    Args:
+        parameters: how many the model has.
+        fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
+
+    Raises:
+        InputError: float32 parameters, their gradients and AdamW's two moments need more bytes than
+            the device (or, on a CPU, this process) can have.
+    """
+    have, where = _memory()
+    need = 4 * 4 * parameters
+    if have is not None and need > have:
+        raise InputError(
+            f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
+            f"gradients and AdamW's moments, and {where} has {have / 1e9:,.0f} GB; lower them"
+        )
+
+
+def _memory() -> tuple[int | None, str]:
+    """(bytes that a model can have, whose they are)."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit"), f"a {device.device_kind}"
+    try:
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None, "this machine"
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's share
+        try:
+            host = min(host, int((Path("/sys/fs/cgroup") / file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return host, "this machine"

@@ -9,7 +9,7 @@ from experiments import claims, lab, parity, results
 from experiments.statistics import compare
 from gt_jax.errors import InputError
 from gt_jax.models import make_config
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 
 
 @pytest.fixture(scope="module")
