@@ -16,6 +16,6 @@ class Tensor(NamedTuple):
 
 def one_line(text, limit: int = 300) -> str:
     """What a file or an exception says, as a message can quote it: one short line, printable."""
-    words = " ".join(str(text).split())
+    words = " ".join(str(text)[: 4 * limit].split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return line if len(line) <= limit else f"{line[:limit]}..."
