@@ -34,12 +34,7 @@ def import_model(source, target, *, tokenizer=None) -> str:
     files.check_free(target)
     found = files.read(source)
     try:
-        foreign.refuse(found.tensors, found.config)
-        name = _find_layout(found.tensors)
-        if LAYOUTS[name].weights and not found.config:
-            raise InputError("config.json belongs to these weights; give the folder of both")
-        config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
-        unset = _check_config(found, LAYOUTS[name].settings, config)
+        name, config, unset = _recognise(found)
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
@@ -57,15 +52,24 @@ def import_model(source, target, *, tokenizer=None) -> str:
     )
 
 
-def _check_config(found, allowed, config) -> list[str]:
-    """Compare config.json and generation_config.json with the model; returns unknown settings."""
+def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
+    """The layout of what lies somewhere, its model, and unknown settings, all of them null.
+
+    Raises:
+        InputError: it is of another model, or config.json and the tensors do not agree.
+    """
+    foreign.refuse(found.tensors, found.config)
+    name = _find_layout(found.tensors)
+    if LAYOUTS[name].weights and not found.config:
+        raise InputError("config.json belongs to these weights; give the folder of both")
+    config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
     if not found.config:
-        return []
+        return name, config, []
     settings.check_ids(found.config, config.vocab_size)
     generation = found.folder / "generation_config.json"
     if generation.exists():
         settings.check_ids(files.read_json(generation), config.vocab_size, generation.name)
-    return settings.check_sizes(found.config, allowed, config)
+    return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
 def export_model(source, target, *, layout: str) -> str:

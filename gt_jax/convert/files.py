@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.convert import pth
-from gt_jax.convert.tensor import Tensor, one_line
-from gt_jax.errors import InputError
+from gt_jax.convert.tensor import Tensor
+from gt_jax.errors import InputError, one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARD_BYTES = 5_000_000_000

@@ -5,7 +5,6 @@ A pickle is a program that can run any code. Python's own interpreter never sees
 in `gt_jax.convert.pickles` knows what describes tensors and makes nothing but those descriptions.
 """
 
-import contextlib
 import math
 import pickle
 import struct
@@ -15,9 +14,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from gt_jax import archives
 from gt_jax.convert import pickles
-from gt_jax.convert.tensor import Tensor, one_line
-from gt_jax.errors import InputError
+from gt_jax.convert.tensor import Tensor
+from gt_jax.errors import InputError, one_line
 
 DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -32,7 +32,6 @@ DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 LARGEST_PICKLE = 1 << 23  # bytes; the largest models need some 200 kB
-LARGEST_DIRECTORY = 1 << 23  # bytes that list the zip's files, some 80 a storage
 LARGEST_SHAPE = 1 << 48  # numbers, for shapes that a zero makes empty
 MOST_READS = 8  # times the file's bytes that its tensors may read in all; tied ones need 2
 
@@ -72,20 +71,10 @@ class _Archive:
         self._size = path.stat().st_size
         self._unread = MOST_READS * self._size  # bytes that tensors may still ask for
         self._whole = set()  # storages whose checksum was right
-        with path.open("rb") as file:
-            _check_directory(file, self._size)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        self._entries = {entry.filename: entry for entry in entries}
+        self._entries = archives.entries(path)
         found = [name for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
-        stored = all(
-            entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
-            for entry in entries
-        )
-        if len(found) != 1 or len(self._entries) != len(entries) or not stored:
+        if len(found) != 1:
             raise ValueError("it is another kind of zip file")
-        if sum(entry.file_size for entry in entries) > self._size:
-            raise ValueError("its parts are larger than the file")
         self._root = found[0].split("/")[0]
 
     def program(self) -> bytes:
@@ -158,22 +147,6 @@ class _Archive:
         if len(data) != length:
             raise ValueError(f"{name} ends early")
         return data
-
-
-def _check_directory(file, size):
-    """Refuse a zip that lists far more files than a model has: zipfile would read all at once."""
-    file.seek(max(size - (1 << 16) - 22 - 20, 0))
-    tail = file.read()
-    claims = []
-    end = tail.rfind(b"PK\5\6")
-    with contextlib.suppress(struct.error):
-        claims += struct.unpack_from("<L", tail, end + 12) if end >= 0 else ()
-        if end >= 20 and tail[end - 20 : end - 16] == b"PK\6\7":  # where 64-bit numbers stand
-            file.seek(struct.unpack_from("<Q", tail, end - 20 + 8)[0])
-            claims += struct.unpack_from("<Q", file.read(56), 40)
-    claims = [claim for claim in claims if claim != 0xFFFFFFFF]
-    if max(claims, default=0) > LARGEST_DIRECTORY:
-        raise ValueError(f"its list of files has {max(claims):,} bytes")
 
 
 def write(path, arrays: dict[str, np.ndarray]) -> None:

@@ -9,8 +9,7 @@ is null, which means unset everywhere.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gt_jax.convert.tensor import one_line
-from gt_jax.errors import InputError, did_you_mean
+from gt_jax.errors import InputError, did_you_mean, one_line
 
 
 class Settings(NamedTuple):

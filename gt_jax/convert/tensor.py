@@ -1,4 +1,4 @@
-"""A tensor still in its file, and how messages quote what a file says."""
+"""A tensor still in its file."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,10 +12,3 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-
-
-def one_line(text, limit: int = 300) -> str:
-    """What a file or an exception says, as a message can quote it: one short line, printable."""
-    words = " ".join(str(text)[: 4 * limit].split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    return line if len(line) <= limit else f"{line[:limit]}..."

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from gt_jax.config import computation_dtype
-from gt_jax.data import tokenizer_from_dict
-from gt_jax.errors import InputError
+from gt_jax import stored
+from gt_jax.errors import InputError, one_line
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.training.step import TrainState
 
@@ -112,8 +111,8 @@ def read_about(folder: Path) -> dict:
         InputError: a file is missing or shorter than written.
     """
     try:
-        sizes = json.loads((folder / "files.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        sizes = dict(json.loads((folder / "files.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         sizes = {}  # The run was killed just after the write: the read below finds out.
     for name, size in sizes.items():
         file = folder / name
@@ -121,8 +120,8 @@ def read_about(folder: Path) -> dict:
             raise _damaged(folder, f"{name} is {'cut off' if file.is_file() else 'missing'}")
     try:
         return json.loads((folder / "about" / "metadata").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise _damaged(folder, str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, one_line(error)) from error
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:
@@ -150,13 +149,12 @@ def load(path):
     """
     folder = find(path)
     about = read_about(folder)
-    # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
-    dtype = computation_dtype(about["config"]["model"]["dtype"])
-    model = make_model(ModelConfig(**about["model"] | {"dtype": dtype, "impl": "auto"}))
+    config, tokenizer = stored.describe(folder, about, _stored_shapes(folder, "params"))
+    model = make_model(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return model, _read(folder, "params", like), tokenizer_from_dict(about["tokenizer"])
+    return model, _read(folder, "params", like), tokenizer
 
 
 def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
@@ -179,19 +177,27 @@ def _parts(state: TrainState) -> dict:
 
 def _read(folder: Path, name: str, like):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    if _stored_shapes(folder, name) != _shapes(like):
+        raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     try:
-        stored = _shapes(reader.metadata(folder / name).item_metadata.tree)
-        if stored == _shapes(like):
-            return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
+        return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
     except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
-        raise _damaged(folder, str(error)[:200]) from error
-    raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
+        raise _damaged(folder, one_line(error, 200)) from error
+
+
+def _stored_shapes(folder: Path, name: str) -> dict:
+    # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
+    try:
+        return _shapes(ocp.StandardCheckpointHandler().metadata(folder / name).tree)
+    except Exception as error:  # as above
+        raise _damaged(folder, one_line(error, 200)) from error
 
 
 def _shapes(tree) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True): tuple(leaf.shape) for p, leaf in leaves}
+    keystr = jax.tree_util.keystr
+    return {keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
 
 
 def _damaged(folder: Path, reason: str) -> InputError:
