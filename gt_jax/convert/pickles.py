@@ -6,6 +6,7 @@ is ever made. Keys are text and tuples nest once, so that every operation takes 
 MOST_STEPS bounds how many there are.
 """
 
+import io
 import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ OTHERS = """
     LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE BUILD
 """
 OPCODES = frozenset([*LITERALS, *CONSTANTS, *TUPLES, *OTHERS.split()])
+BY_CODE = {opcode.code: opcode for opcode in pickletools.opcodes}
 TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 PARAMETER = ("torch._utils", "_rebuild_parameter")
 ORDERED_DICT = ("collections", "OrderedDict")
@@ -114,11 +116,17 @@ def load(program: bytes, kinds, make_tensor: Callable) -> Any:
 
 def _operations(program: bytes):
     """The pickle's operations, (name, argument) each; ValueError if one is not needed."""
-    operations = []
-    for opcode, argument, _ in pickletools.genops(program):
-        too_far = opcode.name == "LONG_BINPUT" and argument > len(program)
-        if opcode.name not in OPCODES or too_far:
+    operations, file = [], io.BytesIO(program)
+    while not operations or operations[-1][0] != "STOP":
+        code = file.read(1).decode("latin-1")
+        if code not in BY_CODE:
+            raise ValueError("its pickle is damaged: it ends early, or holds what no pickle does")
+        opcode = BY_CODE[code]
+        if opcode.name not in OPCODES:
             raise ValueError(f"its pickle holds {opcode.name}, which tensors do not need")
+        argument = None if opcode.arg is None else opcode.arg.reader(file)
+        if opcode.name == "LONG_BINPUT" and argument > len(program):
+            raise ValueError("its pickle holds LONG_BINPUT of more than its own length")
         operations.append((opcode.name, argument))
         if len(operations) > MOST_STEPS:
             raise ValueError(f"its pickle takes over {MOST_STEPS:,} steps")
