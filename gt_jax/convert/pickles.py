@@ -124,13 +124,23 @@ def _operations(program: bytes):
         opcode = BY_CODE[code]
         if opcode.name not in OPCODES:
             raise ValueError(f"its pickle holds {opcode.name}, which tensors do not need")
-        argument = None if opcode.arg is None else opcode.arg.reader(file)
+        if opcode.name == "GLOBAL":  # pickletools would resolve escapes in it
+            argument = f"{_line(file)} {_line(file)}"
+        else:
+            argument = None if opcode.arg is None else opcode.arg.reader(file)
         if opcode.name == "LONG_BINPUT" and argument > len(program):
             raise ValueError("its pickle holds LONG_BINPUT of more than its own length")
         operations.append((opcode.name, argument))
         if len(operations) > MOST_STEPS:
             raise ValueError(f"its pickle takes over {MOST_STEPS:,} steps")
     return operations
+
+
+def _line(file):
+    line = file.readline()
+    if not line.endswith(b"\n"):
+        raise ValueError("its pickle is damaged: it ends early")
+    return line[:-1].decode()
 
 
 def _top(pop, stack, kind):

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 # The World vocabulary has 65,536 tokens of up to 128 bytes, in 1 MB of text.
 LARGEST_VOCABULARY = 1 << 24  # ids
@@ -67,7 +67,7 @@ class WorldTokenizer:
                 raise ValueError(f"it ends early or has more than {LARGEST_TEXT:,} bytes")
             return text.decode()
         except (zlib.error, ValueError, TypeError) as error:
-            raise InputError(f"the packed vocabulary is damaged ({error})") from error
+            raise InputError(f"the packed vocabulary is damaged ({one_line(error)})") from error
 
     def encode(self, text):
         """[n] int32 ids."""
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"tokenizer.json cannot be read ({error})") from error
+            raise InputError(f"tokenizer.json cannot be read ({one_line(error)})") from error
         self.text = json
         self.vocab_size = self._tokenizer.get_vocab_size()
 

@@ -100,12 +100,12 @@ def mutate_json(rng: np.random.Generator, content: dict) -> dict:
 @contextlib.contextmanager
 def bounded():
     """Fails if one file takes SECONDS, or all together GROWTH; yields a call for each file."""
-    slowest, began = 0.0, None
+    slowest, began = 0.0, time.perf_counter()
 
     def next_file():
         nonlocal slowest, began
         now = time.perf_counter()
-        slowest = max(slowest, now - began) if began else 0.0
+        slowest = max(slowest, now - began)
         began = now
 
     before = _peak_memory()

@@ -4,6 +4,7 @@ What is taken must be the model that was stored: no fault may silently make anot
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import zlib
@@ -38,8 +39,7 @@ def source(request, tmp_path_factory):
 def test_mutated_settings(source):
     layout, found = source
     known = LAYOUTS[layout].settings
-    free = known.free - {"ssm_cfg", "tie_embeddings", "tie_word_embeddings", "vocab_size"}
-    free |= settings.OF_EVERY_MODEL | {known.layers}
+    free = known.free - {"ssm_cfg", "vocab_size"} | settings.OF_EVERY_MODEL
     _, config, _ = convert._recognise(found)
     rng, taken = np.random.default_rng(0), 0
     with bounded() as next_file:
@@ -52,7 +52,8 @@ def test_mutated_settings(source):
                 assert "\n" not in str(error) and str(error).isprintable()
                 continue
             taken += 1
-            assert now == config
+            # Whether the head is tied is compared with the tensors, when they are read.
+            assert dataclasses.replace(now, tie_embeddings=config.tie_embeddings) == config
             for name in set(changed) | set(found.config):
                 old, new = found.config.get(name), changed.get(name)
                 assert name in free or new is None or new == old or name == "ssm_cfg", (name, new)
@@ -196,7 +197,6 @@ def test_mutated_stored_tokenizers():
         for i in range(FILES):
             next_file()
             d = mutate_json(rng, stored_tokenizers[i % 3])
-            try:
+            # `stored.describe` makes one line of any of them.
+            with contextlib.suppress(InputError, KeyError, TypeError, ValueError, AttributeError):
                 tokenizer_from_dict(d)
-            except (InputError, KeyError, TypeError, ValueError, AttributeError):
-                pass  # `stored.describe` makes one line of any of them
