@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from gt_jax.config import computation_dtype
-from gt_jax.data import tokenizer_from_dict
+from gt_jax import stored
 from gt_jax.data.corpora import replace_file
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 from gt_jax.models import ModelConfig, make_model
 
 FOLDER = "checkpoints"
@@ -73,8 +72,8 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
         sums = {n: v if isinstance(v, list) else [v, None] for n, v in files.items()}
     except FileNotFoundError:
         sums = {}  # `read_about` knows whether there should be one.
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(folder, f"files.json: {error}") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"files.json: {one_line(error)}") from error
     sums = {n: v for n, v in sums.items() if parts is None or n.split("/")[0] in parts}
     with ThreadPoolExecutor(4) as pool:  # zlib lets go of the GIL
         checks = [pool.submit(_check, folder / name, *entry) for name, entry in sums.items()]
@@ -98,10 +97,10 @@ def read_about(folder: Path) -> dict:
         about = json.loads((folder / "about" / "metadata").read_text())
         if about.get("format", 1) >= FORMAT and not (folder / "files.json").is_file():
             raise _damaged(folder, "files.json is missing")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
-        raise _damaged(folder, f"about/metadata: {error}") from error
+        raise _damaged(folder, f"about/metadata: {one_line(error)}") from error
     step = about.get("step")
     if folder.parent.name == FOLDER and step is not None and folder.name != str(step):
         raise Damaged(
@@ -127,13 +126,12 @@ def load(path):
     folder = find(path)
     about = read_about(folder)
     verify(folder, ("params",))
-    # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
-    dtype = computation_dtype(about["config"]["model"]["dtype"])
-    model = make_model(ModelConfig(**about["model"] | {"dtype": dtype, "impl": "auto"}))
+    config, tokenizer = stored.describe(folder, about, _stored_shapes(folder, "params"))
+    model = make_model(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return model, read_tree(folder, "params", like), tokenizer_from_dict(about["tokenizer"])
+    return model, read_tree(folder, "params", like), tokenizer
 
 
 def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
@@ -162,19 +160,27 @@ def read_tree(folder: Path, name: str, like):
         InputError: the part is damaged, or its arrays have other names or shapes.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    if _stored_shapes(folder, name) != _shapes(like):
+        raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     try:
-        stored = _shapes(reader.metadata(folder / name).item_metadata.tree)
-        if stored == _shapes(like):
-            return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
+        return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
     except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
-        raise _damaged(folder, str(error)[:200]) from error
-    raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
+        raise _damaged(folder, one_line(error, 200)) from error
+
+
+def _stored_shapes(folder: Path, name: str) -> dict:
+    # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
+    try:
+        return _shapes(ocp.StandardCheckpointHandler().metadata(folder / name).tree)
+    except Exception as error:  # as above
+        raise _damaged(folder, one_line(error, 200)) from error
 
 
 def _shapes(tree) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True): tuple(leaf.shape) for p, leaf in leaves}
+    keystr = jax.tree_util.keystr
+    return {keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
 
 
 def seal(folder: Path) -> None:

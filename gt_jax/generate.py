@@ -116,7 +116,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **settings):
-    """Read ids after the context `before`, print `echo` and how the model continues. Ctrl-C ends it.
+    """Read ids after the context `before`, print `echo` and what follows until Ctrl-C or an end.
 
     Returns:
         The context with the ids, and the list of ids written after it. If Ctrl-C came before the

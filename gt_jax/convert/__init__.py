@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from gt_jax import checkpoint
-from gt_jax.convert import files, mamba2, rwkv6
+from gt_jax.convert import files, foreign, mamba2, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
 from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
 from gt_jax.errors import InputError
@@ -26,7 +26,7 @@ def import_model(source, target, *, tokenizer=None) -> str:
             package is installed, else none.
 
     Returns:
-        A line that says what was imported.
+        A line that says what was imported, and one more for each setting that was left out.
 
     Raises:
         InputError: the source is damaged or of another model than ours can be. Nothing is written.
@@ -34,17 +34,42 @@ def import_model(source, target, *, tokenizer=None) -> str:
     files.check_free(target)
     found = files.read(source)
     try:
-        name = _find_layout(found.tensors)
-        if LAYOUTS[name].weights and not found.config:
-            raise InputError("config.json belongs to these weights; give the folder of both")
-        config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
+        name, config, unset = _recognise(found)
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     tokenizer = _find_tokenizer(tokenizer, found.folder, config)
     with files.new(target) as unfinished:
         checkpoint.save_model(unfinished, config, params, tokenizer)
-    return f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}"
+    return "\n".join(
+        [
+            f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}",
+            *(
+                f"warning: config.json: {setting}=null is unknown and was left out"
+                for setting in unset
+            ),
+        ]
+    )
+
+
+def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
+    """The layout of what lies somewhere, its model, and unknown settings, all of them null.
+
+    Raises:
+        InputError: it is of another model, or config.json and the tensors do not agree.
+    """
+    foreign.refuse(found.tensors, found.config)
+    name = _find_layout(found.tensors)
+    if LAYOUTS[name].weights and not found.config:
+        raise InputError("config.json belongs to these weights; give the folder of both")
+    config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
+    if not found.config:
+        return name, config, []
+    settings.check_ids(found.config, config.vocab_size)
+    generation = found.folder / "generation_config.json"
+    if generation.exists():
+        settings.check_ids(files.read_json(generation), config.vocab_size, generation.name)
+    return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
 def export_model(source, target, *, layout: str) -> str:
@@ -131,9 +156,22 @@ def _find_tokenizer(wanted, folder: Path, config):
         raise InputError(
             f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
         ) from error
-    if tokenizer.vocab_size > config.vocab_size:
+    token, largest = _largest_id(tokenizer)
+    if largest >= config.vocab_size:
         raise InputError(
-            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the "
-            "model's own with --tokenizer=FILE, or do without with --tokenizer=ids"
+            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: its "
+            f"{token} is {largest}; give the model's own with --tokenizer=FILE, or do without "
+            "with --tokenizer=ids"
         )
     return tokenizer
+
+
+def _largest_id(tokenizer) -> tuple[str, int]:
+    """A tokenizer's token of the largest id, as messages quote it, and the id."""
+    if tokenizer.kind != "huggingface":
+        return "last", tokenizer.vocab_size - 1
+    import tokenizers
+
+    ids = tokenizers.Tokenizer.from_str(tokenizer.text).get_vocab(with_added_tokens=True)
+    token = max(ids, key=ids.get, default="")
+    return settings.shown(token), ids.get(token, -1)

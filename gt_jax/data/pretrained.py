@@ -6,7 +6,12 @@ import zlib
 
 import numpy as np
 
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
+
+# The World vocabulary has 65,536 tokens of up to 128 bytes, in 1 MB of text.
+LARGEST_VOCABULARY = 1 << 24  # ids
+LARGEST_TEXT = 1 << 25  # bytes
+LONGEST_LINE = 1 << 14  # characters
 
 
 class WorldTokenizer:
@@ -19,20 +24,25 @@ class WorldTokenizer:
         """Args: vocabulary: `pack` of the file's text, whose lines are id, Python literal, length.
 
         Raises:
-            InputError: a line is not of this form.
+            InputError: a line is not of this form, or the packed text is damaged or too large.
         """
         self._packed = vocabulary
         self._bytes = {0: b""}
         for line in self.text.rstrip("\n").split("\n"):
             try:
+                if len(line) > LONGEST_LINE:
+                    raise ValueError("too long")
                 number, rest = line.split(" ", 1)
                 literal, length = rest.rsplit(" ", 1)
                 token = ast.literal_eval(literal)
-                token = token.encode() if isinstance(token, str) else bytes(token)
+                token = token.encode() if isinstance(token, str) else token
+                if not isinstance(token, bytes) or not 0 <= int(number) < LARGEST_VOCABULARY:
+                    raise ValueError("neither text nor bytes, or an id out of range")
                 self._bytes[int(number)] = token
-            except (ValueError, SyntaxError, TypeError) as error:
+                length = int(length)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
                 raise InputError(f"{line[:80]!r} is no line of an RWKV vocabulary") from error
-            if len(token) != int(length):
+            if len(token) != length:
                 raise InputError(f"{line[:80]!r} has {len(token)} bytes, not {length}")
         self.vocab_size = max(self._bytes) + 1
         self._ids = {token: number for number, token in self._bytes.items() if token}
@@ -50,7 +60,14 @@ class WorldTokenizer:
     @property
     def text(self):
         """The vocabulary file."""
-        return zlib.decompress(base64.b64decode(self._packed)).decode()
+        unpack = zlib.decompressobj()
+        try:
+            text = unpack.decompress(base64.b64decode(self._packed), LARGEST_TEXT)
+            if not unpack.eof:
+                raise ValueError(f"it ends early or has more than {LARGEST_TEXT:,} bytes")
+            return text.decode()
+        except (zlib.error, ValueError, TypeError) as error:
+            raise InputError(f"the packed vocabulary is damaged ({one_line(error)})") from error
 
     def encode(self, text):
         """[n] int32 ids."""
@@ -96,7 +113,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"tokenizer.json cannot be read ({error})") from error
+            raise InputError(f"tokenizer.json cannot be read ({one_line(error)})") from error
         self.text = json
         self.vocab_size = self._tokenizer.get_vocab_size()
 

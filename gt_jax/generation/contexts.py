@@ -9,8 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import archives
 from gt_jax.data.corpora import replace_file
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 PIECES = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
+LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
 NOT_OF_THE_FUNCTION = ("dtype", "impl", "remat")  # ModelConfig fields any context fits
 
 
@@ -113,22 +113,25 @@ def load_context(path, model, params) -> Context:
     Raises:
         InputError: no such file, not a context, damaged, or of another model or other parameters.
     """
+    path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        about = json.loads(str(arrays.pop("about")))
-        of_model, of_params, length = about["model"], about["parameters"], int(about["length"])
-        waiting, seen = arrays.pop("waiting"), arrays.pop("seen")
+        stored = archives.arrays(path)
+        about = stored.pop("about")
+        if about.dtype.itemsize > LARGEST_ABOUT or about.shape:
+            raise ValueError("it says too much of itself")
+        about = json.loads(str(about.read()))
+        of_model, of_params, length = dict(about["model"]), about["parameters"], about["length"]
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; name a file that --save_state wrote") from error
-    except _UNREADABLE as error:
-        raise InputError(f"{path} is no saved state, or damaged ({error})") from error
+    except Exception as error:  # a damaged zip file can raise anything
+        raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
     mine = _function(model)
     for field in sorted(mine):
         if of_model.get(field) != mine[field]:
+            theirs = one_line(repr(of_model.get(field)), 80)
             raise InputError(
-                f"{path} is the state of another model: its model.{field} is "
-                f"{of_model.get(field)!r}, this one's {mine[field]!r}"
+                f"{path} is the state of another model: its model.{field} is {theirs}, this one's "
+                f"{mine[field]!r}"
             )
     if of_params != fingerprint(params):
         raise InputError(
@@ -136,27 +139,40 @@ def load_context(path, model, params) -> Context:
             "use the checkpoint it was saved with"
         )
     like = jax.eval_shape(functools.partial(zero_state, model), params)
-    shapes = {name: leaf.shape for name, leaf in _named(like).items()}
-    whole = (
-        {name: array.shape for name, array in arrays.items()} == shapes
-        and seen.shape == (model.config.vocab_size,)
-        and waiting.ndim == 1
-        and 1 <= len(waiting) <= PIECES[0]
-        and 0 <= waiting.min() <= waiting.max() < model.config.vocab_size
-    )
-    if not whole:
-        raise InputError(f"{path} is damaged: its arrays have other shapes than this model's state")
-    state = jax.tree.unflatten(
-        jax.tree.structure(like),
-        [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()],
-    )
-    return Context(state, waiting.astype(np.int32), seen.astype(bool), length)
+    try:
+        return _restore(stored, length, like, model.config)
+    except Exception as error:  # as above
+        raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
 
 
-_UNREADABLE = (
-    *(AttributeError, EOFError, KeyError, MemoryError, OSError, TypeError, ValueError),
-    *(zipfile.BadZipFile, zlib.error),
-)
+def _restore(stored, length, like, config) -> Context:
+    """The Context of arrays that are read only if they have its shapes, ValueError if not."""
+    named = _named(like)
+    wanted = {name: (leaf.shape, _stored_dtype(leaf)) for name, leaf in named.items()}
+    wanted |= {"seen": ((config.vocab_size,), np.dtype(bool))}
+    tokens = stored.pop("waiting")
+    if (
+        {name: (array.shape, array.dtype) for name, array in stored.items()} != wanted
+        or len(tokens.shape) != 1
+        or not 1 <= tokens.shape[0] <= PIECES[0]
+        or tokens.dtype.kind != "i"
+    ):
+        raise ValueError("its arrays have other shapes or types than this model's state")
+    waiting, seen = tokens.read(), stored["seen"].read()
+    if not 0 <= waiting.min() <= waiting.max() < config.vocab_size:
+        raise ValueError("its arrays have other shapes or ids than this model's state")
+    most = config.max_positions if "gpt" in config.architecture else 2**62
+    if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
+        raise ValueError("its length and the tokens it has seen do not fit together")
+    leaves = [jnp.asarray(stored[name].read(), leaf.dtype) for name, leaf in named.items()]
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Context(state, waiting.astype(np.int32), seen, length)
+
+
+def _stored_dtype(leaf):
+    """The dtype of a state's array in a file: NumPy has no bfloat16."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.dtype(np.float32) if floating else np.dtype(leaf.dtype)
 
 
 def fingerprint(params) -> str:
