@@ -37,7 +37,11 @@ def make_app(
         text = f"not done after {seconds} seconds" if code == 504 else str(error)
         code, text = getattr(error, "status_code", code), getattr(error, "detail", text)
         kind = TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")
-        about = {"message": text, "type": kind, "param": getattr(error, "field", None)}
+        about = {
+            "message": text,
+            "type": kind,
+            "param": (getattr(error, "field", None) or "")[:64] or None,
+        }
         return {"error": about | {"code": code}}, code
 
     def json_response(content, status=200):
