@@ -167,7 +167,7 @@ def _zstd(raw, where):
 _UNPACK = {
     ".gz": lambda raw, where: gzip.GzipFile(fileobj=raw),
     ".bz2": lambda raw, where: bz2.BZ2File(raw),
-    ".xz": lambda raw, where: lzma.LZMAFile(raw),
+    ".xz": lambda raw, where: lzma.LZMAFile(raw),  # noqa: SIM115  the caller closes it
     ".zst": _zstd,
 }
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
@@ -235,7 +235,7 @@ def text_field(where: str, row, field: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where} holds {ascii(value[error.start])}, half of a surrogate pair; fix or remove it"
+            f"{where} holds {value[error.start]!a}, half of a surrogate pair; fix or remove it"
         ) from error
     return value
 
@@ -245,9 +245,7 @@ def _read_parquet(path, where, field):
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(
-            f"{where} needs `pip install pyarrow`; or convert it to .jsonl"
-        ) from error
+        raise InputError(f"{where} needs `pip install pyarrow`; or convert it to .jsonl") from error
     documents, characters = [], 0
     try:
         with parquet.ParquetFile(path) as table:

@@ -47,12 +47,14 @@ def named_splits(
     advice = "name the files or sub folders train, valid and test, or name one file"
     splits = {"train": {}, "validation": {}, "test": {}}  # split -> file -> name
     for file, names in found.items():
-        if len({_NAMES[name] for name in names}) != 1:
-            what = f"which is in two splits ({' and '.join(names)})" if names else "which is in none"
-            named = next(str(files[f]) for f, names in found.items() if names and f != file or names)
+        if not names:
             raise InputError(
-                f"{where} is split by names, as {named} shows, but holds {files[file]}, {what}; "
-                f"{advice}"
+                f"{where} holds {_named(files, found)}, and {files[file]}, which no split is named "
+                f"for; {advice}"
+            )
+        if len({_NAMES[name] for name in names}) > 1:
+            raise InputError(
+                f"{where} holds {files[file]}, which names {' and '.join(names)}; {advice}"
             )
         splits[_NAMES[names[0]]][file] = names[0]
     if not splits["train"]:
