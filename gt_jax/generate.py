@@ -3,12 +3,12 @@
     python -m gt_jax.generate --checkpoint=runs/gf_mh --prompt="ROMEO:" --max_tokens=300
     python -m gt_jax.generate --checkpoint=runs/gf_mh
 
-Without --prompt it asks for one, continues it, and asks again: each line you type goes on from the
-text so far, an empty one lets the model go on, Ctrl-C ends a reply and Ctrl-D the program.
+Without --prompt it asks for one, continues it, and asks again: each line you type continues the text
+so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
 The prompt is read in parallel; after it each token costs the same however long the text has grown,
 because all the model remembers is its recurrent state. --save_state keeps that as a file and
---state goes on from it without reading the text again.
+--state continues from it without reading the text again.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **settings):
-    """Read ids after the context `before`, print `echo` and how the model goes on.
+    """Read ids after the context `before`, print `echo` and how the model continues.
 
     Returns:
         The context with the ids, and the list of ids written after it.

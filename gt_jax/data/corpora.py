@@ -197,7 +197,7 @@ def plain_speech(markdown):
         if speaker:
             lines += ["", f"{speaker}:"]
         is_heading = paragraph.startswith("#")
-        # A heading that was broken in two goes on in a paragraph without any mark.
+        # A heading broken in two continues in a paragraph without any mark.
         if not is_heading and not (after_heading and paragraph[:1] not in "*_"):
             lines += filter(None, map(str.strip, _DIRECTION.sub("", speech).split("\n")))
         after_heading = is_heading

@@ -33,7 +33,7 @@ def read_path(source: str, field: str, *, unknown: str) -> Texts:
     Args:
         source: a path, as `load_corpus` takes it.
         field: where the text is in a JSON object or a Parquet table.
-        unknown: what to do where there is no such path, to end a message with.
+        unknown: what to do where the path does not exist, to end a message with.
 
     Raises:
         InputError: nothing there, not a regular file, not text, damaged, longer than memory.
