@@ -35,8 +35,8 @@ import optax
 from configs import gf_mh_base
 from experiments.benchmark_kernels import copy_bandwidth, total_bytes
 from gt_jax.config import from_config_dict
-from gt_jax.generation import Request, engine, read
-from gt_jax.generation.weights import prepare
+from gt_jax.generation import Request, prefill, slots
+from gt_jax.generation.weights import prepare_weights
 from gt_jax.models import count_parameters, make_model
 from gt_jax.training.model import make_model_config
 
@@ -94,7 +94,7 @@ def main(argv=None):
         results["decode"].append(row)
         print_row(row)
     results["context"] = contexts(model, params, effort)
-    results["prefill"] = prefill(model, params, effort, config.train.seq_len)
+    results["prefill"] = time_prefill(model, params, effort, config.train.seq_len)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -121,15 +121,15 @@ class Decoder:
 
     def __init__(self, model, params, batch, context=None):
         """Args: context: what every row continues; nothing but token 0 if None."""
-        rows = engine.rows_of_batch(batch)
+        rows = slots.rows_of_batch(batch)
         began = time.perf_counter()
-        self.weights = prepare(model, params, rows)
-        self.slots = engine.empty_slots(model, params, rows)
-        context = read(model, params, [0]) if context is None else context
+        self.weights = prepare_weights(model, params, rows)
+        self.slots = slots.empty_slots(model, params, rows)
+        context = prefill(model, params, [0]) if context is None else context
         for row in range(batch):
             request = Request(context, max_tokens=ENDLESS, seed=row)
-            self.slots = engine.fill(self.slots, row, engine.one_slot(request, context))
-        self.advance = functools.partial(engine.advance, model, self.weights, narrows=False)
+            self.slots = slots.fill_slot(self.slots, row, slots.one_slot(request, context))
+        self.advance = functools.partial(slots.advance, model, self.weights, narrows=False)
         self.run(1)
         self.compile_seconds = time.perf_counter() - began
         self.run(2)
@@ -140,13 +140,13 @@ class Decoder:
         for _ in range(bursts):
             self.slots, drawn = self.advance(self.slots)
             jax.device_get(drawn)
-        return (time.perf_counter() - began) / (bursts * engine.BURST)
+        return (time.perf_counter() - began) / (bursts * slots.BURST)
 
 
 def decode(model, params, batch, bandwidth, effort):
     """Numbers of one batch size."""
     decoder = Decoder(model, params, batch)
-    bursts = max(1, round(effort["seconds"] / (decoder.run(1) * engine.BURST)))
+    bursts = max(1, round(effort["seconds"] / (decoder.run(1) * slots.BURST)))
     times = [decoder.run(bursts) for _ in range(effort["repeats"])]
     seconds = statistics.median(times)
     lookup = model.config.vocab_size * model.config.dim * 4  # of which a step reads a few rows
@@ -167,8 +167,8 @@ def contexts(model, params, effort):
     """Time per token of one row after texts of different lengths."""
     lengths = effort["contexts"]
     text = random_tokens(model, max(lengths) + 1)  # the last token waits for the loop that draws
-    decoders = [Decoder(model, params, 1, read(model, params, text[: n + 1])) for n in lengths]
-    bursts = max(1, round(effort["seconds"] / (decoders[0].run(1) * engine.BURST)))
+    decoders = [Decoder(model, params, 1, prefill(model, params, text[: n + 1])) for n in lengths]
+    bursts = max(1, round(effort["seconds"] / (decoders[0].run(1) * slots.BURST)))
     times = [[decoder.run(bursts) for decoder in decoders] for _ in range(2 * effort["repeats"])]
     ms = [1e3 * statistics.median(column) for column in zip(*times)]
     print(
@@ -178,7 +178,7 @@ def contexts(model, params, effort):
     return {"lengths": lengths, "ms": ms}
 
 
-def prefill(model, params, effort, seq_len):
+def time_prefill(model, params, effort, seq_len):
     """Seconds to read a long text, and of the training forward pass on as many tokens."""
     length = max(effort["contexts"])
     tokens = random_tokens(model, length + 1)
@@ -191,13 +191,13 @@ def prefill(model, params, effort, seq_len):
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
     seconds = {
-        "prefill_seconds": clock(lambda: read(model, params, tokens), effort["repeats"]),
+        "prefill_seconds": clock(lambda: prefill(model, params, tokens), effort["repeats"]),
         "forward_seconds": clock(lambda: loss(params, inputs, targets), effort["repeats"]),
     }
-    prefill, forward = seconds.values()
+    read, forward = seconds.values()
     print(
-        f"prefill of {length:,} tokens {1e3 * prefill:.1f} ms, {length / prefill:,.0f} tokens/s: "
-        f"{prefill / forward:.2f} of the training forward pass, {1e3 * forward:.1f} ms"
+        f"prefill of {length:,} tokens {1e3 * read:.1f} ms, {length / read:,.0f} tokens/s: "
+        f"{read / forward:.2f} of the training forward pass, {1e3 * forward:.1f} ms"
     )
     return rows | seconds
 

@@ -3,12 +3,12 @@
     python -m gt_jax.generate --checkpoint=runs/gf_mh --prompt="ROMEO:" --max_tokens=300
     python -m gt_jax.generate --checkpoint=runs/gf_mh
 
-Without --prompt it asks for one, continues it, and asks again: each line you type goes on from the
-text so far, an empty one lets the model go on, Ctrl-C ends a reply and Ctrl-D the program.
+Without --prompt it asks for one, continues it, and asks again: each line you type continues the
+text so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
 The prompt is read in parallel; after it each token costs the same however long the text has grown,
 because all the model remembers is its recurrent state. --save_state keeps that as a file and
---state goes on from it without reading the text again.
+--state continues from it without reading the text again.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.errors import InputError
-from gt_jax.generation import Request, load_context, read, save_context, stream
+from gt_jax.generation import Request, load_context, prefill, save_context, stream
+from gt_jax.generation.prompts import encode_prompt
 
 
 def generate(model, params, prompt, **settings) -> Iterator[int]:
@@ -38,20 +38,8 @@ def generate(model, params, prompt, **settings) -> Iterator[int]:
     Raises:
         InputError: at once, if the prompt is empty or a setting is out of its range.
     """
-    pieces = stream(model, params, [Request(prompt, **settings)], rows=1)
-    return (token for piece in pieces for token in piece.tokens)
-
-
-def encode_prompt(tokenizer, text: str, name: str) -> np.ndarray:
-    """Token ids [T] of a prompt; InputError naming the characters the vocabulary lacks."""
-    try:
-        ids = tokenizer.encode(text)
-    except InputError as error:
-        raise InputError(f"{name}={text!r}: {error}") from error
-    unknown = sorted(set(text) - set(tokenizer.decode(ids)))
-    if unknown and tokenizer.kind.startswith("char"):
-        raise InputError(f"{name}={text!r} has characters outside the vocabulary: {unknown}")
-    return ids
+    deltas = stream(model, params, [Request(prompt, **settings)], rows=1)
+    return (token for delta in deltas for token in delta.tokens)
 
 
 def main(argv):
@@ -102,7 +90,7 @@ def main(argv):
             except KeyboardInterrupt:  # just before or after the reply
                 print()
     if flags.save_state and context:
-        save_context(flags.save_state, model, params, read(model, params, unread, context))
+        save_context(flags.save_state, model, params, prefill(model, params, unread, context))
 
 
 def _typed_lines() -> Iterator[str]:
@@ -126,23 +114,23 @@ def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **sett
     with contextlib.suppress(KeyboardInterrupt):
         start = functools.partial(stream, model, params, tokenizer=tokenizer, rows=1)
         if show_speed:  # a rehearsal, so that nothing is compiled while the clock runs
-            next(start([Request(read(model, params, ids, before), **settings)]), None)
+            next(start([Request(prefill(model, params, ids, before), **settings)]), None)
         began = time.perf_counter()
-        context, written = jax.block_until_ready(read(model, params, ids, before)), []
+        context, written = jax.block_until_ready(prefill(model, params, ids, before)), []
         prefilled = time.perf_counter()
-        pieces = start([Request(context, **settings)])
+        deltas = start([Request(context, **settings)])
         print(echo, end="", flush=True)
-        for piece in pieces:
-            written += piece.tokens
-            print(piece.text, end="", flush=True)
+        for delta in deltas:
+            written += delta.tokens
+            print(delta.text, end="", flush=True)
     ended = time.perf_counter()
     print()
     if show_speed and prefilled is not None:
         known = before.length - len(before.waiting) if before else 0
-        in_pieces = context.length - len(context.waiting) - known
+        in_chunks = context.length - len(context.waiting) - known
         steps = len(context.waiting) - 1 + len(written)
         print(
-            f"prefill: {_speed(in_pieces, prefilled - began)}; "
+            f"prefill: {_speed(in_chunks, prefilled - began)}; "
             f"decode: {_speed(steps, ended - prefilled)}, {len(written):,} of them new",
             file=sys.stderr,
         )

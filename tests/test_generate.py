@@ -15,7 +15,7 @@ from gt_jax.generation import Request, complete
 from tests.models.small_models import random_tokens, small_model
 
 TOKENIZER = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmno\np"})
-PROMPT = "abba\n" * 16  # a piece of 64 tokens, and more
+PROMPT = "abba\n" * 16  # a chunk of 64 tokens, and more
 
 
 @pytest.fixture(scope="module")

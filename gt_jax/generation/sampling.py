@@ -65,7 +65,8 @@ def keep_likeliest(logits, settings):
     in_top_k = ordered >= jnp.take_along_axis(ordered, last, axis=-1)
     probabilities = jax.nn.softmax(ordered, where=in_top_k)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all likelier tokens
-    in_top_p = (before < top_p) | (top_p == 1)
+    least = jnp.finfo(before.dtype).tiny  # what rounds to 0 keeps the likeliest all the same
+    in_top_p = (before < jnp.maximum(top_p, least)) | (top_p == 1)
     in_min_p = probabilities >= min_p * probabilities[:, :1]
     kept = jnp.where(in_top_k & in_top_p & in_min_p, ordered, jnp.inf)
     return jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)
