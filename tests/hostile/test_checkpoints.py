@@ -123,9 +123,9 @@ def test_weights_that_claim_a_great_width_are_refused(tmp_path, layout):
     if layout == "rwkv-lm":
         files.write(tmp_path / "a", arrays)
     else:
-        config = small.config_of("rwkv6", layout) | dict.fromkeys(
-            ("vocab_size", "hidden_size", "intermediate_size", "bos_token_id", "eos_token_id")
-        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size")
+        ranks = ("proj_low_rank_dim", "gate_low_rank_dim")
+        config = small.config_of("rwkv6", layout) | dict.fromkeys([*sizes, *ranks])
         files.write_folder(tmp_path / "a", "pytorch_model.bin", arrays, config)
     with bounded():
         quickly_refused(
