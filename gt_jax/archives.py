@@ -25,6 +25,8 @@ def entries(path: Path) -> dict[str, zipfile.ZipInfo]:
         zipfile.BadZipFile, OSError: it is damaged or cannot be read.
     """
     size = path.stat().st_size
+    if not path.is_file():  # a device would never end
+        raise ValueError("it is no file")
     with path.open("rb") as file:
         _check_directory(file, size)
     with zipfile.ZipFile(path) as archive:
@@ -77,9 +79,9 @@ def arrays(path: Path) -> dict[str, StoredArray]:
     Raises:
         ValueError, zipfile.BadZipFile, OSError: it is no such file, or damaged.
     """
-    found = {}
+    found, files = {}, entries(path)
     with zipfile.ZipFile(path) as archive:
-        for name, entry in entries(path).items():
+        for name, entry in files.items():
             if not name.endswith(".npy"):
                 raise ValueError(f"it holds {name[:80]!r}, which is no array")
             with archive.open(entry) as file:

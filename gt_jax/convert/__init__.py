@@ -147,6 +147,8 @@ def _find_tokenizer(wanted, folder: Path, config):
     if path is None:
         return IdTokenizer(config.vocab_size)
     try:
+        if not path.is_file():
+            raise InputError("there is no such file")
         text = path.read_text(encoding="utf-8")
         is_json = path.suffix == ".json"
         tokenizer = (

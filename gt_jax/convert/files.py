@@ -19,6 +19,16 @@ from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError, one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# How files begin that are given for weights by mistake, and what to do about it.
+OTHERS = {
+    b"GGUF": "it is a GGUF file, whose weights are rounded; give the model it was made of",
+    b"version https://git-lfs": "it only points to the weights; get them with `git lfs pull`",
+    b"\x1f\x8b": "it is packed with gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd; unpack it first",
+    b"\x89HDF": "it is an HDF5 file; save the weights as safetensors",
+    b"\x93NUMPY": "it is one NumPy array",
+    b"<": "it is a web page, not what should have been downloaded",
+}
 SHARD_BYTES = 5_000_000_000
 LARGEST_JSON = 1 << 24  # bytes; the index of the largest models has some 100 kB
 SAFETENSORS_DTYPES = {
@@ -95,14 +105,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of one file; its first bytes tell its kind."""
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(32)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    if start == b"PK\3\4":
+    if start[:4] == b"PK\3\4":
         return pth.read(path)
     if start[:1] == b"\x80":  # a pickle without a zip around it
         raise InputError(f"{path} is in torch's format before 1.6; torch.load and torch.save it")
-    return _read_safetensors(path)
+    try:
+        return _read_safetensors(path)
+    except InputError as error:
+        other = next((said for mark, said in OTHERS.items() if start.startswith(mark)), None)
+        if other:
+            raise InputError(f"{path} holds no weights: {other}") from error
+        raise
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -164,9 +180,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def check_free(path) -> None:
-    """Raise InputError if there is something at `path`."""
+    """Raise InputError if there is something at `path`, or nothing can be made there."""
     if Path(path).exists():
         raise InputError(f"{path} exists; name another place, or remove it first")
+    for folder in Path(path).parents:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{path} cannot be made: {folder} is no folder; name another place")
 
 
 @contextlib.contextmanager

@@ -172,6 +172,6 @@ def _check_kind(config, settings):
         isinstance(names, list) and all(name in settings.architectures for name in names)
     ):
         raise InputError(
-            f"config.json: architectures={shown(names)} must be "
+            f"config.json: architectures={shown(names)} must be a list of "
             f"{' or '.join(map(repr, settings.architectures))} for these tensors"
         )
