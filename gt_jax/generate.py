@@ -3,8 +3,8 @@
     python -m gt_jax.generate --checkpoint=runs/gf_mh --prompt="ROMEO:" --max_tokens=300
     python -m gt_jax.generate --checkpoint=runs/gf_mh
 
-Without --prompt it asks for one, continues it, and asks again: each line you type continues the text
-so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
+Without --prompt it asks for one, continues it, and asks again: each line you type continues the
+text so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
 The prompt is read in parallel; after it each token costs the same however long the text has grown,
 because all the model remembers is its recurrent state. --save_state keeps that as a file and
@@ -57,7 +57,7 @@ def main(argv):
     real("repetition_penalty", 1.0, "Above 1: tokens seen before become less likely.")
     whole("seed", 0, "Same seed, same text.")
     absl_flags.DEFINE_multi_string("stop", [], "End before this; repeatable.", flag_values=flags)
-    text("state", None, "Go on from this file of --save_state.")
+    text("state", None, "Continue from this file of --save_state.")
     text("save_state", None, "File to keep the state in, prompt and reply read.")
     absl_flags.DEFINE_bool("stats", False, "Print the speed of each reply.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):

@@ -204,7 +204,7 @@ class _Stream:
         self.several = self.size > 0 and self._document[0] != self._document[-1]
 
     def crosses(self, starts, seq_len):
-        """Whether any row of inputs that begins at one of starts continues into another document."""
+        """Whether any row of inputs from one of starts on continues into another document."""
         first, last = (np.minimum(s, self.size - 1) for s in (starts, starts + seq_len - 1))
         return bool((self._document[first] != self._document[last]).any())
 

@@ -126,7 +126,7 @@ def load_context(path, model, params) -> Context:
     """The context that `save_context` wrote for this model, its dtype aside.
 
     Raises:
-        InputError: the file is missing, no context, damaged, or of another model or other parameters.
+        InputError: the file is missing, no context, damaged, or of another model or parameters.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
