@@ -57,7 +57,7 @@ def main(argv):
     real("repetition_penalty", 1.0, "Above 1: tokens seen before become less likely.")
     whole("seed", 0, "Same seed, same text.")
     absl_flags.DEFINE_multi_string("stop", [], "End before this; repeatable.", flag_values=flags)
-    text("state", None, "Go on from this file of --save_state.")
+    text("state", None, "Continue from this file of --save_state.")
     text("save_state", None, "File to keep the state in, prompt and reply read.")
     absl_flags.DEFINE_bool("stats", False, "Print the speed of each reply.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):

@@ -156,24 +156,29 @@ def _take_turns(model, params, slots, jobs, turns, failures):
     Returns:
         The slots. Rows that draw now leave `turns`; those that failed leave `jobs` too.
     """
-    read = 0
+    read, whole = 0, []
     while turns:
         row, job = turns[0], jobs[turns[0]]
         size = next_chunk(job.context)
         if read and size and read + size > TURN:
             break
-        try:
-            if size:  # An error must show here, where it is this request's alone.
-                job.context = jax.block_until_ready(prefill_chunk(model, params, job.context))
-                read += size
-            if next_chunk(job.context):
-                turns.rotate(-1)
+        turns.popleft()
+        if size:
+            try:
+                job.context = prefill_chunk(model, params, job.context)
+            except Exception as error:
+                failures.append(Failure(jobs.pop(row).index, error))
                 continue
+            read += size
+        (turns if next_chunk(job.context) else whole).append(row)
+    for row in whole:
+        job = jobs[row]
+        try:
+            # What went wrong on the device must show here, where it is this request's alone.
+            jax.block_until_ready(job.context.state)
             slots = fill_slot(slots, row, one_slot(job.request, job.context))
             job.draws = True
-            turns.popleft()
         except Exception as error:
-            turns.remove(row)
             failures.append(Failure(jobs.pop(row).index, error))
     return slots
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Settings(NamedTuple):
@@ -20,11 +21,11 @@ class Settings(NamedTuple):
         where negative (Keskar et al. 2019, arXiv:1909.05858). 1 leaves all as they are.
     """
 
-    temperature: jax.Array | float = 1.0
-    top_k: jax.Array | int = 0
-    top_p: jax.Array | float = 1.0
-    min_p: jax.Array | float = 0.0
-    repetition_penalty: jax.Array | float = 1.0
+    temperature: jax.Array | np.ndarray | float = 1.0
+    top_k: jax.Array | np.ndarray | int = 0
+    top_p: jax.Array | np.ndarray | float = 1.0
+    min_p: jax.Array | np.ndarray | float = 0.0
+    repetition_penalty: jax.Array | np.ndarray | float = 1.0
 
 
 def choose(keys, logits, seen, settings, *, narrows=True):

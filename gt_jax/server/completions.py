@@ -194,14 +194,14 @@ class Answer:
 
     def __init__(self, ask, tokenizer, name):
         self._ask, self._drawn, self._offset = ask, 0, 0
-        self._texts = TextOut(tokenizer, ask.request.prompt) if ask.logprobs else None
+        self._texts = TextOut(tokenizer, ask.request.prompt)
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": name}
 
     def choice(self, delta):
         """The choice object of one Delta, or of several joined."""
         self._drawn += len(delta.tokens)
-        logprobs = self._logprobs(delta) if self._texts else None
+        logprobs = self._logprobs(delta) if self._ask.logprobs else None
         choice = {"index": 0, "text": delta.text, "logprobs": logprobs}
         return choice | {"finish_reason": delta.reason}
 
@@ -213,7 +213,7 @@ class Answer:
             self._offset += len(texts[-1])
         return {
             "tokens": texts,
-            "token_logprobs": delta.log_probabilities,
+            "token_logprobs": [p if math.isfinite(p) else None for p in delta.log_probabilities],
             "top_logprobs": None,
             "text_offset": offsets,
         }

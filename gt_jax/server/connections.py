@@ -50,7 +50,8 @@ def make_server(
 
         def connection_lost(self, exc):
             super().connection_lost(exc)
-            self.timer.cancel()
+            if self.timer:
+                self.timer.cancel()
 
         def _start_timer(self):
             if self.timer:

@@ -1,5 +1,6 @@
 import ast
 import bz2
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -15,6 +16,8 @@ import pytest
 from gt_jax.data import corpora, files, load_corpus
 from gt_jax.data.corpora import plain_speech
 from gt_jax.errors import InputError
+
+pack = functools.partial(gzip.compress, mtime=0)  # the same bytes at any time
 
 
 @pytest.fixture(autouse=True)
@@ -192,16 +195,16 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
         ("i.jsonl", b'{"text": "\xff"}', r"i.jsonl' is not UTF-8 at byte 10"),
         ("j.jsonl", json.dumps({"x" * 10**6: 1, "b": 2}), r"its fields: x{40}, b"),
         ("utf16.txt", "abc".encode("utf-16"), r"utf16.txt' is UTF-16; convert it"),
-        ("a.txt", gzip.compress(b"abc"), r"a.txt' is packed by gzip; end its name in .gz"),
+        ("a.txt", pack(b"abc"), r"a.txt' is packed by gzip; end its name in .gz"),
         ("a.json", b"PK\x03\x04\xff", r"a.json' is a zip archive; unpack it"),
         ("b.txt", b"PAR1\xff", r"b.txt' is a Parquet table; end its name in .parquet"),
         ("a.zip", b"PK", r"a.zip' is an archive; unpack it"),
         ("a.tar.gz", b"", r"a.tar.gz' is an archive; unpack it"),
         ("b.txt.gz", b"abc", r"b.txt.gz' is no .gz file, or damaged"),
-        ("c.txt.gz", gzip.compress(b"abc" * 99)[:-9], r"c.txt.gz' is no .gz file, or damaged"),
+        ("c.txt.gz", pack(b"abc" * 99)[:-9], r"c.txt.gz' is no .gz file, or damaged"),
         ("d.txt.xz", b"abc", r"d.txt.xz' is no .xz file, or damaged"),
         ("e.txt.bz2", b"abc", r"e.txt.bz2' is no .bz2 file, or damaged"),
-        ("f.txt.gz", gzip.compress(b"\xff"), r"f.txt.gz' is not UTF-8 at byte 0"),
+        ("f.txt.gz", pack(b"\xff"), r"f.txt.gz' is not UTF-8 at byte 0"),
         ("g.txt.gz", b"", r"g.txt.gz' holds no text"),
     ],
 )
@@ -257,7 +260,7 @@ def test_pipes_and_sockets_are_refused_at_once(tmp_path):
         assert whole(load_corpus(str(tmp_path))) == "in a folder they are passed over"
 
 
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACK = {".gz": pack, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -287,10 +290,10 @@ def test_zstd_is_read_where_a_library_is_there_and_named_where_not(write, monkey
 
 def test_a_packed_bomb_is_refused_before_it_fills_memory(write, monkeypatch):
     monkeypatch.setattr(files, "PACKED_FLOOR", 2**22)
-    bomb = gzip.compress(b"a" * 2**25)
+    bomb = pack(b"a" * 2**25)
     with pytest.raises(InputError, match=r"unpacks to more than 4,194,304 bytes, over 100 times"):
         load_corpus(write("bomb.txt.gz", bomb))
-    assert len(whole(load_corpus(write("a.txt.gz", gzip.compress(b"a" * 2**21))))) == 2**21
+    assert len(whole(load_corpus(write("a.txt.gz", pack(b"a" * 2**21))))) == 2**21
 
 
 def test_a_file_larger_than_memory_is_refused(write, monkeypatch):
@@ -344,7 +347,7 @@ def test_a_folders_named_splits_are_kept_and_test_is_never_read(
 ):
     for name in names:
         text = f"{name} says so"
-        line = gzip.compress(json.dumps({"text": text}).encode())
+        line = pack(json.dumps({"text": text}).encode())
         write(f"set/{name}", line if name.endswith(".gz") else text)
     corpus = load_corpus(str(tmp_path / "set"))
     assert corpus.train == tuple(f"{name} says so" for name in train)
