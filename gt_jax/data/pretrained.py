@@ -4,6 +4,7 @@ import ast
 import base64
 import functools
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -218,18 +219,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _token_bytes(self, i):
         token = self._tokenizer.id_to_token(i) if i >= 0 else None
+        if token is None and self.byte_errors:
+            return b""  # decoding passes over it
         if self.byte_errors == "replace":
-            if token is None:
-                return b""
             known = all(letter in _BYTE_OF_LETTER for letter in token)
             return bytes(map(_BYTE_OF_LETTER.get, token)) if known else token.encode()
-        if self.byte_errors == "whole" and token is not None and len(token) == 6:
-            if token.startswith("<0x") and token.endswith(">"):
-                try:
-                    return bytes.fromhex(token[3:5])
-                except ValueError:
-                    return None
-        return None
+        is_byte = self.byte_errors == "whole" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
+        return bytes.fromhex(token[3:5]) if is_byte else None
 
     def to_dict(self):
         more = {"cleans_up": self.cleans_up, "chat_template": self.chat_template}

@@ -40,7 +40,7 @@ class TextOut:
         if self._stops and len(ids) > 1:
             saved = self._reader.save()
             events = self._reader.read(ids)
-            if not self._search(events)[0]:
+            if self._search(events)[0] is None:
                 return self._take(events), len(ids)
             self._reader.restore(saved)  # rare: find out with which of them
             shown = ""
@@ -55,9 +55,7 @@ class TextOut:
         if self.stopped:
             return ""
         shown = self._take(self._reader.end())
-        rest = "" if self.stopped else self._show(self._length - self._shown)
-        self.stopped = True
-        return shown + rest
+        return shown if self.stopped else shown + self._show(self._length - self._shown)
 
     def _search(self, events):
         """(where the first match begins or None, states after all text, after settled text)."""
@@ -121,6 +119,8 @@ class _Stop:
     def feed(self, state, text):
         """(characters matched after `text`, where in `text` the string ends or None)."""
         wanted, borders, at = self.text, self.borders, 0
+        if state == len(wanted):
+            return state, None  # found before
         while at < len(text):
             if state == 0:
                 at = text.find(wanted[0], at)
@@ -168,7 +168,9 @@ class _Reader:
             before = self._without_half_character(before)
         self.read(before)
         if self._run:
-            self._known = len(self._characters(b"".join(map(self._bytes, self._run))))
+            half = 0 if self._broken else len(self._pending)
+            known = [*self._window, *self._run[: len(self._run) - half]]
+            self._known = len(self._decode(known)) - self._done
         if self._cleans:
             self._cleaned = len(clean_up(self._unclean))
 
@@ -214,6 +216,8 @@ class _Reader:
         if self._run:
             run, known, self._run = self._run, self._known, []
             self._pending, self._broken, self._known = b"", False, 0
+            if self._window and self._bytes(self._window[-1]):  # half of the context's first
+                self._window, self._done = [], 0
             text = self._decode([*self._window, *run])[self._done + known :]
             self._window_of([*self._window, *run])
             return [(False, text)]
