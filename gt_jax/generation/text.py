@@ -216,8 +216,6 @@ class _Reader:
         if self._run:
             run, known, self._run = self._run, self._known, []
             self._pending, self._broken, self._known = b"", False, 0
-            if self._window and self._bytes(self._window[-1]):  # half of the context's first
-                self._window, self._done = [], 0
             text = self._decode([*self._window, *run])[self._done + known :]
             self._window_of([*self._window, *run])
             return [(False, text)]
@@ -229,6 +227,8 @@ class _Reader:
 
     def _lengthen_run(self, ids):
         """The events of more bytes of a run."""
+        if not self._run and self._window and self._bytes(self._window[-1]):
+            self._window, self._done = [], 0  # the half character at the context's beginning
         self._run.extend(ids)
         data = self._pending + b"".join(map(self._bytes, ids))
         if self._broken:
