@@ -81,8 +81,7 @@ def main(argv):
     settings = {name: flags[name].value for name in names} | {"stop": tuple(flags.stop)}
     Request([], seed=flags.seed, **settings)  # a mistake is found before the long load
     model, params, tokenizer = load(flags.checkpoint)
-    if tokenizer.eos_id is not None:
-        settings["stop_ids"] = (tokenizer.eos_id,)
+    settings["stop_ids"] = tokenizer.stop_ids
     context = load_context(flags.state, model, params) if flags.state else None
     speak = functools.partial(_speak, model, params, tokenizer, show_speed=flags.stats)
 

@@ -53,8 +53,7 @@ def parse(data, model, tokenizer, max_tokens):
     ids = encode_prompt(tokenizer, body.get("prompt", ""), "prompt")
     if len(ids) > PROMPT_TOKENS:
         raise InputError(f"prompt of {len(ids)} tokens must have at most {PROMPT_TOKENS}")
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    request = Request(ids, **settings | {"stop": tuple(stop), "stop_ids": ends})
+    request = Request(ids, **settings | {"stop": tuple(stop), "stop_ids": tokenizer.stop_ids})
     check(model, request, tokenizer)
     return request, body.get("stream", False)
 

@@ -2,79 +2,15 @@
 
 import ast
 import base64
-import functools
 import json
-import re
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.errors import InputError
-
-
-class SpecialIds(NamedTuple):
-    """Ids that are no text, None where there is none.
-
-    bos: stands before a text. eos: ends a document. pad: fills. stop: each ends what is generated.
-    """
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    stop: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, stored):
-        """From what `stored` gave, through JSON; none from None."""
-        special = cls(*(stored or ()))
-        return special._replace(stop=tuple(special.stop))
-
-    def stored(self):
-        """As `to_dict` of a tokenizer holds it; empty if there are none."""
-        return {"special": [*self[:3], list(self.stop)]} if self != SpecialIds() else {}
-
-
-class Tokenizer:
-    """What every tokenizer has, whether it is of a corpus or of a published model.
-
-    Attributes:
-        special: its SpecialIds.
-        start_ids: ids that a text of its own begins with, such as a prompt or a document.
-        byte_errors: how `token_bytes` join, see `gt_jax.generation.text`; None where every token
-            is text of its own.
-    """
-
-    special = SpecialIds()
-    start_ids: tuple[int, ...] = ()
-    byte_errors: str | None = None
-
-    @property
-    def eos_id(self):
-        """Ends a document; None where there is none."""
-        return self.special.eos
-
-    @property
-    def stop_ids(self):
-        """Ids that end what is generated."""
-        return tuple(dict.fromkeys(i for i in (self.eos_id, *self.special.stop) if i is not None))
-
-    def token_bytes(self, i):
-        """The bytes of token i, or None if it is text of its own."""
-        return None
-
-
-def check_text(text):
-    """Raise InputError for text that has no UTF-8: half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = text[max(error.start - 12, 0) : error.start + 12]
-        raise InputError(
-            f"text holds half a surrogate pair, {text[error.start]!r} in {around!r}, which is no "
-            "character; remove it"
-        ) from error
 
 
 class WorldTokenizer(Tokenizer):
@@ -153,116 +89,6 @@ class WorldTokenizer(Tokenizer):
         return {"kind": self.kind, "vocabulary": self._packed} | special
 
 
-class HuggingFaceTokenizer(Tokenizer):
-    """What a tokenizer.json of the tokenizers package says, as transformers reads it.
-
-    Truncation and padding that the file holds do not act, as in transformers.
-    """
-
-    kind = "huggingface"
-
-    def __init__(self, json, special=None, cleans_up=False, chat_template=None):
-        """Args:
-            json: the text of tokenizer.json.
-            special: SpecialIds.
-            cleans_up: whether decoding removes spaces before punctuation, see `clean_up`.
-            chat_template: of a dialogue, in Jinja; None for none.
-
-        Raises:
-            InputError: the package is missing, or cannot read the text.
-        """
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise InputError("tokenizer.json needs a package: pip install tokenizers") from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"tokenizer.json cannot be read ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.text, self.cleans_up, self.chat_template = json, cleans_up, chat_template
-        self.special = SpecialIds.of(special)
-        # An embedding needs a row for the largest id, however many ids below it are unused.
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.byte_errors = _byte_errors(self._tokenizer.decoder)
-        self.token_bytes = functools.cache(self._token_bytes)
-
-    def encode(self, text, *, special=False):
-        """[n] int32 ids; with those that the file puts around a text if `special`.
-
-        Raises:
-            InputError: half a surrogate pair.
-        """
-        check_text(text)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
-
-    @functools.cached_property
-    def start_ids(self):
-        found = self._tokenizer.encode("a", add_special_tokens=True)
-        own = [n for n, is_special in enumerate(found.special_tokens_mask) if not is_special]
-        return tuple(found.ids[: own[0]]) if own else ()
-
-    def decode(self, ids):
-        """Text of integer ids; ids that the vocabulary lacks are left out."""
-        text = self.decode_as_is(ids)
-        return clean_up(text) if self.cleans_up else text
-
-    def decode_as_is(self, ids):
-        """Text before it is cleaned up."""
-        ids = [i for i in np.asarray(ids).ravel().tolist() if i >= 0]
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def token_text(self, i):
-        """A token as the vocabulary spells it; None for None or an unknown id."""
-        return None if i is None else self._tokenizer.id_to_token(i)
-
-    def _token_bytes(self, i):
-        token = self._tokenizer.id_to_token(i) if i >= 0 else None
-        if token is None and self.byte_errors:
-            return b""  # decoding passes over it
-        if self.byte_errors == "replace":
-            known = all(letter in _BYTE_OF_LETTER for letter in token)
-            return bytes(map(_BYTE_OF_LETTER.get, token)) if known else token.encode()
-        is_byte = self.byte_errors == "whole" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
-        return bytes.fromhex(token[3:5]) if is_byte else None
-
-    def to_dict(self):
-        more = {"cleans_up": self.cleans_up, "chat_template": self.chat_template}
-        more = {name: value for name, value in more.items() if value}
-        return {"kind": self.kind, "json": self.text} | more | self.special.stored()
-
-
-def clean_up(text):
-    """Text without the spaces that word-piece tokenizers leave, as transformers removes them."""
-    for wrong in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(wrong, wrong.strip())
-    return text
-
-
-def _byte_errors(decoder):
-    """Tokenizer.byte_errors of a decoder of the tokenizers package."""
-    if decoder is None:
-        return None
-    state = json.loads(decoder.__getstate__())
-    kinds = {part["type"] for part in state.get("decoders", [state])}
-    if "ByteLevel" in kinds:
-        return "replace" if kinds <= {"ByteLevel", "Fuse"} else "unknown"
-    return "whole" if "ByteFallback" in kinds else None
-
-
-def _byte_of_letter():
-    """Letter -> byte: byte-level vocabularies write bytes that do not print as U+0100 and up."""
-    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(prints))
-    letters = {chr(byte): byte for byte in prints}
-    return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _byte_of_letter()
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
-
-
 class IdTokenizer(Tokenizer):
     """For a model without its tokenizer: text is ids in decimal, such as "17 4 2"."""
 
@@ -287,6 +113,145 @@ class IdTokenizer(Tokenizer):
 
     def to_dict(self):
         return {"kind": self.kind, "vocab_size": self.vocab_size} | self.special.stored()
+
+
+def read_tokenizer(path, folder, vocab_size):
+    """The tokenizer in a file, with the special ids that its folder and the model's tell.
+
+    Args:
+        path: a tokenizer.json or an RWKV vocabulary file; None for a model without.
+        folder: the model's, see `model_ids`.
+        vocab_size: ids of the model.
+
+    Raises:
+        InputError: a file cannot be read, or tells what cannot be.
+    """
+    of_model = model_ids(folder, vocab_size)
+    if path is None:
+        return IdTokenizer(vocab_size, of_model)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix != ".json":
+            return WorldTokenizer(WorldTokenizer.pack(text), of_model)
+        return _read_hugging_face(text, tokenizer_settings(Path(path).parent), of_model, vocab_size)
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(
+            f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
+        ) from error
+
+
+def _read_hugging_face(text, settings, of_model, vocab_size):
+    plain = HuggingFaceTokenizer(text)
+    text = plain.with_tokens(settings)
+    if plain.vocab_size <= vocab_size < HuggingFaceTokenizer(text).vocab_size:
+        text = plain.text  # a token such as <pad> that the model has no embedding for
+    more = {"chat_template": settings.get("chat_template")}
+    # As in transformers, which found that it spoils the text of BPE.
+    more["cleans_up"] = bool(settings.get("clean_up_tokenization_spaces")) and not plain.is_bpe
+    tokenizer = HuggingFaceTokenizer(text, **more)
+    own = [tokenizer.token_id(_content(settings.get(f"{name}_token"))) for name in _NAMED]
+    either = [theirs if mine is None else mine for mine, theirs in zip(own, of_model)]
+    return HuggingFaceTokenizer(text, SpecialIds(*either, stop=of_model.stop), **more)
+
+
+def model_ids(folder, vocab_size) -> SpecialIds:
+    """What config.json and generation_config.json, which comes first, tell of special ids.
+
+    Negative ids mean none.
+
+    Raises:
+        InputError: a file is no JSON object, an end-of-text id is no id of the model.
+    """
+    config = _read_object(Path(folder) / "config.json")
+    found = config | _read_object(Path(folder) / "generation_config.json")
+
+    def ids_of(name):
+        value = found.get(f"{name}_token_id")
+        values = value if isinstance(value, list) else [value]
+        for i in values:
+            if not (i is None or type(i) is int):
+                raise InputError(f"{folder}: {name}_token_id={value!r} must be ids or null")
+        return [i for i in values if i is not None and i >= 0]
+
+    ends = ids_of("eos")
+    for i in ends:
+        if i >= vocab_size:
+            raise InputError(
+                f"{folder}: eos_token_id={i} must be below the {vocab_size} ids of the model; "
+                "correct it in config.json and generation_config.json, or write null"
+            )
+    first = lambda name: next((i for i in ids_of(name) if i < vocab_size), None)
+    return SpecialIds(first("bos"), first("eos"), first("pad"), tuple(ends))
+
+
+def tokenizer_settings(folder) -> dict:
+    """tokenizer_config.json with what the older special_tokens_map.json and the newer
+    chat_template.jinja add; {} where there is none of them."""
+    folder = Path(folder)
+    settings = _read_object(folder / "tokenizer_config.json")
+    if not settings.get("added_tokens_decoder"):
+        settings |= _read_object(folder / "special_tokens_map.json")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of {"name": ..., "template": ...}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    return settings | {"chat_template": template if isinstance(template, str) else None}
+
+
+def export_ids(tokenizer) -> dict:
+    """The fields of config.json and generation_config.json for a tokenizer's special ids.
+
+    Written even where there are none: transformers' configurations have numbers for defaults, which
+    would be ordinary characters here.
+    """
+    ends = list(tokenizer.stop_ids)
+    return {
+        "bos_token_id": tokenizer.special.bos,
+        "eos_token_id": ends if len(ends) > 1 else (ends or [None])[0],
+        "pad_token_id": tokenizer.special.pad,
+    }
+
+
+def export_files(tokenizer) -> dict[str, str]:
+    """Name -> content of the files that tell other libraries of a tokenizer."""
+    files = {"generation_config.json": json.dumps(export_ids(tokenizer), indent=2) + "\n"}
+    if tokenizer.kind == WorldTokenizer.kind:
+        files[WORLD_FILE] = tokenizer.text
+    if tokenizer.kind == HuggingFaceTokenizer.kind:
+        names = dict(zip(_NAMED, map(tokenizer.token_text, tokenizer.special)))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}  # else that of the model's type
+        settings |= {f"{name}_token": text for name, text in names.items() if text is not None}
+        settings["clean_up_tokenization_spaces"] = tokenizer.cleans_up
+        if tokenizer.chat_template:
+            settings["chat_template"] = tokenizer.chat_template
+        files["tokenizer.json"] = tokenizer.text
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    return files
+
+
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+_NAMED = ("bos", "eos", "pad")  # in the order of SpecialIds
+
+
+def _content(token):
+    """The text of a token in tokenizer_config.json: a string, an object, or null."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_object(path) -> dict:
+    """The object in a JSON file; {} if there is no file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON object ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object but a {type(content).__name__}")
+    return content
 
 
 PRETRAINED = {t.kind: t for t in (WorldTokenizer, HuggingFaceTokenizer, IdTokenizer)}

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.data.corpora import replace_file
-from gt_jax.data.pretrained import PRETRAINED, SpecialIds, Tokenizer, check_text
+from gt_jax.data.pretrained import PRETRAINED
 from gt_jax.errors import InputError, did_you_mean
 
 

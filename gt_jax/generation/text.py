@@ -8,7 +8,7 @@ import codecs
 import itertools
 from collections import deque
 
-from gt_jax.data.pretrained import clean_up
+from gt_jax.data.hugging_face import clean_up
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

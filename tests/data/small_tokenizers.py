@@ -6,8 +6,15 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizer.json needs it")
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
-from tokenizers import processors, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXT = "the cat sat on the mat. don't you, it's fine! 你好 été " * 20
 
@@ -21,7 +28,9 @@ def byte_level():
     made.train_from_iterator(
         [TEXT],
         trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet,
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=alphabet,
             show_progress=False,
         ),
     )

@@ -125,7 +125,7 @@ def test_stop_strings_end_text_and_ids_alike_at_every_burst(kind):
     text = tokenizer.decode(ids)
     for _ in range(60):
         starts = rng.integers(1, len(text), 3)
-        stop = tuple(text[s : s + int(rng.integers(1, 9))] for s in starts) + ("cat the dog",)
+        stop = (*tuple(text[s : s + int(rng.integers(1, 9))] for s in starts), "cat the dog")
         expected = None
         for chunk in (1, 2, 3, 7, 64):
             found = streamed(tokenizer, [], ids, chunk, stop)
