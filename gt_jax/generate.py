@@ -42,10 +42,25 @@ def generate(model, params, prompt, **settings) -> Iterator[int]:
     return (token for piece in pieces for token in piece.tokens)
 
 
-def encode_prompt(tokenizer, text: str, name: str) -> np.ndarray:
-    """Token ids [T] of a prompt; InputError naming the characters the vocabulary lacks."""
+def encode_prompt(tokenizer, text: str, name: str, *, after: str | None = None) -> np.ndarray:
+    """Token ids [T] of a prompt, int32.
+
+    Args:
+        tokenizer, text: the prompt.
+        name: of the prompt in messages.
+        after: the text that it continues; None for the first, which begins with the tokenizer's
+            start_ids.
+
+    Raises:
+        InputError: the vocabulary lacks characters; the message names them.
+    """
     try:
-        ids = tokenizer.encode(text)
+        if after is None:
+            ids, start = tokenizer.encode(text), list(tokenizer.start_ids)
+            begun = ids[: len(start)].tolist() == start
+            ids = ids if begun else np.array([*start, *ids], np.int32)
+        else:
+            ids = tokenizer.encode_after(text, after)
     except InputError as error:
         raise InputError(f"{name}={text!r}: {error}") from error
     unknown = sorted(set(text) - set(tokenizer.decode(ids)))
@@ -87,14 +102,16 @@ def main(argv):
 
     unread = []  # what the model wrote since `context`
     if flags.prompt is not None:
-        ids = encode_prompt(tokenizer, flags.prompt, "--prompt")
+        so_far = tokenizer.decode(context.waiting) if context else None
+        ids = encode_prompt(tokenizer, flags.prompt, "--prompt", after=so_far)
         context, unread = speak(context, ids, echo=flags.prompt, seed=flags.seed, **settings)
     else:
         for turn, line in enumerate(_typed_lines()):
             so_far = tokenizer.decode([*(context.waiting if context else ()), *unread])
             separator = "\n" if line and so_far and not so_far.endswith("\n") else ""
+            after = so_far if context else None
             try:
-                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt")]
+                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt", after=after)]
                 context, unread = speak(context, ids, seed=flags.seed + turn, **settings)
             except InputError as error:
                 print("error:", error, file=sys.stderr)

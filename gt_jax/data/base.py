@@ -51,6 +51,10 @@ class Tokenizer:
         """Ids that end what is generated."""
         return tuple(dict.fromkeys(i for i in (self.eos_id, *self.special.stop) if i is not None))
 
+    def encode_after(self, text, before):
+        """[n] int32 ids of a text that follows another; `before` is the end of that."""
+        return self.encode(text)
+
     def token_bytes(self, i):
         """The bytes of token i, or None if it is text of its own."""
         return None

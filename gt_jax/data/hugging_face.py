@@ -36,6 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the package raises bare Exceptions
             raise InputError(f"tokenizer.json cannot be read ({error})") from error
+        self.pads_with = (self._tokenizer.padding or {}).get("pad_token")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.text, self.cleans_up, self.chat_template = json, cleans_up, chat_template
@@ -54,21 +55,35 @@ class HuggingFaceTokenizer(Tokenizer):
         check_text(text)
         return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
+    def encode_after(self, text, before):
+        """[n] int32 ids of a text that follows another; `before` is the end of that.
+
+        Many tokenizers put a space before every text, which must not come between the two.
+        """
+        for first in (before[-1:], "a", "\n"):
+            first_ids, both = self.encode(first), self.encode(first + text)
+            if len(first_ids) and np.array_equal(both[: len(first_ids)], first_ids):
+                return both[len(first_ids) :]
+        return self.encode(text)
+
     @functools.cached_property
     def start_ids(self):
         found = self._tokenizer.encode("a", add_special_tokens=True)
         own = [n for n, is_special in enumerate(found.special_tokens_mask) if not is_special]
         return tuple(found.ids[: own[0]]) if own else ()
 
-    def decode(self, ids):
-        """Text of integer ids; ids that the vocabulary lacks are left out."""
-        text = self.decode_as_is(ids)
+    def decode(self, ids, *, special=True):
+        """Text of integer ids; ids that the vocabulary lacks are left out.
+
+        Special tokens are left out too unless `special`.
+        """
+        text = self.decode_as_is(ids, special=special)
         return clean_up(text) if self.cleans_up else text
 
-    def decode_as_is(self, ids):
+    def decode_as_is(self, ids, *, special=True):
         """Text before it is cleaned up."""
         ids = [i for i in np.asarray(ids).ravel().tolist() if i >= 0]
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     @property
     def is_bpe(self):

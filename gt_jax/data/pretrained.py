@@ -142,6 +142,7 @@ def read_tokenizer(path, folder, vocab_size):
 
 def _read_hugging_face(text, settings, of_model, vocab_size):
     plain = HuggingFaceTokenizer(text)
+    settings = {"pad_token": plain.pads_with} | settings
     text = plain.with_tokens(settings)
     if plain.vocab_size <= vocab_size < HuggingFaceTokenizer(text).vocab_size:
         text = plain.text  # a token such as <pad> that the model has no embedding for

@@ -216,7 +216,9 @@ class _Work:
     def __init__(self, index, request, context, tokenizer):
         self.index, self.request = index, request
         self.left = request.max_tokens
-        self.out = tokenizer and TextOut(tokenizer, context.waiting, request.stop)
+        prompt = request.prompt  # More of it tells whether it ends inside a character.
+        before = context.waiting if isinstance(prompt, Context) else prompt[-PIECES[0] :]
+        self.out = tokenizer and TextOut(tokenizer, before, request.stop)
 
     def take(self, tokens, log_probabilities):
         ends = [n for n, token in enumerate(tokens) if token in self.request.stop_ids]
