@@ -7,10 +7,18 @@ import pytest
 from gt_jax.data import encode_corpus, tokenizer_from_dict
 from gt_jax.data.corpora import Corpus
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
-from gt_jax.data.pretrained import IdTokenizer, SpecialIds, model_ids, read_tokenizer
+from gt_jax.data.pretrained import (
+    IdTokenizer,
+    SpecialIds,
+    export_files,
+    export_ids,
+    model_ids,
+    read_tokenizer,
+)
+from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.generate import encode_prompt
-from gt_jax.harness import start_id
+from gt_jax.harness import render_chat, start_id
 
 small_tokenizers = pytest.importorskip("tests.data.small_tokenizers")
 TEXTS = (
@@ -130,3 +138,51 @@ def test_half_a_surrogate_pair_is_an_error_of_one_line():
     tokenizer = HuggingFaceTokenizer(small_tokenizers.byte_level().to_str())
     with pytest.raises(InputError, match="half a surrogate pair"):
         tokenizer.encode("a\ud83d")
+
+
+def test_exports_tell_the_tokenizers_own_ids_or_null(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    assert export_ids(CharTokenizer("abc")) == none
+    assert json.loads(export_files(CharTokenizer("abc"))["generation_config.json"]) == none
+    text = small_tokenizers.unigram().to_str()
+    tokenizer = HuggingFaceTokenizer(text, SpecialIds(None, 1, None, (1, 5)))
+    files = export_files(tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mamba2"} | export_ids(tokenizer))
+    )
+    for read in (transformers.AutoConfig, transformers.GenerationConfig):
+        found = read.from_pretrained(tmp_path)
+        assert found.eos_token_id == [1, 5]
+        assert found.bos_token_id is None and found.pad_token_id is None
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        theirs.eos_token_id == 1
+        and theirs.encode("the cat") == tokenizer.encode("the cat").tolist()
+    )
+
+
+def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    template = (
+        "{{ bos_token }}{% for message in messages %}\n"
+        "{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ message.role }}] {{ message.content | tojson }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    folder = folder_of(tmp_path, small_tokenizers.byte_fallback(), settings)
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "été <b>"}, {"role": "assistant", "content": "x"}]
+    for prompted in (True, False):
+        expected = theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompted
+        )
+        assert render_chat(tokenizer, messages, prompted) == expected
+    with_system = [{"role": "system", "content": "be kind"}, *messages]
+    assert render_chat(tokenizer, with_system) == render_chat(tokenizer, messages)
+    with pytest.raises(InputError, match="has no template"):
+        render_chat(CharTokenizer("ab"), messages)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gt_jax.data import Corpus, encode_corpus, load_corpus, make_tokenizer, tokenizer_from_dict
+from gt_jax.data.tokenizers import CharTokenizer, train_sentencepiece
 from gt_jax.errors import InputError
 
 PRINTABLE = Corpus("printable", (string.printable,), ("ǅ漢😀",))
