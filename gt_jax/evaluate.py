@@ -21,7 +21,7 @@ from gt_jax import checkpoint, cli
 from gt_jax.config import from_config_dict
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
 from gt_jax.errors import InputError
-from gt_jax.scoring import loss_unit, position_limit, score, windows
+from gt_jax.scoring import check_ids, loss_unit, position_limit, score, windows
 from gt_jax.training.step import make_eval_step
 from gt_jax.training.text import read_text
 
@@ -171,6 +171,7 @@ def main(argv):
         name = flags.source
         documents = read_documents(name, flags.field or (config.data.field if config else "text"))
         tokens = encode_documents(documents, tokenizer, name)
+    check_ids(model, tokens)
 
     if flags.source is None and flags.seq_len is None and flags.stride is None:
         nats, targets, how = _as_trained(model, params, tokens, train)

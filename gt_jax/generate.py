@@ -69,21 +69,22 @@ def main(argv):
     settings = {name: flags[name].value for name in names} | {"stop": tuple(flags.stop)}
     Request([], seed=flags.seed, **settings)  # a mistake is found before the long load
     model, params, tokenizer = load(flags.checkpoint)
-    if tokenizer.eos_id is not None:
-        settings["stop_ids"] = (tokenizer.eos_id,)
+    settings["stop_ids"] = tokenizer.stop_ids
     context = load_context(flags.state, model, params) if flags.state else None
     speak = functools.partial(_speak, model, params, tokenizer, show_speed=flags.stats)
 
     unread = []  # what the model wrote since `context`
     if flags.prompt is not None:
-        ids = encode_prompt(tokenizer, flags.prompt, "--prompt")
+        so_far = tokenizer.decode(context.waiting) if context else None
+        ids = encode_prompt(tokenizer, flags.prompt, "--prompt", after=so_far)
         context, unread = speak(context, ids, echo=flags.prompt, seed=flags.seed, **settings)
     else:
         for turn, line in enumerate(_typed_lines()):
             so_far = tokenizer.decode([*(context.waiting if context else ()), *unread])
             separator = "\n" if line and so_far and not so_far.endswith("\n") else ""
+            after = so_far if context else None
             try:
-                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt")]
+                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt", after=after)]
                 context, unread = speak(context, ids, seed=flags.seed + turn, **settings)
             except InputError as error:
                 print("error:", error, file=sys.stderr)

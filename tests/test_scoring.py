@@ -111,3 +111,14 @@ def test_no_texts_give_no_scores():
     small = small_model("gru", layers=1)
     assert score(small.model, small.params, []) == []
     assert continue_greedily(small.model, small.params, [], max_tokens=3) == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 10_000])
+def test_id_outside_the_vocabulary_is_named(wrong):
+    small = small_model("gru", layers=1)
+    ids, size = np.array([1, wrong, 2]), small.model.config.vocab_size
+    message = f"token id {wrong} is outside the model's vocabulary of {size} ids"
+    with pytest.raises(InputError, match=message):
+        score(small.model, small.params, [(ids[:1], ids[1:])])
+    with pytest.raises(InputError, match=message):
+        continue_greedily(small.model, small.params, [ids], max_tokens=3)

@@ -6,13 +6,12 @@ from pathlib import Path
 from gt_jax import checkpoint
 from gt_jax.convert import files, foreign, mamba2, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
-from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
+from gt_jax.data.pretrained import WORLD_FILE, export_files, export_ids, read_tokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
 
 LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
-TOKENIZER_FILES = {"huggingface": "tokenizer.json", "rwkv-world": WORLD_FILE}
+TOKENIZER_FILES = ("tokenizer.json", WORLD_FILE)
 
 
 def import_model(source, target, *, tokenizer=None) -> str:
@@ -104,9 +103,12 @@ def export_model(source, target, *, layout: str) -> str:
         if weights is None:
             files.write(unfinished, arrays)
         else:
-            files.write_folder(unfinished, weights, arrays, LAYOUTS[layout].config(config))
-            if tokenizer.kind in TOKENIZER_FILES:
-                (unfinished / TOKENIZER_FILES[tokenizer.kind]).write_text(tokenizer.text, "utf-8")
+            theirs = LAYOUTS[layout].config(config)
+            if "model_type" in theirs:  # read by transformers
+                theirs |= export_ids(tokenizer)
+            files.write_folder(unfinished, weights, arrays, theirs)
+            for name, text in export_files(tokenizer).items():
+                (unfinished / name).write_text(text, "utf-8")
     return f"{_describe(config)}, written as {layout}: {target}"
 
 
@@ -137,43 +139,20 @@ def _describe(config):
 
 def _find_tokenizer(wanted, folder: Path, config):
     """As `import_model` says of its argument."""
-    if wanted == "ids":
-        return IdTokenizer(config.vocab_size)
-    beside = [folder / name for name in TOKENIZER_FILES.values()]
+    beside = [folder / name for name in TOKENIZER_FILES]
     path = Path(wanted) if wanted else next((p for p in beside if p.is_file()), None)
     if path is None and (config.architecture, config.vocab_size) == ("rwkv6", 65536):
         package = importlib.util.find_spec("rwkv")
         path = package and Path(package.origin).parent / WORLD_FILE
-    if path is None:
-        return IdTokenizer(config.vocab_size)
-    try:
-        if not path.is_file():
-            raise InputError("there is no such file")
-        text = path.read_text(encoding="utf-8")
-        is_json = path.suffix == ".json"
-        tokenizer = (
-            HuggingFaceTokenizer(text) if is_json else WorldTokenizer(WorldTokenizer.pack(text))
-        )
-    except (OSError, UnicodeDecodeError, InputError) as error:
-        raise InputError(
-            f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
-        ) from error
-    token, largest = _largest_id(tokenizer)
+    if wanted == "ids":
+        path = None
+    tokenizer = read_tokenizer(path, folder, config.vocab_size)
+    largest = tokenizer.vocab_size - 1
     if largest >= config.vocab_size:
+        token = settings.shown(tokenizer.token_text(largest))
         raise InputError(
-            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: its "
-            f"{token} is {largest}; give the model's own with --tokenizer=FILE, or do without "
+            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: its {token} "
+            f"is {largest}; give the model's own with --tokenizer=FILE, or do without "
             "with --tokenizer=ids"
         )
     return tokenizer
-
-
-def _largest_id(tokenizer) -> tuple[str, int]:
-    """A tokenizer's token of the largest id, as messages quote it, and the id."""
-    if tokenizer.kind != "huggingface":
-        return "last", tokenizer.vocab_size - 1
-    import tokenizers
-
-    ids = tokenizers.Tokenizer.from_str(tokenizer.text).get_vocab(with_added_tokens=True)
-    token = max(ids, key=ids.get, default="")
-    return settings.shown(token), ids.get(token, -1)

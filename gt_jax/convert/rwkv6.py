@@ -192,8 +192,6 @@ def _hugging_face_config(c):
         "num_hidden_layers": c.layers,
         "head_size": c.head_dim,
         "rescale_every": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
         "torch_dtype": "float32",
     } | HUGGING_FACE_WANTED
 

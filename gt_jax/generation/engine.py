@@ -195,7 +195,9 @@ class _Job:
         if not isinstance(self.context, Context):
             self.context = start_prefill(model, params, self.context)
         self.left = request.max_tokens
-        self.out = tokenizer and TextOut(tokenizer, self.context.waiting, request.stop)
+        prompt = request.prompt  # More of it tells whether it ends inside a character.
+        before = prompt.waiting if isinstance(prompt, Context) else prompt[-PREFILL_CHUNKS[0] :]
+        self.out = tokenizer and TextOut(tokenizer, before, request.stop)
 
     def take(self, tokens, log_probabilities):
         """The Delta of tokens drawn; a Failure where they cannot become text."""

@@ -76,9 +76,8 @@ def parse(data: bytes, model, tokenizer, max_tokens: int) -> Ask:
             f"max_tokens={brief(settings['max_tokens'])} must be at most {max_tokens}",
         )
     prompt = _prompt_ids(body.get("prompt", ""), tokenizer)
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     stop = _stop_strings(settings.pop("stop", []))
-    request = Request(prompt, **settings, stop=stop, stop_ids=ends)
+    request = Request(prompt, **settings, stop=stop, stop_ids=tokenizer.stop_ids)
     check_request(model, request, tokenizer)
     streams = body.get("stream", False)
     usage = _include_usage(body.get("stream_options"), streams)
