@@ -23,7 +23,7 @@ from gt_jax.config import Config, flatten
 from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.models.fusion import logit
+from gt_jax.models.fusion import default_share, gate_parameters
 from gt_jax.train import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step, summed_loss
@@ -32,9 +32,6 @@ _OPTIM = ("lr", "min_lr_ratio", "warmup_steps", "weight_decay")
 # Config fields in which the runs of one program may differ.
 SWEEPABLE = ("model.gate_init", *(f"optim.{field}" for field in _OPTIM))
 SWEEPABLE += tuple(f"optim.lr_multipliers.{part}" for part in ("rwkv", "mamba", "gate"))
-
-# Weight of the RWKV branch that a fusion starts from where model.gate_init is None.
-GATES = {"hy": 0.7, "gf": 0.5, "ws": 0.5, "hgf": 0.5}
 
 # Runs side by side beyond which a large GPU would gain nothing.
 FULL = 32
@@ -113,12 +110,15 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
     for name, (config, task) in arms.items():
         model_config = make_model_config(config, task.vocab_size)
         defaults = {f: v for f, v in flatten(dataclasses.asdict(config)).items() if f in SWEEPABLE}
-        gated = model_config.architecture == "hybrid" and model_config.fusion in GATES
+        make_model(model_config)  # refuses what cannot be
+        gated = has_gate(model_config)
         if "model.gate_init" in sweep and not gated:
             raise InputError(f"model.gate_init cannot be swept for {name}, which has no gate")
         if gated:
             share = model_config.gate_init
-            defaults["model.gate_init"] = GATES[model_config.fusion] if share is None else share
+            if share is None:
+                share = default_share(model_config.fusion)
+            defaults["model.gate_init"] = share
             model_config = dataclasses.replace(model_config, gate_init=None)
         shared = _with_values(config, dict.fromkeys(SWEEPABLE))
         model = (shared.model.rwkv_dropout_start, shared.model.rwkv_dropout_end)
@@ -130,6 +130,14 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
             {field: point.get(field, defaults[field]) for field in SWEEPABLE} for point in points
         )
     return list(programs.values())
+
+
+def has_gate(model_config: ModelConfig) -> bool:
+    """Whether model.gate_init decides anything in this model."""
+    if model_config.architecture != "hybrid":
+        return False
+    share = default_share(model_config.fusion)
+    return share is not None and bool(gate_parameters(model_config, share))
 
 
 def compiler_options(compile_fast: bool) -> dict:
@@ -148,24 +156,29 @@ def _with_values(config: Config, values: Mapping) -> Config:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
 
 
-def _arrays(values: Sequence[Mapping]) -> dict[str, np.ndarray]:
-    """[runs] float32 by field, and by name what a gate's parameters start from."""
-    arrays = {f: [v[f] for v in values] for f in SWEEPABLE if f != "model.gate_init"}
+def _arrays(model_config: ModelConfig, values: Sequence[Mapping]) -> dict:
+    """[runs] float32 by field, and as "gates" what the gates' parameters of the runs start from."""
+    fields = (field for field in SWEEPABLE if field != "model.gate_init")
+    arrays = {field: np.asarray([v[field] for v in values], np.float32) for field in fields}
     shares = [v["model.gate_init"] for v in values]
     if shares[0] is not None:
-        arrays |= {"bias": list(map(logit, shares)), "alpha": shares, "rwkv_gain": shares}
-        arrays["mamba_gain"] = [1 - share for share in shares]
-    return {name: np.asarray(x, np.float32) for name, x in arrays.items()}
+        starts = {share: gate_parameters(model_config, share) for share in set(shares)}
+        arrays["gates"] = {
+            path: np.stack([starts[share][path] for share in shares]) for path in starts[shares[0]]
+        }
+    return arrays
 
 
 def _set_gates(params, values):
     """Parameters with the gate of every block as in `values`, if they are there."""
+    gates = values.get("gates", {})
 
     def value(path, leaf):
-        *_, part, name = (key.key for key in path)
-        return jnp.full_like(leaf, values[name]) if part == "fusion" and name in values else leaf
+        names = tuple(key.key for key in path)
+        within = names[names.index("fusion") + 1 :] if "fusion" in names else None
+        return gates.get(within, leaf)
 
-    return jax.tree_util.tree_map_with_path(value, params) if "bias" in values else params
+    return jax.tree_util.tree_map_with_path(value, params)
 
 
 def functions(program: Program):
@@ -259,7 +272,7 @@ def inputs_of(program: Program, which: slice, group: int):
     seeds, values = seeds + seeds[-1:] * missing, values + values[-1:] * missing
     data = sorted({point["seed"] for point in program.points})  # for every group, so of one shape
     of_run = np.array([data.index(seed) for seed in seeds], np.int32)
-    return np.array(seeds, np.uint32), _arrays(values), of_run, data
+    return np.array(seeds, np.uint32), _arrays(program.model_config, values), of_run, data
 
 
 def bursts(config: Config) -> list[int]:
