@@ -1,12 +1,13 @@
 """What the original project published about these models, and what our measurements say of it.
 
-A claim is judged by a rule (lab/rules.py) from measures that experiments wrote, never by
-hand. Results of --quick do not count.
+A claim is judged by a rule (lab/rules.py) from measures that questions wrote (lab/measures.py),
+never by hand. Results of --quick do not count.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from experiments.lab import measures
 from experiments.lab.rules import (
     NotMeasured,
     Verdict,
@@ -31,7 +32,7 @@ class Claim(NamedTuple):
         source: where it is said.
         results: names of the results that answer it.
         rule: how the verdict follows from our numbers.
-        judge: (name of a result, name of a measure) -> value, as an argument -> Verdict.
+        judge: takes a function of a Measure that gives its value -> Verdict.
     """
 
     id: str
@@ -50,7 +51,8 @@ def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
         found: name -> result of lab/results.py's read; what is not there is not measured.
     """
 
-    def measure(name, key):
+    def value_of(measure):
+        name, key = measure
         if name not in found:
             raise NotMeasured(f"not measured: there is no result {name}")
         if found[name]["quick"]:
@@ -63,7 +65,7 @@ def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
     verdicts = []
     for claim in CLAIMS:
         try:
-            verdicts.append((claim, claim.judge(measure)))
+            verdicts.append((claim, claim.judge(value_of)))
         except NotMeasured as error:
             verdicts.append((claim, Verdict("undecided", because=str(error))))
     return verdicts
@@ -153,44 +155,42 @@ CLAIMS = (
         "A gate that starts at 0.3 learns to sit at 0.7.",
         "0.70",
         "validation report, S0",
-        *within("ratio", "final gate GF-MH 0.3 at 3e-4", 0.6, 0.8),
+        *within(measures.FINAL_GATE, 0.6, 0.8),
     ),
     Claim(
         "gradient-ratio",
         "Under GF-MH, RWKV's gradient is a tenth of Mamba's.",
         "norm ratio 0.10 to 0.27",
         RANKING,
-        *within("ratio-legacy", "R/M gradient ratio GF-MH 0.3 at 3e-4", 0.05, 0.3),
+        *within(measures.GRADIENT_RATIO, 0.05, 0.3),
     ),
     Claim(
         "lower-with-ratio",
         "The smaller RWKV's gradient is beside Mamba's, the lower the loss.",
         "ranking of eight runs",
         RANKING,
-        *within("ratio", "rank correlation of loss and R/M at 3e-4", 0.5, None),
+        *within(measures.LOSS_AND_GRADIENT_RATIO, 0.5, None),
     ),
     Claim(
         "mamba-share",
         "Mamba contributes next to nothing to a hybrid.",
         "below 0.3 % (state norms of an untrained model)",
         "graduation tests, tasks 55 and 58",
-        *unlike("paradox", "Mamba share, published", "Mamba share, trained", None, 0.01),
+        *unlike(measures.MAMBA_SHARE_PUBLISHED, measures.MAMBA_SHARE, None, 0.01),
     ),
     Claim(
         "mamba-removed",
         "A trained hybrid would not miss its Mamba branch.",
         "0.1 % in an ablation that ablated nothing",
         "graduation tests, task 58",
-        *within("paradox", "loss added without Mamba", -0.01, 0.02, unit=" nats"),
+        *within(measures.LOSS_WITHOUT_MAMBA, -0.01, 0.02, unit=" nats"),
     ),
     Claim(
         "mamba-gradients",
         "Mamba's gradients are ten times RWKV's: one half of the Mamba paradox.",
         "0.0412 against 0.0042, one random batch at initialisation",
         "README, gate G4",
-        *unlike(
-            "paradox", "gradient Mamba / RWKV, untrained", "gradient Mamba / RWKV, trained", 3, 30
-        ),
+        *unlike(measures.MAMBA_GRADIENT_PUBLISHED, measures.MAMBA_GRADIENT, 3, 30),
     ),
     Claim(
         "two-kinds",
@@ -207,14 +207,14 @@ CLAIMS = (
         "GF-MH equals GPT-2 on subword text.",
         "loss ratio 1.008 after 300 steps, at 6.8 nats",
         "README, task 62",
-        *within("parity", "loss ratio GF-MH / GPT-2, pieces", 0.95, 1.05),
+        *within(measures.GPT2_RATIO_PIECES, 0.95, 1.05),
     ),
     Claim(
         "gpt2-characters",
         "GF-MH beats GPT-2 on characters.",
         "loss ratio 0.927 after 200 steps",
         "experiment 001",
-        *within("parity", "loss ratio GF-MH / GPT-2, characters", None, 0.95),
+        *within(measures.GPT2_RATIO_CHARACTERS, None, 0.95),
     ),
     Claim(
         "gpt2-size",
@@ -231,69 +231,49 @@ CLAIMS = (
         "GF-MH trains 4.5 times slower than GPT-2.",
         "4.5 x (task 62); 2.1 to 5.1 x forward (observation 18)",
         "README 2",
-        *within("throughput", "training speed GPT-2 / GF-MH", 3, 6),
+        *within(measures.GPT2_SPEED, 3, 6),
     ),
     Claim(
         "variance",
         "State-space models keep the variance of their blocks: GPT grows 142 times more than RWKV.",
         "782 x for GPT against 5.5 x for RWKV-6 (standard deviations)",
         "README 2, Phase 0",
-        *unlike(
-            "characterize",
-            "growth GPT / RWKV-6, unmatched",
-            "growth GPT / RWKV-6, matched",
-            30,
-            None,
-        ),
+        *unlike(measures.GROWTH_GPT_PUBLISHED, measures.GROWTH_GPT, 30, None),
     ),
     Claim(
         "variance-mamba",
         "Mamba-2 keeps the variance of its blocks better than RWKV-6.",
         "2.0 x against 5.5 x",
         "README 2, Phase 0",
-        *unlike(
-            "characterize",
-            "growth RWKV-6 / Mamba-2, unmatched",
-            "growth RWKV-6 / Mamba-2, matched",
-            1.5,
-            None,
-        ),
+        *unlike(measures.GROWTH_MAMBA_PUBLISHED, measures.GROWTH_MAMBA, 1.5, None),
     ),
     Claim(
         "saturation",
         "RWKV-6 saturates its output: one token takes all the probability.",
         "15.6 % of positions above 0.99",
         "README 2, Phase 0",
-        *unlike(
-            "characterize", "saturated RWKV-6, unmatched", "saturated RWKV-6, matched", 0.05, None
-        ),
+        *unlike(measures.SATURATED_PUBLISHED, measures.SATURATED, 0.05, None),
     ),
     Claim(
         "long-context",
         "Perplexity hardly rises when the context is 512 tokens instead of 64.",
         "1.04 x (random tokens, untrained model)",
         "README 2, task 60",
-        *within("context", "perplexity ratio 512 / 64", None, 1.1),
+        *within(measures.LONG_CONTEXT, None, 1.1),
     ),
     Claim(
         "context-gain",
         "A context of 64 characters instead of 8 lowers perplexity by a fifth to two fifths.",
         "21 to 43 % (positions without context counted in)",
         "LRD test",
-        *unlike(
-            "context",
-            "perplexity gain 8 to 64, as published",
-            "perplexity gain 8 to 64",
-            0.21,
-            0.43,
-        ),
+        *unlike(measures.CONTEXT_GAIN_PUBLISHED, measures.CONTEXT_GAIN, 0.21, 0.43),
     ),
     Claim(
         "state-norms",
         "RWKV's state dwarfs Mamba's: nearly all of the memory's norm is RWKV's.",
         "99.8 % of the norm; variances 108 583 : 1 (a random stand-in)",
         "diagnostics D3 and S4",
-        *within("states", "RWKV share of state norms", 0.98, None),
+        *within(measures.STATE_SHARE, 0.98, None),
     ),
     Claim(
         "state-persistence",
@@ -311,7 +291,7 @@ CLAIMS = (
         "A character model cannot find a needle in its context.",
         "0 % (the needle was never in the prompt)",
         "task 21",
-        *within("needle", "needle accuracy GF-MH", None, 0.05),
+        *within(measures.NEEDLE, None, 0.05),
     ),
     Claim(
         "mamba-rate",
@@ -353,6 +333,6 @@ CLAIMS = (
         "Subword text balances the branches: R/M rises.",
         "0.20 to 0.46 against 0.08 to 0.11",
         "observation 12",
-        *within("interventions", "R/M gradient ratio, pieces / characters", 1.5, 6),
+        *within(measures.PIECES_GRADIENT_RATIO, 1.5, 6),
     ),
 )

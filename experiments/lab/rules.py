@@ -6,14 +6,15 @@
     undecided    neither can be said, for the reason given
 
 "Better" means a difference between runs with the same seeds whose corrected 95 % interval leaves
-out zero (lab/statistics.py). A judge takes measure(name of a result, name of a measure),
-which raises NotMeasured for what is not there.
+out zero (lab/statistics.py). A judge takes value_of(a Measure of lab/measures.py), which raises
+NotMeasured for what is not there.
 """
 
 import math
 from typing import NamedTuple
 
-from experiments.lab import formats
+from experiments.lab import formats, measures
+from experiments.lab.measures import difference
 from gt_jax.models import count_parameters, make_config
 
 VERDICTS = ("reproduced", "refuted", "artefact", "undecided")
@@ -41,11 +42,11 @@ def better(a, b, name="fusion"):
         "at the best rates leaves out half of that difference; else undecided."
     )
 
-    def judge(measure):
+    def judge(value_of):
         found = {}
         for setting, label in zip(settings, labels):
             try:
-                found[label] = _difference(measure, *setting, a, b)
+                found[label] = _difference(value_of, *setting, a, b)
             except NotMeasured:
                 if label == labels[-1]:
                     raise
@@ -62,12 +63,12 @@ def better(a, b, name="fusion"):
     return (name, f"{name}-legacy"), rule, judge
 
 
-def _difference(measure, name, at, a, b):
+def _difference(value_of, name, at, a, b):
     """Mean and half interval of a - b, and whether it is real."""
     try:
-        pair, sign = measure(name, f"{a} - {b} at {at}"), 1
+        pair, sign = value_of(difference(name, a, b, at)), 1
     except NotMeasured:
-        pair, sign = measure(name, f"{b} - {a} at {at}"), -1
+        pair, sign = value_of(difference(name, b, a, at)), -1
     half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2
     return sign * pair["mean"], half, pair["real"]
 
@@ -78,17 +79,17 @@ def _signed(mean, half, real):
     return f"{mean:+.3f}{spread}{'' if real else ', chance'}".replace("-", "−")
 
 
-def within(name, key, low, high, *, unit=""):
+def within(measure, low, high, *, unit=""):
     """(results, rule, judge) of a claim that a measure is in a range; None is an open end."""
     rule = (
-        f'reproduced if the 95 % interval of "{key}" is {_range(low, high)}, refuted if it '
-        "is outside, undecided if it reaches over an end."
+        f'reproduced if the 95 % interval of "{measure.name}" is {_range(low, high)}, refuted if '
+        "it is outside, undecided if it reaches over an end."
     )
 
-    def judge(measure):
-        return _by_interval(measure(name, key), low, high, unit)
+    def judge(value_of):
+        return _by_interval(value_of(measure), low, high, unit)
 
-    return (name,), rule, judge
+    return (measure.result,), rule, judge
 
 
 def _range(low, high):
@@ -109,53 +110,50 @@ def _by_interval(found, low, high, unit=""):
     return Verdict("undecided", ours, "the interval reaches over an end of what was claimed")
 
 
-def unlike(name, published_key, fair_key, low, high):
+def unlike(published, fair, low, high):
     """(results, rule, judge) of a claim that may hold under the original's conditions alone."""
     rule = (
-        f'reproduced if the 95 % interval of "{fair_key}" is {_range(low, high)}, undecided if it '
-        f'reaches over an end. If it is outside, artefact if that of "{published_key}" is in it, '
+        f'reproduced if the 95 % interval of "{fair.name}" is {_range(low, high)}, undecided if it '
+        f'reaches over an end. If it is outside, artefact if that of "{published.name}" is in it, '
         "else refuted."
     )
 
-    def judge(measure):
-        fair = _by_interval(measure(name, fair_key), low, high)
-        theirs = _by_interval(measure(name, published_key), low, high)
-        ours = f"{fair.ours}\nunder the original's conditions: {theirs.ours}"
-        if fair.verdict == "refuted" and theirs.verdict == "reproduced":
-            return Verdict("artefact", ours)
-        return Verdict(fair.verdict, ours, fair.because)
+    def judge(value_of):
+        ours = _by_interval(value_of(fair), low, high)
+        theirs = _by_interval(value_of(published), low, high)
+        text = f"{ours.ours}\nunder the original's conditions: {theirs.ours}"
+        if ours.verdict == "refuted" and theirs.verdict == "reproduced":
+            return Verdict("artefact", text)
+        return Verdict(ours.verdict, text, ours.because)
 
-    return (name,), rule, judge
+    return (fair.result,), rule, judge
 
 
-def judge_persistence(measure):
+def judge_persistence(value_of):
     """Judge of whether GF-MH keeps facts; not of models that never learnt to answer."""
-    verdict = _by_interval(measure("persistence", "state persistence GF-MH"), 99, None)
-    learnt = measure("persistence", "fact GF-MH, turn 5")["values"]
+    verdict = _by_interval(value_of(measures.PERSISTENCE), 99, None)
+    learnt = value_of(measures.FACT_LEARNT)["values"]
     if min(learnt) < 0.5:
         because = f"{sum(v < 0.5 for v in learnt)} of {len(learnt)} did not learn what is asked"
         return Verdict("undecided", verdict.ours, because)
     return verdict
 
 
-def judge_extremes(measure):
+def judge_extremes(value_of):
     """Judge of whether both extreme starts of the gate are worse than 30 %."""
     judges = [better("GF-MH 0.3", other, "ratio")[2] for other in ("GF-XM 0.03", "GF-XR 0.97")]
-    both = [judge(measure) for judge in judges]
+    both = [judge(value_of) for judge in judges]
     ours = f"{both[0].ours}\n{both[1].ours}"
     if both[0].verdict == both[1].verdict:
         return both[0]._replace(ours=ours)
     return Verdict("undecided", ours, f"{both[0].verdict} for 3 %, {both[1].verdict} for 97 %")
 
 
-def judge_attractor(measure):
+def judge_attractor(value_of):
     """Judge of whether gates meet, by the criterion of questions/ratio.py at both rates."""
-    keys = ("gate spread kept at 0.0003", "gate spread kept at 0.003")
-    kept = [measure("ratio", key) for key in keys]
-    found = [measure("ratio", key.replace("gate spread kept", "attractor")) for key in keys]
-    ours = "\n".join(
-        f"spread kept at {at}: {formats.show(k)}" for at, k in zip(("3e-4", "3e-3"), kept)
-    )
+    kept = {at: value_of(measure) for at, measure in measures.SPREAD_KEPT.items()}
+    found = [value_of(measure) for measure in measures.ATTRACTOR.values()]
+    ours = "\n".join(f"spread kept at {at}: {formats.show(k)}" for at, k in kept.items())
     if set(found) == {"attractor"}:
         return Verdict("reproduced", ours)
     if set(found) == {"none"}:
@@ -163,9 +161,9 @@ def judge_attractor(measure):
     return Verdict("undecided", ours, f"the criterion says {' and '.join(found)} at the two rates")
 
 
-def judge_size(measure):
+def judge_size(value_of):
     """Judge of what GPT-2 has more parameters in; counts them, and measures nothing."""
-    del measure  # a matter of arithmetic
+    del value_of  # a matter of arithmetic
     counts = {}
     for name, changes in (
         ("gf-mh", {"branch": "legacy", "init": "normal"}),
@@ -185,13 +183,9 @@ def judge_size(measure):
     return Verdict("reproduced" if fewer else "refuted", text)
 
 
-def judge_premise(measure):
+def judge_premise(value_of):
     """Judge of whether GF-MH is ahead of two branches of either kind, on both texts."""
-    pairs = {
-        f"{control}, {text}": measure("parity", f"{control} - GF-MH, {text}")
-        for control in ("two RWKV-6", "two Mamba-2")
-        for text in ("characters", "pieces")
-    }
+    pairs = {name: value_of(measure) for name, measure in measures.CONTROLS.items()}
     lines = []
     for name, pair in pairs.items():
         half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2

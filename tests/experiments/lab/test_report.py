@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.lab import claims, formats, report, results, rules, svg
+from experiments.lab import claims, formats, measures, report, results, rules, svg
 from experiments.lab.statistics import compare, estimate
 from gt_jax.errors import InputError
 
+RESULTS = Path(report.__file__).parents[1] / "results"
 HOSTILE = "<script>x()</script> & {{nav}} \\1"
 
 
@@ -224,12 +225,27 @@ def test_page_rebuilds_to_the_byte_and_needs_nothing_else(page):
     assert "&lt;script&gt;x()&lt;/script&gt; &amp; {{nav}} \\1" in text
 
 
+@pytest.fixture(scope="module")
+def committed():
+    """The results in the repository; those of the legacy branch are not kept, and named alike."""
+    found, _ = report.collect(RESULTS)
+    return {f"{name}-legacy": result for name, result in found.items()} | found
+
+
 def test_committed_page_is_of_the_committed_results():
-    folder = Path(report.__file__).parents[1] / "results"
-    if not (folder / "report.html").exists():
-        pytest.skip("no page in experiments/results/; python -m experiments report writes it")
-    found, _ = report.collect(folder)
-    assert report.page(found) == (folder / "report.html").read_text("utf-8")
+    found, _ = report.collect(RESULTS)
+    assert report.page(found) == (RESULTS / "report.html").read_text("utf-8")
+
+
+def test_every_measure_of_a_claim_is_in_the_committed_results(committed):
+    for group in (value for name, value in vars(measures).items() if name.isupper()):
+        for result, name in group.values() if isinstance(group, dict) else [group]:
+            assert name in committed[result]["measures"], (result, name)
+
+
+def test_every_claim_can_be_judged_from_results_of_these_forms(committed):
+    for claim, verdict in claims.judge_all(committed):
+        assert not verdict.because.startswith("not measured"), (claim.id, verdict.because)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
