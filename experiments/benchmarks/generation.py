@@ -37,7 +37,7 @@ from experiments.lab.timing import Decoder, copy_bandwidth, random_params, total
 from gt_jax.config import from_config_dict
 from gt_jax.generation import engine, read
 from gt_jax.models import count_parameters, make_model
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 
 FULL = {
     "batches": (1, 16, 64, 256),

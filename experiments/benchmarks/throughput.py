@@ -28,8 +28,8 @@ from experiments.lab.statistics import estimate
 from experiments.lab.timing import Decoder, Trainer, random_params, total_bytes
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters, make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import backend
+from gt_jax.training.model import make_model_config
 
 VOCAB = 65
 SMALL, LARGE = (128, 8), (384, 10)  # width and blocks of the hybrid

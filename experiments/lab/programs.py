@@ -24,7 +24,7 @@ from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.models.fusion import default_share, gate_parameters
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step, summed_loss
 

@@ -13,8 +13,8 @@ from gt_jax.data import make_batches
 from gt_jax.generation import Request, engine, read
 from gt_jax.generation.weights import prepare
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import parallel
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 

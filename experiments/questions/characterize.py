@@ -25,8 +25,8 @@ from experiments import lab
 from experiments.lab import command, programs, results
 from experiments.lab.statistics import estimate
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import backend
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state
 

@@ -29,8 +29,8 @@ from experiments.lab import ablation, command, results
 from experiments.lab.programs import stacked
 from experiments.lab.statistics import estimate
 from gt_jax.models import make_config, make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import optimizer
+from gt_jax.training.model import make_model_config
 from gt_jax.training.step import summed_loss
 
 VARIANTS = {

@@ -27,7 +27,7 @@ from experiments.lab.flops import flops_per_token
 from experiments.lab.statistics import CONFIDENCE, estimate
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 
 # name -> width and blocks; the last one is foretold from the others
 SIZES = {

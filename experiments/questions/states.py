@@ -28,7 +28,7 @@ from experiments.lab.families import HYBRID
 from experiments.lab.statistics import estimate
 from gt_jax.analysis import memories
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 from gt_jax.training.text import read_text
 
 BRANCHES = {"rwkv": "RWKV", "mamba": "Mamba"}

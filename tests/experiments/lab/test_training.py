@@ -17,7 +17,7 @@ from experiments.lab import programs
 from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from gt_jax.training.text import read_text

@@ -11,7 +11,7 @@ from experiments.lab.statistics import compare
 from experiments.questions import parity
 from gt_jax.errors import InputError
 from gt_jax.models import make_config
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 
 
 @pytest.fixture(scope="module")

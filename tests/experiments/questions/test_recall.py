@@ -13,7 +13,7 @@ from experiments.questions import needle, recall
 from gt_jax.analysis import memories
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
+from gt_jax.training.model import make_model_config
 
 
 @pytest.mark.parametrize("size", recall.STATES)
