@@ -31,11 +31,11 @@ from gt_jax.config import (
 )
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.evaluate import describe, evaluate
 from gt_jax.generate import encode_prompt, generate
 from gt_jax.models import ModelConfig, count_parameters, make_model
 from gt_jax.training import backend, checkpoint, parallel
 from gt_jax.training.display import Display, Speed
+from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule

@@ -29,7 +29,7 @@ ALLOWED = {
     "harness": {"cli", "models", "scoring", "training"},
     "canaries": {"cli", "models", "scoring", "training"},
     "inspect": {"analysis", "cli", "models", "scoring", "training"},
-    "train": {"cli", "config", "data", "evaluate", "generate", "kernels", "models", "training"},
+    "train": {"cli", "config", "data", "generate", "kernels", "models", "training"},
 }
 
 

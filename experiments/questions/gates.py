@@ -42,9 +42,9 @@ from gt_jax.analysis import memories
 from gt_jax.config import from_config_dict
 from gt_jax.data import encode_corpus, evaluation_batches, load_corpus, make_batches
 from gt_jax.errors import InputError
-from gt_jax.evaluate import evaluate
 from gt_jax.models import make_model
 from gt_jax.training import backend, checkpoint, optimizer
+from gt_jax.training.evaluation import evaluate
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step, summed_loss
 from gt_jax.training.text import read_text
