@@ -63,18 +63,18 @@ def main(argv=None):
         # Processes for each family: only one thread of a process traces at a time. All compile
         # first, so that nothing disturbs what is timed.
         spawn = multiprocessing.get_context("spawn")
-        desks = []
+        workers = []
         for family, part in shares(families, training, decoding):
-            desk = stack.enter_context(ProcessPoolExecutor(1, spawn))
-            desks.append((family, part, desk, desk.submit(compile_all, options, family, part)))
-        for *_, ready in desks:
+            worker = stack.enter_context(ProcessPoolExecutor(1, spawn))
+            workers.append((family, part, worker, worker.submit(compile_all, options, family, part)))
+        for *_, ready in workers:
             ready.result()
         took = time.perf_counter() - options.began
-        print(f"{sum(len(part) for _, part, *_ in desks)} programs ready after {took:.0f} s")
+        print(f"{sum(len(part) for _, part, *_ in workers)} programs ready after {took:.0f} s")
         found = {}
-        for family, _, desk, _ in desks:
-            found |= desk.submit(time_all, family, stretches, seconds).result()
-            desk.shutdown()  # and what it holds of the memory is free
+        for family, _, worker, _ in workers:
+            found |= worker.submit(time_all, family, stretches, seconds).result()
+            worker.shutdown()  # and what it holds of the memory is free
         for family in families:
             trained |= {(family, *p): found["train", family, *p] for p in training}
             written |= {(family, *p): found["decode", family, *p] for p in decoding}

@@ -150,7 +150,7 @@ def judge_extremes(value_of):
 
 
 def judge_attractor(value_of):
-    """Judge of whether gates meet, by the criterion of questions/ratio.py at both rates."""
+    """Judge of whether gates converge, by the criterion of questions/ratio.py at both rates."""
     kept = {at: value_of(measure) for at, measure in measures.SPREAD_KEPT.items()}
     found = [value_of(measure) for measure in measures.ATTRACTOR.values()]
     ours = "\n".join(f"spread kept at {at}: {formats.show(k)}" for at, k in kept.items())

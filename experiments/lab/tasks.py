@@ -3,7 +3,7 @@
     generate(rng, batch, length) -> tokens, targets        both [batch, length] int32
 
 targets[b, t] is the answer after tokens[b, :t + 1], -1 where none is asked. `draw` gives the
-training and the test sequences of a task, which never meet. NumPy only.
+training and the test sequences of a task, which never overlap. NumPy only.
 """
 
 from collections.abc import Callable

@@ -147,19 +147,19 @@ def by_context(model, params, *, rows, lengths, window):
         [lengths] float32 nats.
     """
     T = rows.shape[1] - 1
-    pieces = rows[:, :-1].reshape(len(rows), -1, window).swapaxes(0, 1)  # [pieces, N, window]
+    windows = rows[:, :-1].reshape(len(rows), -1, window).swapaxes(0, 1)  # [windows, N, window]
 
     def read(unread, i, carry):
-        segments = jnp.broadcast_to(i * window + jnp.arange(window) >= unread, pieces.shape[1:])
+        segments = jnp.broadcast_to(i * window + jnp.arange(window) >= unread, windows.shape[1:])
         logits, state = model.apply(
-            {"params": params}, jnp.asarray(pieces)[i], carry[1], segment_ids=segments.astype(int)
+            {"params": params}, jnp.asarray(windows)[i], carry[1], segment_ids=segments.astype(int)
         )
         return logits[:, -1], state
 
     def of_length(length):
         empty = jnp.zeros((len(rows), model.config.vocab_size)), model.init_state(len(rows))
         read_on = functools.partial(read, T - length)
-        logits, _ = jax.lax.fori_loop((T - length) // window, len(pieces), read_on, empty)
+        logits, _ = jax.lax.fori_loop((T - length) // window, len(windows), read_on, empty)
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, -1]).mean()
 
     return jax.lax.map(of_length, jnp.array(lengths))
@@ -172,20 +172,20 @@ def by_position(model, params, *, rows, window):
         A dict: carried and reset [T] float32 nats, means over rows; NaN where a model has no
         positions; norms, part -> [T / window, layers] of the memories after each window.
     """
-    windows = lambda x: x.reshape(len(x), -1, window).swapaxes(0, 1)  # [windows, B, window]
-    pieces = windows(rows[:, :-1]), windows(rows[:, 1:])
+    split = lambda x: x.reshape(len(x), -1, window).swapaxes(0, 1)  # [windows, B, window]
+    windows = split(rows[:, :-1]), split(rows[:, 1:])
     empty = model.init_state(len(rows))
 
-    def read(state, piece):
-        inputs, targets = piece
+    def read(state, pair):
+        inputs, targets = pair
         logits, state = model.apply({"params": params}, inputs, state)
         kept = [memories(block) for block in state]
         norms = {part: jnp.stack([norm(m[part]).mean() for m in kept]) for part in kept[0]}
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return state, (losses.mean(0), norms)
 
-    _, (carried, norms) = jax.lax.scan(read, empty, pieces)
-    reset = jax.lax.map(lambda piece: read(empty, piece)[1][0], pieces)
+    _, (carried, norms) = jax.lax.scan(read, empty, windows)
+    reset = jax.lax.map(lambda pair: read(empty, pair)[1][0], windows)
     return {"carried": carried.ravel(), "reset": reset.ravel(), "norms": norms}
 
 

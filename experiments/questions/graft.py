@@ -4,7 +4,7 @@
     python -m experiments graft --source=shakespeare --steps=3 --seeds=1
 
 The parents, an RWKV-6 and a Mamba-2 of GF-MH's width and depth, train for --steps each, as
-configs/gf_mh.py says; every graft of them goes on for as many. It is held against GF-MH from
+configs/gf_mh.py says; every graft of them then trains for as many. It is held against GF-MH from
 scratch for as many steps, and for three times as many, which is what graft and parents read
 together.
 Prints the last validation losses, mean and sample standard deviation over seeds, and their

@@ -223,9 +223,9 @@ def contributions(runs, task, *, quick):
     return found
 
 
-def smooth(runs, pieces=25):
-    """Steps, and R/M gradient ratios [runs, pieces] over them, means over equal stretches."""
-    ratios = np.array_split(runs.metrics["r_m_ratio"], min(pieces, runs.steps[-1]), axis=1)
+def smooth(runs, stretches=25):
+    """Steps, and R/M gradient ratios [runs, stretches] over them, means over equal stretches."""
+    ratios = np.array_split(runs.metrics["r_m_ratio"], min(stretches, runs.steps[-1]), axis=1)
     ends = np.cumsum([r.shape[1] for r in ratios])
     return ends, np.stack([r.mean(1) for r in ratios], axis=1)
 

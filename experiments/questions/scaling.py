@@ -29,7 +29,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import count_parameters
 from gt_jax.training.model import make_model_config
 
-# name -> width and blocks; the last one is foretold from the others
+# name -> width and blocks; the last one is predicted from the others
 SIZES = {
     "0.5M": (64, 4),
     "1.4M": (96, 6),

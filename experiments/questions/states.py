@@ -32,7 +32,7 @@ from gt_jax.training.model import make_model_config
 from gt_jax.training.text import read_text
 
 BRANCHES = {"rwkv": "RWKV", "mamba": "Mamba"}
-TEXTS, PIECES = 10, 8  # rows that are read, and their length in training lengths
+TEXTS, WINDOWS = 10, 8  # rows that are read, and their length in training lengths
 # test -> where a number passes, and where it does but warn, as published; evolution is 59.
 BANDS = {
     "S1 norm": ((1e-3, 1e3), (1e-3, 1e3)),
@@ -95,11 +95,11 @@ def look(config, task, runs, options):
     text = np.concatenate(read_text(config).tokens.validation)
     model = make_model(make_model_config(config, task.vocab_size))
     window = config.train.seq_len
-    rows = with_changes(texts_of(text, TEXTS, PIECES * window))
-    mixed = texts_of(text, 4 if options.quick else SWAPPED, (PIECES + 1) * window)
+    rows = with_changes(texts_of(text, TEXTS, WINDOWS * window))
+    mixed = texts_of(text, 4 if options.quick else SWAPPED, (WINDOWS + 1) * window)
     jit = lab.jit(options.quick)
     read_all = jit(functools.partial(read, model, rows=rows, window=window))
-    swap_all = jit(functools.partial(information, model, rows=mixed, after=PIECES * window))
+    swap_all = jit(functools.partial(information, model, rows=mixed, after=WINDOWS * window))
     init = jit(lambda key: model.init(jax.random.fold_in(key, 0), rows[:1, :window])["params"])
     found = {"untrained": [], "trained": []}
     for i, seed in enumerate(options.seeds):
@@ -133,15 +133,15 @@ def read(model, params, *, rows, window):
         logits [T / window, B, vocab] at the end of each, and branch -> [T / window, layers, B, n],
         the memories then.
     """
-    pieces = rows.reshape(len(rows), -1, window).swapaxes(0, 1)
+    windows = rows.reshape(len(rows), -1, window).swapaxes(0, 1)
 
-    def step(state, piece):
-        logits, state = model.apply({"params": params}, piece, state)
+    def step(state, tokens):
+        logits, state = model.apply({"params": params}, tokens, state)
         kept = [memories(block) for block in state]
         flat = {b: jnp.stack([k[b].reshape(len(rows), -1) for k in kept]) for b in BRANCHES}
         return state, (logits[:, -1], flat)
 
-    return jax.lax.scan(step, model.init_state(len(rows)), pieces)[1]
+    return jax.lax.scan(step, model.init_state(len(rows)), windows)[1]
 
 
 def diagnose(logits, states, count):
@@ -149,14 +149,14 @@ def diagnose(logits, states, count):
 
     Returns:
         test -> float, or {branch: float}, means over blocks (of S1 the mean over all, of S3 the
-        largest); norm, {branch: [pieces]}; cosine, {branch: float} of the states before and after
-        the last piece; and share, RWKV's in the norms.
+        largest); norm, {branch: [windows]}; cosine, {branch: float} of the states before and after
+        the last window; and share, RWKV's in the norms.
     """
     tests = {name: {} for name in (*BANDS, "norm", "cosine")}
     variance = {}
     for branch, memory in states.items():
         texts, _, again, alike = np.split(memory, [count, 2 * count, 2 * count + 1], axis=2)
-        norm = np.linalg.norm(texts, axis=-1)  # [pieces, layers, texts]
+        norm = np.linalg.norm(texts, axis=-1)  # [windows, layers, texts]
         end = texts[-1]  # [layers, texts, n]
         apart = np.linalg.norm(end - np.roll(end, 1, axis=1), axis=-1) / norm[-1]
         variance[branch] = end.var(-1).mean()

@@ -1,11 +1,13 @@
 """Runs side by side are the trainer's own runs, in whatever company."""
 
+import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,10 @@ from experiments import lab
 from experiments.lab import programs
 from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.errors import InputError
-from gt_jax.models import make_model
+from gt_jax.models import FUSIONS, make_model
+from gt_jax.models.fusion import gate_parameters
+from gt_jax.models.gates import initial_share, logit
+from gt_jax.models.layers import record
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -224,5 +229,45 @@ def test_what_cannot_be_swept_is_refused(config, task):
     rf = lab.make_config(SMALL | {"model.preset": "rf"})
     with pytest.raises(InputError, match="gate_init cannot be swept for RF, which has no gate"):
         lab.train({"RF": lab.Arm(rf, task)}, seeds=[0], sweep={"model.gate_init": (0.3,)})
+    gpt = lab.make_config(SMALL | {"model.preset": "gpt2"})
+    with pytest.raises(InputError, match="gate_init cannot be swept for GPT, which has no gate"):
+        lab.train({"GPT": lab.Arm(gpt, task)}, seeds=[0], sweep={"model.gate_init": (0.3,)})
     with pytest.raises(InputError, match=r"optim\.rate is not a config field"):
         lab.make_config({"optim.rate": 1})
+
+
+class MambaGate(nn.Module):
+    """A user's fusion: a gate that sees only Mamba's output."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+        kernel = self.param("kernel", nn.initializers.zeros, (self.config.dim, 1))
+        start = nn.initializers.constant(logit(initial_share(self)))
+        gate = jax.nn.sigmoid(mamba @ kernel + self.param("bias", start, (1,)))  # [B, T, 1]
+        record(self, gate=gate)
+        return gate * rwkv + (1 - gate) * mamba, state
+
+
+@pytest.mark.parametrize("name", ["hy", "gru", "mine"])
+def test_gate_init_of_any_gated_fusion_is_swept(name, config, task, monkeypatch):
+    monkeypatch.setitem(FUSIONS, "mine", MambaGate)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, fusion=name))
+    arms, shares = {"arm": lab.Arm(changed, task)}, (0.2, 0.6)
+    (program,) = programs.plan(arms, [3], {"model.gate_init": shares})
+    seeds, values, *_ = programs.inputs_of(program, slice(None), len(shares))
+    params = lab.jit(compile_fast=True)(programs.functions(program)[0])(seeds, values).params
+    assert program.model_config.gate_init is None
+    for i, share in enumerate(shares):
+        found = params["blocks_0"]["fusion"]
+        gate = gate_parameters(program.model_config, share)
+        assert gate
+        for path, leaf in gate.items():
+            np.testing.assert_array_equal(functools.reduce(dict.get, path, found)[i], leaf)
+    # What the share does not decide is the same in both runs, and from the seed alone.
+    rest = jax.tree_util.tree_flatten_with_path(params)[0]
+    for path, leaf in rest:
+        names = tuple(key.key for key in path)
+        if names[:2] != ("blocks_0", "fusion") or names[2:] not in gate:
+            np.testing.assert_array_equal(*leaf, err_msg=str(names))
