@@ -66,7 +66,9 @@ def main(argv=None):
         workers = []
         for family, part in shares(families, training, decoding):
             worker = stack.enter_context(ProcessPoolExecutor(1, spawn))
-            workers.append((family, part, worker, worker.submit(compile_all, options, family, part)))
+            workers.append(
+                (family, part, worker, worker.submit(compile_all, options, family, part))
+            )
         for *_, ready in workers:
             ready.result()
         took = time.perf_counter() - options.began
