@@ -25,7 +25,10 @@ def get_config():
             branch=config_dict.placeholder(str),  # "official" RWKV-6, or "legacy"
             legacy_wkv=config_dict.placeholder(str),  # the legacy branch's: a, b1, b2 or c
             fusion=config_dict.placeholder(str),  # how the two branches are joined: "gf", "hy", ...
-            gate_init=config_dict.placeholder(float),  # RWKV's share of a gated fusion at the start
+            # Weight that a gated fusion gives RWKV at the start, between 0 and 1. At step 0 the
+            # update is all Mamba's in any case: official RWKV-6's output projection starts at zero.
+            # (HY normalises that zero output, so its first gradient is large; optim.clip clips it.)
+            gate_init=config_dict.placeholder(float),
             dim=config_dict.placeholder(int),  # width of the residual stream
             layers=config_dict.placeholder(int),
             heads=config_dict.placeholder(int),  # RWKV (or attention) heads; must divide dim

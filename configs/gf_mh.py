@@ -4,7 +4,7 @@
 
     python -m gt_jax.train --config=configs/gf_mh.py
 
-Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m experiments.gf_mh`), in
+Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m experiments gf_mh`), in
 under two minutes on an H100 or 15 on two CPU cores, compilation included.
 """
 

@@ -7,7 +7,7 @@ Of 154 M parameters; a step is 16 x 2048 tokens. Shakespeare is far too short fo
 Expected: 244 000 tokens/s on an H200, so 45 minutes for the 20 000 steps; the loss depends on
 the text and is not measured. Its speed on random tokens:
 
-    python -m experiments.profile_training --config=configs/gf_mh_base.py --timed_steps=20
+    python -m experiments profile_training --config=configs/gf_mh_base.py --timed_steps=20
 """
 
 from configs import base

@@ -3,7 +3,7 @@
     python -m gt_jax.train --config=configs/gf_rh.py
 
 Expected: validation loss 1.631 nats/character (one seed) in 3.5 minutes on an H100 which
-trains twelve configs at once (`python -m experiments.presets --jobs=12`), compilation included.
+trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 
 from configs import base

@@ -26,22 +26,6 @@ from gt_jax.generation import Request, load_context, prefill, save_context, stre
 from gt_jax.generation.prompts import encode_prompt
 
 
-def generate(model, params, prompt, **settings) -> Iterator[int]:
-    """Token ids that continue one prompt, as they come.
-
-    Args:
-        model, params: from `gt_jax.load`.
-        prompt: [T] ids, at least one, or a Context.
-        **settings: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
-            stop_ids of `gt_jax.generation.Request`.
-
-    Raises:
-        InputError: at once, if the prompt is empty or a setting is out of its range.
-    """
-    deltas = stream(model, params, [Request(prompt, **settings)], rows=1)
-    return (token for delta in deltas for token in delta.tokens)
-
-
 def main(argv):
     flags = cli.new_flags()
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)

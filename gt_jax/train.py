@@ -28,11 +28,12 @@ from ml_collections import config_flags
 from gt_jax import checkpoint, cli, kernels
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
 from gt_jax.data.corpora import replace_file
-from gt_jax.evaluate import describe, evaluate
-from gt_jax.generate import encode_prompt, generate
+from gt_jax.generation import generate
+from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
 from gt_jax.training import backend, lock, parallel, stopping
 from gt_jax.training.display import Display, Speed, reader_left, say
+from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.metrics import read as read_metrics
@@ -110,7 +111,7 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
     metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
     samples = Samples(workdir, start=start)
     carry = job.model.init_state(config.train.batch_size) if config.train.carry_state else None
-    feed = parallel.in_bursts(job.batches, job.mesh, config.parallel.mode)
+    feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
     finite = FiniteWatch(config)
     report = functools.partial(_report, job, speed, metrics)
     row = None

@@ -96,16 +96,16 @@ def test_resumed_run_equals_one_that_went_straight_through(
 ):
     """A SIGTERM in step 10 saves and leaves cleanly; the same command goes on, to the bit."""
 
-    in_bursts = train.parallel.in_bursts
+    prefetch = train.parallel.prefetch
 
     def interrupted(*args):
-        for step, batch in enumerate(in_bursts(*args), start=1):
+        for step, batch in enumerate(prefetch(*args), start=1):
             if step == 10:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.parallel, "in_bursts", interrupted)
+        patch.setattr(train.parallel, "prefetch", interrupted)
         run_train(tmp_path, text)
     assert "stopped by SIGTERM after step 10; the same command continues" in capsys.readouterr().out
     run_train(tmp_path, text)

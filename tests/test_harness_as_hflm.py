@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import convert, harness
+from gt_jax import checkpoint, convert, harness
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.data.pretrained import SpecialIds
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training import checkpoint
 
 pytest.importorskip("torch", reason="HFLM runs on torch")
 pytest.importorskip("transformers", reason="HFLM reads models with it")

@@ -33,11 +33,19 @@ ALLOWED = {
     "server": {"generation"},
     "serve": {"checkpoint", "cli", "generation", "server"},
     "evaluate": {"checkpoint", "cli", "config", "data", "scoring", "training"},
-    "harness": {"checkpoint", "cli", "scoring"},
+    "harness": {"checkpoint", "cli", "data", "scoring"},
     "canaries": {"checkpoint", "cli", "models", "scoring"},
     "inspect": {"analysis", "checkpoint", "cli", "models", "scoring"},
-    "train": {"checkpoint", "cli", "config", "data", "evaluate", "generate", "kernels", "scoring"}
-    | {"training"},
+    "train": {
+        "checkpoint",
+        "cli",
+        "config",
+        "data",
+        "generation",
+        "kernels",
+        "scoring",
+        "training",
+    },
 }
 
 

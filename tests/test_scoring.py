@@ -7,8 +7,8 @@ import pytest
 from gt_jax import scoring
 from gt_jax.data import evaluation_batches
 from gt_jax.errors import InputError
-from gt_jax.evaluate import evaluate
 from gt_jax.scoring import continue_greedily, score, windows
+from gt_jax.training.evaluation import evaluate
 from gt_jax.training.step import make_eval_step
 from tests.models.small_models import random_tokens, small_model
 

@@ -10,7 +10,7 @@ for clients that come and go.
 """
 
 from gt_jax.generation.contexts import Context, load_context, prefill, save_context
-from gt_jax.generation.engine import complete, stream
+from gt_jax.generation.engine import complete, generate, stream
 from gt_jax.generation.requests import Completion, Delta, Request
 from gt_jax.generation.worker import Worker
 
@@ -21,6 +21,7 @@ __all__ = [
     "Request",
     "Worker",
     "complete",
+    "generate",
     "load_context",
     "prefill",
     "save_context",

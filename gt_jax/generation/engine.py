@@ -57,6 +57,22 @@ def complete(
     ]
 
 
+def generate(model, params, prompt, **settings) -> Iterator[int]:
+    """Token ids that continue one prompt, as they come.
+
+    Args:
+        model, params: from `gt_jax.load`.
+        prompt: [T] ids, at least one, or a Context.
+        **settings: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
+            stop_ids of a Request.
+
+    Raises:
+        InputError: at once, if the prompt is empty or a setting is out of its range.
+    """
+    deltas = stream(model, params, [Request(prompt, **settings)], rows=1)
+    return (token for delta in deltas for token in delta.tokens)
+
+
 def stream(
     model, params, requests: Iterable[Request], *, tokenizer=None, rows: int = ROWS
 ) -> Iterator[Delta]:

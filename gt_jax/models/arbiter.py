@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.gates import initial_share
 from gt_jax.models.layers import project, record, segment_starts, symmetric_uniform
 
 
@@ -53,7 +54,7 @@ class GRU(nn.Module):
 
     def _weights(self, h):
         """[B, T, D] -> [B, T, 2] that sum to one; exactly (share, 1 - share) at initialisation."""
-        share = 0.5 if self.config.gate_init is None else self.config.gate_init
+        share = initial_share(self)
         kernel = self.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
         log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
         bias = self.param("head_bias", lambda key, shape: log_shares, (2,))

@@ -106,11 +106,6 @@ class ModelConfig:
             return
         if not isinstance(gate, numbers.Real) or not 0 < gate < 1:
             raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
-        if self.fusion in ("rf", "cp"):
-            raise InputError(
-                f"model.gate_init={gate} has no meaning for model.fusion={self.fusion!r}: leave it "
-                "unset or choose a fusion with a gate (hy, gf, ws, hgf, gru)"
-            )
 
     @property
     def branch_names(self):

@@ -12,7 +12,7 @@ from jax.nn import initializers
 from gt_jax.errors import InputError
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig, check_choice
-from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
     embedding_init,
     kernel_init,
@@ -141,10 +141,11 @@ def make_model(config):
     """The Flax module of a configuration.
 
     Raises:
-        InputError: model.fusion is not in FUSIONS.
+        InputError: model.fusion is not in FUSIONS, or has no gate that model.gate_init could set.
     """
     if config.architecture == "hybrid":
         check_choice("fusion", config.fusion, tuple(FUSIONS))
+        check_gate(config)
     return LanguageModel(config)
 
 
