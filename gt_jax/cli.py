@@ -60,11 +60,28 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     return True
 
 
-def define_config(flags: absl_flags.FlagValues, argv) -> None:
-    """Add --config=FILE with its --config.group.field=value overrides."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, e.g. configs/gf_mh.py.", sys_argv=argv, flag_values=flags
-    )
+def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str | None:
+    """Add --config.group.field=value flags for every setting, from the file that argv names.
+
+    `--config=NAME` itself is taken out of argv. Naming a config file runs it: it is Python.
+
+    Returns:
+        The name, or None where argv has none: the flags then start from the defaults.
+
+    Raises:
+        InputError: the file is not to be had, does not run, or returns something else.
+    """
+    name = None
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            name, argv[i : i + 2] = argv[i + 1], []
+            break
+        if argument.startswith("--config="):
+            name, argv[i : i + 1] = argument.removeprefix("--config="), []
+            break
+    config = default_config() if name is None else load_config(name)
+    config_flags.DEFINE_config_dict("config", config, flag_values=flags)
+    return name
 
 
 def _unknown_field(argv) -> str | None:
