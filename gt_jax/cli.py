@@ -7,7 +7,8 @@ import warnings
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from gt_jax.config import flatten
+from gt_jax.config import default_config, flatten
+from gt_jax.config_files import load_config
 from gt_jax.errors import InputError, did_you_mean
 
 

@@ -37,11 +37,6 @@ def test_a_file_of_that_path_comes_first(tmp_path, monkeypatch):
         ("def get_config():\n  return {'seed': 1}\n", "get_config() returned dict"),
         ("def get_config():\n  return None\n", "get_config() returned NoneType"),
         ("def get_config():\n\n  return 1 / 0\n", "line 3: ZeroDivisionError: division by zero"),
-        (
-            "from gt_jax.config import default_config\ndef get_config():\n"
-            "  c = default_config()\n  c.optim.learning_rate = 1\n  return c\n",
-            "line 4: AttributeError",
-        ),
     ],
 )
 def test_a_mistake_in_a_config_file_is_one_line_with_its_place(text, message, tmp_path):
