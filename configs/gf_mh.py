@@ -8,8 +8,8 @@ Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m exp
 under two minutes on an H100 or 15 on two CPU cores, compilation included.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    return base.get_config()
+    return default_config()

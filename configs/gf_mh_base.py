@@ -10,11 +10,11 @@ the text and is not measured. Its speed on random tokens:
     python -m experiments profile_training --config=configs/gf_mh_base.py --timed_steps=20
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.dim = 768
     config.model.layers = 12
     config.model.heads = 12

@@ -6,10 +6,10 @@ Expected: validation loss 1.596 nats/character (one seed) in 2.0 minutes on an H
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "mamba2"
     return config

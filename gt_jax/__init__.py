@@ -1,4 +1,6 @@
-"""Parallel RWKV-6 / Mamba-2 hybrid language models in JAX."""
+"""Parallel RWKV-6 and Mamba-2 hybrid language models in JAX."""
+
+__version__ = "0.1.0"
 
 
 def load(path):

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from gt_jax.config import field_names, flatten, suggest_field
+from gt_jax.config import default_config, walk_fields
+from gt_jax.config_files import load_config
 from gt_jax.errors import InputError, did_you_mean
+from gt_jax.suggestions import suggest_field
 
 
 def run(main, *, leave_threads: bool = False) -> None:
@@ -87,44 +90,73 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
         rest = flags(argv)[1:]
     except absl_flags.Error as error:
         raise InputError(_unknown_flag(argv, flags) or str(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise InputError(_unknown_field(argv) or str(error)) from error
     if flags.help:
-        print(usage.strip(), flags.get_help(), sep="\n")
+        print(usage.strip(), end="\n\n")
+        if "config" in flags:
+            print(describe_settings(), end="\n\n")
+        print("flags:")
+        for name in sorted(set(flags) - {"config", "flagfile", "undefok"}):
+            print(f"  --{name}: {flags[name].help}")
         return False
     if rest:
-        hint = "flags are written --name=value"
-        if "config" in flags and (rest[0].endswith(".py") or Path(rest[0]).is_file()):
-            hint = f"did you mean --config={rest[0]}?"
-        raise InputError(f"{rest[0]} is not a flag; {hint}")
+        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
     return True
 
 
-def define_config(flags: absl_flags.FlagValues, argv) -> None:
-    """Add --config=FILE with its --config.group.field=value overrides. The file is run."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, e.g. configs/gf_mh.py. It is Python and is run: name only files you trust.",
-        sys_argv=argv,
-        flag_values=flags,
-    )
+def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
+    """Add --config.group.field=value flags for every setting, from the file that argv names.
+
+    `--config=NAME` itself is taken out of argv. Naming a config file runs it: it is Python.
+
+    Returns:
+        The name; "" where --help is asked for instead.
+
+    Raises:
+        InputError: --config is missing, or its file is not to be had, does not run, or returns
+            something else.
+    """
+    name = ""
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            name, argv[i : i + 2] = argv[i + 1], []
+            break
+        if argument.startswith("--config="):
+            name, argv[i : i + 1] = argument.removeprefix("--config="), []
+            break
+    if not name and not {"--help", "--helpfull", "-h"} & set(argv):
+        paths = [a for a in argv[1:] if a.endswith(".py") or Path(a).is_file()]
+        hint = f"did you mean --config={paths[0]}?" if paths else "see --help"
+        raise InputError(f"--config is missing; {hint}")
+    config = load_config(name) if name else default_config()
+    if unknown := _unknown_field(argv):
+        raise InputError(unknown)
+    config_flags.DEFINE_config_dict("config", config, flag_values=flags, sys_argv=argv)
+    return name
+
+
+def describe_settings() -> str:
+    """Every field of a config with its default and meaning, as --help prints them."""
+    lines = ["settings, each with its default:"]
+    for name, field in walk_fields():
+        default = "" if field.default is None else field.default
+        choices = " | ".join(field.metadata["choices"])
+        lines.append(f"  --config.{name}={default}" + (f"  ({choices})" if choices else ""))
+        indent = " " * 8
+        about = field.metadata["about"]
+        lines += textwrap.wrap(about, 96, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
 
 
 def _unknown_field(argv) -> str | None:
     """Name the override whose field does not exist; ml_collections' own error drops its group."""
-    without_overrides = [a for a in argv if not a.startswith("--config.")]
-    flags = new_flags()
-    define_config(flags, without_overrides)
-    flags(without_overrides, known_only=True)
-    known = flatten(flags.config.to_dict())
+    known = [name for name, _ in walk_fields()]
     for argument in argv:
         name = argument.split("=", 1)[0].removeprefix("--config.")
         if argument.startswith("--config.") and name not in known:
-            hint = suggest_field(name, known) or "; configs/base.py has them all"
+            hint = suggest_field(name, known) or "; --help lists them all"
             return f"{name} is not a config field{hint}"
     return None
 
@@ -139,7 +171,7 @@ def _unknown_flag(argv, flags) -> str | None:
             continue
         hint = did_you_mean(name, [f for f in flags if f != "config"])
         if not hint and "config" in flags:
-            field = suggest_field(name, field_names())
+            field = suggest_field(name, [name for name, _ in walk_fields()])
             hint = field.replace("'", "--config.", 1).replace("'", "=...", 1)
         return f"--{name} is not a flag{hint or '; see --help'}"
     return None

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import checkpoint, cli
-from gt_jax.config import from_config_dict
+from gt_jax.config import from_stored
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
 from gt_jax.errors import InputError
 from gt_jax.scoring import check_ids, loss_unit, position_limit, score, windows
@@ -108,7 +108,7 @@ def main(argv):
         return
 
     config = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
-    config = from_config_dict(config) if "data" in config else None  # None: converted
+    config = from_stored(config) if "data" in config else None  # None: converted
     if flags.source is None and config is None:
         raise InputError(
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 from absl import flags as absl_flags
-from ml_collections import config_flags
 
 from gt_jax import checkpoint, cli, kernels
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
@@ -292,14 +291,14 @@ def main(argv):
     stop = Stop()
     with stopping.program(stop):
         flags = cli.new_flags()
-        cli.define_config(flags, argv)
+        name = cli.define_config(flags, argv)
         absl_flags.DEFINE_string(
             "workdir", None, "The run's folder; runs/<config name> if not given.", flag_values=flags
         )
-        if not cli.parse(flags, argv, usage=__doc__, required=("config",)):
+        if not cli.parse(flags, argv, usage=__doc__):
             return None
-        name = Path(config_flags.get_config_filename(flags["config"])).stem
-        train(from_config_dict(flags.config), flags.workdir or Path("runs") / name, stop)
+        workdir = flags.workdir or Path("runs") / Path(name).stem
+        train(from_config_dict(flags.config), workdir, stop)
     return stop.status
 
 

@@ -31,10 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs import gf_mh_base
 from experiments.lab import command, results
 from experiments.lab.timing import Decoder, copy_bandwidth, random_params, total_bytes
 from gt_jax.config import from_config_dict
+from gt_jax.config_files import load_config
 from gt_jax.generation import prefill, slots
 from gt_jax.models import count_parameters, make_model
 from gt_jax.training.model import make_model_config
@@ -100,7 +100,7 @@ def main(argv=None):
 
 
 def make_config(quick):
-    config = gf_mh_base.get_config()
+    config = load_config("gf_mh_base")
     if quick:
         small = {"dim": 128, "layers": 2, "heads": 2, "state_size": 16}
         config.model.update(small)

@@ -40,7 +40,7 @@ def main(argv=None):
     absl_flags.DEFINE_integer("vocab", 0, vocabulary, flag_values=flags)
     absl_flags.DEFINE_integer("timed_steps", 100, "Steps of a timed stretch.", flag_values=flags)
     absl_flags.DEFINE_integer("top", 15, "Operations to print.", flag_values=flags)
-    if not cli.parse(flags, argv, usage=__doc__, required=("config",)):
+    if not cli.parse(flags, argv, usage=__doc__):
         return
     config = from_config_dict(flags.config)
     pieces = config.data.vocab_size if config.data.tokenizer == "sentencepiece" else 65

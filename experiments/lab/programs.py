@@ -121,7 +121,7 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
             defaults["model.gate_init"] = share
             model_config = dataclasses.replace(model_config, gate_init=None)
         shared = _with_values(config, dict.fromkeys(SWEEPABLE))
-        model = (shared.model.rwkv_dropout_start, shared.model.rwkv_dropout_end)
+        model = (shared.train.rwkv_dropout_start, shared.train.rwkv_dropout_end)
         key = (model_config, model, shared.optim, shared.train, id(task))
         program = programs.setdefault(key, Program([], model_config, config, task, [], []))
         program.names.append(name)

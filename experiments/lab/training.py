@@ -25,9 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from configs import base
 from experiments.lab import programs, tasks
-from gt_jax.config import Config, flatten, from_config_dict
+from gt_jax.config import Config, default_config, flatten, from_config_dict
 from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
@@ -132,16 +131,16 @@ class Runs(NamedTuple):
 
 
 def make_config(changes: Mapping) -> Config:
-    """configs/base.py with some fields changed: {"optim.lr": 3e-4, "model.fusion": "hy"}.
+    """The default config with some fields changed: {"optim.lr": 3e-4, "model.fusion": "hy"}.
 
     Raises:
         InputError: an unknown field or an impossible value.
     """
-    config = base.get_config()
+    config = default_config()
     known = flatten(config.to_dict())
     for name in changes:
         if name not in known:
-            raise InputError(f"{name} is not a config field; configs/base.py has them all")
+            raise InputError(f"{name} is not a config field; gt_jax.config has them all")
     config.update_from_flattened_dict(dict(changes))
     return from_config_dict(config)
 

@@ -15,7 +15,7 @@ and the worst of their verdicts. Of the trained weights:
     naive baseline  held-out loss beside that of counted pairs and of counted single tokens
 
 Of fresh weights of the same architecture, another seed's for each checkpoint, under
-configs/base.py's optimizer:
+the default optimizer:
 
     G2   entropy of the untrained model's guess, as a share of the vocabulary's
     G3   some steps on the text: the loss must fall; mean gradient norm before clipping
@@ -40,7 +40,7 @@ from experiments.lab.programs import stacked
 from experiments.lab.statistics import estimate
 from gt_jax import checkpoint
 from gt_jax.analysis import memories
-from gt_jax.config import from_config_dict
+from gt_jax.config import from_stored
 from gt_jax.data import encode_corpus, evaluation_batches, load_corpus, make_batches
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
@@ -136,7 +136,7 @@ def texts(path, source, tokenizer):
             "file"
         )
     if source is None:
-        tokens = read_text(from_config_dict(about), tokenizer=tokenizer).tokens
+        tokens = read_text(from_stored(about), tokenizer=tokenizer).tokens
     else:
         tokens = encode_corpus(load_corpus(source, validation_fraction=0.1), tokenizer)
     needed = 2 * ROWS * LENGTH + 1  # two batches

@@ -44,7 +44,7 @@ INTERVENTIONS = {
     "gate frozen": {"optim.lr_multipliers.gate": 0.0},
     "no warm-up": {WARMUP: 0.0},
     "warm-up 50 %": {WARMUP: 0.5},
-    "RWKV dropout": {"model.rwkv_dropout_start": 0.4, "model.rwkv_dropout_end": 0.1},
+    "RWKV dropout": {"train.rwkv_dropout_start": 0.4, "train.rwkv_dropout_end": 0.1},
     "balanced": {"model.fusion": BALANCED},
     "normal init": {"model.init": "normal"},
     "BlinkDL init": {"model.init": "blinkdl"},

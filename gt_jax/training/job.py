@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax import checkpoint
-from gt_jax.config import Config, flatten, to_dict
+from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters, make_model
@@ -130,7 +130,7 @@ def _stored(config: Config) -> dict | None:
 
 def check_same_run(old: dict, config: Config, workdir: Path) -> None:
     """Raise InputError unless a run that began with the config `old` may continue with this one."""
-    old, new = flatten(old), flatten(to_dict(config))
+    old, new = (flatten(to_dict(c)) for c in (from_stored(old), config))
     for name in new:
         if name not in FREE_ON_RESUME and new[name] != old.get(name):
             raise InputError(

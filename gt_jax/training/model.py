@@ -20,7 +20,6 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
     """
     fields = dataclasses.asdict(config.model)
     preset, init_from = fields.pop("preset"), fields.pop("init_from")
-    del fields["rwkv_dropout_start"], fields["rwkv_dropout_end"]  # The step's, not the model's.
     fields["dtype"] = computation_dtype(config.model.dtype)
     if init_from:
         of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
