@@ -13,12 +13,12 @@ import json
 import numpy as np
 
 from gt_jax import checkpoint, cli
-from gt_jax.data.pretrained import PRETRAINED
 from gt_jax.errors import InputError
 from gt_jax.scoring import continue_greedily, part, position_limit, score, windows
 
 _MAX_TOKENS = 256  # generated where a task does not say
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first counts
+_USUAL = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "</s>")  # begin texts
 
 
 class Adapter:
@@ -152,13 +152,17 @@ def start_id(tokenizer) -> int:
     Raises:
         InputError: the tokenizer has neither.
     """
-    if tokenizer.kind in PRETRAINED:
-        for i in (tokenizer.special.bos, *tokenizer.start_ids, tokenizer.eos_id):
-            if i is not None:
-                return int(i)
+    candidates = []
+    if tokenizer.kind in ("rwkv-world", "huggingface", "ids"):
+        candidates = [tokenizer.special.bos, *tokenizer.start_ids, tokenizer.eos_id]
+    if tokenizer.kind == "huggingface":  # perhaps a tokenizer.json alone, which names none
+        candidates += map(tokenizer.token_id, _USUAL)
+    for i in candidates:
+        if i is not None:
+            return int(i)
     for mark in ("<|endoftext|>", "\n"):
         try:
-            ids = tokenizer.encode(mark)
+            ids = tokenizer.encode_after(mark, "")
         except InputError:
             continue  # a character tokenizer without this one
         if len(ids) == 1:
