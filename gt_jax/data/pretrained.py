@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import contextlib
 import zlib
 
 import numpy as np
@@ -94,6 +95,20 @@ class WorldTokenizer:
         return {"kind": self.kind, "vocabulary": self._packed}
 
 
+@contextlib.contextmanager
+def _one_line(fault: str):
+    """InputError for what the tokenizers package raises: bare Exceptions, and panics beside them.
+
+    A panic is no Exception but a BaseException of a class that cannot be imported.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"tokenizer.json {fault} ({one_line(error)})") from error
+
+
 class HuggingFaceTokenizer:
     """What a tokenizer.json of the tokenizers package says. Special tokens are never added."""
 
@@ -110,20 +125,23 @@ class HuggingFaceTokenizer:
             import tokenizers
         except ImportError as error:
             raise InputError("tokenizer.json needs a package: pip install tokenizers") from error
-        try:
+        with _one_line("cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"tokenizer.json cannot be read ({one_line(error)})") from error
+            # Of a training run; a padding of 2^62 tokens would end the process.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         self.text = json
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, text):
         """[n] int32 ids."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with _one_line("cannot encode this text"):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids):
         ids = np.asarray(ids).ravel().tolist()
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _one_line("cannot decode these ids"):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def to_dict(self):
         return {"kind": self.kind, "json": self.text}

@@ -147,8 +147,26 @@ def tokenizer_json():
     return tokenizer.to_str()
 
 
-def test_mutated_tokenizer_json():
-    text, rng = tokenizer_json(), np.random.default_rng(3)
+def unigram_json():
+    """A tokenizer.json with every optional part."""
+    tokenizers = pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    pre, post, back = (
+        getattr(tokenizers, name) for name in ("pre_tokenizers", "processors", "decoders")
+    )
+    vocabulary = [("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("ab", -1.5), ("\u2581", -3.0)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, False))
+    tokenizer.normalizer = tokenizers.normalizers.Replace("x", "a")
+    tokenizer.pre_tokenizer = pre.Sequence([pre.Split(" ", "isolated"), pre.Metaspace()])
+    tokenizer.post_processor = post.TemplateProcessing("a $A", None, [("a", 1)])
+    tokenizer.decoder = back.Sequence([back.ByteFallback(), back.Fuse(), back.Strip(" ", 1, 0)])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=5)
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("make_json", [tokenizer_json, unigram_json])
+def test_mutated_tokenizer_json(make_json):
+    text, rng = make_json(), np.random.default_rng(3)
     content = json.loads(text)
     assert use(lambda: HuggingFaceTokenizer(text))
     with bounded() as next_file:
@@ -159,6 +177,26 @@ def test_mutated_tokenizer_json():
             else:
                 changed = json.dumps(mutate_json(rng, content))
             use(lambda changed=changed: HuggingFaceTokenizer(changed))
+
+
+def test_panics_of_the_tokenizers_package_are_one_line():
+    """They are no Exceptions: one when the file is read, one when it is used."""
+    content = json.loads(tokenizer_json())
+    content["model"]["continuing_subword_prefix"] = "x" * 5000
+    with pytest.raises(InputError, match=r"tokenizer.json cannot be read \("):
+        HuggingFaceTokenizer(json.dumps(content))
+    content = json.loads(unigram_json())
+    content["model"]["unk_id"] = None
+    with pytest.raises(InputError, match=r"tokenizer.json cannot encode this text \("):
+        HuggingFaceTokenizer(json.dumps(content)).encode("no such letter")
+
+
+def test_padding_and_truncation_without_measure_do_nothing():
+    """A padding of 2^62 tokens would end the process, a stride above the length its encoding."""
+    content = json.loads(unigram_json())
+    content["truncation"]["stride"] = 50
+    content["padding"]["strategy"] = {"Fixed": 2**62}
+    assert len(HuggingFaceTokenizer(json.dumps(content)).encode("ab" * 9)) >= 9
 
 
 # Checkpoint folders of our own.
