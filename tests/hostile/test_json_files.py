@@ -186,10 +186,17 @@ def test_panics_of_the_tokenizers_package_are_one_line():
     with pytest.raises(InputError, match=r"tokenizer.json cannot be read \("):
         HuggingFaceTokenizer(json.dumps(content))
     content = json.loads(unigram_json())
+    content["model"]["unk_id"] = None
+    with pytest.raises(InputError, match=r"tokenizer.json cannot encode this text \("):
+        HuggingFaceTokenizer(json.dumps(content)).encode("no such letter")
+
+
+def test_padding_and_truncation_without_measure_do_nothing():
+    """A padding of 2^62 tokens would end the process, a stride above the length its encoding."""
+    content = json.loads(unigram_json())
     content["truncation"]["stride"] = 50
-    content["padding"] = None
-    tokenizer = HuggingFaceTokenizer(json.dumps(content))
-    assert not use(lambda: tokenizer) or len(tokenizer.encode("a" * 9)) > 3
+    content["padding"]["strategy"] = {"Fixed": 2**62}
+    assert len(HuggingFaceTokenizer(json.dumps(content)).encode("ab" * 9)) >= 9
 
 
 # Checkpoint folders of our own.
