@@ -55,7 +55,7 @@ def test_tokens_are_those_of_the_engine(small):
     tokens = list(generate(small.model, small.params, prompt, max_tokens=35, seed=3))
     request = Request(prompt, max_tokens=35, seed=3)
     assert tokens == complete(small.model, small.params, [request], rows=1)[0].tokens
-    with pytest.raises(InputError, match="top_p=3 must be above 0"):
+    with pytest.raises(InputError, match="top_p=3 must be a number above 0"):
         generate(small.model, None, prompt, max_tokens=4, top_p=3)
 
 
@@ -95,7 +95,7 @@ def test_lines_typed_make_one_text_with_the_replies(run, small, type_lines, caps
 
 
 def test_mistakes_are_found_before_the_model_is_loaded():
-    with pytest.raises(InputError, match=r"min_p=2\.0 must be from 0 to 1"):
+    with pytest.raises(InputError, match=r"min_p=2\.0 must be a number from 0 to 1"):
         program.main(["program", "--checkpoint=nowhere", "--prompt=a", "--min_p=2"])
 
 
