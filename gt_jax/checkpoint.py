@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath  # comes with orbax-checkpoint
 
 from gt_jax import stored
 from gt_jax.data.corpora import replace_file
@@ -162,9 +163,9 @@ def read_tree(folder: Path, name: str, like):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     if _stored_shapes(folder, name) != _shapes(like):
         raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     try:
-        return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
+        part = epath.Path(folder / name)
+        return ocp.StandardCheckpointHandler().restore(part, args=ocp.args.StandardRestore(like))
     except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
         raise _damaged(folder, one_line(error, 200)) from error
 
@@ -172,7 +173,7 @@ def read_tree(folder: Path, name: str, like):
 def _stored_shapes(folder: Path, name: str) -> dict:
     # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
     try:
-        return _shapes(ocp.StandardCheckpointHandler().metadata(folder / name).tree)
+        return _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / name)).tree)
     except Exception as error:  # as above
         raise _damaged(folder, one_line(error, 200)) from error
 

@@ -89,11 +89,11 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **settings):
-    """Read ids after the context `before`, print `echo` and what follows until Ctrl-C or an end.
+    """Read ids after the context `before`, print `echo` and how the model continues.
 
     Returns:
-        The context with the ids, and the list of ids written after it. If Ctrl-C came before the
-        ids were read: `before`, and the ids.
+        The context with the ids, and the list of ids written after it. Ctrl-C ends a reply; if it
+        comes before the ids are read: `before`, and the ids.
     """
     context, written, prefilled = before, list(ids), None
     with contextlib.suppress(KeyboardInterrupt):
@@ -115,16 +115,16 @@ def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **sett
         in_chunks = context.length - len(context.waiting) - known
         steps = len(context.waiting) - 1 + len(written)
         print(
-            f"prefill: {_speed(in_chunks, prefilled - began)}; "
-            f"decode: {_speed(steps, ended - prefilled)}, {len(written):,} of them new",
+            f"prefill: {in_chunks:,} tokens{_speed(in_chunks, prefilled - began)}; "
+            f"decode: {steps:,} tokens ({len(written):,} new){_speed(steps, ended - prefilled)}",
             file=sys.stderr,
         )
     return context, written
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    """How much was done how fast; no speed where there was nothing to do."""
-    return f"{tokens:,} tokens" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
+    """The speed, and nothing where nothing was done."""
+    return f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ ALLOWED = {
     "server": {"generation"},
     "serve": {"checkpoint", "cli", "generation", "server"},
     "evaluate": {"checkpoint", "cli", "config", "data", "scoring", "training"},
-    "harness": {"checkpoint", "cli", "data", "scoring"},
+    "harness": {"checkpoint", "cli", "scoring"},
     "canaries": {"checkpoint", "cli", "models", "scoring"},
     "inspect": {"analysis", "checkpoint", "cli", "models", "scoring"},
     "train": {

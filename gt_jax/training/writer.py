@@ -73,7 +73,8 @@ class Writer:
         items = {name: ocp.args.StandardSave(parts[name]) for name in parts}
         items["about"] = ocp.args.JsonSave({"format": FORMAT, "step": step, **about})
         self._saving = step
-        self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+        args = ocp.args.Composite(**items)
+        self._attempt(lambda: self._manager.save(step, args=args, force=True))
 
     def finish(self, *, best_step: int | None) -> None:
         """Wait for the write under way, then delete what is neither among the latest nor the best.
@@ -83,7 +84,7 @@ class Writer:
         """
         self._attempt(self._manager.wait_until_finished)
         self._saving = None
-        for step in sorted(self._manager.all_steps())[: -self._keep]:
+        for step in checkpoint.steps(self.folder.parent)[self._keep :]:
             if step != best_step:
                 self._manager.delete(step)
         if jax.process_index() == 0:
