@@ -6,9 +6,10 @@
 `record` lowers each variant on a CPU and writes programs/VARIANT.mlir (the StableHLO around the
 kernels), kernels/HASH.mlir.gz (the Mosaic module of a kernel) and variants.json with the hashes.
 What is not compared, because it changes no machine code: source locations, names of functions and
-kernels, and the kernel_hash and dump_basename that Pallas derives from them. The StableHLO is
-compared as a graph of operations: which function an operation stands in and in which order a
-function takes its arguments does not count. Kernels are compared as text, operation by operation.
+kernels, the kernel_hash and dump_basename that Pallas derives from them, and arithmetic of a kernel
+whose result nothing uses. The StableHLO is compared as a graph of operations: which function an
+operation stands in and in which order a function takes its arguments does not count. Kernels are
+compared as text, operation by operation.
 """
 
 import argparse
@@ -174,10 +175,26 @@ def _kernel_text(bytecode):
         dialect.register_dialect(context)
         context.allow_unregistered_dialects = True
         module = ir.Module.parse(bytecode)
+        _erase_dead_arithmetic(module)
         name = ir.StringAttr(module.operation.attributes["sym_name"]).value
         text = module.operation.get_asm(enable_debug_info=False)
     text = re.sub(r', mosaic_gpu.dump_basename = "\w*"', "", text)
     return re.sub(rf"\b{name}(_mosaic_gpu)?\b", r"kernel\1", text)
+
+
+def _erase_dead_arithmetic(module):
+    dead = []
+
+    def visit(op):
+        if ".arith." in op.name and not any(list(z.uses) for z in op.results):
+            dead.append(op)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    for op in dead:
+        op.erase()
+    if dead:  # what only they used is dead now
+        _erase_dead_arithmetic(module)
 
 
 def program_digest(module):

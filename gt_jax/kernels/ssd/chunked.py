@@ -28,10 +28,26 @@ from gt_jax.kernels.chunks import (
     scan_groups,
     split,
 )
+from gt_jax.kernels.ssd.reference import given_or_zeros
+
+TAKES = None  # every floating dtype and size
 
 
-def ssd_chunked(x, dt, a, B, C, D, initial_state, resets, precision, *, chunk_size=64):
-    """SSD by chunks; arguments as `ssd_reference`, chunk_size a power of two."""
+def ssd_chunked(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array | None,
+    resets: jax.Array | None,
+    precision: str,
+    *,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
+    initial_state = given_or_zeros(initial_state, x, dt, B)
     plan = make_plan(x.shape[1], chunk_size, x.dtype, precision, initial_state.dtype)
     if resets is not None:
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read

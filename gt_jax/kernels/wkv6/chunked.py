@@ -29,9 +29,22 @@ from gt_jax.kernels.chunks import (
     split,
 )
 
+TAKES = None  # every floating dtype and size
 
-def wkv6_chunked(r, k, v, w, u, initial_state, resets, precision, *, chunk_size=16):
-    """WKV6 by chunks; arguments as `wkv6_reference`, chunk_size a power of two."""
+
+def wkv6_chunked(
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    u: jax.Array,
+    initial_state: jax.Array,
+    resets: jax.Array | None,
+    precision: str,
+    *,
+    chunk_size: int = 16,
+) -> tuple[jax.Array, jax.Array]:
+    """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     plan = make_plan(r.shape[1], chunk_size, r.dtype, precision, initial_state.dtype)
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)
