@@ -81,8 +81,8 @@ def registry(monkeypatch):
 
             functions[f"op_{name}"] = run
         module = type("Module", (), {key: staticmethod(f) for key, f in functions.items()})
-        monkeypatch.setattr(dispatch.importlib, "import_module", lambda _: module)
-        known = {name: Implementation("module", name) for name in errors}
+        monkeypatch.setattr(dispatch.importlib, "import_module", {"module": module}.__getitem__)
+        known = {name: Implementation("module", "what it is") for name in errors}
         monkeypatch.setitem(IMPLEMENTATIONS, "op", known)
 
     return make
@@ -115,7 +115,7 @@ def test_auto_says_when_nothing_takes_the_call(registry):
 
 def test_what_can_run_nothing_here_is_not_loaded(registry, monkeypatch):
     registry(first=None, second=None)
-    nowhere = Implementation("no.such.module", "first", lambda: "the wrong device")
+    nowhere = Implementation("no module", "what it is", lambda: "the wrong device")
     monkeypatch.setitem(IMPLEMENTATIONS["op"], "first", nowhere)
     assert dispatch.dispatch("op", "auto", 3) == ("second", 3)
     with pytest.raises(ValueError, match="cannot run here: the wrong device"):

@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,6 +48,15 @@ from gt_jax.kernels.pallas.tiles import (
     over_rows,
     tile,
     tokens,
+)
+from gt_jax.kernels.wkv6.hopper_gradients import (
+    gather,
+    gradient_one,
+    load_float32,
+    operands,
+    stow,
+    sums,
+    through_levels,
 )
 from gt_jax.kernels.wkv6.hopper_levels import (
     FROM_START,
@@ -141,15 +149,6 @@ def backward(
     )  # fmt: skip
 
 
-def _gradient_one(terms):
-    """What a 1 of the patterns is in products with gradients, which need the range of bfloat16.
-
-    One table serves both, as the bits of a power of two in float16 are one in bfloat16 too.
-    """
-    one = np.float16(ONE[terms])
-    return float(one if interpreting() else one.view(jnp.bfloat16))
-
-
 def _body(size: Sizes, refs):
     patterns = refs.patterns_smem
     refs.sums_smem, refs.dsums_smem = (patterns,) * 2 if interpreting() else patterns
@@ -222,7 +221,7 @@ def _compute(size, refs, wg):
     plgpu.barrier_wait(refs.constants_ready)
     masks = Masks(refs.zero_smem.at[wg])
     log2_ones = full((SIZE, CHUNK), ONE[size.terms], refs.log2_w_smem.dtype)
-    ones = full(SQUARE, _gradient_one(size.terms), jnp.bfloat16)
+    ones = full(SQUARE, gradient_one(size.terms), jnp.bfloat16)
     step = functools.partial(_step, size.terms, refs, wg, masks, log2_ones, ones)
     dS = load_from_gmem(refs.dfinal_gmem.at[b, h])  # [V, K]
     du = full((SIZE, 16), 0, jnp.float32)  # 16 equal columns
@@ -255,10 +254,10 @@ def _step(terms, refs, wg, masks, log2_ones, ones, back, carry):
         plgpu.commit_smem()  # all of it is read before it is overwritten
         put(terms_of(refs.do_terms_smem.at[at]), split_(do))
     plgpu.commit_smem()
-    exponent, dKh = matmul(_sums(refs, wg, masks, TO_END), (SQUARE, (v, dS_terms)))  # [C, K]
+    exponent, dKh = matmul(sums(refs, wg, masks, TO_END), (SQUARE, (v, dS_terms)))  # [C, K]
 
-    at, do, Y, Z, dS_terms = _operands(refs, wg, masks)
-    decay, k = jnp.exp2(exponent), _load_float32(refs.k_smem.at[at])
+    at, do, Y, Z, dS_terms = operands(refs, wg, masks)
+    decay, k = jnp.exp2(exponent), load_float32(refs.k_smem.at[at])
     dk = dKh * decay
     Z_end, Kh = split_(k * dk), split_(k * decay)
     dv, log2_d = matmul(
@@ -266,37 +265,37 @@ def _step(terms, refs, wg, masks, log2_ones, ones, back, carry):
         (STATE, (log2_ones, terms_of(refs.log2_w_smem.at[at]))),  # [V, K], the same in every row
     )
 
-    at, do, Y, Z, dS_terms = _operands(refs, wg, masks)
+    at, do, Y, Z, dS_terms = operands(refs, wg, masks)
     dS = dS * jnp.exp2(log2_d)
     dv, Z_through = dv.astype(refs.v_smem.dtype), split_(join(Y) * dS)
     if terms > 1:  # and the terms of v lie elsewhere
         refs.v_smem.at[at][...] = dv
-    dS = _stow(terms, refs.w_smem, wg, masks, dS)
+    dS = stow(terms, refs.w_smem, wg, masks, dS)
     plgpu.commit_smem()
     put(Z, Z_end)
     put(dS_terms, Z_through)
-    exponent, dQ = matmul(_sums(refs, wg, masks, FROM_START), (SQUARE, (do, Y)))  # [C, K]
+    exponent, dQ = matmul(sums(refs, wg, masks, FROM_START), (SQUARE, (do, Y)))  # [C, K]
 
-    at, do, Y, Z, dS_terms = _operands(refs, wg, masks)
-    decay, r = jnp.exp2(exponent), _load_float32(refs.r_smem.at[at])
+    at, do, Y, Z, dS_terms = operands(refs, wg, masks)
+    decay, r = jnp.exp2(exponent), load_float32(refs.r_smem.at[at])
     dr = dQ * decay
     Z_start, Q = split_(r * dr), split_(r * decay)
     plgpu.commit_smem()
     put(Y, Q)
     plgpu.commit_smem()
     dw, dS = matmul(
-        (*_gather(refs, masks, SQUARE, TO_END, Z), (ones, dS_terms)),  # [C, K]
+        (*gather(refs, masks, SQUARE, TO_END, Z), (ones, dS_terms)),  # [C, K]
         (dS, (transpose(do), Y)),  # [V, K]
     )
 
-    at, do, _, Z, _ = _operands(refs, wg, masks)
+    at, do, _, Z, _ = operands(refs, wg, masks)
     v = terms_of(refs.v_terms_smem.at[at])
     refs.w_smem.at[at][...] = dS
     plgpu.commit_smem()
     put(Z, Z_start)
     plgpu.commit_smem()
     dw, dA, dA_transposed = matmul(
-        _gather(refs, masks, dw, FROM_START, Z),  # [C, K]
+        gather(refs, masks, dw, FROM_START, Z),  # [C, K]
         (SCORES, (do, transpose(v))),  # [C, C]
         (SCORES, (v, transpose(do))),  # [C, C]
     )
@@ -308,13 +307,13 @@ def _step(terms, refs, wg, masks, log2_ones, ones, back, carry):
     plgpu.commit_smem()
     if terms == 1:
         refs.v_smem.at[at][...] = dv
-    dw = _stow(terms, refs.do_smem, wg, masks, dw)
-    dr, dk, dw = _through_levels(terms, refs, wg, masks, dr, dk, dw)
+    dw = stow(terms, refs.do_smem, wg, masks, dw)
+    dr, dk, dw = through_levels(terms, refs, wg, masks, dr, dk, dw)
 
     at = wg + masks.zero()
     r_smem, k_smem, w_smem = refs.r_smem.at[at], refs.k_smem.at[at], refs.w_smem.at[at]
     Y = terms_of(refs.Y_smem.at[at])
-    r, k = _load_float32(r_smem), _load_float32(k_smem)
+    r, k = load_float32(r_smem), load_float32(k_smem)
     own = over_columns(own, SQUARE)
     u = over_rows(load_columns(refs.u_smem.at[at]), SQUARE)
     plgpu.commit_smem()
@@ -322,68 +321,8 @@ def _step(terms, refs, wg, masks, log2_ones, ones, back, carry):
     r_smem[...] = (dr + own * u * k).astype(r_smem.dtype)
     k_smem[...] = (dk + own * u * r).astype(k_smem.dtype)
     dS = load(w_smem)
-    w_smem[...] = (dw if terms == 1 else load(dw)) * (1 / _gradient_one(terms))
+    w_smem[...] = (dw if terms == 1 else load(dw)) * (1 / gradient_one(terms))
     plgpu.commit_smem()
     (du,) = matmul((du, (transpose(Y), refs.ones_smem.T)))  # [K, 16]
     plgpu.barrier_arrive(refs.done.at[at])
     return dS, du
-
-
-def _through_levels(terms, refs, wg, masks, dr, dk, dw):
-    """dr, dk and dw [C, K] with what reaches them through A; M lies where dS lay."""
-    (exponent,) = matmul(_sums(refs, wg, masks, LEVELS - 2))  # [C, K]
-    for level in reversed(range(LEVELS)):
-        at = wg + masks.zero()
-        Y = terms_of(refs.Y_smem.at[at])
-        decay = jnp.exp2(exponent) if level else 1.0  # no decay lies between neighbours
-        r, k = _load_float32(refs.r_smem.at[at]) * decay, _load_float32(refs.k_smem.at[at]) * decay
-        put(Y, split(jnp.where(masks.query(level), r, k), terms))
-        plgpu.commit_smem()
-        partners, M = masks.partners(level), terms_of(refs.dS_smem.at[at])
-        M = tuple(jnp.where(partners, _load_float32(z), 0.0).astype(jnp.bfloat16) for z in M)
-        (dY,) = matmul((SQUARE, (M, Y)))  # [C, K]
-        dx, query = dY * decay, masks.query(level)
-        dr, dk = jnp.where(query, dr + dx, dr), jnp.where(query, dk, dk + dx)
-        if level == 0:
-            return dr, dk, dw
-        at = wg + masks.zero()
-        Y, Z = terms_of(refs.Y_smem.at[at]), terms_of(refs.Z_smem.at[at])
-        put(Z, split(dY * join(Y), terms))
-        plgpu.commit_smem()
-        gathered = _gather(refs, masks, dw, level - 1, Z)
-        if level > 1:
-            dw, exponent = matmul(gathered, _sums(refs, wg, masks, level - 2))
-        else:
-            (dw,) = matmul(gathered)
-        dw = _stow(terms, refs.do_smem, wg, masks, dw)
-
-
-def _operands(refs, wg, masks):
-    """The warpgroup's index, and the terms of do, of Y, Z and dS and what takes their places."""
-    at = wg + masks.zero()
-    tiles = refs.do_terms_smem.at[at], refs.Y_smem.at[at], refs.Z_smem.at[at], refs.dS_smem.at[at]
-    return at, *map(terms_of, tiles)
-
-
-def _load_float32(ref):
-    return load(ref).astype(jnp.float32)
-
-
-def _sums(refs, wg, masks, pattern):
-    """For matmul: the log2 decays summed as a pattern says, [C, K]."""
-    zero = masks.zero()
-    return SQUARE, (refs.sums_smem.at[pattern + zero], terms_of(refs.log2_w_smem.at[wg + zero]))
-
-
-def _gather(refs, masks, start, pattern, Z):
-    """For matmul: `start` and, for each log decay, the rows of Z in whose sums it is, [C, K]."""
-    return start, (refs.dsums_smem.at[pattern + masks.zero()].T, Z)
-
-
-def _stow(terms, smem, wg, masks, z):
-    """z or, as operands of two terms take the registers, the reference where it lies from now."""
-    if terms == 1:
-        return z
-    ref = smem.at[wg + masks.zero()]
-    ref[...] = z
-    return ref
