@@ -1,7 +1,7 @@
 """What the kernel variants of the tests lower to for a Hopper GPU, to compare two checkouts.
 
-    PYTHONPATH=CHECKOUT python CHECKOUT/tests/kernels/lowered.py record OUT [--only TEXT]
-    python tests/kernels/lowered.py compare BEFORE AFTER
+    python -m tests.kernels.lowered record OUT [--only REGEX]    # in each checkout
+    python -m tests.kernels.lowered compare BEFORE AFTER
 
 `record` lowers each variant on a CPU and writes programs/VARIANT.mlir (the StableHLO around the
 kernels), kernels/HASH.mlir.gz (the Mosaic module of a kernel) and variants.json with the hashes.

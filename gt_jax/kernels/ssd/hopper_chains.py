@@ -1,8 +1,8 @@
 """Chains of blocks that add dB and dC of their heads to one sum, one block after the other.
 
-dB and dC are sums over all heads of a group. A block adds its own part of a chunk by a bulk copy
-that adds in the second-level cache, once the block before it in the chain, which is a moment ahead,
-has passed that chunk on. The order is fixed, so the bits are the same every time.
+dB and dC are sums over all heads of a group. A block adds what its heads give for a chunk by a bulk
+copy that adds in the second-level cache, once the block before it in the chain, which is a moment
+ahead, has passed that chunk on. The order is fixed, so the bits are the same every time.
 """
 
 from typing import Any, NamedTuple

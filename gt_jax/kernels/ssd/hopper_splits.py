@@ -120,8 +120,8 @@ def _copy(size, splits, reverse, refs, row, head0, group):
     """Keeps copies of the coming chunks in flight."""
     W, stages = size.heads_per_block, size.tuning.split_stages
     release_registers()
-    whole, part = divide(row, splits - 1)
-    source = whole * splits + part + int(reverse)
+    example, split = divide(row, splits - 1)
+    source = example * splits + split + int(reverse)
 
     def fetch(k, _):
         m = k if reverse else size.chunks - 1 - k
