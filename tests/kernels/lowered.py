@@ -197,8 +197,14 @@ def _erase_dead_arithmetic(module):
         _erase_dead_arithmetic(module)
 
 
-def program_digest(module):
-    """A hash of what a StableHLO module computes, as a graph of operations."""
+def program_digest(text):
+    """A hash of what the text of a StableHLO module computes, as a graph of operations."""
+    with mlir.make_ir_context() as context:
+        context.allow_unregistered_dialects = True
+        return _graph_digest(ir.Module.parse(text))
+
+
+def _graph_digest(module):
     functions = {ir.StringAttr(f.attributes["sym_name"]).value: f for f in module.body.operations}
 
     def block(block, arguments, outer):
@@ -256,10 +262,9 @@ def record(out, only):
             path = out / "kernels" / f"{digest}.mlir.gz"
             if not path.exists():
                 path.write_bytes(gzip.compress(text.encode(), 1, mtime=0))
-        (out / "programs" / f"{name}.mlir").write_text(
-            module.operation.get_asm(enable_debug_info=False)
-        )
-        found[name] = {"program": program_digest(module), "kernels": sorted(kernels)}
+        program = module.operation.get_asm(enable_debug_info=False)
+        (out / "programs" / f"{name}.mlir").write_text(program)
+        found[name] = {"program": program_digest(program), "kernels": sorted(kernels)}
         index.write_text(json.dumps(found, indent=1))
         print(f"{name}: {len(kernels)} kernels, {time.time() - start:.1f} s", flush=True)
 
