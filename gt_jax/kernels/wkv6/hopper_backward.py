@@ -104,7 +104,7 @@ def backward(
         initial state [B, H, 64, 64] float32, transposed.
     """
     size = sizes_of(r, v)
-    heads, terms = size.heads, size.terms
+    heads, terms = size.heads_per_block, size.terms
     bf16, f32 = jnp.bfloat16, jnp.float32
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     patterns = tile(LEVELS + 1, CHUNK, CHUNK, dtype=jnp.float16)
@@ -122,8 +122,8 @@ def backward(
             "dk": like(k),
             "dv": like(v),
             "dw": like(w),
-            "du": jax.ShapeDtypeStruct((size.batch, size.all_heads, SIZE), f32),
-            "dinitial": jax.ShapeDtypeStruct((size.batch, size.all_heads, *STATE), f32),
+            "du": jax.ShapeDtypeStruct((size.batch, size.heads, SIZE), f32),
+            "dinitial": jax.ShapeDtypeStruct((size.batch, size.heads, *STATE), f32),
         },
         # Where a tile has served, its room is used again; _step says how.
         scratch={
@@ -155,8 +155,8 @@ def _body(size: Sizes, refs):
     wg = lax.axis_index("wg")
     refs.v_smem, refs.v_terms_smem = whole_and_terms(size.terms, refs.v_smem)
     refs.do_smem, refs.do_terms_smem = whole_and_terms(size.terms, refs.do_smem)
-    pl.when(wg == size.heads)(lambda: _copy(size, refs))
-    pl.when(wg < size.heads)(lambda: _compute(size, refs, wg))
+    pl.when(wg == size.heads_per_block)(lambda: _copy(size, refs))
+    pl.when(wg < size.heads_per_block)(lambda: _compute(size, refs, wg))
 
 
 def _copy(size, refs):
@@ -195,12 +195,12 @@ def _copy(size, refs):
             plgpu.copy_smem_to_gmem(smem.at[n], gmem.at[b, tokens(m), h, channels()])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    for n in range(size.heads):
+    for n in range(size.heads_per_block):
         fetch(n, jnp.int32(size.chunks - 1) + lax.axis_index("rows") * 0)
 
     def step(back, _):
         m = size.chunks - 1 - back
-        for n in range(size.heads):
+        for n in range(size.heads_per_block):
             plgpu.barrier_wait(refs.done.at[n])
             store(n, m)
             pl.when(m > 0)(lambda n=n: fetch(n, m - 1))

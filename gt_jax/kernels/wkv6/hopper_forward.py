@@ -97,9 +97,9 @@ def forward(
         undefined, without save).
     """
     size = sizes_of(r, v)
-    heads, terms = size.heads, size.terms
+    heads, terms = size.heads_per_block, size.terms
     saved = (size.batch, size.chunks) if save else (1, 1)
-    saved = (*saved, size.all_heads, terms)
+    saved = (*saved, size.heads, terms)
     bf16, f32 = jnp.bfloat16, jnp.float32
     return kernel(
         functools.partial(_body, size, save),
@@ -107,7 +107,7 @@ def forward(
         inputs=dict(r=r, k=k, v=v, w=w, u=u, state=state, patterns=sum_patterns(terms)),
         outputs={
             "o": jax.ShapeDtypeStruct(v.shape, v.dtype),
-            "final": jax.ShapeDtypeStruct((size.batch, size.all_heads, *STATE), f32),
+            "final": jax.ShapeDtypeStruct((size.batch, size.heads, *STATE), f32),
             "states": jax.ShapeDtypeStruct((*saved, size.V, size.K), bf16),
             "scores": jax.ShapeDtypeStruct((*saved, *SCORES), bf16),
         },
@@ -140,8 +140,8 @@ def _body(size: Sizes, save, refs):
     wg = lax.axis_index("wg")
     refs.v_smem, refs.v_terms_smem = whole_and_terms(size.terms, refs.v_smem)
     refs.o_smem, refs.A_smem = refs.o_and_A_smem
-    pl.when(wg == size.heads)(lambda: _copy(size, refs))
-    pl.when(wg < size.heads)(lambda: _compute(size, save, refs, wg))
+    pl.when(wg == size.heads_per_block)(lambda: _copy(size, refs))
+    pl.when(wg < size.heads_per_block)(lambda: _compute(size, save, refs, wg))
 
 
 def _copy(size, refs):
@@ -158,15 +158,15 @@ def _copy(size, refs):
     r_k_w = (refs.r_gmem, refs.k_gmem, refs.w_gmem), (refs.r_smem, refs.k_smem, refs.w_smem)
     fetch_r_k_w = lambda n, m: fetch(n, m, *r_k_w, refs.ready)
     fetch_v = lambda n, m: fetch(n, m, (refs.v_gmem,), (refs.v_smem,), refs.v_ready)
-    for n in range(size.heads):
+    for n in range(size.heads_per_block):
         fetch_r_k_w(n, jnp.int32(0))
         fetch_v(n, jnp.int32(0))
 
     def step(m, _):
-        for n in range(size.heads):
+        for n in range(size.heads_per_block):
             plgpu.barrier_wait(refs.consumed.at[n])
             pl.when(m + 1 < size.chunks)(lambda n=n: fetch_r_k_w(n, m + 1))
-        for n in range(size.heads):
+        for n in range(size.heads_per_block):
             plgpu.barrier_wait(refs.v_consumed.at[n])
             pl.when(m + 1 < size.chunks)(lambda n=n: fetch_v(n, m + 1))
 

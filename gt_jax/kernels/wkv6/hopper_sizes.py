@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
     batch: int
     length: int
-    all_heads: int
+    heads: int
     K: int
     V: int
     terms: int  # bfloat16 numbers whose sum an operand is
@@ -46,21 +46,21 @@ class Sizes(NamedTuple):
     @property
     def rows(self) -> int:
         """Pairs of an example and a head."""
-        return self.batch * self.all_heads
+        return self.batch * self.heads
 
     @property
-    def heads(self) -> int:
-        """Heads of a block."""
+    def heads_per_block(self) -> int:
+        """A warpgroup each."""
         return min(TUNING[self.terms].heads, self.rows)
 
     @property
     def grid(self) -> dict[str, int]:
-        return {"rows": pl.cdiv(self.rows, self.heads)}
+        return {"rows": pl.cdiv(self.rows, self.heads_per_block)}
 
     def place(self, n):
         """Example and head of warpgroup n of a block; a last odd one repeats its neighbour."""
-        row = jnp.minimum(lax.axis_index("rows") * self.heads + n, self.rows - 1)
-        return lax.div(row, jnp.int32(self.all_heads)), lax.rem(row, jnp.int32(self.all_heads))
+        row = jnp.minimum(lax.axis_index("rows") * self.heads_per_block + n, self.rows - 1)
+        return lax.div(row, jnp.int32(self.heads)), lax.rem(row, jnp.int32(self.heads))
 
 
 def sizes_of(r: jax.Array, v: jax.Array) -> Sizes:

@@ -86,9 +86,9 @@ def _maps(splits, x, v, w, reverse):
     """
     size = sizes_of(x, v)._replace(batch=x.shape[0] // splits * (splits - 1))
     stages = TUNING[size.terms].split_stages
-    heads, terms = size.heads, size.terms
+    heads, terms = size.heads_per_block, size.terms
     pattern = sum_patterns(terms)[FROM_START if reverse else TO_END]
-    result = jax.ShapeDtypeStruct((size.batch, size.all_heads, *STATE), jnp.float32)
+    result = jax.ShapeDtypeStruct((size.batch, size.heads, *STATE), jnp.float32)
     return kernel(
         functools.partial(_body, size, splits, reverse),
         name="wkv6_splits",
@@ -115,8 +115,8 @@ def _body(size: Sizes, splits, reverse, refs):
     stages = TUNING[size.terms].split_stages
     wg = lax.axis_index("wg")
     refs.v_smem, refs.v_terms_smem = whole_and_terms(size.terms, refs.v_smem)
-    pl.when(wg == size.heads)(lambda: _copy(size, splits, stages, reverse, refs))
-    pl.when(wg < size.heads)(lambda: _compute(size, stages, refs, wg))
+    pl.when(wg == size.heads_per_block)(lambda: _copy(size, splits, stages, reverse, refs))
+    pl.when(wg < size.heads_per_block)(lambda: _compute(size, stages, refs, wg))
 
 
 def _copy(size, splits, stages, reverse, refs):
@@ -132,7 +132,7 @@ def _copy(size, splits, stages, reverse, refs):
     def fetch(step, _):
         m = step if reverse else size.chunks - 1 - step
         slot = lax.rem(step, jnp.int32(stages))
-        for n in range(size.heads):
+        for n in range(size.heads_per_block):
             b, h = size.place(n)
             at = n * stages + slot
             pl.when(step >= stages)(lambda at=at: plgpu.barrier_wait(refs.consumed.at[at]))
@@ -146,7 +146,7 @@ def _copy(size, splits, stages, reverse, refs):
 
     loop(size.chunks, fetch, None)
     for step in range(max(0, size.chunks - stages), size.chunks):  # see every chunk out
-        for n in range(size.heads):
+        for n in range(size.heads_per_block):
             plgpu.barrier_wait(refs.consumed.at[n * stages + step % stages])
 
 
