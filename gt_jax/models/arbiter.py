@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.gates import initial_share
-from gt_jax.models.layers import project, record, segment_starts, symmetric_uniform
+from gt_jax.models.layers import project, record, symmetric_uniform
 
 
 class GRU(nn.Module):
@@ -34,7 +35,7 @@ class GRU(nn.Module):
 
         pair = jnp.concatenate([rwkv, mamba], axis=-1)
         inputs = project(pair, input_kernel).astype(jnp.float32) + input_bias
-        starts = segment_starts(segment_ids, (B, T))
+        starts = resets(segment_ids, (B, T))
 
         def step(h, inputs):
             x, start = inputs  # [B, 3D], [B]

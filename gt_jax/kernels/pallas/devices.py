@@ -1,4 +1,4 @@
-"""Whether the Pallas kernels can run here; loads no Pallas itself.
+"""Where the Pallas kernels can run; loads no Pallas itself.
 
 A kernel is written once. On an H100 or H200 it is compiled; inside `simulated("interpret")` it runs
 on any machine in JAX's interpreter, which checks values and races; inside `simulated("lower")` it
@@ -7,6 +7,7 @@ may be traced and lowered for a GPU that is not there, which checks what the com
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import jax
 
@@ -16,10 +17,13 @@ _simulation = contextvars.ContextVar("simulation", default=None)
 
 
 @contextlib.contextmanager
-def simulated(mode):
+def simulated(mode: str) -> Iterator[None]:
     """Kernels traced inside are interpreted ("interpret") or only lowered ("lower").
 
-    A function jitted before keeps what it was traced as.
+    A function that was jitted before keeps what it was traced as.
+
+    Args:
+        mode: "interpret" or "lower".
     """
     token = _simulation.set(mode)
     try:
@@ -28,18 +32,21 @@ def simulated(mode):
         _simulation.reset(token)
 
 
-def simulation():
+def simulation() -> str | None:
     """What stands in for a GPU here: "interpret", "lower" or None."""
     return _simulation.get()
 
 
-def interpreting():
+def interpreting() -> bool:
     """True where kernels run in the interpreter."""
     return simulation() == "interpret"
 
 
-def unsupported():
-    """Why no kernel can run here, or None. Holds the device, the JAX version and what is needed."""
+def hopper_unsupported() -> str | None:
+    """Why no kernel for Hopper GPUs can run here, or None.
+
+    The reason names the device, the JAX version and what is needed.
+    """
     if jax.__version_info__ < OLDEST_JAX:
         needed = ".".join(map(str, OLDEST_JAX))
         return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
