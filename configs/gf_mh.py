@@ -4,12 +4,12 @@
 
     python -m gt_jax.train --config=configs/gf_mh.py
 
-Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m experiments.gf_mh`), in
+Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m experiments gf_mh`), in
 under two minutes on an H100 or 15 on two CPU cores, compilation included.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    return base.get_config()
+    return default_config()

@@ -8,15 +8,15 @@ longer run needs more of it: --config.data.source=FOLDER. Moments in bfloat16 sa
 
 Expected: not measured yet. The speed of a microbatch on random tokens:
 
-    python -m experiments.profile_training --config=configs/gf_mh_1b.py
+    python -m experiments profile_training --config=configs/gf_mh_1b.py
     ... --timed_steps=10 --config.train.batch_size=16 --config.optim.grad_accumulation=1
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "gf-mh-1b"
     config.model.remat = "dots"
     config.data.source = "tfds:wiki40b/en"

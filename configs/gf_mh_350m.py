@@ -8,15 +8,15 @@ from TensorFlow Datasets on first use; any other takes --config.data.source=FOLD
 
 Expected: not measured yet. The speed of a microbatch on random tokens:
 
-    python -m experiments.profile_training --config=configs/gf_mh_350m.py
+    python -m experiments profile_training --config=configs/gf_mh_350m.py
     ... --timed_steps=10 --config.train.batch_size=32 --config.optim.grad_accumulation=1
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "gf-mh-350m"
     config.model.remat = "dots"
     config.data.source = "tfds:wiki40b/en"

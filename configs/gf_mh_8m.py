@@ -5,11 +5,11 @@
 Expected: not measured yet; it reads 819 M characters, which is hours of an H100.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "gf-mh-8m"
     config.optim.lr = 3e-4
     config.optim.warmup_steps = 1000

@@ -7,14 +7,14 @@ Of 154 M parameters; a step is 16 x 2048 tokens. Shakespeare is far too short fo
 Expected: 244 000 tokens/s on an H200, so 45 minutes for the 20 000 steps; the loss depends on
 the text and is not measured. Its speed on random tokens:
 
-    python -m experiments.profile_training --config=configs/gf_mh_base.py --timed_steps=20
+    python -m experiments profile_training --config=configs/gf_mh_base.py --timed_steps=20
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.dim = 768
     config.model.layers = 12
     config.model.heads = 12

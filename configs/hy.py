@@ -3,13 +3,13 @@
     python -m gt_jax.train --config=configs/hy.py
 
 Expected: validation loss 1.625 nats/character (one seed) in 3.5 minutes on an H100 which
-trains twelve configs at once (`python -m experiments.presets --jobs=12`), compilation included.
+trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "hy"
     return config

@@ -6,11 +6,11 @@ Expected: validation loss 1.87 nats/character (on 16 384 characters) after 45 s 
 compilation included.
 """
 
-from configs import base
+from gt_jax.config import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.model.preset = "tiny"
     config.optim.lr = 3e-3
     config.train.steps = 200

@@ -1,4 +1,6 @@
-"""Parallel RWKV-6 / Mamba-2 hybrid language models in JAX."""
+"""Parallel RWKV-6 and Mamba-2 hybrid language models in JAX."""
+
+__version__ = "0.1.0"
 
 
 def load(path):
@@ -17,6 +19,6 @@ def load(path):
     Raises:
         gt_jax.errors.InputError: there is no checkpoint at `path`, or it is damaged.
     """
-    from gt_jax.training.checkpoint import load as load_checkpoint
+    from gt_jax.checkpoint import load as load_checkpoint
 
     return load_checkpoint(path)

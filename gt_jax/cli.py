@@ -1,19 +1,39 @@
 """What the command-line programs share: absl flags of their own, and errors in one line."""
 
+import contextlib
+import io
 import logging
+import os
 import sys
+import textwrap
+import traceback
 import warnings
+from pathlib import Path
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from gt_jax import compilation
-from gt_jax.config import flatten
+from gt_jax.config import default_config, walk_fields
+from gt_jax.config_files import load_config
 from gt_jax.errors import InputError, did_you_mean
+from gt_jax.suggestions import suggest_field
 
 
-def run(main) -> None:
-    """Call main(sys.argv); a mistake in the input prints as `error: ...` with exit status 1."""
+def run(main, *, leave_threads: bool = False) -> None:
+    """Call main(sys.argv) and exit with the status it returns, 0 for None.
+
+    A mistake in the input prints as `error: ...` with exit status 1. Ctrl-C ends with 130 and a
+    closed pipe (`| head`) with 141, as shells report them, both without a word. What the console
+    cannot show is escaped.
+
+    Args:
+        main: takes the command line.
+        leave_threads: after an error, do not wait for threads that may still be writing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verbose = any(argument.startswith("--verbose") for argument in sys.argv)
     if not verbose:  # Orbax logs a failure before raising it, and its threads complain after.
         for name in ("absl", "asyncio"):
@@ -21,13 +41,36 @@ def run(main) -> None:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         sys.unraisablehook = lambda _: None
     try:
+        sys.exit(_status(main, verbose))
+    except BaseException as end:
+        failed = not isinstance(end, SystemExit) or end.code == 1
+        if not (failed and leave_threads):
+            raise
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
+
+
+def _status(main, verbose: bool) -> int | None:
+    try:
         status = main(sys.argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python flushes at exit, and fails
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         if verbose:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        with contextlib.suppress(OSError):
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
 
 
 def new_flags() -> absl_flags.FlagValues:
@@ -51,11 +94,14 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     try:
         rest = flags(argv)[1:]
     except absl_flags.Error as error:
-        raise InputError(str(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise InputError(_unknown_field(argv) or str(error)) from error
+        raise InputError(_unknown_flag(argv, flags) or str(error)) from error
     if flags.help:
-        print(usage.strip(), flags.get_help(), sep="\n")
+        print(usage.strip(), end="\n\n")
+        if "config" in flags:
+            print(describe_settings(), end="\n\n")
+        print("flags:")
+        for name in sorted(set(flags) - {"config", "flagfile", "undefok"}):
+            print(f"  --{name}: {flags[name].help}")
         return False
     if rest:
         raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
@@ -66,23 +112,72 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     return True
 
 
-def define_config(flags: absl_flags.FlagValues, argv) -> None:
-    """Add --config=FILE with its --config.group.field=value overrides."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, e.g. configs/gf_mh.py.", sys_argv=argv, flag_values=flags
-    )
+def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
+    """Add --config.group.field=value flags for every setting, from the file that argv names.
+
+    `--config=NAME` itself is taken out of argv. Naming a config file runs it: it is Python.
+
+    Returns:
+        The name; "" where --help is asked for instead.
+
+    Raises:
+        InputError: --config is missing, or its file is not to be had, does not run, or returns
+            something else.
+    """
+    name = ""
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            name, argv[i : i + 2] = argv[i + 1], []
+            break
+        if argument.startswith("--config="):
+            name, argv[i : i + 1] = argument.removeprefix("--config="), []
+            break
+    if not name and not {"--help", "--helpfull", "-h"} & set(argv):
+        paths = [a for a in argv[1:] if a.endswith(".py") or Path(a).is_file()]
+        hint = f"did you mean --config={paths[0]}?" if paths else "see --help"
+        raise InputError(f"--config is missing; {hint}")
+    config = load_config(name) if name else default_config()
+    if unknown := _unknown_field(argv):
+        raise InputError(unknown)
+    config_flags.DEFINE_config_dict("config", config, flag_values=flags, sys_argv=argv)
+    return name
+
+
+def describe_settings() -> str:
+    """Every field of a config with its default and meaning, as --help prints them."""
+    lines = ["settings, each with its default:"]
+    for name, field in walk_fields():
+        default = "" if field.default is None else field.default
+        choices = " | ".join(field.metadata["choices"])
+        lines.append(f"  --config.{name}={default}" + (f"  ({choices})" if choices else ""))
+        indent = " " * 8
+        about = field.metadata["about"]
+        lines += textwrap.wrap(about, 96, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
 
 
 def _unknown_field(argv) -> str | None:
     """Name the override whose field does not exist; ml_collections' own error drops its group."""
-    without_overrides = [a for a in argv if not a.startswith("--config.")]
-    flags = new_flags()
-    define_config(flags, without_overrides)
-    flags(without_overrides, known_only=True)
-    known = flatten(flags.config.to_dict())
+    known = [name for name, _ in walk_fields()]
     for argument in argv:
         name = argument.split("=", 1)[0].removeprefix("--config.")
         if argument.startswith("--config.") and name not in known:
-            mend = did_you_mean(name, known) or "; configs/base.py has them all"
-            return f"{name} is not a config field{mend}"
+            hint = suggest_field(name, known) or "; --help lists them all"
+            return f"{name} is not a config field{hint}"
+    return None
+
+
+def _unknown_flag(argv, flags) -> str | None:
+    """Name a flag that is none, with the config field it may stand for; None if all are flags."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=", 1)[0]
+        if not argument.startswith("--") or "." in name or not name:
+            continue
+        if name in flags or name.removeprefix("no") in flags:
+            continue
+        hint = did_you_mean(name, [f for f in flags if f != "config"])
+        if not hint and "config" in flags:
+            field = suggest_field(name, [name for name, _ in walk_fields()])
+            hint = field.replace("'", "--config.", 1).replace("'", "=...", 1)
+        return f"--{name} is not a flag{hint or '; see --help'}"
     return None

@@ -1,138 +1,265 @@
-"""A run's settings as frozen dataclasses; configs/base.py has their defaults and their meaning.
+"""A run's settings as frozen dataclasses: each with its type, default, range and meaning, once.
 
-`from_config_dict` is the one door. It turns a plain ml_collections config into a `Config`, or
-raises an InputError that names the field, the value and the mend, before anything is loaded or
-compiled.
+`default_config` gives them as an ml_collections ConfigDict for config files to change, and
+`from_config_dict` takes it back: it returns a `Config`, or raises an InputError that names the
+field, the value and the fix, before anything is loaded or compiled.
 """
 
 import dataclasses
-import math
 import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
+from ml_collections import config_dict
 
 from gt_jax.errors import InputError, did_you_mean
+from gt_jax.models import ModelConfig
+from gt_jax.settings import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Range,
+    accepted,
+    check,
+    setting,
+)
+from gt_jax.suggestions import ELSEWHERE
 
 
-@dataclass(frozen=True)
-class Model:
-    preset: str
-    init_from: str | None
-    branches: str | None
-    branch: str | None
-    legacy_wkv: str | None
-    fusion: str | None
-    gate_init: float | None
-    dim: int | None
-    layers: int | None
-    heads: int | None
-    state_size: int | None
-    max_positions: int | None
-    tie_embeddings: bool | None
-    feed_forward: bool | None
-    init: str | None
-    dtype: str
-    impl: str
-    rwkv_dropout_start: float
-    rwkv_dropout_end: float
-    remat: str
+def _model_fields() -> list[tuple]:
+    """A preset, and the fields of ModelConfig to change: None means "as the preset says"."""
+    fields = [
+        ("preset", str, setting("gf-mh", "`python -m gt_jax.models` lists them all")),
+        (
+            "init_from",
+            str | None,
+            setting(
+                None,
+                "a model to continue from, as gt_jax.load takes it: the run has its weights,"
+                " architecture and tokenizer, whatever preset and data.tokenizer say",
+            ),
+        ),
+    ]
+    for field in dataclasses.fields(ModelConfig):
+        about, choices = field.metadata["about"], field.metadata["choices"]
+        within = field.metadata["within"]
+        if field.name == "dtype":
+            default, about = "auto", about + "; auto: bfloat16 on GPU and TPU, float32 on CPU"
+            choices = ("auto", *choices)
+        elif field.name in ("impl", "remat"):
+            default = field.default
+        elif field.name in ("vocab_size", "architecture"):  # from the tokenizer and the preset
+            continue
+        else:
+            default = None
+        kind = field.type if default is not None else field.type | None
+        fields.append((field.name, kind, setting(default, about, within, choices=choices)))
+    return fields
+
+
+_ModelFields = dataclasses.make_dataclass("_ModelFields", _model_fields(), frozen=True)
+
+
+class Model(_ModelFields):
+    """model.*: a preset, what of it to change, and how it is computed."""
 
 
 @dataclass(frozen=True)
 class Data:
-    source: str
-    field: str
-    tokenizer: str
-    vocab_size: int
-    order: str
-    split: str
-    validation_fraction: float
+    """data.*: the text, its tokens, and their order."""
+
+    source: str = setting(
+        "shakespeare", "shakespeare, shakespeare-all, a file, a folder, or tfds:NAME"
+    )
+    field: str = setting("text", "the text field of JSONL lines and TFDS examples")
+    tokenizer: str = setting("char", "char, char97 (32 reserved ids first) or sentencepiece")
+    vocab_size: int = setting(4096, "of a SentencePiece tokenizer; characters need none", POSITIVE)
+    order: str = setting(
+        "windows",
+        "shuffled windows, or tracks that continue from batch to batch",
+        choices=("windows", "tracks"),
+    )
+    split: str = setting(
+        "contiguous",
+        "the last part of the text validates; tracks: the last part of each track",
+        choices=("contiguous", "tracks"),
+    )
+    validation_fraction: float = setting(
+        0.1, "of the text; data sets with their own split keep it", FRACTION
+    )
 
 
 @dataclass(frozen=True)
 class Multipliers:
-    rwkv: float
-    mamba: float
-    gate: float
+    """optim.lr_multipliers.*: by part of the model."""
+
+    rwkv: float = setting(1.0, "of the RWKV branches", NOT_NEGATIVE)
+    mamba: float = setting(1.0, "of the Mamba branches", NOT_NEGATIVE)
+    gate: float = setting(1.0, "of the fusions", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class Optim:
-    lr: float
-    min_lr_ratio: float
-    warmup_steps: int
-    weight_decay: float
-    b1: float
-    b2: float
-    eps: float
-    moments_dtype: str
-    clip: float
-    lr_multipliers: Multipliers
-    grad_accumulation: int
+    """optim.*: AdamW, its schedule, clipping and accumulation."""
+
+    lr: float = setting(
+        4e-3, "peak learning rate of AdamW; the best of a sweep for gf_mh", ABOVE_ZERO
+    )
+    min_lr_ratio: float = setting(0.1, "the cosine ends at this share of the peak", SHARE)
+    warmup_steps: int = setting(50, "linear; step 0 already moves", NOT_NEGATIVE)
+    weight_decay: float = setting(
+        0.1, "on weight matrices alone, never on embeddings, gates or decays", NOT_NEGATIVE
+    )
+    b1: float = setting(0.9, "decay of the mean of gradients", BELOW_ONE)
+    b2: float = setting(0.95, "decay of the mean of their squares", BELOW_ONE)
+    eps: float = setting(1e-8, "added to the root of that mean", ABOVE_ZERO)
+    moments_dtype: str = setting(
+        "float32",
+        "of Adam's two moments at rest; bfloat16 halves them",
+        choices=("float32", "bfloat16"),
+    )
+    clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)
+    lr_multipliers: Multipliers = setting(Multipliers, "of the learning rate, by part of the model")
+    grad_accumulation: int = setting(
+        1, "microbatches per step; the gradient stays the full batch's", POSITIVE
+    )
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int
-    max_minutes: float
-    batch_size: int
-    seq_len: int
-    carry_state: bool
-    eval_every: int
-    eval_tokens: int
-    patience: int
-    max_nonfinite: int
-    sample_every: int
-    sample_prompt: str
-    sample_tokens: int
+    """train.*: length, batches, evaluation, samples."""
+
+    steps: int = setting(500, "batches to learn from", POSITIVE)
+    max_minutes: float = setting(
+        0.0, "stop after so long, for the same command to continue; 0 for no limit", NOT_NEGATIVE
+    )
+    batch_size: int = setting(64, "rows per step over all devices and microbatches", POSITIVE)
+    seq_len: int = setting(64, "tokens per row", Range(lambda v: v >= 2, "at least 2"))
+    carry_state: bool = setting(
+        False, "begin each row with the state the last batch ended in (needs data.order=tracks)"
+    )
+    rwkv_dropout_start: float = setting(
+        0.0, "chance that a block drops its RWKV branch, at step 0", BELOW_ONE
+    )
+    rwkv_dropout_end: float = setting(
+        0.0, "the same at the last step; linear in between", BELOW_ONE
+    )
+    eval_every: int = setting(
+        100, "steps between evaluations; 0 for none before the end", NOT_NEGATIVE
+    )
+    eval_tokens: int = setting(
+        0, "validation tokens per evaluation; 0 for the whole split", NOT_NEGATIVE
+    )
+    patience: int = setting(
+        0, "stop after so many evaluations without a new best; 0 for never", NOT_NEGATIVE
+    )
+    max_nonfinite: int = setting(
+        10, "stop after so many NaN or infinite steps in a row (each is skipped)", POSITIVE
+    )
+    sample_every: int = setting(0, "steps between text samples; 0 for one at the end", NOT_NEGATIVE)
+    sample_prompt: str = setting(
+        "", "what a sample continues; empty: the start of the validation text"
+    )
+    sample_tokens: int = setting(256, "length of a sample; 0 for none at all", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: int
-    keep: int
+    """checkpoint.*: when to save, and how many to keep."""
+
+    every: int = setting(
+        250, "steps; the best and the last are saved in any case; 0 for only those", NOT_NEGATIVE
+    )
+    keep: int = setting(2, "latest checkpoints kept, besides the best", POSITIVE)
 
 
 @dataclass(frozen=True)
 class Parallel:
-    mode: str
+    """parallel.*: how devices share a batch."""
+
+    mode: str = setting(
+        "jit", "over a device mesh, or pmap; both compute the same", choices=("jit", "pmap")
+    )
 
 
 @dataclass(frozen=True)
 class Log:
-    every: int
-    tensorboard: bool
+    """log.*: what is written down while a run goes."""
+
+    every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
+    tensorboard: bool = setting(True, "also write event files under tensorboard/")
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int
-    model: Model
-    data: Data
-    optim: Optim
-    train: Train
-    checkpoint: Checkpoint
-    parallel: Parallel
-    log: Log
+    """Every setting of a run, in groups."""
+
+    seed: int = setting(
+        0,
+        "initial weights, order of the text, dropout and samples all follow from it",
+        Range(lambda v: 0 <= v < 2**32, "between 0 and 2**32 - 1"),
+    )
+    model: Model = setting(Model, "the model")
+    data: Data = setting(Data, "its text")
+    optim: Optim = setting(Optim, "how it learns")
+    train: Train = setting(Train, "for how long, on how much")
+    checkpoint: Checkpoint = setting(Checkpoint, "what is saved")
+    parallel: Parallel = setting(Parallel, "over which devices")
+    log: Log = setting(Log, "what is logged")
 
 
-def from_config_dict(config_dict) -> Config:
+# Fields that stood elsewhere when a run was stored.
+_MOVED = {
+    "model.rwkv_dropout_start": "train.rwkv_dropout_start",
+    "model.rwkv_dropout_end": "train.rwkv_dropout_end",
+}
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Every setting with its default, for a config file to change and return."""
+    return _placeholders(Config())
+
+
+def from_config_dict(config) -> Config:
     """Checked settings from an ml_collections ConfigDict or a plain (nested) dict.
 
     Raises:
         InputError: a field is unknown, missing, mistyped or out of range, or two fields disagree.
     """
-    plain = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
-    config = _build(Config, plain, "")
-    _check(config)
-    return config
+    plain = config.to_dict() if hasattr(config, "to_dict") else config
+    built = _build(Config, plain, "")
+    check(built)
+    _check_together(built)
+    return built
+
+
+def from_stored(stored: dict) -> Config:
+    """As from_config_dict, of settings that an earlier version may have written.
+
+    Fields that did not exist then have their defaults, and moved ones are found.
+    """
+    values = flatten(to_dict(Config()))
+    for name, value in flatten(stored).items():
+        values[_MOVED.get(name, name)] = value
+    return from_config_dict(_unflatten(values))
 
 
 def to_dict(config: Config) -> dict:
     """The nested plain dict that `from_config_dict` takes back."""
     return dataclasses.asdict(config)
+
+
+def walk_fields(cls=Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """("seed", its dataclass field), ("model.preset", ...) and so on for every setting."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from walk_fields(field.type, prefix + field.name + ".")
+        else:
+            yield prefix + field.name, field
 
 
 def computation_dtype(dtype: str) -> str:
@@ -160,96 +287,57 @@ def check_devices(config: Config, devices: int) -> None:
         )
 
 
-def _build(cls, values: dict, prefix: str):
+def _placeholders(settings) -> config_dict.ConfigDict:
+    """A ConfigDict of a dataclass; a None knows what type may take its place."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _placeholders(value)
+        elif value is None:
+            [kind] = (k for k in accepted(field.type) if k is not types.NoneType)
+            value = config_dict.placeholder(kind)
+        values[field.name] = value
+    return config_dict.ConfigDict(values)
+
+
+def _unflatten(flat: dict[str, object]) -> dict:
+    tree = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return tree
+
+
+def _build(cls, values, prefix: str):
+    """An instance of cls; whole numbers serve as floats."""
     if not isinstance(values, dict):
         raise InputError(f"{prefix[:-1]}={values!r} must be a group of fields, not one value")
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            mend = did_you_mean(name, fields) or "; configs/base.py has them all"
-            raise InputError(f"{prefix}{name} is not a config field{mend}")
-    for name in fields:
+            fix = did_you_mean(name, fields) or "; --help lists them all"
+            same = ELSEWHERE.get(name, "")
+            if same.startswith(prefix) and same.removeprefix(prefix) in fields:
+                fix = f"; did you mean {same!r}?"
+            raise InputError(f"{prefix}{name} is not a config field{fix}")
+    built = {}
+    for name, field in fields.items():
         if name not in values:
-            raise InputError(f"{prefix}{name} is missing; configs/base.py has a default for it")
-    return cls(**{name: _typed(fields[name], values[name], prefix + name) for name in fields})
+            raise InputError(f"{prefix}{name} is missing; gt_jax.config.default_config has it")
+        value = values[name]
+        if dataclasses.is_dataclass(field.type):
+            value = _build(field.type, value, prefix + name + ".")
+        elif float in accepted(field.type) and type(value) is int:
+            value = float(value)
+        built[name] = value
+    return cls(**built)
 
 
-def _typed(kind, value, name: str):
-    """`value` as `kind`; whole floats are not integers, but integers are floats."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, name + ".")
-    accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(value) in accepted or (value is None and types.NoneType in accepted):
-        return value
-    if float in accepted and type(value) is int:
-        return float(value)
-    expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in accepted)
-    raise InputError(f"{name}={value!r} must be {expected}, not {type(value).__name__}")
-
-
-# field -> (test, what it must be)
-_POSITIVE = (lambda v: v >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
-_FRACTION = (lambda v: 0 < v < 1, "above 0 and below 1")
-_SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
-_BETA = (lambda v: 0 <= v < 1, "from 0 to below 1")
-_ABOVE_ZERO = (lambda v: v > 0, "above 0")
-_RANGES = {
-    "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2**32 - 1"),
-    "model.rwkv_dropout_start": _BETA,
-    "model.rwkv_dropout_end": _BETA,
-    "data.vocab_size": _POSITIVE,
-    "data.validation_fraction": _FRACTION,
-    "optim.lr": _ABOVE_ZERO,
-    "optim.min_lr_ratio": _SHARE,
-    "optim.warmup_steps": _NOT_NEGATIVE,
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.b1": _BETA,
-    "optim.b2": _BETA,
-    "optim.eps": _ABOVE_ZERO,
-    "optim.clip": _NOT_NEGATIVE,
-    "optim.lr_multipliers.rwkv": _NOT_NEGATIVE,
-    "optim.lr_multipliers.mamba": _NOT_NEGATIVE,
-    "optim.lr_multipliers.gate": _NOT_NEGATIVE,
-    "optim.grad_accumulation": _POSITIVE,
-    "train.steps": _POSITIVE,
-    "train.max_minutes": _NOT_NEGATIVE,
-    "train.batch_size": _POSITIVE,
-    "train.seq_len": (lambda v: v >= 2, "at least 2"),
-    "train.eval_every": _NOT_NEGATIVE,
-    "train.eval_tokens": _NOT_NEGATIVE,
-    "train.patience": _NOT_NEGATIVE,
-    "train.max_nonfinite": _POSITIVE,
-    "train.sample_every": _NOT_NEGATIVE,
-    "train.sample_tokens": _NOT_NEGATIVE,
-    "checkpoint.every": _NOT_NEGATIVE,
-    "checkpoint.keep": _POSITIVE,
-    "log.every": _POSITIVE,
-}
-_CHOICES = {
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.impl": ("auto", "reference", "chunked", "mosaic"),
-    "data.order": ("windows", "tracks"),
-    "optim.moments_dtype": ("float32", "bfloat16"),
-    "data.split": ("contiguous", "tracks"),
-    "parallel.mode": ("jit", "pmap"),
-}
-
-
-def _check(config: Config) -> None:
-    values = flatten(to_dict(config))
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name}={value} must be a finite number")
-    for name, (test, wanted) in _RANGES.items():
-        if not test(values[name]):
-            raise InputError(f"{name}={values[name]} must be {wanted}")
-    for name, choices in _CHOICES.items():
-        if values[name] not in choices:
-            raise InputError(
-                f"{name}={values[name]!r} must be one of {', '.join(choices)}"
-                + did_you_mean(values[name], choices)
-            )
+def _check_together(config: Config) -> None:
     train, accumulation = config.train, config.optim.grad_accumulation
     if train.batch_size % accumulation:
         raise InputError(

@@ -11,54 +11,19 @@ model.
 """
 
 import functools
-import math
 
 import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import cli
-from gt_jax.config import from_config_dict
+from gt_jax import checkpoint, cli
+from gt_jax.config import from_stored
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
 from gt_jax.errors import InputError
-from gt_jax.scoring import position_limit, score, windows
-from gt_jax.training import checkpoint
+from gt_jax.scoring import check_ids, loss_unit, position_limit, score, windows
+from gt_jax.training.evaluation import describe, evaluate, measures_of
 from gt_jax.training.step import make_eval_step
-from gt_jax.training.text import loss_unit, read_text
-
-
-def evaluate(eval_step, params, batches, *, carry=None, per_token=1.0) -> dict[str, float]:
-    """Mean cross-entropy over every counted target of some batches.
-
-    Args:
-        eval_step: from `gt_jax.training.step.make_eval_step`, compiled.
-        params: float32 parameters.
-        batches: of `gt_jax.data.evaluation_batches`.
-        carry: the zero state if rows continue from batch to batch, else None.
-        per_token: characters per token, see `characters_per_token`.
-
-    Returns:
-        validation_loss (nats per token), bits_per_token, bits_per_character, perplexity (of a
-        token), validation_tokens.
-    """
-    sums = []
-    for batch in batches:
-        result, carry = eval_step(params, batch, carry)
-        sums.append(result)  # Fetched together at the end: the device is never waited for.
-    sums = jax.device_get(sums)
-    tokens = sum(int(s.tokens) for s in sums)
-    return _measures(sum(float(s.loss) for s in sums) / tokens, tokens, per_token)
-
-
-def describe(measured: dict[str, float], unit: str) -> str:
-    """One line for people; `unit` is "character" or "token"."""
-    parts = [f"loss {measured['validation_loss']:.4f} nats/{unit}"]
-    if unit == "token":
-        parts.append(f"{measured['bits_per_token']:.4f} bits/token")
-    for name in ("character", "byte"):
-        if f"bits_per_{name}" in measured:
-            parts.append(f"{measured[f'bits_per_{name}']:.4f} bits/{name}")
-    return ", ".join([*parts, f"perplexity {measured['perplexity']:.3f}"])
+from gt_jax.training.text import read_text
 
 
 def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
@@ -83,18 +48,6 @@ def encode_documents(documents, tokenizer, name: str) -> tuple[np.ndarray, ...]:
     if not any(len(ids) > 1 for ids in tokens):
         raise InputError(f"{name} has fewer than 2 tokens in every document; name a longer text")
     return tokens
-
-
-def _measures(loss, tokens, per_token, bytes_per_token=None) -> dict[str, float]:
-    bits = loss / math.log(2)
-    return {
-        "validation_loss": loss,
-        "bits_per_token": bits,
-        "bits_per_character": bits / per_token,
-        **({"bits_per_byte": bits / bytes_per_token} if bytes_per_token else {}),
-        "perplexity": math.exp(min(loss, 700)),
-        "validation_tokens": tokens,
-    }
 
 
 def _as_trained(model, params, documents, train):
@@ -155,7 +108,7 @@ def main(argv):
         return
 
     config = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
-    config = from_config_dict(config) if "data" in config else None  # None: converted
+    config = from_stored(config) if "data" in config else None  # None: converted
     if flags.source is None and config is None:
         raise InputError(
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "
@@ -172,6 +125,7 @@ def main(argv):
         name = flags.source
         documents = read_documents(name, flags.field or (config.data.field if config else "text"))
         tokens = encode_documents(documents, tokenizer, name)
+    check_ids(model, tokens)
 
     if flags.source is None and flags.seq_len is None and flags.stride is None:
         nats, targets, how = _as_trained(model, params, tokens, train)
@@ -180,7 +134,7 @@ def main(argv):
             model, params, tokens, batch_size=flags.batch_size, seq_len=seq_len, stride=stride
         )
     count = sum(map(len, tokens))
-    measured = _measures(
+    measured = measures_of(
         nats / targets,
         targets,
         sum(map(len, documents)) / count,

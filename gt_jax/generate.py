@@ -3,12 +3,12 @@
     python -m gt_jax.generate --checkpoint=runs/gf_mh --prompt="ROMEO:" --max_tokens=300
     python -m gt_jax.generate --checkpoint=runs/gf_mh
 
-Without --prompt it asks for one, continues it, and asks again: each line you type goes on from the
-text so far, an empty one lets the model go on, Ctrl-C ends a reply and Ctrl-D the program.
+Without --prompt it asks for one, continues it, and asks again: each line you type continues the
+text so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
 The prompt is read in parallel; after it each token costs the same however long the text has grown,
 because all the model remembers is its recurrent state. --save_state keeps that as a file and
---state goes on from it without reading the text again.
+--state continues from it without reading the text again.
 """
 
 import contextlib
@@ -18,40 +18,12 @@ import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.errors import InputError
-from gt_jax.generation import Request, load_context, read, save_context, stream
-
-
-def generate(model, params, prompt, **settings) -> Iterator[int]:
-    """Token ids that continue one prompt, as they come.
-
-    Args:
-        model, params: from `gt_jax.load`.
-        prompt: [T] ids, at least one, or a Context.
-        **settings: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
-            stop_ids of `gt_jax.generation.Request`.
-
-    Raises:
-        InputError: at once, if the prompt is empty or a setting is out of its range.
-    """
-    pieces = stream(model, params, [Request(prompt, **settings)], rows=1)
-    return (token for piece in pieces for token in piece.tokens)
-
-
-def encode_prompt(tokenizer, text: str, name: str) -> np.ndarray:
-    """Token ids [T] of a prompt; InputError naming the characters the vocabulary lacks."""
-    try:
-        ids = tokenizer.encode(text)
-    except InputError as error:
-        raise InputError(f"{name}={text!r}: {error}") from error
-    unknown = sorted(set(text) - set(tokenizer.decode(ids)))
-    if unknown and tokenizer.kind.startswith("char"):
-        raise InputError(f"{name}={text!r} has characters outside the vocabulary: {unknown}")
-    return ids
+from gt_jax.generation import Request, load_context, prefill, save_context, stream
+from gt_jax.generation.prompts import encode_prompt
 
 
 def main(argv):
@@ -69,38 +41,41 @@ def main(argv):
     real("repetition_penalty", 1.0, "Above 1: tokens seen before become less likely.")
     whole("seed", 0, "Same seed, same text.")
     absl_flags.DEFINE_multi_string("stop", [], "End before this; repeatable.", flag_values=flags)
-    text("state", None, "Go on from this file of --save_state.")
+    text("state", None, "Continue from this file of --save_state.")
     text("save_state", None, "File to keep the state in, prompt and reply read.")
     absl_flags.DEFINE_bool("stats", False, "Print the speed of each reply.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    from gt_jax.training.checkpoint import load
+    from gt_jax.checkpoint import load
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: flags[name].value for name in names} | {"stop": tuple(flags.stop)}
     Request([], seed=flags.seed, **settings)  # a mistake is found before the long load
     model, params, tokenizer = load(flags.checkpoint)
-    if tokenizer.eos_id is not None:
-        settings["stop_ids"] = (tokenizer.eos_id,)
+    settings["stop_ids"] = tokenizer.stop_ids
     context = load_context(flags.state, model, params) if flags.state else None
     speak = functools.partial(_speak, model, params, tokenizer, show_speed=flags.stats)
 
     unread = []  # what the model wrote since `context`
     if flags.prompt is not None:
-        ids = encode_prompt(tokenizer, flags.prompt, "--prompt")
+        so_far = tokenizer.decode(context.waiting) if context else None
+        ids = encode_prompt(tokenizer, flags.prompt, "--prompt", after=so_far)
         context, unread = speak(context, ids, echo=flags.prompt, seed=flags.seed, **settings)
     else:
         for turn, line in enumerate(_typed_lines()):
             so_far = tokenizer.decode([*(context.waiting if context else ()), *unread])
             separator = "\n" if line and so_far and not so_far.endswith("\n") else ""
+            after = so_far if context else None
             try:
-                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt")]
+                ids = [*unread, *encode_prompt(tokenizer, separator + line, "prompt", after=after)]
                 context, unread = speak(context, ids, seed=flags.seed + turn, **settings)
             except InputError as error:
                 print("error:", error, file=sys.stderr)
+            except KeyboardInterrupt:  # just before or after the reply
+                print()
     if flags.save_state and context:
-        save_context(flags.save_state, model, params, read(model, params, unread, context))
+        save_context(flags.save_state, model, params, prefill(model, params, unread, context))
 
 
 def _typed_lines() -> Iterator[str]:
@@ -114,36 +89,42 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **settings):
-    """Read ids after the context `before`, print `echo` and how the model goes on.
+    """Read ids after the context `before`, print `echo` and how the model continues.
 
     Returns:
-        The context with the ids, and the list of ids written after it.
+        The context with the ids, and the list of ids written after it. Ctrl-C ends a reply; if it
+        comes before the ids are read: `before`, and the ids.
     """
-    start = functools.partial(stream, model, params, tokenizer=tokenizer, rows=1)
-    if show_speed:  # a rehearsal, so that nothing is compiled while the clock runs
-        next(start([Request(read(model, params, ids, before), **settings)]))
-    began = time.perf_counter()
-    context = jax.block_until_ready(read(model, params, ids, before))
-    prefilled, written = time.perf_counter(), []
-    pieces = start([Request(context, **settings)])
-    print(echo, end="", flush=True)
+    context, written, prefilled = before, list(ids), None
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            written += piece.tokens
-            print(piece.text, end="", flush=True)
+        start = functools.partial(stream, model, params, tokenizer=tokenizer, rows=1)
+        if show_speed:  # a rehearsal, so that nothing is compiled while the clock runs
+            next(start([Request(prefill(model, params, ids, before), **settings)]), None)
+        began = time.perf_counter()
+        context, written = jax.block_until_ready(prefill(model, params, ids, before)), []
+        prefilled = time.perf_counter()
+        deltas = start([Request(context, **settings)])
+        print(echo, end="", flush=True)
+        for delta in deltas:
+            written += delta.tokens
+            print(delta.text, end="", flush=True)
     ended = time.perf_counter()
     print()
-    if show_speed:
+    if show_speed and prefilled is not None:
         known = before.length - len(before.waiting) if before else 0
-        in_pieces = context.length - len(context.waiting) - known
+        in_chunks = context.length - len(context.waiting) - known
         steps = len(context.waiting) - 1 + len(written)
         print(
-            f"prefill: {in_pieces:,} tokens, {in_pieces / (prefilled - began):,.0f} tokens/s; "
-            f"decode: {steps:,} tokens ({len(written):,} new), "
-            f"{steps / (ended - prefilled):,.0f} tokens/s",
+            f"prefill: {in_chunks:,} tokens{_speed(in_chunks, prefilled - began)}; "
+            f"decode: {steps:,} tokens ({len(written):,} new){_speed(steps, ended - prefilled)}",
             file=sys.stderr,
         )
     return context, written
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    """The speed, and nothing where nothing was done."""
+    return f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
 
 
 if __name__ == "__main__":

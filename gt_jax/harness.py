@@ -6,58 +6,77 @@
 All arguments are the harness's own. From Python: `register()`, then its simple_evaluate.
 """
 
+import datetime
 import functools
+import json
 
 import numpy as np
 
-from gt_jax import cli
+from gt_jax import checkpoint, cli
 from gt_jax.errors import InputError
 from gt_jax.scoring import continue_greedily, part, position_limit, score, windows
-from gt_jax.training import checkpoint
 
 _MAX_TOKENS = 256  # generated where a task does not say
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first counts
+_USUAL = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "</s>")  # begin texts
 
 
 class Adapter:
-    """The harness's three questions, each a method of a list of requests with `.args`."""
+    """The harness's three questions, each a method of a list of requests with `.args`.
+
+    Texts become ids, and ids scores and texts, as in the harness's own HFLM, so that numbers
+    compare.
+    """
 
     def __init__(self, checkpoint_path, *, batch_size=8):
         self._model, self._params, self._tokenizer = checkpoint.load(checkpoint_path)
         self._batch_size = batch_size
         self._start = start_id(self._tokenizer)
+        self._start_text = self._tokenizer.decode([self._start])
+        self._name = str(checkpoint_path).replace("/", "__")
 
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(log p in nats, whether greedy) of each (context, continuation)."""
-        scores = self._score([self._encode_pair(*request.args) for request in requests])
-        return [(float(s.log_probs.sum()), s.greedy) for s in scores]
+    def loglikelihood(self, requests, **_) -> list[tuple[float, bool]]:
+        """(log p in nats, whether greedy) of each (context, continuation); (0, True) of nothing."""
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        scores = iter(self._score([pair for pair in pairs if len(pair[1])]))
+        answers = []
+        for _, continuation in pairs:
+            if len(continuation):
+                found = next(scores)
+                answers.append((float(found.log_probs.sum()), found.greedy))
+            else:
+                answers.append((0.0, True))
+        return answers
 
-    def loglikelihood_rolling(self, requests) -> list[float]:
+    def loglikelihood_rolling(self, requests, **_) -> list[float]:
         """log p in nats of each (text,) after the start token.
 
-        Recurrent models carry their state to its end; attention models read disjoint windows, the
-        last one full.
+        Recurrent models carry their state to its end, where HFLM reads windows of 2048 tokens;
+        attention models read disjoint windows, the last one full.
         """
-        texts = [self._encode(self._start, request.args[0]) for request in requests]
-        size = position_limit(self._model) or max(map(len, texts))
+        texts = [[self._start, *self._encode(request.args[0])] for request in requests]
+        size = position_limit(self._model) or max(map(len, texts), default=1)
         pairs = [windows([ids], seq_len=size, stride=size) for ids in texts]
         scores = iter(self._score([pair for of_text in pairs for pair in of_text]))
         return [float(sum(next(scores).log_probs.sum() for _ in of_text)) for of_text in pairs]
 
-    def generate_until(self, requests) -> list[str]:
+    def generate_until(self, requests, **_) -> list[str]:
         """The greedy continuation of each (context, settings), without the string that ended it.
 
         Raises:
-            InputError: the settings ask for sampling.
+            InputError: the settings ask for sampling, or for no token.
         """
         texts: list = [None] * len(requests)
-        for limit in {_max_tokens(request) for request in requests}:
-            rows = [i for i, request in enumerate(requests) if _max_tokens(request) == limit]
-            stops = [_stops(requests[i]) for i in rows]
-            prompts = [self._encode(None, requests[i].args[0]) for i in rows]
+        prompts = [self._encode(request.args[0]) for request in requests]
+        prompts = [ids if len(ids) else np.array([self._start], np.int32) for ids in prompts]
+        limits = [_limit(request.args[1], len(ids)) for request, ids in zip(requests, prompts)]
+        for limit in sorted(set(limits)):
+            rows = [i for i, other in enumerate(limits) if other == limit]
+            stops = [_stops(requests[i].args[1]) for i in rows]
             found = continue_greedily(
                 self._model,
                 self._params,
-                prompts,
+                [prompts[i] for i in rows],
                 max_tokens=limit,
                 done=lambda row, ids, stops=stops: self._cut(ids, stops[row])[1],
                 batch_size=self._batch_size,
@@ -66,41 +85,84 @@ class Adapter:
                 texts[i] = self._cut(ids, stop)[0]
         return texts
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells the harness's caches of different checkpoints apart."""
+        return self._name
+
+    def chat_template(self, chat_template=False) -> str | None:
+        """The model's template of dialogues; None where none is asked for."""
+        if not chat_template:
+            return None
+        template = getattr(self._tokenizer, "chat_template", None)
+        if template is None:
+            raise InputError("--apply_chat_template: the tokenizer of this model has no template")
+        return template
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """A dialogue, a list of {"role": ..., "content": ...}, as the text that a model reads."""
+        return render_chat(self._tokenizer, chat_history, add_generation_prompt)
+
     def _score(self, pairs):
         return score(self._model, self._params, pairs, batch_size=self._batch_size)
 
-    def _encode(self, start, text):
-        """[n] ids, after `start` if it is given or there would be none."""
-        ids = self._tokenizer.encode(text)
-        if start is None and len(ids):
-            return ids
-        return np.concatenate([[self._start], ids]).astype(np.int32)
+    def _encode(self, text):
+        """[n] ids with those that the tokenizer puts around a text, unless it begins with one."""
+        if self._tokenizer.kind != "huggingface":
+            return self._tokenizer.encode(text)
+        begun = bool(self._start_text) and text.startswith(self._start_text)
+        return self._tokenizer.encode(text, special=not begun)
 
     def _encode_pair(self, context, continuation):
-        whole = self._encode(self._start, context + continuation)
-        before = self._encode(self._start, context)
-        before, after = part(before, whole)
-        return before[1 if len(before) > 1 else 0 :], after  # Only an empty context needs a start.
+        """The ids [m >= 1] and [n] of both; spaces at the end of the context go with the second."""
+        start = np.array([self._start], np.int32)
+        if context == "":
+            ids = self._tokenizer.encode(continuation)
+            return (start, ids[1:] if ids[:1].tolist() == [self._start] else ids)
+        bare = context.rstrip()
+        whole, before = self._encode(context + continuation), self._encode(bare)
+        after = whole[len(before) :]
+        if not len(before):
+            return start, after
+        if len(after) or bare == context + continuation:
+            return before, after
+        before, after = part(before, whole)  # One token has the end of both.
+        return (before, after) if len(before) else (start, after)
 
     def _cut(self, ids, stops) -> tuple[str, bool]:
         """The text before whatever ends it first, and whether anything does."""
-        ended = self._tokenizer.eos_id in ids
-        text = self._tokenizer.decode(ids[: ids.index(self._tokenizer.eos_id)] if ended else ids)
-        found = [text.find(stop) for stop in stops if stop in text]
-        return text[: min(found, default=len(text))], ended or bool(found)
+        ends = [n for n, i in enumerate(ids) if i in self._tokenizer.stop_ids]
+        ids = ids[: ends[0]] if ends else ids
+        if self._tokenizer.kind == "huggingface":
+            text = whole = self._tokenizer.decode(ids, special=False)
+            if self._tokenizer.eos_id is not None:
+                stops = [*stops, self._tokenizer.decode([self._tokenizer.eos_id])]
+        else:
+            text = whole = self._tokenizer.decode(ids)
+        for stop in filter(None, stops):
+            text = text.split(stop)[0]
+        return text, bool(ends) or text != whole
 
 
 def start_id(tokenizer) -> int:
-    """The token that stands before a text: end-of-text for published models, else a newline.
+    """The token that stands before a text.
+
+    A published model's beginning or end of text; else a newline, as in texts of one's own.
 
     Raises:
         InputError: the tokenizer has neither.
     """
-    if tokenizer.kind == "rwkv-world":
-        return tokenizer.eos_id
+    candidates = []
+    if tokenizer.kind in ("rwkv-world", "huggingface", "ids"):
+        candidates = [tokenizer.special.bos, *tokenizer.start_ids, tokenizer.eos_id]
+    if tokenizer.kind == "huggingface":  # perhaps a tokenizer.json alone, which names none
+        candidates += map(tokenizer.token_id, _USUAL)
+    for i in candidates:
+        if i is not None:
+            return int(i)
     for mark in ("<|endoftext|>", "\n"):
         try:
-            ids = tokenizer.encode(mark)
+            ids = tokenizer.encode_after(mark, "")
         except InputError:
             continue  # a character tokenizer without this one
         if len(ids) == 1:
@@ -109,6 +171,48 @@ def start_id(tokenizer) -> int:
         f"the tokenizer of this model ({tokenizer.kind}) has no token for the end of a text and "
         "none for a newline; convert the model with --tokenizer=FILE"
     )
+
+
+def render_chat(tokenizer, messages, add_generation_prompt=True) -> str:
+    """A dialogue in the form of the tokenizer's Jinja template, rendered in a sandbox.
+
+    Raises:
+        InputError: no template, or one that refuses the dialogue.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError("--apply_chat_template: the tokenizer of this model has no template")
+
+    def refuse(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    world = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    world.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    names = {
+        f"{name}_token": tokenizer.token_text(i)
+        for name, i in zip(("bos", "eos", "pad"), tokenizer.special)
+        if i is not None
+    }
+    template = world.from_string(tokenizer.chat_template)
+    render = lambda told: template.render(
+        messages=told, add_generation_prompt=add_generation_prompt, **names
+    )
+    try:
+        return render(messages)
+    except jinja2.exceptions.TemplateError:  # perhaps for a system prompt: as HFLM, without it
+        try:
+            return render([message for message in messages if message["role"] != "system"])
+        except jinja2.exceptions.TemplateError as error:
+            raise InputError(f"the chat template refuses this dialogue ({error})") from error
 
 
 @functools.cache  # The harness refuses a name that it knows.
@@ -136,16 +240,30 @@ def register():
     return register_model("gt_jax")(GtJax)
 
 
-def _stops(request) -> list[str]:
-    until = request.args[1].get("until") or []
+def _stops(settings) -> list[str]:
+    until = settings.get("until") or []
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
-def _max_tokens(request) -> int:
-    settings = request.args[1]
-    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+def _limit(settings, prompt_length) -> int:
+    """How many tokens to generate at most."""
+    sampled, temperature = settings.get("do_sample"), settings.get("temperature")
+    if sampled is None:
+        sampled = bool(temperature)
+    if sampled and (temperature is None or float(temperature) > 0):
         raise InputError("this adapter generates greedily; run with --gen_kwargs do_sample=False")
-    return int(settings.get("max_gen_toks", _MAX_TOKENS))
+    if settings.get("max_length") is not None:  # of prompt and continuation
+        limit, name = int(settings["max_length"]) - prompt_length, "max_length"
+    else:
+        given = [name for name in _LIMITS if settings.get(name) is not None]
+        name = given[0] if given else _LIMITS[0]
+        limit = int(settings.get(name) if given else _MAX_TOKENS)
+    if limit < 1:
+        raise InputError(
+            f"{name}={settings[name]} leaves no token to generate after a prompt of "
+            f"{prompt_length}; raise it"
+        )
+    return limit
 
 
 def main(argv):

@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import analysis, cli
+from gt_jax import analysis, checkpoint, cli
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters
-from gt_jax.scoring import position_limit
-from gt_jax.training import checkpoint
-from gt_jax.training.text import loss_unit
+from gt_jax.scoring import loss_unit, position_limit
 
 PLACES = 12  # of least agreement, at least APART tokens from each other
 APART = 8
@@ -140,13 +138,22 @@ def cut(ids, model, max_tokens: int):
     return ids[:kept], f"The first {kept:,} of the text's {len(ids):,} tokens ({reason})."
 
 
+def default_out(checkpoint: str) -> Path:
+    """inspect.html in the folder of the run that a checkpoint belongs to, else in this folder."""
+    folder = Path(checkpoint)
+    for run in (folder, folder.parent.parent):
+        if (run / "checkpoints").is_dir():
+            return run / "inspect.html"
+    return Path("inspect.html")
+
+
 def main(argv):
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     define("checkpoint", None, "A run's workdir, or one checkpoint folder.")
     define("text", None, "The text to look at.")
     define("file", None, "A file that holds it, UTF-8.")
-    define("out", "inspect.html", "The page to write.")
+    define("out", None, "The page to write; default inspect.html in the run's folder, else here.")
     absl_flags.DEFINE_integer("max_tokens", 4096, "Read no more than these.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
@@ -184,8 +191,9 @@ def main(argv):
         checkpoint=flags.checkpoint,
         notes=notes,
     )
-    Path(flags.out).write_text(html, encoding="utf-8")
-    print(f"{flags.out}: {summarise(trace, ids, tokenizer)}", *notes, sep="\n")
+    out = Path(flags.out or default_out(flags.checkpoint))
+    out.write_text(html, encoding="utf-8")
+    print(f"{out}: {summarise(trace, ids, tokenizer)}", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,24 @@ def position_limit(model) -> int | None:
     return model.config.max_positions if "gpt" in model.config.architecture else None
 
 
+def loss_unit(tokenizer) -> str:
+    """What a loss in nats is counted per: "character" or "token"."""
+    return "character" if tokenizer.kind.startswith("char") else "token"
+
+
+def check_ids(model, texts) -> None:
+    """Raise InputError if an id of some texts, int arrays [n], is none of the model's."""
+    size = model.config.vocab_size
+    for ids in texts:
+        ids = np.asarray(ids)
+        outside = ids[(ids < 0) | (ids >= size)]
+        if outside.size:
+            raise InputError(
+                f"token id {outside[0]} is outside the model's vocabulary of {size} ids; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
 def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
     """Log-likelihood of continuations given the tokens before them.
 
@@ -52,9 +70,11 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
         batch_size: rows read side by side; the result does not depend on it.
 
     Raises:
-        InputError: a continuation alone is longer than an attention model's positions.
+        InputError: a continuation alone is longer than an attention model's positions; an id is
+            outside the vocabulary.
     """
     limit = position_limit(model)
+    check_ids(model, itertools.chain.from_iterable(pairs))
     texts = []
     for context, continuation in pairs:
         if limit is not None and len(continuation) > limit:
@@ -101,9 +121,11 @@ def continue_greedily(
         batch_size: prompts continued side by side; the result does not depend on it.
 
     Raises:
-        InputError: max_tokens leaves an attention model no position for a prompt.
+        InputError: max_tokens leaves an attention model no position for a prompt; an id is outside
+            the vocabulary.
     """
     limit = position_limit(model)
+    check_ids(model, prompts)
     if limit is not None and max_tokens >= limit:
         raise InputError(
             f"{max_tokens} tokens to generate leave no room for a prompt in the {limit} positions "

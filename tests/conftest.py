@@ -15,6 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="End runs badly in every way (50 kills, every signal in every phase), not in a few.",
+    )
+
+
 @pytest.fixture(scope="module")
 def compile_quickly():
     """Compile twice as fast, for tests of a module that run little of what they compile."""

@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import canaries
+from gt_jax import canaries, checkpoint
 from gt_jax.canaries import CANARIES, SUITES, __main__, make_items, texts
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.scoring import Score
-from gt_jax.training import checkpoint
 from tests.models.small_models import lively_parameters, random_tokens, small_model
 
 LETTERS = CharTokenizer(string.ascii_letters + " \n.,:;?!'-")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax import cli, evaluate, generate, train
-from gt_jax.training import checkpoint, metrics
+from gt_jax import checkpoint, cli, evaluate, generate, train
+from gt_jax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -96,18 +96,18 @@ def test_resumed_run_equals_one_that_went_straight_through(
 ):
     """A SIGTERM in step 10 saves and leaves cleanly; the same command goes on, to the bit."""
 
-    in_bursts = train.parallel.in_bursts
+    prefetch = train.parallel.prefetch
 
     def interrupted(*args):
-        for step, batch in enumerate(in_bursts(*args), start=1):
+        for step, batch in enumerate(prefetch(*args), start=1):
             if step == 10:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.parallel, "in_bursts", interrupted)
+        patch.setattr(train.parallel, "prefetch", interrupted)
         run_train(tmp_path, text)
-    assert "stopped by SIGTERM after step 10; the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 10; the same command continues" in capsys.readouterr().out
     run_train(tmp_path, text)
     assert "resuming at step 10" in capsys.readouterr().out
     assert rows_of(tmp_path) == rows_of(finished)
@@ -118,7 +118,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
 def test_run_out_of_time_stops_after_a_step_and_goes_on(text, tmp_path, capsys):
     for step in (1, 2):
         run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
-        expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command goes on"
+        expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command"
         assert expected in capsys.readouterr().out
         assert checkpoint.find(tmp_path).name == str(step)
     run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
@@ -169,7 +169,7 @@ def test_model_runs_where_its_implementation_does_not(finished, tmp_path):
     written = about.read_text()
     assert '"impl": "auto"' in written
     about.write_text(written.replace('"impl": "auto"', '"impl": "mosaic"'))
-    (about.parents[1] / "files.json").unlink()
+    checkpoint.seal(about.parents[1])
     assert gt_jax.load(tmp_path)[0].config.impl == "auto"
 
 
@@ -203,7 +203,12 @@ def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
         ("--config.data.source=nowhere.txt", "data.source"),
         ("--config.model.impl=mosiac", "did you mean 'mosaic'?"),
         ("--config.model.impl=mosaic", "model.impl=mosaic: "),
-        ("--workdr=x", "workdr"),
+        ("--workdr=x", "--workdr is not a flag; did you mean 'workdir'?"),
+        ("--lr=3e-4", "--lr is not a flag; did you mean --config.optim.lr=...?"),
+        ("--config.optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("--config.lr=1", "lr is not a config field; did you mean 'optim.lr'?"),
+        ("--config.model.dim=100000", "model.dim=100000 with model.layers=1 makes"),
+        ("configs/tiny.py", "did you mean --config=configs/tiny.py?"),
         ("stray", "stray is not a flag"),
     ],
 )  # fmt: skip
@@ -231,7 +236,7 @@ def test_missing_config_or_checkpoint_is_one_line(tmp_path, capsys):
     assert "--checkpoint is missing" in error_of(generate, "--prompt=a", capsys=capsys)
 
 
-def test_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
+def test_loading_a_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
     finished, text, tmp_path, capsys
 ):
     workdir = tmp_path / "run"
@@ -240,17 +245,14 @@ def test_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost(
     folder = checkpoint.find(workdir)
     largest = max((folder / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     largest.write_bytes(largest.read_bytes()[:100])
-    longer = "--config.train.steps=30"
-    assert "is cut off" in train_error(text, workdir, capsys, longer)
-    assert "is cut off" in error_of(
-        generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys
-    )
+    error = error_of(generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys)
+    assert "is cut off" in error and "use an earlier one" in error
     # The model another checkpoint was written for: same config, other parameters.
     shutil.rmtree(workdir / "checkpoints")
     shutil.copytree(finished / "checkpoints", workdir / "checkpoints")
     about = folder / "about" / "metadata"
     about.write_text(about.read_text().replace('"dim": 32', '"dim": 64'))
-    (folder / "files.json").unlink()
+    checkpoint.seal(folder)
     error = error_of(generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys)
     assert "is a checkpoint of another model" in error
     assert (workdir / "metrics.jsonl").read_text() == before
@@ -289,3 +291,46 @@ cli.run(main)
 """
     short = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (short.returncode, short.stderr) == (1, "error: no room\n")
+
+
+def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path, capsys):
+    """Same name, length and alphabet: only the hash of the tokens tells."""
+    copy, few = tmp_path / "text.txt", ("--config.train.steps=2", "--config.train.sample_tokens=0")
+    written = text.read_text()
+    copy.write_text(written)
+    run_train(tmp_path / "run", copy, *few)
+    copy.write_text(written[::-1])
+    error = train_error(copy, tmp_path / "run", capsys, "--config.train.steps=3")
+    assert "is no longer the text" in error and "bring it back" in error
+
+    # A checkpoint of before there were hashes is continued, and says that nothing was compared.
+    about = checkpoint.find(tmp_path / "run") / "about" / "metadata"
+    stored = json.loads(about.read_text())
+    about.write_text(json.dumps({name: stored[name] for name in stored if name != "text"}))
+    checkpoint.seal(about.parents[1])
+    run_train(tmp_path / "run", copy, *few, "--config.train.steps=3")
+    assert "kept no hash of its text; not compared" in capsys.readouterr().out
+
+
+def test_nan_at_the_first_evaluation_does_not_stay_the_best(text, tmp_path, monkeypatch, capsys):
+    usual, calls = train.evaluate, []
+
+    def first_is_nan(*args, **kwargs):
+        calls.append(usual(*args, **kwargs))
+        return calls[-1] | ({"validation_loss": float("nan")} if len(calls) == 1 else {})
+
+    monkeypatch.setattr(train, "evaluate", first_is_nan)
+    run_train(tmp_path, text, "--config.train.steps=10", "--config.train.sample_tokens=0")
+    assert "best validation loss" in capsys.readouterr().out
+    rows = metrics.read(tmp_path)
+    assert rows[0]["validation_loss"] is None and rows[1]["validation_loss"] > 0
+
+
+def test_limit_of_steps_that_are_not_finite_holds_between_the_lines_of_the_log(
+    text, tmp_path, capsys
+):
+    broken = ["--config.optim.lr=1e30", "--config.optim.clip=0", "--config.train.max_nonfinite=3"]
+    more = [*broken, "--config.log.every=1000", "--config.optim.warmup_steps=0"]
+    more += ["--config.train.steps=1000", "--config.train.eval_every=0"]
+    error = train_error(text, tmp_path, capsys, *more, "--config.checkpoint.every=0")
+    assert re.search(r"the last [345] steps were not finite", error)

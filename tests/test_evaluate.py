@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from gt_jax import checkpoint
 from gt_jax.data.pretrained import IdTokenizer
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.evaluate import main, read_documents
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training import checkpoint
 from tests.convert import small
 from tests.models.small_models import lively_parameters, random_tokens
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from gt_jax import generate as program
+from gt_jax.checkpoint import save_model
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.generate import encode_prompt, generate
 from gt_jax.generation import Request, complete
-from gt_jax.training.checkpoint import save_model
 from tests.models.small_models import random_tokens, small_model
 
 TOKENIZER = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmno\np"})
-PROMPT = "abba\n" * 16  # a piece of 64 tokens, and more
+PROMPT = "abba\n" * 16  # a chunk of 64 tokens, and more
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_the_engine(small):
     tokens = list(generate(small.model, small.params, prompt, max_tokens=35, seed=3))
     request = Request(prompt, max_tokens=35, seed=3)
     assert tokens == complete(small.model, small.params, [request], rows=1)[0].tokens
-    with pytest.raises(InputError, match="top_p=3 must be above 0"):
+    with pytest.raises(InputError, match="top_p=3 must be a number above 0"):
         generate(small.model, None, prompt, max_tokens=4, top_p=3)
 
 
@@ -94,8 +94,36 @@ def test_lines_typed_make_one_text_with_the_replies(run, small, type_lines, caps
     assert printed.out == "\n".join([*replies, "\n"])
 
 
+@pytest.mark.parametrize("moment", ["encode_prompt", "read", "stream"])
+def test_ctrl_c_ends_a_reply_from_its_first_moment_on(run, type_lines, capsys, monkeypatch, moment):
+    usual, calls = getattr(program, moment), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return usual(*args, **kwargs)
+
+    type_lines("abab", "cd")
+    run("--temperature=0")
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(program, moment, interrupted)
+    type_lines("abab", "cd", "")
+    run("--temperature=0")
+    printed = capsys.readouterr()
+    assert len(calls) > 1 and printed.err == ""
+    assert len(printed.out) > len(whole) - 2  # the later replies came
+
+
+def test_speed_of_nothing_is_not_printed(run, capsys):
+    run("--prompt=a", "--max_tokens=1", "--stats")
+    printed = capsys.readouterr().err
+    assert printed == "prefill: 0 tokens; decode: 1 tokens (1 new)" + printed[43:]
+    assert " 0 tokens/s" not in printed
+
+
 def test_mistakes_are_found_before_the_model_is_loaded():
-    with pytest.raises(InputError, match=r"min_p=2\.0 must be from 0 to 1"):
+    with pytest.raises(InputError, match=r"min_p=2\.0 must be a number from 0 to 1"):
         program.main(["program", "--checkpoint=nowhere", "--prompt=a", "--min_p=2"])
 
 

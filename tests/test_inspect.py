@@ -4,17 +4,17 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import analysis, inspect
+from gt_jax import analysis, checkpoint, inspect
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.data.tokenizers import CharTokenizer, train_sentencepiece
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
-from gt_jax.training import checkpoint
 from tests.models.small_models import lively_parameters, small_config
 
 HOSTILE = '<!-- &amp; </script> "quoted" \\ end\n<script>x()</script>'
@@ -148,3 +148,12 @@ def test_spelling_joins_to_the_text():
 def test_numbers_that_are_not_finite_become_null():
     values = np.array([[1.23456, np.nan], [np.inf, -0.0]], np.float32)
     assert inspect.plain(values) == [[1.235, None], [None, 0.0]]
+
+
+def test_the_page_of_a_run_lies_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "converted").mkdir()
+    assert inspect.default_out("run") == Path("run/inspect.html")
+    assert inspect.default_out("run/checkpoints/5") == Path("run/inspect.html")
+    assert inspect.default_out("converted") == Path("inspect.html")

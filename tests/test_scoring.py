@@ -7,8 +7,8 @@ import pytest
 from gt_jax import scoring
 from gt_jax.data import evaluation_batches
 from gt_jax.errors import InputError
-from gt_jax.evaluate import evaluate
 from gt_jax.scoring import continue_greedily, score, windows
+from gt_jax.training.evaluation import evaluate
 from gt_jax.training.step import make_eval_step
 from tests.models.small_models import random_tokens, small_model
 
@@ -111,3 +111,14 @@ def test_no_texts_give_no_scores():
     small = small_model("gru", layers=1)
     assert score(small.model, small.params, []) == []
     assert continue_greedily(small.model, small.params, [], max_tokens=3) == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 10_000])
+def test_id_outside_the_vocabulary_is_named(wrong):
+    small = small_model("gru", layers=1)
+    ids, size = np.array([1, wrong, 2]), small.model.config.vocab_size
+    message = f"token id {wrong} is outside the model's vocabulary of {size} ids"
+    with pytest.raises(InputError, match=message):
+        score(small.model, small.params, [(ids[:1], ids[1:])])
+    with pytest.raises(InputError, match=message):
+        continue_greedily(small.model, small.params, [ids], max_tokens=3)

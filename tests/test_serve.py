@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from gt_jax import serve
+from gt_jax import server
 from gt_jax.data import tokenizer_from_dict
-from gt_jax.generation import Request, Worker, complete
+from gt_jax.generation import Request, Worker, complete, engine
 from gt_jax.generation import worker as worker_module
+from gt_jax.server import app as app_module
 from tests.models.small_models import small_model
 
 pytest.importorskip("starlette.testclient", reason="serving needs starlette (and httpx to test it)")
@@ -28,8 +29,8 @@ def gf():
 
 def client_of(gf, *, seconds=60, rows=3, worker=None):
     worker = worker or Worker(*gf, LETTERS, rows)
-    parse = functools.partial(serve.parse, model=gf[0], tokenizer=LETTERS, max_tokens=10**8)
-    app = serve.make_app(worker, parse, name="small", seconds=seconds)
+    parse = functools.partial(server.parse, model=gf[0], tokenizer=LETTERS, max_tokens=10**8)
+    app = server.make_app(worker, parse, name="small", seconds=seconds)
     client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
     client.worker = worker
     return client
@@ -101,14 +102,34 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
     ("fields", "message"),
     [
         ({"prompt": None}, "prompt is empty"),
-        ({"prompt": ["abc"]}, "prompt=['abc'] must be str, not list"),
+        ({"prompt": ["abc", "abd"]}, "prompt holds 2 prompts; send one in a request"),
+        ({"prompt": [3, 17]}, "prompt has the id 17; ids are 0 to 16"),
+        ({"prompt": [-1]}, "prompt has the id -1; ids are 0 to 16"),
+        ({"prompt": [True]}, "prompt holds True, which is no token id"),
+        ({"prompt": ["a", 1]}, "prompt holds 'a', which is no token id"),
+        ({"prompt": [[[1]]]}, "prompt holds [1], which is no token id"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": {"a": 1}}, "prompt={'a': 1} must be a string or an array, not an object"),
+        ({"prompt": "a" * (2**16 + 1)}, "prompt of 65537 tokens must have at most 65536"),
         ({"prompt": "xyz"}, "text holds 'x', 'y', 'z', not among the 17"),
         ({"max_tokens": 10**9}, "max_tokens=1000000000 must be at most 100000000"),
-        ({"max_tokens": 2.5}, "max_tokens=2.5 must be int, not float"),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-        ({"temperature": True}, "temperature=True must be int or float, not bool"),
-        ({"top_p": 2}, "top_p=2 must be above 0, at most 1"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number, not a number"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 to 2147483647"),
+        ({"temperature": True}, "temperature=True must be a number, not true or false"),
+        ({"top_p": 2}, "top_p=2 must be a number above 0, at most 1"),
         ({"stop": ["a", 1]}, "stop=['a', 1] must be at most 4 texts"),
+        ({"stop": ["a"] * 5}, "must be at most 4 texts"),
+        ({"stop": "a" * 1025}, "stop of 1025 characters must have at most 1024"),
+        ({"n": 2}, "n=2 is not supported here; leave it at 1"),
+        ({"best_of": 3}, "best_of=3 is not supported here; leave it at 1"),
+        ({"echo": True}, "echo=True is not supported here; leave it at False"),
+        ({"logit_bias": {"1": 5}}, "logit_bias={'1': 5} is not supported here"),
+        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported here; leave it at 0"),
+        ({"suffix": "b"}, "suffix='b' is not supported here; leave it at ''"),
+        ({"logprobs": 1}, "logprobs=1 must be 0 here"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
+        ({"stream_options": {"a": 1}, "stream": True}, "may hold include_usage, true or false"),
+        ({"user": "a" * 1001}, "user must have at most 1000 characters"),
         (
             {"tempreature": 1},
             "tempreature is no field of a request here; did you mean 'temperature'?",
@@ -117,8 +138,10 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
 )
 def test_impossible_request_is_refused(client, fields, message):
     answer = ask(client, **fields)
-    assert answer.status_code == 400 and answer.json()["error"]["code"] == 400
-    assert message in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == 400
+    assert message in error["message"] and len(error["message"]) < 300
+    assert (error["type"], error["param"]) == ("invalid_request_error", next(iter(fields)))
 
 
 def test_what_is_no_request_is_refused(client, monkeypatch):
@@ -126,14 +149,14 @@ def test_what_is_no_request_is_refused(client, monkeypatch):
     for content in (b"", b"[1]", b"{", b"\xff", b"[" * 100_000):
         answer = client.post("/v1/completions", content=content, headers=json_type)
         assert answer.status_code == 400 and "JSON object" in answer.json()["error"]["message"]
-    long = b'{"prompt": "' + b"a" * serve.BODY_BYTES
+    long = b'{"prompt": "' + b"a" * app_module.BODY_BYTES
     assert client.post("/v1/completions", content=long, headers=json_type).status_code == 413
     assert client.post("/v1/completions", content=b"{}").status_code == 415
     assert client.get("/v1/completions").status_code == 405
     assert client.get("/nothing").json()["error"]["message"] == "Not Found"
     elsewhere = client.post("/v1/completions", json=ASK, headers={"Host": "example.com"})
     assert elsewhere.status_code == 400
-    monkeypatch.setattr(serve, "CLIENTS", 0)
+    monkeypatch.setattr(app_module, "CLIENTS", 0)
     assert ask(client).status_code == 429
 
 
@@ -156,8 +179,86 @@ def test_failure_reaches_every_client_and_the_next_request_works(gf, monkeypatch
             raise MemoryError("no room")
             yield
 
-        patch.setattr(worker_module, "work_off", fail)
+        patch.setattr(worker_module, "run_queue", fail)
         failed = ask(client)
     assert failed.status_code == 500
     assert failed.json()["error"]["message"] == "generation failed: no room"
     assert ask(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "user": "me"},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": ""},
+        {"prompt": [ASK["prompt"]]},
+        {"prompt": LETTERS.encode(ASK["prompt"]).tolist()},
+        {"prompt": [LETTERS.encode(ASK["prompt"]).tolist()]},
+        {"stream_options": None, "stop": None, "stream": False},
+    ],
+)
+def test_what_changes_nothing_is_taken(client, gf, fields):
+    answer = ask(client, **fields)
+    assert answer.status_code == 200, answer.text
+    [choice] = answer.json()["choices"]
+    assert choice["text"] == expected(gf).text and choice["logprobs"] is None
+
+
+def test_content_type_is_matched_as_http_defines_it(client):
+    content = json.dumps(ASK).encode()
+    post = lambda kind, **more: client.post(
+        "/v1/completions", content=content, headers={"Content-Type": kind} | more
+    )
+    for kind in ("Application/JSON", "application/json ; charset=UTF-8", "application/json;a=b"):
+        assert post(kind).status_code == 200
+    for kind in ("application/jsonp", "text/plain", "", "application/json; charset=utf-16"):
+        assert post(kind).status_code == 415
+    assert post("application/json", **{"Content-Encoding": "gzip"}).status_code == 415
+
+
+def chunks_of(answer):
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def test_usage_of_a_stream_comes_last_and_only_where_it_is_wanted(client):
+    *chunks, last = chunks_of(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert last["choices"] == [] and all(chunk["usage"] is None for chunk in chunks)
+    assert last["usage"] == {"prompt_tokens": 6, "completion_tokens": 40, "total_tokens": 46}
+    for options in ({"include_usage": False}, {}):
+        chunks = chunks_of(ask(client, stream=True, stream_options=options))
+        assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+def test_logprobs_0_are_those_of_the_tokens_drawn(client, gf):
+    [choice] = ask(client, logprobs=0).json()["choices"]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert choice["logprobs"]["token_logprobs"] == expected(gf).log_probabilities
+    assert choice["logprobs"]["text_offset"] == list(range(40))
+    chunks = chunks_of(ask(client, logprobs=0, stream=True))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [x for part in streamed for x in part[name]] == choice["logprobs"][name]
+
+
+def test_request_that_fails_is_told_and_ends_nobody_else(gf, client, monkeypatch):
+    original, answers = engine.one_slot, {}
+
+    def fail(request, context):
+        if request.seed == 666:
+            raise MemoryError("no room")
+        return original(request, context)
+
+    monkeypatch.setattr(engine, "one_slot", fail)
+    one = lambda seed: answers.update({seed: ask(client, seed=seed, max_tokens=200)})
+    threads = [threading.Thread(target=one, args=[seed]) for seed in (1, 666, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers[666].status_code == 500 and "no room" in answers[666].text
+    assert answers[666].json()["error"]["type"] == "server_error"
+    for seed in (1, 2, 3):
+        text = answers[seed].json()["choices"][0]["text"]
+        assert text == expected(gf, seed=seed, max_tokens=200).text
+    assert not client.worker.clients

@@ -1,7 +1,7 @@
 """Reads a text with a model and keeps what happened at every token.
 
-The text goes through in pieces, each from the state the one before left: any length fits, and the
-states between pieces are the points at which the memories are measured.
+The text goes through in chunks, each from the state the one before left: any length fits, and the
+states between chunks are the points at which the memories are measured.
 """
 
 import functools
@@ -46,9 +46,9 @@ def trace(model, params, ids, *, points: int = 256) -> Trace:
     T = len(ids)
     stride = -(-T // points)
     pad = -T % stride
-    pieces = np.pad(np.asarray(ids, np.int32), (0, pad)).reshape(-1, stride)  # [M, stride]
+    chunks = np.pad(np.asarray(ids, np.int32), (0, pad)).reshape(-1, stride)  # [M, stride]
     targets = np.pad(np.asarray(ids[1:], np.int32), (0, pad + 1)).reshape(-1, stride)
-    tokens, states = jax.device_get(_read(model, params, pieces, targets))
+    tokens, states = jax.device_get(_read(model, params, chunks, targets))
     # The padding comes last, so that no token saw it; a state that did is left out.
     whole = {name: norms[: T // stride].T for name, norms in states.items()}
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], tokens)  # [T, ...]
@@ -66,12 +66,12 @@ def trace(model, params, ids, *, points: int = 256) -> Trace:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model, params, pieces, targets):
-    """Pieces and their next tokens [M, S] -> measures by token {[M, S, ...]}, norms {[M, L]}."""
+def _read(model, params, chunks, targets):
+    """Chunks and their next tokens [M, S] -> measures by token {[M, S, ...]}, norms {[M, L]}."""
     c = model.config
 
-    def read(state, piece):
-        tokens, targets = piece  # [S]
+    def read(state, chunk):
+        tokens, targets = chunk  # [S]
         output, sown = model.apply({"params": params}, tokens[None], state, mutable="activations")
         log_p = jax.nn.log_softmax(output.logits[0])  # [S, vocab]
         chances, guesses = jax.lax.top_k(jnp.exp(log_p), min(3, c.vocab_size))
@@ -88,4 +88,4 @@ def _read(model, params, pieces, targets):
         norms = {part: jnp.concatenate([norm(k[part]) for k in kept]) for part in kept[0]}  # [L]
         return output.state, (measured, norms)
 
-    return jax.lax.scan(read, model.init_state(1), (pieces, targets))[1]
+    return jax.lax.scan(read, model.init_state(1), (chunks, targets))[1]

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from gt_jax import cli
+from gt_jax import checkpoint, cli
 from gt_jax.canaries import SUITES, describe, run
-from gt_jax.training import checkpoint
 
 
 def main(argv):

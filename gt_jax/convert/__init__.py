@@ -3,16 +3,15 @@
 import importlib.util
 from pathlib import Path
 
-from gt_jax.convert import files, mamba2, rwkv6
+from gt_jax import checkpoint
+from gt_jax.convert import files, foreign, mamba2, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
-from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
+from gt_jax.data.pretrained import WORLD_FILE, export_files, export_ids, read_tokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
-from gt_jax.training import checkpoint
 
 LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
-WORLD_FILE = "rwkv_vocab_v20230424.txt"
-TOKENIZER_FILES = {"huggingface": "tokenizer.json", "rwkv-world": WORLD_FILE}
+TOKENIZER_FILES = ("tokenizer.json", WORLD_FILE)
 
 
 def import_model(source, target, *, tokenizer=None) -> str:
@@ -26,7 +25,7 @@ def import_model(source, target, *, tokenizer=None) -> str:
             package is installed, else none.
 
     Returns:
-        A line that says what was imported.
+        A line that says what was imported, and one more for each setting that was left out.
 
     Raises:
         InputError: the source is damaged or of another model than ours can be. Nothing is written.
@@ -34,17 +33,42 @@ def import_model(source, target, *, tokenizer=None) -> str:
     files.check_free(target)
     found = files.read(source)
     try:
-        name = _find_layout(found.tensors)
-        if LAYOUTS[name].weights and not found.config:
-            raise InputError("config.json belongs to these weights; give the folder of both")
-        config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
+        name, config, unset = _recognise(found)
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     tokenizer = _find_tokenizer(tokenizer, found.folder, config)
     with files.new(target) as unfinished:
         checkpoint.save_model(unfinished, config, params, tokenizer)
-    return f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}"
+    return "\n".join(
+        [
+            f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}",
+            *(
+                f"warning: config.json: {setting}=null is unknown and was left out"
+                for setting in unset
+            ),
+        ]
+    )
+
+
+def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
+    """The layout of what lies somewhere, its model, and unknown settings, all of them null.
+
+    Raises:
+        InputError: it is of another model, or config.json and the tensors do not agree.
+    """
+    foreign.refuse(found.tensors, found.config)
+    name = _find_layout(found.tensors)
+    if LAYOUTS[name].weights and not found.config:
+        raise InputError("config.json belongs to these weights; give the folder of both")
+    config = ModelConfig(**LAYOUTS[name].fields(found.tensors, found.config))
+    if not found.config:
+        return name, config, []
+    settings.check_ids(found.config, config.vocab_size)
+    generation = found.folder / "generation_config.json"
+    if generation.exists():
+        settings.check_ids(files.read_json(generation), config.vocab_size, generation.name)
+    return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
 def export_model(source, target, *, layout: str) -> str:
@@ -79,9 +103,12 @@ def export_model(source, target, *, layout: str) -> str:
         if weights is None:
             files.write(unfinished, arrays)
         else:
-            files.write_folder(unfinished, weights, arrays, LAYOUTS[layout].config(config))
-            if tokenizer.kind in TOKENIZER_FILES:
-                (unfinished / TOKENIZER_FILES[tokenizer.kind]).write_text(tokenizer.text, "utf-8")
+            theirs = LAYOUTS[layout].config(config)
+            if "model_type" in theirs:  # read by transformers
+                theirs |= export_ids(tokenizer)
+            files.write_folder(unfinished, weights, arrays, theirs)
+            for name, text in export_files(tokenizer).items():
+                (unfinished / name).write_text(text, "utf-8")
     return f"{_describe(config)}, written as {layout}: {target}"
 
 
@@ -112,28 +139,20 @@ def _describe(config):
 
 def _find_tokenizer(wanted, folder: Path, config):
     """As `import_model` says of its argument."""
-    if wanted == "ids":
-        return IdTokenizer(config.vocab_size)
-    beside = [folder / name for name in TOKENIZER_FILES.values()]
+    beside = [folder / name for name in TOKENIZER_FILES]
     path = Path(wanted) if wanted else next((p for p in beside if p.is_file()), None)
     if path is None and (config.architecture, config.vocab_size) == ("rwkv6", 65536):
         package = importlib.util.find_spec("rwkv")
         path = package and Path(package.origin).parent / WORLD_FILE
-    if path is None:
-        return IdTokenizer(config.vocab_size)
-    try:
-        text = path.read_text(encoding="utf-8")
-        is_json = path.suffix == ".json"
-        tokenizer = (
-            HuggingFaceTokenizer(text) if is_json else WorldTokenizer(WorldTokenizer.pack(text))
-        )
-    except (OSError, UnicodeDecodeError, InputError) as error:
+    if wanted == "ids":
+        path = None
+    tokenizer = read_tokenizer(path, folder, config.vocab_size)
+    largest = tokenizer.vocab_size - 1
+    if largest >= config.vocab_size:
+        token = settings.shown(tokenizer.token_text(largest))
         raise InputError(
-            f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
-        ) from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the "
-            "model's own with --tokenizer=FILE, or do without with --tokenizer=ids"
+            f"{path} has {tokenizer.vocab_size} ids and the model {config.vocab_size}: its {token} "
+            f"is {largest}; give the model's own with --tokenizer=FILE, or do without "
+            "with --tokenizer=ids"
         )
     return tokenizer

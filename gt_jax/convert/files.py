@@ -16,10 +16,21 @@ import numpy as np
 
 from gt_jax.convert import pth
 from gt_jax.convert.tensor import Tensor
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# How files begin that are given for weights by mistake, and what to do about it.
+OTHERS = {
+    b"GGUF": "it is a GGUF file, whose weights are rounded; give the model it was made of",
+    b"version https://git-lfs": "it only points to the weights; get them with `git lfs pull`",
+    b"\x1f\x8b": "it is packed with gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd; unpack it first",
+    b"\x89HDF": "it is an HDF5 file; save the weights as safetensors",
+    b"\x93NUMPY": "it is one NumPy array",
+    b"<": "it is a web page, not what should have been downloaded",
+}
 SHARD_BYTES = 5_000_000_000
+LARGEST_JSON = 1 << 24  # bytes; the index of the largest models has some 100 kB
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -53,21 +64,25 @@ def read(path) -> Source:
         raise InputError(f"{path} does not exist; give a file of weights or a folder with them")
     config = read_json(path / "config.json")
     for name in WEIGHTS:
-        if (path / f"{name}.index.json").exists():
+        if (path / f"{name}.index.json").is_file():
             return Source(path, _read_shards(path / f"{name}.index.json"), config)
-        if (path / name).exists():
+        if (path / name).is_file():
             return Source(path, _read_weights(path / name), config)
     raise InputError(f"{path} holds no weights: neither {' nor '.join(WEIGHTS)}, nor their index")
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; InputError if there is none or a key stands in it twice."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read (it is no file)")
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise InputError(f"{path} has more than {LARGEST_JSON:,} bytes; it is no such file")
         return _parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON object ({error})") from error
+        raise InputError(f"{path} is no JSON object ({one_line(error)})") from error
 
 
 def _parse(text: bytes) -> dict:
@@ -88,13 +103,22 @@ def _parse(text: bytes) -> dict:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of one file; its first bytes tell its kind."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\3\4":
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    if start[:4] == b"PK\3\4":
         return pth.read(path)
     if start[:1] == b"\x80":  # a pickle without a zip around it
         raise InputError(f"{path} is in torch's format before 1.6; torch.load and torch.save it")
-    return _read_safetensors(path)
+    try:
+        return _read_safetensors(path)
+    except InputError as error:
+        other = next((said for mark, said in OTHERS.items() if start.startswith(mark)), None)
+        if other:
+            raise InputError(f"{path} holds no weights: {other}") from error
+        raise
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -104,13 +128,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as raw:  # Of two tensors of one name the package takes the last.
             _parse(raw.read(int.from_bytes(raw.read(8), "little")))
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or no checkpoint ({error})") from error
+        if unprintable := [name for name in slices if not name.isprintable()]:
+            raise ValueError(f"it holds the name {unprintable[0][:80]!r}")
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or no checkpoint ({one_line(error)})") from error
+
+    def read_tensor(name):
+        try:
+            return file.get_tensor(name)
+        except Exception as error:  # the package raises many kinds for one thing
+            raise InputError(f"{path} is damaged ({one_line(error)})") from error
+
     return {
         name: Tensor(
             tuple(part.get_shape()),
             SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
-            functools.partial(file.get_tensor, name),
+            functools.partial(read_tensor, name),
         )
         for name, part in slices.items()
     }
@@ -119,14 +152,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of the files that an index lists, each where it says."""
     file_of = read_json(index).get("weight_map")
-    if not isinstance(file_of, dict) or not file_of:
+    whole = isinstance(file_of, dict) and all(isinstance(v, str) for v in file_of.values())
+    if not whole or not file_of:
         raise InputError(f"{index} lists no shards: it needs a weight_map of tensor to file")
-    names = list(dict.fromkeys(map(str, file_of.values())))
+    names = list(dict.fromkeys(file_of.values()))
     for name in names:
         if Path(name).name != name or name in ("", ".."):
-            raise InputError(f"{index} lists {name!r}; a shard must be a file beside the index")
-        if not (index.parent / name).is_file():
-            raise InputError(f"{index.parent / name} is missing, and {index.name} lists it")
+            raise InputError(
+                f"{index} lists {name[:80]!r}; a shard must be a file beside the index"
+            )
+        if not name.isprintable() or not (index.parent / name).is_file():
+            raise InputError(
+                f"{index.parent / one_line(name)} is missing, and {index.name} lists it"
+            )
     tensors = {}
     for name in names:
         shard = index.parent / name
@@ -142,9 +180,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def check_free(path) -> None:
-    """Raise InputError if there is something at `path`."""
+    """Raise InputError if there is something at `path`, or nothing can be made there."""
     if Path(path).exists():
         raise InputError(f"{path} exists; name another place, or remove it first")
+    for folder in Path(path).parents:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{path} cannot be made: {folder} is no folder; name another place")
 
 
 @contextlib.contextmanager

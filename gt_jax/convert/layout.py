@@ -4,6 +4,8 @@ A layout is a table of rules, (our path, their name, change), with a * for the b
 same table serves both ways and tells which tensors are missing, unknown or of the wrong shape.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
@@ -50,6 +53,7 @@ class Layout(NamedTuple):
         rules: the table. Tied embeddings make do without the rule of "head".
         fields: (tensors, config.json) -> fields of ModelConfig. Raises InputError for a model that
             ours cannot be.
+        settings: what config.json may say.
         config: ModelConfig -> config.json; None where weights are a bare file.
         weights: file name of the weights in their folder, or None.
     """
@@ -59,6 +63,7 @@ class Layout(NamedTuple):
     mark: str
     rules: tuple[Rule, ...]
     fields: Callable
+    settings: Settings
     config: Callable | None
     weights: str | None
 
@@ -73,24 +78,9 @@ def shape_of(tensors, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that tells the model's sizes; InputError if it is not there."""
     if name not in tensors or len(tensors[name].shape) != rank:
         raise InputError(f"{name} is missing, or not of rank {rank}")
+    if 0 in tensors[name].shape:
+        raise InputError(f"{name} {list(tensors[name].shape)} is empty")
     return tensors[name].shape
-
-
-def check_settings(config, wanted: dict, defaults=None, prefix="") -> None:
-    """Raise InputError unless every setting that changes the mathematics is as ours.
-
-    Args:
-        config: from config.json.
-        wanted: setting -> the value that our models have.
-        defaults: setting -> what it is where config is silent, if not the wanted value.
-        prefix: stands before the name in messages.
-    """
-    if not isinstance(config, dict):
-        raise InputError(f"config.json: {prefix.rstrip('.')} must be an object")
-    for name, value in wanted.items():
-        found = config.get(name, (defaults or {}).get(name, value))
-        if found != value:
-            raise InputError(f"config.json: {prefix}{name}={found!r} must be {value!r} here")
 
 
 def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Tensor]) -> dict:
@@ -100,11 +90,10 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
         InputError: tensors are missing, unknown, of another shape or no floating-point numbers;
             the message names them and the shapes they should have.
     """
-    rules, shapes = _expand(layout, model_config)
     if model_config.tie_embeddings:
         tensors = _without_tied_head(layout, tensors)
-        rules = [rule for rule in rules if rule.ours != "head"]
-    theirs = {rule.theirs: _their_shape(rule, shapes) for rule in rules}
+    rules = _rules(layout, model_config)
+    theirs = _their_shapes(layout, model_config, tensors)
     faults = [f"{name} {list(theirs[name])} is missing" for name in theirs if name not in tensors]
     for name, tensor in tensors.items():
         if name not in theirs:
@@ -125,7 +114,11 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
 
 def write_arrays(layout: Layout, model_config: ModelConfig, params) -> dict[str, np.ndarray]:
     """Our parameters as their tensors, float32 by name; a tied head is written out."""
-    rules, _ = _expand(layout, model_config)
+    rules = [
+        _of_block(rule, number)
+        for rule in layout.rules
+        for number in _numbers(rule, model_config.layers)
+    ]
     ours = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
     ours.setdefault("head", ours["embedding/embedding"].T)
     return {rule.theirs: rule.change.there(*(ours[p] for p in _paths(rule))) for rule in rules}
@@ -142,17 +135,49 @@ def _without_tied_head(layout, tensors):
     return {name: tensor for name, tensor in tensors.items() if name != head}
 
 
-def _expand(layout, model_config):
-    """The rules with block numbers filled in, and the shapes of our parameters by path."""
-    model = make_model(model_config)
+def _rules(layout, model_config):
+    """The rules with block numbers filled in, less the one of a tied head."""
+    rules = [
+        rule for rule in layout.rules if rule.ours != "head" or not model_config.tie_embeddings
+    ]
+    return [_of_block(r, number) for r in rules for number in _numbers(r, model_config.layers)]
+
+
+def _numbers(rule, layers):
+    return range(layers) if "*" in rule.theirs else (0,)
+
+
+def _their_shapes(layout, model_config, tensors) -> dict[str, tuple[int, ...]]:
+    """The shape that each of their tensors must have.
+
+    Blocks are alike, so a model of one block tells all, however many the tensors claim.
+
+    Raises:
+        InputError: the sizes that some tensors tell are far beyond what all of them hold.
+    """
+    model = make_model(dataclasses.replace(model_config, layers=1))
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, key, tokens)["params"]
     shapes = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
-    rules = []
+    needed, held = (sum(map(math.prod, s)) for s in (shapes.values(), _shapes(tensors)))
+    if needed > 8 * held + 1_000_000:
+        raise InputError(
+            f"a model of vocabulary {model_config.vocab_size:,}, dim {model_config.dim:,} and "
+            f"state {model_config.state_size:,} has over {needed:,} numbers, and the tensors "
+            f"{held:,}"
+        )
+    theirs = {}
     for rule in layout.rules:
-        numbers = range(model_config.layers) if "*" in rule.theirs else (0,)
-        rules += [_of_block(rule, number) for number in numbers]
-    return rules, shapes
+        if rule.ours == "head" and model_config.tie_embeddings:
+            continue
+        shape = _their_shape(_of_block(rule, 0), shapes)
+        numbers = _numbers(rule, model_config.layers)
+        theirs |= {_of_block(rule, number).theirs: shape for number in numbers}
+    return theirs
+
+
+def _shapes(tensors):
+    return [tensor.shape for tensor in tensors.values()]
 
 
 def _of_block(rule, number):

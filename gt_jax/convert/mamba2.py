@@ -1,16 +1,14 @@
-"""Mamba-2 as the mamba_ssm package and Hugging Face's transformers store it."""
+"""Mamba-2 as mamba_ssm, Hugging Face's transformers and flash-linear-attention (fla) store it.
+
+fla has transformers' names for tensors and most settings, and names of its own for some.
+"""
 
 from math import inf
 
-from gt_jax.convert.layout import (
-    Change,
-    Layout,
-    Rule,
-    check_settings,
-    count_blocks,
-    shape_of,
-    transpose,
-)
+from gt_jax.convert import settings
+from gt_jax.convert.layout import Change, Layout, Rule, count_blocks, shape_of, transpose
+from gt_jax.convert.settings import Settings
+from gt_jax.errors import InputError
 from gt_jax.models.config import MAMBA_EXPAND, MAMBA_HEAD_DIM
 from gt_jax.models.mamba2 import CONV_WIDTH
 
@@ -33,8 +31,8 @@ MAMBA_SSM = (
 TRANSFORMERS = (MAMBA_SSM[0]._replace(theirs="backbone.embeddings.weight"), *MAMBA_SSM[1:])
 
 # What has to be so for the mathematics to be ours.
-MAMBA_SSM_SETTINGS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
-MAMBA_SSM_MIXER_SETTINGS = {
+MAMBA_SSM_WANTED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
+MAMBA_SSM_MIXER_WANTED = {
     "layer": "Mamba2",
     "d_conv": CONV_WIDTH,
     "expand": MAMBA_EXPAND,
@@ -47,8 +45,19 @@ MAMBA_SSM_MIXER_SETTINGS = {
     "bias": False,
     "conv_bias": True,
     "dt_limit": [0.0, inf],
+    "process_group": None,
 }
-TRANSFORMERS_SETTINGS = {
+# How a new mixer is drawn, and how its kernels are run.
+MAMBA_SSM_MIXER_FREE = """
+    conv_init A_init_range dt_min dt_max dt_init_floor chunk_size use_mem_eff_path
+    sequence_parallel layer_idx device dtype
+"""
+# How kernels are run, the settings of attention that no layer has, and what is read below.
+MAMBA_SSM_FREE = """
+    residual_in_fp32 fused_add_norm attn_cfg ssm_cfg tie_embeddings vocab_size
+    pad_vocab_size_multiple
+"""
+TRANSFORMERS_WANTED = {
     "conv_kernel": CONV_WIDTH,
     "expand": MAMBA_EXPAND,
     "head_dim": MAMBA_HEAD_DIM,
@@ -59,6 +68,22 @@ TRANSFORMERS_SETTINGS = {
     "use_conv_bias": True,
     "time_step_limit": [0.0, inf],
 }
+FLA_WANTED = {
+    "norm_eps": 1e-5,
+    "rmsnorm": True,
+    "rms_norm": True,  # of its first versions, and of transformers'
+    "norm_before_gate": False,
+    "D_has_hdim": False,
+    "dt_limit": [0.0, inf],
+}
+# fla's own settings: where they stand, its defaults hold.
+FLA_MARKS = {"norm_eps", "rmsnorm", "D_has_hdim", "dt_limit", "dt_min", "fuse_norm"}
+# Initialisation, kernels, the loss, and the residual's dtype, always float32 here.
+TRANSFORMERS_FREE = """
+    residual_in_fp32 rescale_prenorm_residual chunk_size time_step_rank time_step_min time_step_max
+    time_step_floor tie_word_embeddings conv_init A_init_range dt_min dt_max dt_init_floor fuse_norm
+    fuse_cross_entropy fuse_linear_cross_entropy use_l2warp
+"""
 
 
 def _fields(tensors, embedding, tied):
@@ -75,17 +100,57 @@ def _fields(tensors, embedding, tied):
 
 
 def _mamba_ssm_fields(tensors, config):
-    check_settings(config, MAMBA_SSM_SETTINGS)
-    check_settings(
-        config.get("ssm_cfg", {}), MAMBA_SSM_MIXER_SETTINGS, {"layer": "Mamba1"}, "ssm_cfg."
-    )
-    return _fields(tensors, "backbone.embedding.weight", config.get("tie_embeddings", True))
+    settings.check(config, MAMBA_SSM_SETTINGS)
+    mixer = config.get("ssm_cfg", {})
+    mixer = {} if mixer is None else mixer
+    settings.check_values(mixer, MAMBA_SSM_MIXER_WANTED, {"layer": "Mamba1"}, "ssm_cfg.")
+    known = {*MAMBA_SSM_MIXER_WANTED, *MAMBA_SSM_MIXER_FREE.split(), "d_state"}
+    settings.check_known(mixer, known, "ssm_cfg.")
+    tied = settings.flag(config, "tie_embeddings", True)
+    fields = _fields(tensors, "backbone.embedding.weight", tied)
+    _check_vocabulary(config, fields["vocab_size"])
+    if mixer.get("d_state") not in (None, fields["state_size"]):
+        raise InputError(
+            f"config.json: ssm_cfg.d_state={settings.shown(mixer['d_state'])}, but its tensors "
+            f"have {fields['state_size']}"
+        )
+    return fields
+
+
+def _check_vocabulary(config, rows):
+    """mamba_ssm rounds the vocabulary up to a multiple, which is what the tensors have."""
+    said, multiple = config.get("vocab_size"), config.get("pad_vocab_size_multiple", 8)
+    for name, value in (("vocab_size", said), ("pad_vocab_size_multiple", multiple)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"config.json: {name}={settings.shown(value)} must be a whole number")
+    if said is not None and rows != -(-said // (multiple or 1)) * (multiple or 1):
+        raise InputError(
+            f"config.json: vocab_size={said} in multiples of {multiple} is not the {rows} of its "
+            "tensors"
+        )
 
 
 def _transformers_fields(tensors, config):
-    check_settings(config, TRANSFORMERS_SETTINGS, {"n_groups": 8})
-    tied = config.get("tie_word_embeddings", False)
+    of_fla = FLA_MARKS & set(config) and "layer_norm_epsilon" not in config
+    wanted = TRANSFORMERS_SETTINGS._replace(defaults={"n_groups": 1 if of_fla else 8})
+    settings.check(config, wanted)
+    tied = settings.flag(config, "tie_word_embeddings", False)
     return _fields(tensors, "backbone.embeddings.weight", tied)
+
+
+def _mamba_ssm_sizes(c):
+    return {"d_model": c.dim, "n_layer": c.layers}
+
+
+def _transformers_sizes(c):
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.layers,
+        "num_heads": c.mamba_heads,
+        "state_size": c.state_size,
+        "intermediate_size": c.mamba_dim,
+    }
 
 
 def _mamba_ssm_config(c):
@@ -98,12 +163,12 @@ def _mamba_ssm_config(c):
         "tie_embeddings": c.tie_embeddings,
         "residual_in_fp32": True,
         "fused_add_norm": True,
-        **MAMBA_SSM_SETTINGS,
+        **MAMBA_SSM_WANTED,
     }
 
 
 def _transformers_config(c):
-    limitless = {name: v for name, v in TRANSFORMERS_SETTINGS.items() if name != "time_step_limit"}
+    limitless = {name: v for name, v in TRANSFORMERS_WANTED.items() if name != "time_step_limit"}
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
@@ -118,6 +183,25 @@ def _transformers_config(c):
     }
 
 
+MAMBA_SSM_SETTINGS = Settings(
+    model_types=("mamba2", "mamba_ssm"),
+    architectures=("MambaLMHeadModel", "Mamba2ForCausalLM"),
+    wanted=MAMBA_SSM_WANTED,
+    defaults={},
+    sizes=_mamba_ssm_sizes,
+    layers="n_layer",
+    free=frozenset(MAMBA_SSM_FREE.split()),
+)
+TRANSFORMERS_SETTINGS = Settings(
+    model_types=("mamba2",),
+    architectures=("Mamba2ForCausalLM",),
+    wanted=TRANSFORMERS_WANTED | FLA_WANTED,
+    defaults={"n_groups": 8},
+    sizes=_transformers_sizes,
+    layers="num_hidden_layers",
+    free=frozenset(TRANSFORMERS_FREE.split()),
+)
+
 LAYOUTS = {
     "mamba-ssm": Layout(
         about="the mamba_ssm package's Mamba-2, a folder",
@@ -125,15 +209,17 @@ LAYOUTS = {
         mark="backbone.embedding.weight",
         rules=MAMBA_SSM,
         fields=_mamba_ssm_fields,
+        settings=MAMBA_SSM_SETTINGS,
         config=_mamba_ssm_config,
         weights="pytorch_model.bin",
     ),
     "mamba2-hf": Layout(
-        about="Hugging Face's Mamba2ForCausalLM, a folder",
+        about="Hugging Face's or fla's Mamba2ForCausalLM, a folder",
         architecture="mamba2",
         mark="backbone.embeddings.weight",
         rules=TRANSFORMERS,
         fields=_transformers_fields,
+        settings=TRANSFORMERS_SETTINGS,
         config=_transformers_config,
         weights="model.safetensors",
     ),

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gt_jax import checkpoint
 from gt_jax.convert import files
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training import checkpoint
 
 
 class Stored(NamedTuple):

@@ -1,22 +1,23 @@
 """Tensors of a torch.save file, read and written without torch.
 
 The file is a zip of data.pkl, which describes the tensors, and one file of raw numbers a storage.
-A pickle can run any code. This reader knows what describes tensors and refuses all else unrun.
+A pickle is a program that can run any code. Python's own interpreter never sees it: the small one
+in `gt_jax.convert.pickles` knows what describes tensors and makes nothing but those descriptions.
 """
 
-import collections
-import functools
-import io
 import math
 import pickle
-import pickletools
+import struct
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from gt_jax import archives
+from gt_jax.convert import pickles
 from gt_jax.convert.tensor import Tensor
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -31,113 +32,121 @@ DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 LARGEST_PICKLE = 1 << 23  # bytes; the largest models need some 200 kB
-# What tensors by name need. Some others can ask for any amount of memory.
-NEEDED = """
-    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
-    SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
-    SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID
-    REDUCE BUILD
-"""
-OPCODES = frozenset(NEEDED.split())
+LARGEST_SHAPE = 1 << 48  # numbers, for shapes that a zero makes empty
+MOST_READS = 8  # times the file's bytes that its tensors may read in all; tied ones need 2
 
 
 def read(path) -> dict[str, Tensor]:
     """The tensors of a torch.save file by name, to be read from it one at a time.
 
+    Time and memory are bounded by the file's size, whatever it holds.
+
     Raises:
         InputError: not such a file, damaged, or more than tensors by name.
     """
     try:
-        return _read(zipfile.ZipFile(path))
-    except Exception as error:  # A damaged zip file or pickle can raise anything.
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is no torch.save file of tensors by name: {reason}") from error
+        archive = _Archive(Path(path))
+        tensors = pickles.load(archive.program(), DTYPES, archive.tensor)
+        return _checked(tensors)
+    except Exception as error:  # A damaged zip file can raise anything.
+        raise InputError(
+            f"{path} is no torch.save file of tensors by name: {one_line(error)}"
+        ) from error
 
 
-def _read(archive):
-    names = archive.namelist()
-    pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    if len(pickles) != 1 or len(set(names)) != len(names) or packed:
-        raise ValueError("it is another kind of zip file")
-    root = pickles[0].split("/")[0]
-    if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
-        raise ValueError("it was written on a big-endian machine")
-    program = archive.read(pickles[0])
-    _check_opcodes(program)
-    tensors = _Unpickler(io.BytesIO(program), functools.partial(_Storage, archive, root)).load()
+def _checked(tensors) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise ValueError(f"it holds a {type(tensors).__name__}")
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise ValueError(f"it holds a {type(name).__name__} for a name")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}; save the state_dict alone")
-    return dict(tensors)
+    return tensors
 
 
-def _check_opcodes(program: bytes):
-    if len(program) > LARGEST_PICKLE:
-        raise ValueError(f"its pickle has {len(program):,} bytes, over {LARGEST_PICKLE:,}")
-    for opcode, argument, _ in pickletools.genops(program):
-        too_far = opcode.name == "LONG_BINPUT" and argument > len(program)
-        if opcode.name not in OPCODES or too_far:
-            raise ValueError(f"its pickle holds {opcode.name}, which tensors do not need")
+class _Archive:
+    """The zip file: its pickle, and tensors in its storages."""
 
+    def __init__(self, path: Path):
+        self._path = path
+        self._size = path.stat().st_size
+        self._unread = MOST_READS * self._size  # bytes that tensors may still ask for
+        self._whole = set()  # storages whose checksum was right
+        self._entries = archives.entries(path)
+        found = [name for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
+        if len(found) != 1:
+            raise ValueError("it is another kind of zip file")
+        self._root = found[0].split("/")[0]
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, make_storage):
-        super().__init__(file)
-        self._make_storage = make_storage
+    def program(self) -> bytes:
+        """The pickle."""
+        byteorder = f"{self._root}/byteorder"
+        with zipfile.ZipFile(self._path) as archive:
+            if byteorder in self._entries and archive.read(byteorder) != b"little":
+                raise ValueError("it was written on a big-endian machine")
+            size = self._entries[f"{self._root}/data.pkl"].file_size
+            if size > LARGEST_PICKLE:
+                raise ValueError(f"its pickle has {size:,} bytes, over {LARGEST_PICKLE:,}")
+            return archive.read(f"{self._root}/data.pkl")
 
-    def find_class(self, module, name):
-        if module == "torch" and name in DTYPES:
-            return name  # not the dtype: a pickle can change an object
-        if (module, name) not in KNOWN:
-            raise ValueError(f"its pickle asks for {module}.{name}, which tensors do not need")
-        return KNOWN[module, name]
+    def tensor(self, storage: pickles.Storage, offset, shape, strides) -> Tensor:
+        """A tensor whose every number is known to lie in its storage; nothing is read yet."""
+        dtype, name = DTYPES[storage.kind], f"{self._root}/data/{storage.key}"
+        if name not in self._entries:
+            raise ValueError(f"it has no {name}")
+        stored = self._entries[name].file_size
+        if stored != storage.size * dtype.itemsize:
+            raise ValueError(f"{name} has {stored} bytes, not {storage.size} x {dtype.itemsize}")
+        numbers = (offset, *shape, *strides)
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
+            raise ValueError("a tensor's offset, shape and strides do not fit together")
+        size = math.prod(shape)
+        first_to_last = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        if 0 in shape:
+            first_to_last = offset = 0
+        if (
+            max(offset + first_to_last, size) > storage.size
+            or math.prod(max(n, 1) for n in shape) > LARGEST_SHAPE
+        ):
+            raise ValueError(
+                f"a tensor of shape {shape} needs more than its {storage.size} numbers"
+            )
+        self._unread -= max(first_to_last, size) * dtype.itemsize
+        if self._unread < 0:
+            raise ValueError(f"its tensors hold more than {MOST_READS} times the file's numbers")
+        start, length = offset * dtype.itemsize, first_to_last * dtype.itemsize
+        in_bytes = tuple(stride * dtype.itemsize for stride in strides)
 
-    def persistent_load(self, pid):
-        kind, storage, key, _, size = pid
-        if (kind, type(storage), type(key), type(size)) != ("storage", str, str, int):
-            raise ValueError("its pickle refers to something that is no tensor storage")
-        return self._make_storage(key, DTYPES[storage], size)
+        def read():
+            try:
+                data = self._bytes(name, start, length)
+                return np.ndarray(shape, dtype, data, strides=in_bytes)  # checks its bounds
+            except Exception as error:  # zipfile raises many kinds for one thing
+                raise InputError(f"{self._path} is damaged ({one_line(error)})") from error
 
+        return Tensor(tuple(shape), dtype, read)
 
-class _Storage:
-    """`size` numbers in the archive's file data/KEY."""
-
-    def __init__(self, archive, root, key, dtype, size):
-        self._archive, self._name = archive, f"{root}/data/{key}"
-        self.dtype, self.size = dtype, size
-        stored = archive.getinfo(self._name).file_size
-        if stored != size * dtype.itemsize:
-            raise ValueError(f"{self._name} has {stored} bytes, not {size} x {dtype.itemsize}")
-
-    def read(self, offset, shape, strides):
-        try:
-            numbers = np.frombuffer(self._archive.read(self._name), self.dtype)[offset:]
-        except Exception as error:  # zipfile raises many kinds for one thing
-            raise InputError(f"{self._archive.filename} is damaged ({error})") from error
-        in_bytes = [stride * self.dtype.itemsize for stride in strides]
-        return np.lib.stride_tricks.as_strided(numbers, shape, in_bytes, writeable=False)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_):
-    numbers = (offset, *shape, *strides)
-    if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
-        raise ValueError("a tensor's offset, shape and strides do not fit together")
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
-    if 0 not in shape and max(last + 1, math.prod(shape)) > storage.size:
-        raise ValueError(f"a tensor of shape {shape} needs more than its {storage.size} numbers")
-    return Tensor(shape, storage.dtype, functools.partial(storage.read, offset, shape, strides))
-
-
-KNOWN = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-}
+    def _bytes(self, name, start, length) -> bytes:
+        """Part of a storage, whose checksum is compared the first time."""
+        entry = self._entries[name]
+        if name not in self._whole:
+            with zipfile.ZipFile(self._path) as archive, archive.open(name) as file:
+                whole = b""
+                if (start, length) == (0, entry.file_size):
+                    whole = file.read()
+                while file.read(1 << 20):  # to the end, where the checksum is compared
+                    pass
+            self._whole.add(name)
+            if len(whole) == length:
+                return whole
+        with self._path.open("rb") as file:
+            file.seek(entry.header_offset)
+            header = file.read(30)
+            lengths = struct.unpack("<HH", header[26:])  # of its name and what is called extra
+            file.seek(entry.header_offset + 30 + sum(lengths) + start)
+            data = file.read(length)
+        if len(data) != length:
+            raise ValueError(f"{name} ends early")
+        return data
 
 
 def write(path, arrays: dict[str, np.ndarray]) -> None:

@@ -2,15 +2,10 @@
 
 import numpy as np
 
-from gt_jax.convert.layout import (
-    Change,
-    Layout,
-    Rule,
-    check_settings,
-    count_blocks,
-    shape_of,
-    transpose,
-)
+from gt_jax.convert import settings
+from gt_jax.convert.layout import Change, Layout, Rule, count_blocks, shape_of, transpose
+from gt_jax.convert.settings import Settings
+from gt_jax.errors import InputError
 from gt_jax.models.rwkv6 import hidden_dim, mix_rank
 
 row = Change(lambda x: x[None, None], lambda x: x[0, 0])  # [D] and their [1, 1, D]
@@ -130,7 +125,8 @@ def _fields(embedding, blocks, bonus, wanted):
     """Layout.fields from the names of the embedding and the bonus, and config.json's settings."""
 
     def fields(tensors, config):
-        check_settings(config, wanted, {"expand_k": 0.5})
+        if config:
+            settings.check(config, wanted)
         vocab_size, dim = shape_of(tensors, embedding, 2)
         return {
             "architecture": "rwkv6",
@@ -144,6 +140,47 @@ def _fields(embedding, blocks, bonus, wanted):
     return fields
 
 
+def _fla_fields(tensors, config):
+    fields = _fields(
+        "model.embeddings.weight", "model.layers.*.", "model.layers.0.attn.bonus", FLA_SETTINGS
+    )(tensors, config)
+    if config.get("intermediate_size") is None and "hidden_ratio" in config:
+        ratio, dim = config["hidden_ratio"], fields["dim"]
+        ratio = 3.5 if ratio is None else ratio
+        fits = type(ratio) in (int, float) and 0 < ratio < 1000
+        if not fits or -(-int(dim * ratio) // 32) * 32 != hidden_dim(dim):
+            raise InputError(
+                f"config.json: hidden_ratio={settings.shown(ratio)} must be 3.5 for the "
+                f"{hidden_dim(dim)} hidden units of our channel-mix"
+            )
+    return fields
+
+
+def _hugging_face_sizes(c):
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "attention_hidden_size": c.dim,
+        "intermediate_size": hidden_dim(c.dim),
+        "num_hidden_layers": c.layers,
+        "head_size": c.head_dim,
+        # Published configurations have the size of a head here; others might count heads.
+        "num_attention_heads": (c.heads, c.head_dim),
+    }
+
+
+def _fla_sizes(c):
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": hidden_dim(c.dim),
+        "num_hidden_layers": c.layers,
+        "num_heads": c.heads,
+        "proj_low_rank_dim": mix_rank(c.dim),
+        "gate_low_rank_dim": 2 * mix_rank(c.dim),
+    }
+
+
 def _hugging_face_config(c):
     return {
         "architectures": ["Rwkv6ForCausalLM"],
@@ -155,34 +192,27 @@ def _hugging_face_config(c):
         "num_hidden_layers": c.layers,
         "head_size": c.head_dim,
         "rescale_every": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
         "torch_dtype": "float32",
-    } | HUGGING_FACE_SETTINGS
+    } | HUGGING_FACE_WANTED
 
 
 def _fla_config(c):
     return {
         "architectures": ["RWKV6ForCausalLM"],
         "model_type": "rwkv6",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.dim,
-        "intermediate_size": hidden_dim(c.dim),
-        "num_hidden_layers": c.layers,
-        "num_heads": c.heads,
-        "proj_low_rank_dim": mix_rank(c.dim),
-        "gate_low_rank_dim": 2 * mix_rank(c.dim),
         "torch_dtype": "float32",
-    } | FLA_SETTINGS
+        **_fla_sizes(c),
+        **FLA_WANTED,
+    }
 
 
 # What has to be so for the mathematics to be ours.
-HUGGING_FACE_SETTINGS = {
+HUGGING_FACE_WANTED = {
     "layer_norm_epsilon": 1e-5,
     "head_size_divisor": 8,
     "tie_word_embeddings": False,
 }
-FLA_SETTINGS = {
+FLA_WANTED = {
     "expand_k": 1.0,
     "expand_v": 1.0,
     "hidden_act": "sqrelu",
@@ -192,6 +222,34 @@ FLA_SETTINGS = {
     "attn": None,
     "tie_word_embeddings": False,
 }
+# Of fla's first versions, whose models had parts that ours have not.
+FLA_ONCE_WANTED = {"use_glu": False, "use_short_conv": False, "eps": 1e-5, "rms_norm_eps": 1e-5}
+
+# How kernels are run, what the loss is, and what is looked at elsewhere.
+FLA_FREE = """
+    attn_mode fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp conv_size
+    share_conv_kernel hidden_ratio
+"""
+
+HUGGING_FACE_SETTINGS = Settings(
+    model_types=("rwkv6",),
+    architectures=("Rwkv6ForCausalLM",),
+    wanted=HUGGING_FACE_WANTED,
+    defaults={},
+    sizes=_hugging_face_sizes,
+    layers="num_hidden_layers",
+    # rescale_every halves what float16 would let overflow, and doubles it at the end.
+    free=frozenset(["context_length", "rescale_every", "model_version"]),
+)
+FLA_SETTINGS = Settings(
+    model_types=("rwkv6",),
+    architectures=("RWKV6ForCausalLM",),
+    wanted=FLA_WANTED | FLA_ONCE_WANTED,
+    defaults={"expand_k": 0.5},
+    sizes=_fla_sizes,
+    layers="num_hidden_layers",
+    free=frozenset(FLA_FREE.split()),
+)
 
 LAYOUTS = {
     "rwkv-lm": Layout(
@@ -199,7 +257,8 @@ LAYOUTS = {
         architecture="rwkv6",
         mark="emb.weight",
         rules=RWKV_LM,
-        fields=_fields("emb.weight", "blocks.*.", "blocks.0.att.time_faaaa", {}),
+        fields=_fields("emb.weight", "blocks.*.", "blocks.0.att.time_faaaa", HUGGING_FACE_SETTINGS),
+        settings=HUGGING_FACE_SETTINGS,
         config=None,
         weights=None,
     ),
@@ -214,6 +273,7 @@ LAYOUTS = {
             "rwkv.blocks.0.attention.time_faaaa",
             HUGGING_FACE_SETTINGS,
         ),
+        settings=HUGGING_FACE_SETTINGS,
         config=_hugging_face_config,
         weights="model.safetensors",
     ),
@@ -222,12 +282,8 @@ LAYOUTS = {
         architecture="rwkv6",
         mark="model.embeddings.weight",
         rules=FLA,
-        fields=_fields(
-            "model.embeddings.weight",
-            "model.layers.*.",
-            "model.layers.0.attn.bonus",
-            FLA_SETTINGS,
-        ),
+        fields=_fla_fields,
+        settings=FLA_SETTINGS,
         config=_fla_config,
         weights="model.safetensors",
     ),

@@ -37,7 +37,7 @@ def make_batches(tokens, *, order, batch_size, seq_len, seed=0):
         tokens: one [n] int32 array a document, e.g. `CorpusTokens.train`.
         order: "windows": every epoch cuts the stream into windows, beginning at another token, and
             shuffles them, both by (seed, epoch) alone; all rows are fresh. "tracks": batch_size
-            equal pieces of the stream are read side by side, each batch beginning where the one
+            equal stretches of the stream are read side by side, each batch beginning where the one
             before ended; a row is fresh at the start of an epoch and of a document.
         batch_size: rows, B.
         seq_len: tokens in a row, T.
@@ -103,7 +103,7 @@ class Batches:
         return {**self._setting, "epoch": self._epoch, "index": self._index}
 
     def restore(self, state):
-        """Goes on from a position that `state()` gave.
+        """Continues from a position that `state()` gave.
 
         Raises:
             InputError: it was given in another setting.
@@ -166,8 +166,8 @@ def track_split(tokens, batch_size, validation_fraction=0.1):
     """Splits every track instead of the corpus: the ends of all batch_size tracks validate.
 
     The text of both splits, cut to a multiple of B, becomes B tracks; the first part of each trains
-    and the rest validates. What validates thus depends on the batch size: compare such losses at
-    one batch size only. Tiny Shakespeare with B = 64 gives tracks of 17 428 characters.
+    and the rest validates. What validates thus depends on the batch size: compare these losses
+    at one batch size only. Tiny Shakespeare with B = 64 gives tracks of 17 428 characters.
 
     Args:
         tokens: CorpusTokens.
@@ -204,7 +204,7 @@ class _Stream:
         self.several = self.size > 0 and self._document[0] != self._document[-1]
 
     def crosses(self, starts, seq_len):
-        """Whether any row of inputs that begins at one of starts goes on into another document."""
+        """Whether any row of inputs that begins at one of starts enters another document."""
         first, last = (np.minimum(s, self.size - 1) for s in (starts, starts + seq_len - 1))
         return bool((self._document[first] != self._document[last]).any())
 

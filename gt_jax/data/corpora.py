@@ -3,7 +3,6 @@
 import hashlib
 import html
 import importlib.metadata
-import json
 import os
 import re
 import urllib.error
@@ -11,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from gt_jax.data.files import read_path, text_field
 from gt_jax.errors import InputError, did_you_mean
 
 
@@ -35,21 +35,25 @@ def load_corpus(source, *, field="text", validation_fraction=0.1):
 
     The last `validation_fraction` validates: of the characters when the corpus is one document, of
     the whole documents when it is several. A TFDS set's own train and validation (else test) splits
-    are kept as they are.
+    are kept as they are, and so are those of a folder whose files or sub folders are named train,
+    valid (validation, val, dev) and test; there, test is never read, and the note says what is.
 
     Args:
         source: "shakespeare" (nine plays, one document), "shakespeare-all" (38 plays, one document
-            each), a UTF-8 text file (one document), a .jsonl file (one document a line), a folder
-            (each .txt below it a document, each .jsonl many, in order of relative path), or
-            "tfds:NAME[/CONFIG]".
-        field: where the text is in a JSON object or a TFDS example.
+            each), a UTF-8 text file (one document), a .jsonl file (one document a line), a
+            .parquet file (one document a row; needs pyarrow), a folder (each .txt below it a
+            document, each .jsonl or .parquet many, in order of relative path), or
+            "tfds:NAME[/CONFIG]". Text and JSON lines may be packed: .gz, .bz2, .xz, and .zst from
+            Python 3.14 on or with the package zstandard.
+        field: where the text is in a JSON object, a Parquet table or a TFDS example.
         validation_fraction: between 0 and 1, both excluded.
 
     Returns:
         A Corpus. Empty documents are dropped.
 
     Raises:
-        InputError: the text cannot be had, or is too short to split.
+        InputError: the text cannot be had, is too short to split, or names of splits leave open
+            which file is for what.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(
@@ -60,7 +64,14 @@ def load_corpus(source, *, field="text", validation_fraction=0.1):
     if source in _SHAKESPEARE:
         documents, note = _load_shakespeare(source)
     else:
-        documents, note = _load_path(source, field)
+        hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
+        documents, held_out, note = read_path(source, field, unknown=hint)
+        if held_out is not None:
+            splits = _without_empty(documents), _without_empty(held_out)
+            for name, split in zip(("train", "validate"), splits):
+                if not split:
+                    raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
+            return Corpus(source, *splits, note)
     return Corpus(source, *_split(source, documents, validation_fraction), note)
 
 
@@ -102,7 +113,6 @@ _SHAKESPEARE = {  # sha256 of the assembled text
     "shakespeare-all": "a8f2b82c7e7e9e79e5b26acc8cdf5a0c09525438d38004f6756218fb3454025a",
 }
 _PAGE_BREAK = "\f"  # parts documents in the cached file
-_TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 _MISPRINTS = (  # speakers that the Markdown does not mark as such
     (r"^(Ghosts?)\n\n\*\*of", r"**\1 of"),
@@ -187,74 +197,11 @@ def plain_speech(markdown):
         if speaker:
             lines += ["", f"{speaker}:"]
         is_heading = paragraph.startswith("#")
-        # A heading that was broken in two goes on in a paragraph without any mark.
+        # A heading broken in two continues in a paragraph without any mark.
         if not is_heading and not (after_heading and paragraph[:1] not in "*_"):
             lines += filter(None, map(str.strip, _DIRECTION.sub("", speech).split("\n")))
         after_heading = is_heading
     return "\n".join(lines) + "\n"
-
-
-# Files and folders.
-
-
-def _load_path(source, field):
-    """(documents, note) of a file or folder."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".jsonl") and f.is_file())
-        if not files:
-            raise InputError(f"data.source={source!r} holds no .txt or .jsonl file; add one")
-        return [document for file in files for document in _read_documents(file, field)[0]], None
-    if not path.exists():
-        hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
-        raise InputError(f"data.source={source!r} is no file, folder or built-in text{hint}")
-    return _read_documents(path, field)
-
-
-def _read_documents(path, field):
-    """(documents, note) of one file."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise InputError(
-            f"data.source={str(path)!r} cannot be read ({error.strerror}); mend its permissions"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data.source={str(path)!r} is not UTF-8 at byte {error.start}; convert it, e.g. with"
-            " `iconv -t UTF-8`"
-        ) from error
-    text = text.removeprefix("\ufeff")
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)
-        return [_read_json(path, n, line, field) for n, line in lines if line.strip()], None
-    if hashlib.sha256(data).hexdigest() == _TINY_SHAKESPEARE:
-        return [text], "this is tiny Shakespeare: results compare with published numbers"
-    return [text], None
-
-
-def _read_json(path, number, line, field):
-    """The text of one line of JSONL."""
-    where = f"data.source={str(path)!r} line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); mend or remove it") from error
-    return _text_field(where, row, field)
-
-
-def _text_field(where, row, field):
-    """row[field] as a string."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if not isinstance(value, str):
-        has = ", ".join(row) if isinstance(row, dict) and row else "none"
-        raise InputError(
-            f"{where} has no text in data.field={field!r}; name one of its fields: {has}"
-        )
-    return value
 
 
 # TFDS, through array_record files: that needs no TensorFlow.
@@ -274,7 +221,7 @@ def _load_tfds(source, field, validation_fraction):
         builder = tfds.builder(source.removeprefix("tfds:"), file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise InputError(
-            f"data.source={source!r} is not known to TFDS ({_first_line(error)}); mend the name,"
+            f"data.source={source!r} is not known to TFDS ({_first_line(error)}); correct the name,"
             f" {instead}"
         ) from error
     if not builder.is_prepared():
@@ -294,7 +241,7 @@ def _load_tfds(source, field, validation_fraction):
 
     def read(split):
         rows = builder.as_data_source(split)
-        return (_text_field(f"data.source={source!r}", row, field) for row in rows)
+        return (text_field(f"data.source={source!r}", row, field) for row in rows)
 
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None:

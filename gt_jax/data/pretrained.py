@@ -2,37 +2,55 @@
 
 import ast
 import base64
+import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 
-from gt_jax.errors import InputError
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.data.hugging_face import HuggingFaceTokenizer
+from gt_jax.errors import InputError, one_line
+
+# The World vocabulary has 65,536 tokens of up to 128 bytes, in 1 MB of text.
+LARGEST_VOCABULARY = 1 << 24  # ids
+LARGEST_TEXT = 1 << 25  # bytes
+LONGEST_LINE = 1 << 14  # characters
 
 
-class WorldTokenizer:
+class WorldTokenizer(Tokenizer):
     """RWKV's World vocabulary: byte strings, of which the longest that fits is taken."""
 
     kind = "rwkv-world"
-    eos_id = 0
+    byte_errors = "replace"
 
-    def __init__(self, vocabulary):
-        """Args: vocabulary: `pack` of the file's text, whose lines are id, Python literal, length.
+    def __init__(self, vocabulary, special=None):
+        """Args:
+            vocabulary: `pack` of the file's text, whose lines are id, Python literal, length.
+            special: SpecialIds; 0 is always one that ends a text.
 
         Raises:
-            InputError: a line is not of this form.
+            InputError: a line is not of this form, or the packed text is damaged or too large.
         """
         self._packed = vocabulary
+        stop = tuple(i for i in SpecialIds.of(special).stop if i != 0)
+        self.special = SpecialIds(bos=0, eos=0, pad=0, stop=stop)
         self._bytes = {0: b""}
         for line in self.text.rstrip("\n").split("\n"):
             try:
+                if len(line) > LONGEST_LINE:
+                    raise ValueError("too long")
                 number, rest = line.split(" ", 1)
                 literal, length = rest.rsplit(" ", 1)
                 token = ast.literal_eval(literal)
-                token = token.encode() if isinstance(token, str) else bytes(token)
+                token = token.encode() if isinstance(token, str) else token
+                if not isinstance(token, bytes) or not 0 <= int(number) < LARGEST_VOCABULARY:
+                    raise ValueError("neither text nor bytes, or an id out of range")
                 self._bytes[int(number)] = token
-            except (ValueError, SyntaxError, TypeError) as error:
+                length = int(length)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
                 raise InputError(f"{line[:80]!r} is no line of an RWKV vocabulary") from error
-            if len(token) != int(length):
+            if len(token) != length:
                 raise InputError(f"{line[:80]!r} has {len(token)} bytes, not {length}")
         self.vocab_size = max(self._bytes) + 1
         self._ids = {token: number for number, token in self._bytes.items() if token}
@@ -50,11 +68,19 @@ class WorldTokenizer:
     @property
     def text(self):
         """The vocabulary file."""
-        return zlib.decompress(base64.b64decode(self._packed)).decode()
+        unpack = zlib.decompressobj()
+        try:
+            text = unpack.decompress(base64.b64decode(self._packed), LARGEST_TEXT)
+            if not unpack.eof:
+                raise ValueError(f"it ends early or has more than {LARGEST_TEXT:,} bytes")
+            return text.decode()
+        except (zlib.error, ValueError, TypeError) as error:
+            raise InputError(f"the packed vocabulary is damaged ({one_line(error)})") from error
 
     def encode(self, text):
-        """[n] int32 ids."""
-        data = text.encode("utf-8", "surrogatepass")
+        """[n] int32 ids. Raises InputError for half a surrogate pair."""
+        check_text(text)
+        data = text.encode()
         ids, start = [], 0
         while start < len(data):
             for length in self._lengths[data[start]]:
@@ -69,57 +95,25 @@ class WorldTokenizer:
 
     def decode(self, ids):
         """Text of integer ids; U+FFFD for an unknown id and for bytes that are no UTF-8."""
-        unknown = "\N{REPLACEMENT CHARACTER}".encode()
         ids = np.asarray(ids).ravel().tolist()
-        return b"".join(self._bytes.get(i, unknown) for i in ids).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, i):
+        return self._bytes.get(i, _UNKNOWN)
 
     def to_dict(self):
-        return {"kind": self.kind, "vocabulary": self._packed}
+        special = self.special.stored() if self.special.stop else {}  # The rest is always so.
+        return {"kind": self.kind, "vocabulary": self._packed} | special
 
 
-class HuggingFaceTokenizer:
-    """What a tokenizer.json of the tokenizers package says. Special tokens are never added."""
-
-    kind = "huggingface"
-    eos_id = None
-
-    def __init__(self, json):
-        """Args: json: the text of tokenizer.json.
-
-        Raises:
-            InputError: the package is missing, or cannot read the text.
-        """
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise InputError("tokenizer.json needs a package: pip install tokenizers") from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"tokenizer.json cannot be read ({error})") from error
-        self.text = json
-        self.vocab_size = self._tokenizer.get_vocab_size()
-
-    def encode(self, text):
-        """[n] int32 ids."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def decode(self, ids):
-        ids = np.asarray(ids).ravel().tolist()
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def to_dict(self):
-        return {"kind": self.kind, "json": self.text}
-
-
-class IdTokenizer:
+class IdTokenizer(Tokenizer):
     """For a model without its tokenizer: text is ids in decimal, such as "17 4 2"."""
 
     kind = "ids"
-    eos_id = None
 
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size, special=None):
         self.vocab_size = vocab_size
+        self.special = SpecialIds.of(special)
 
     def encode(self, text):
         """[n] int32 ids. Raises InputError if the text is no list of ids below vocab_size."""
@@ -135,7 +129,147 @@ class IdTokenizer:
         return " ".join(map(str, np.asarray(ids).ravel().tolist()))
 
     def to_dict(self):
-        return {"kind": self.kind, "vocab_size": self.vocab_size}
+        return {"kind": self.kind, "vocab_size": self.vocab_size} | self.special.stored()
+
+
+def read_tokenizer(path, folder, vocab_size):
+    """The tokenizer in a file, with the special ids that its folder and the model's tell.
+
+    Args:
+        path: a tokenizer.json or an RWKV vocabulary file; None for a model without.
+        folder: the model's, see `model_ids`.
+        vocab_size: ids of the model.
+
+    Raises:
+        InputError: a file cannot be read, or tells what cannot be.
+    """
+    of_model = model_ids(folder, vocab_size)
+    if path is None:
+        return IdTokenizer(vocab_size, of_model)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix != ".json":
+            return WorldTokenizer(WorldTokenizer.pack(text), of_model)
+        return _read_hugging_face(text, tokenizer_settings(Path(path).parent), of_model, vocab_size)
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(
+            f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
+        ) from error
+
+
+def _read_hugging_face(text, settings, of_model, vocab_size):
+    plain = HuggingFaceTokenizer(text)
+    settings = {"pad_token": plain.pads_with} | settings
+    text = plain.with_tokens(settings)
+    if plain.vocab_size <= vocab_size < HuggingFaceTokenizer(text).vocab_size:
+        text = plain.text  # a token such as <pad> that the model has no embedding for
+    more = {"chat_template": settings.get("chat_template")}
+    # As in transformers, which found that it spoils the text of BPE.
+    more["cleans_up"] = bool(settings.get("clean_up_tokenization_spaces")) and not plain.is_bpe
+    tokenizer = HuggingFaceTokenizer(text, **more)
+    own = [tokenizer.token_id(_content(settings.get(f"{name}_token"))) for name in _NAMED]
+    either = [theirs if mine is None else mine for mine, theirs in zip(own, of_model)]
+    return HuggingFaceTokenizer(text, SpecialIds(*either, stop=of_model.stop), **more)
+
+
+def model_ids(folder, vocab_size) -> SpecialIds:
+    """What config.json and generation_config.json, which comes first, tell of special ids.
+
+    Negative ids mean none.
+
+    Raises:
+        InputError: a file is no JSON object, an end-of-text id is no id of the model.
+    """
+    config = _read_object(Path(folder) / "config.json")
+    found = config | _read_object(Path(folder) / "generation_config.json")
+
+    def ids_of(name):
+        value = found.get(f"{name}_token_id")
+        values = value if isinstance(value, list) else [value]
+        for i in values:
+            if not (i is None or type(i) is int):
+                raise InputError(f"{folder}: {name}_token_id={value!r} must be ids or null")
+        return [i for i in values if i is not None and i >= 0]
+
+    ends = ids_of("eos")
+    for i in ends:
+        if i >= vocab_size:
+            raise InputError(
+                f"{folder}: eos_token_id={i} must be below the {vocab_size} ids of the model; "
+                "correct it in config.json and generation_config.json, or write null"
+            )
+    first = lambda name: next((i for i in ids_of(name) if i < vocab_size), None)
+    return SpecialIds(first("bos"), first("eos"), first("pad"), tuple(ends))
+
+
+def tokenizer_settings(folder) -> dict:
+    """tokenizer_config.json with what the older special_tokens_map.json and the newer
+    chat_template.jinja add; {} where there is none of them."""
+    folder = Path(folder)
+    settings = _read_object(folder / "tokenizer_config.json")
+    if not settings.get("added_tokens_decoder"):
+        settings |= _read_object(folder / "special_tokens_map.json")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of {"name": ..., "template": ...}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    return settings | {"chat_template": template if isinstance(template, str) else None}
+
+
+def export_ids(tokenizer) -> dict:
+    """The fields of config.json and generation_config.json for a tokenizer's special ids.
+
+    Written even where there are none: transformers' configurations have numbers for defaults, which
+    would be ordinary characters here.
+    """
+    ends = list(tokenizer.stop_ids)
+    return {
+        "bos_token_id": tokenizer.special.bos,
+        "eos_token_id": ends if len(ends) > 1 else (ends or [None])[0],
+        "pad_token_id": tokenizer.special.pad,
+    }
+
+
+def export_files(tokenizer) -> dict[str, str]:
+    """Name -> content of the files that tell other libraries of a tokenizer."""
+    files = {"generation_config.json": json.dumps(export_ids(tokenizer), indent=2) + "\n"}
+    if tokenizer.kind == WorldTokenizer.kind:
+        files[WORLD_FILE] = tokenizer.text
+    if tokenizer.kind == HuggingFaceTokenizer.kind:
+        names = dict(zip(_NAMED, map(tokenizer.token_text, tokenizer.special)))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}  # else that of the model's type
+        settings |= {f"{name}_token": text for name, text in names.items() if text is not None}
+        settings["clean_up_tokenization_spaces"] = tokenizer.cleans_up
+        if tokenizer.chat_template:
+            settings["chat_template"] = tokenizer.chat_template
+        files["tokenizer.json"] = tokenizer.text
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    return files
+
+
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+_NAMED = ("bos", "eos", "pad")  # in the order of SpecialIds
+
+
+def _content(token):
+    """The text of a token in tokenizer_config.json: a string, an object, or null."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_object(path) -> dict:
+    """The object in a JSON file; {} if there is no file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON object ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object but a {type(content).__name__}")
+    return content
 
 
 PRETRAINED = {t.kind: t for t in (WorldTokenizer, HuggingFaceTokenizer, IdTokenizer)}

@@ -5,6 +5,7 @@ Every tokenizer has
     kind        its name in `data.tokenizer`
     vocab_size  ids are in [0, vocab_size)
     eos_id      ends a document in a corpus of many; None where there is none
+    stop_ids    ids that end what is generated; special: these and others, a SpecialIds
     encode(text) -> [n] int32 array        decode(ids) -> str
     to_dict() -> what `tokenizer_from_dict` takes; JSON can hold it
 """
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.data.corpora import replace_file
 from gt_jax.data.pretrained import PRETRAINED
 from gt_jax.errors import InputError, did_you_mean
@@ -68,22 +70,23 @@ def tokenizer_from_dict(d):
 def encode_corpus(corpus, tokenizer):
     """The ids of every document, as CorpusTokens.
 
-    In a corpus of many documents each ends with the tokenizer's eos id, if it has one.
+    Each begins with the tokenizer's start_ids, and in a corpus of many documents each ends with its
+    eos id, if it has one.
     """
     many = len(corpus.train) > 1 or len(corpus.validation) > 1
     end = [tokenizer.eos_id] if many and tokenizer.eos_id is not None else []
 
     def encode(document):
-        return np.concatenate([tokenizer.encode(document), np.array(end, np.int32)])
+        parts = (tokenizer.start_ids, tokenizer.encode(document), end)
+        return np.concatenate([np.array(part, np.int32) for part in parts])
 
     return CorpusTokens(tuple(map(encode, corpus.train)), tuple(map(encode, corpus.validation)))
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id a character, in order of code point, from `first_id` up."""
 
     kind = "char"
-    eos_id = None
     first_id = 0
 
     def __init__(self, alphabet):
@@ -133,7 +136,7 @@ class TaggedCharTokenizer(CharTokenizer):
         f"<|{name}|>"
         for name in ("pad", "unk", "bos", "eos", "system", "user", "assistant", "end_of_turn")
     )
-    eos_id = 3
+    special = SpecialIds(bos=2, eos=3, pad=0)
     first_id = 32
 
     def encode(self, text):
@@ -164,14 +167,15 @@ class TaggedCharTokenizer(CharTokenizer):
         return np.where(ids < 0, np.int32(1), ids)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """Byte-pair encoding that falls back to bytes, so that every text has ids.
 
     Decoding gives the text back, except that U+2581, SentencePiece's own space, becomes a space.
     """
 
     kind = "sentencepiece"
-    eos_id = 3
+    special = SpecialIds(bos=2, eos=3, pad=0)
+    byte_errors = "each"
 
     def __init__(self, model):
         """Args: model: the serialised SentencePiece model, bytes."""
@@ -182,7 +186,8 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
 
     def encode(self, text):
-        """[n] int32 ids."""
+        """[n] int32 ids. Raises InputError for half a surrogate pair."""
+        check_text(text)
         # In blocks of whole lines, which no token crosses: a long text needs less memory.
         ids = [np.zeros(0, np.int32)]
         start = 0
@@ -194,8 +199,24 @@ class SentencePieceTokenizer:
         return np.concatenate(ids)
 
     def decode(self, ids):
-        """Text of integer ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._processor.decode(np.asarray(ids).ravel().tolist())
+        """Text of integer ids; bytes that are not UTF-8 and unknown ids become U+FFFD."""
+        ids = np.asarray(ids, np.int64).ravel()
+        known = (ids >= 0) & (ids < self.vocab_size)
+        if known.all():
+            return self._processor.decode(ids.tolist())
+        cuts = np.flatnonzero(np.diff(known)) + 1
+        return "".join(
+            self._processor.decode(run.tolist()) if self._is_known(run[0]) else _UNKNOWN * len(run)
+            for run in np.split(ids, cuts)
+        )
+
+    def token_bytes(self, i):
+        if not self._is_known(i) or not self._processor.is_byte(i):
+            return None
+        return bytes([int(self._processor.id_to_piece(i)[3:5], 16)])
+
+    def _is_known(self, i):
+        return 0 <= i < self.vocab_size
 
     def to_dict(self):
         return {"kind": self.kind, "model": base64.b64encode(self._model).decode()}
@@ -209,6 +230,8 @@ def train_sentencepiece(documents, vocab_size):
     """
     import sentencepiece
 
+    for text in documents:
+        check_text(text)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -265,6 +288,7 @@ def _cached_sentencepiece(documents, vocab_size, cache_dir):
 
 
 _BLOCK_LENGTH = 1_000_000  # characters
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def _code_points(text):

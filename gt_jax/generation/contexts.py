@@ -1,16 +1,14 @@
-"""What a model remembers of a text it has read: made in pieces, kept as a file, read on from.
+"""What a model remembers of a text it has read: made in chunks, kept as a file, continued from.
 
-A text is read in whole pieces of a few sizes, without any padding, each one call of the model. The
-last tokens, at most as many as the smallest piece, wait for the generation loop, which reads them
-one by one: it needs the logits of the last, and no other shape has to be compiled for the rest.
+Prefill reads a text in whole chunks of a few sizes, without any padding, each one call of the
+model. The last tokens, at most as many as the smallest chunk, wait for the decoding loop, which
+reads them one by one: it needs the logits of the last, and no other shape has to be compiled.
 """
 
 import functools
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import archives
 from gt_jax.data.corpora import replace_file
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
+from gt_jax.generation.checks import check_ids, token_ids
 
-PIECES = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
+PREFILL_CHUNKS = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
+LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
 NOT_OF_THE_FUNCTION = ("dtype", "impl", "remat")  # ModelConfig fields any context fits
 
 
 class Context(NamedTuple):
-    """A text as a model remembers it; `read` makes them.
+    """A text as a model remembers it; `prefill` makes them.
 
     state: the model's state after all tokens but the waiting ones, a batch of one row.
     waiting: [n] int32, the last 1 to 64 tokens.
@@ -40,23 +41,29 @@ class Context(NamedTuple):
     length: int
 
 
-def read(model, params, tokens, after: Context | None = None) -> Context:
-    """Read a text of any length, in memory that depends only on the largest piece.
+def prefill(model, params, tokens, after: Context | None = None) -> Context:
+    """Read a text of any length, in memory that depends only on the largest chunk.
 
     Args:
         model, params: from `gt_jax.load`.
         tokens: [T] ids; may be empty where `after` is given.
-        after: what comes before; stays as it is, so that it can be read on from again.
+        after: what comes before; stays as it is, so that other texts can continue it too.
 
     Raises:
-        InputError: no tokens at all, an id outside the vocabulary, more tokens than a GPT has
-            positions.
+        InputError: no tokens at all, what is no id or outside the vocabulary, more tokens than a
+            GPT has positions.
     """
+    context = start_prefill(model, params, tokens, after)
+    while next_chunk(context):
+        context = prefill_chunk(model, params, context)
+    return context
+
+
+def start_prefill(model, params, tokens, after: Context | None = None) -> Context:
+    """The Context of `prefill` with all its chunks still among the waiting tokens."""
     config = model.config
-    new = np.asarray(tokens, np.int64).reshape(-1)
-    outside = new[(new < 0) | (new >= config.vocab_size)]
-    if outside.size:
-        raise InputError(f"prompt has the id {outside[0]}; ids are 0 to {config.vocab_size - 1}")
+    new = token_ids("prompt", tokens)
+    check_ids("prompt", new, config.vocab_size)
     if after is None:
         after = Context(None, np.zeros(0, np.int32), np.zeros(config.vocab_size, bool), 0)
     length = after.length + len(new)
@@ -70,11 +77,19 @@ def read(model, params, tokens, after: Context | None = None) -> Context:
     seen[new] = True
     waiting = np.concatenate([after.waiting, new.astype(np.int32)])
     state = zero_state(model, params) if after.state is None else after.state
-    while len(waiting) > PIECES[0]:
-        size = max(size for size in PIECES if size < len(waiting))
-        state = _read_piece(model, params, waiting[None, :size], state)
-        waiting = waiting[size:]
     return Context(state, waiting, seen, length)
+
+
+def next_chunk(context: Context) -> int:
+    """Tokens of the next chunk of a text, 0 when no whole chunk is left."""
+    return max((size for size in PREFILL_CHUNKS if size < len(context.waiting)), default=0)
+
+
+def prefill_chunk(model, params, context: Context) -> Context:
+    """The context with its next chunk read."""
+    size, waiting = next_chunk(context), context.waiting
+    state = _prefill_chunk(model, params, waiting[None, :size], context.state)
+    return context._replace(state=state, waiting=waiting[size:])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
@@ -89,7 +104,7 @@ def zero_state(model, params, rows=1):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read_piece(model, params, tokens, state):
+def _prefill_chunk(model, params, tokens, state):
     # Without its logits: the output head is never computed.
     return model.apply({"params": params}, tokens, state).state
 
@@ -111,24 +126,27 @@ def load_context(path, model, params) -> Context:
     """The context that `save_context` wrote for this model, its dtype aside.
 
     Raises:
-        InputError: no such file, not a context, damaged, or of another model or other parameters.
+        InputError: the file is missing, no context, damaged, or of another model or parameters.
     """
+    path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        about = json.loads(str(arrays.pop("about")))
-        of_model, of_params, length = about["model"], about["parameters"], int(about["length"])
-        waiting, seen = arrays.pop("waiting"), arrays.pop("seen")
+        stored = archives.arrays(path)
+        about = stored.pop("about")
+        if about.dtype.itemsize > LARGEST_ABOUT or about.shape:
+            raise ValueError("it says too much of itself")
+        about = json.loads(str(about.read()))
+        of_model, of_params, length = dict(about["model"]), about["parameters"], about["length"]
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; name a file that --save_state wrote") from error
-    except _UNREADABLE as error:
-        raise InputError(f"{path} is no saved state, or damaged ({error})") from error
+    except Exception as error:  # a damaged zip file can raise anything
+        raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
     mine = _function(model)
     for field in sorted(mine):
         if of_model.get(field) != mine[field]:
+            theirs = one_line(repr(of_model.get(field)), 80)
             raise InputError(
-                f"{path} is the state of another model: its model.{field} is "
-                f"{of_model.get(field)!r}, this one's {mine[field]!r}"
+                f"{path} is the state of another model: its model.{field} is {theirs}, this one's "
+                f"{mine[field]!r}"
             )
     if of_params != fingerprint(params):
         raise InputError(
@@ -136,27 +154,40 @@ def load_context(path, model, params) -> Context:
             "use the checkpoint it was saved with"
         )
     like = jax.eval_shape(functools.partial(zero_state, model), params)
-    shapes = {name: leaf.shape for name, leaf in _named(like).items()}
-    whole = (
-        {name: array.shape for name, array in arrays.items()} == shapes
-        and seen.shape == (model.config.vocab_size,)
-        and waiting.ndim == 1
-        and 1 <= len(waiting) <= PIECES[0]
-        and 0 <= waiting.min() <= waiting.max() < model.config.vocab_size
-    )
-    if not whole:
-        raise InputError(f"{path} is damaged: its arrays have other shapes than this model's state")
-    state = jax.tree.unflatten(
-        jax.tree.structure(like),
-        [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()],
-    )
-    return Context(state, waiting.astype(np.int32), seen.astype(bool), length)
+    try:
+        return _restore(stored, length, like, model.config)
+    except Exception as error:  # as above
+        raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
 
 
-_UNREADABLE = (
-    *(AttributeError, EOFError, KeyError, MemoryError, OSError, TypeError, ValueError),
-    *(zipfile.BadZipFile, zlib.error),
-)
+def _restore(stored, length, like, config) -> Context:
+    """The Context of arrays that are read only if they have its shapes, ValueError if not."""
+    named = _named(like)
+    wanted = {name: (leaf.shape, _stored_dtype(leaf)) for name, leaf in named.items()}
+    wanted |= {"seen": ((config.vocab_size,), np.dtype(bool))}
+    tokens = stored.pop("waiting")
+    if (
+        {name: (array.shape, array.dtype) for name, array in stored.items()} != wanted
+        or len(tokens.shape) != 1
+        or not 1 <= tokens.shape[0] <= PREFILL_CHUNKS[0]
+        or tokens.dtype.kind != "i"
+    ):
+        raise ValueError("its arrays have other shapes or types than this model's state")
+    waiting, seen = tokens.read(), stored["seen"].read()
+    if not 0 <= waiting.min() <= waiting.max() < config.vocab_size:
+        raise ValueError("its arrays have other shapes or ids than this model's state")
+    most = config.max_positions if "gpt" in config.architecture else 2**62
+    if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
+        raise ValueError("its length and the tokens it has seen do not fit together")
+    leaves = [jnp.asarray(stored[name].read(), leaf.dtype) for name, leaf in named.items()]
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Context(state, waiting.astype(np.int32), seen, length)
+
+
+def _stored_dtype(leaf):
+    """The dtype of a state's array in a file: NumPy has no bfloat16."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.dtype(np.float32) if floating else np.dtype(leaf.dtype)
 
 
 def fingerprint(params) -> str:

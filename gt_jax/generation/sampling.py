@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Settings(NamedTuple):
@@ -20,11 +21,11 @@ class Settings(NamedTuple):
         where negative (Keskar et al. 2019, arXiv:1909.05858). 1 leaves all as they are.
     """
 
-    temperature: jax.Array | float = 1.0
-    top_k: jax.Array | int = 0
-    top_p: jax.Array | float = 1.0
-    min_p: jax.Array | float = 0.0
-    repetition_penalty: jax.Array | float = 1.0
+    temperature: jax.Array | np.ndarray | float = 1.0
+    top_k: jax.Array | np.ndarray | int = 0
+    top_p: jax.Array | np.ndarray | float = 1.0
+    min_p: jax.Array | np.ndarray | float = 0.0
+    repetition_penalty: jax.Array | np.ndarray | float = 1.0
 
 
 def choose(keys, logits, seen, settings, *, narrows=True):
@@ -65,7 +66,8 @@ def keep_likeliest(logits, settings):
     in_top_k = ordered >= jnp.take_along_axis(ordered, last, axis=-1)
     probabilities = jax.nn.softmax(ordered, where=in_top_k)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all likelier tokens
-    in_top_p = (before < top_p) | (top_p == 1)
+    least = jnp.finfo(before.dtype).tiny  # what rounds to 0 keeps the likeliest all the same
+    in_top_p = (before < jnp.maximum(top_p, least)) | (top_p == 1)
     in_min_p = probabilities >= min_p * probabilities[:, :1]
     kept = jnp.where(in_top_k & in_top_p & in_min_p, ordered, jnp.inf)
     return jnp.where(logits < jnp.min(kept, axis=-1, keepdims=True), -jnp.inf, logits)

@@ -16,19 +16,19 @@ from gt_jax.models import ModelConfig, make_model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"))
-def prepare(model, params, rows):
-    """What `step` reads of parameters, for batches of `rows`: a list of arrays."""
+def prepare_weights(model, params, rows):
+    """What `decode_step` reads of parameters, for batches of `rows`: a list of arrays."""
     split = _split(model, rows)
     values = split.constants | dict(zip(split.params, jax.tree.leaves(params)))
     _run(split.of_params, values)
     return [values[variable] for variable in split.weights]
 
 
-def step(model, weights, tokens, state):
+def decode_step(model, weights, tokens, state):
     """One token of every row.
 
     Args:
-        weights: of `prepare` for this model and number of rows.
+        weights: of `prepare_weights` for this model and number of rows.
         tokens: [B] int32.
         state: of the model.
 

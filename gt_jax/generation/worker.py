@@ -7,56 +7,68 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 
-from gt_jax.generation.engine import Piece, Request, work_off
+from gt_jax.generation.checks import check_whole
+from gt_jax.generation.engine import MAX_ROWS, run_queue
+from gt_jax.generation.requests import Delta, Failure, Request
 
 
 class Worker:
-    """Works through requests of several asyncio clients; `clients` are those it has."""
+    """Works through requests of asyncio clients.
 
-    def __init__(self, model, params, tokenizer, rows):
+    clients: number -> those it has. tokenizer: which makes their text.
+    """
+
+    def __init__(self, model, params, tokenizer, rows: int):
         """Args as in `stream`."""
+        rows = check_whole("rows", rows, 1, MAX_ROWS)
+        self.tokenizer = tokenizer
         self._model, self._options = (model, params), {"tokenizer": tokenizer, "rows": rows}
-        self._queue, self._some, self._gone = deque(), threading.Event(), set()
+        self._queue, self._some = deque(), threading.Event()
         self._numbers, self.clients = itertools.count(), {}
         threading.Thread(target=self._run, daemon=True).start()
 
-    async def pieces(self, request: Request, seconds: float) -> AsyncIterator[Piece]:
-        """Pieces of one request, a checked one, as they come. Closing this drops the request.
+    @contextlib.asynccontextmanager
+    async def deltas(self, request: Request, seconds: float):
+        """A context with an iterator of the Deltas of one checked request, as they come.
 
-        Raises:
+        Leaving the context drops the request: its slot goes to another before the next burst.
+
+        Raises, out of the iterator:
             TimeoutError: it takes longer than so many seconds.
-            RuntimeError: generation failed, for every client.
+            RuntimeError: this request failed, or the step that all requests share.
         """
         loop, arrived, number = asyncio.get_running_loop(), asyncio.Queue(), next(self._numbers)
-        end, piece = loop.time() + seconds, None
         self.clients[number] = loop, arrived
-        self._queue.append((number, request))
-        self._some.set()
         try:
-            while not (piece and piece.reason):
-                piece = await asyncio.wait_for(arrived.get(), max(0, end - loop.time()))
-                if isinstance(piece, Exception):
-                    raise RuntimeError(f"generation failed: {piece}") from piece
-                yield piece
+            self._queue.append((number, request))
+            self._some.set()
+            yield self._arriving(arrived, loop.time() + seconds)
         finally:
-            self._gone.add(number)
             del self.clients[number]
+
+    async def _arriving(self, arrived, end) -> AsyncIterator[Delta]:
+        loop, reason = asyncio.get_running_loop(), None
+        while reason is None:
+            news = await asyncio.wait_for(arrived.get(), max(0, end - loop.time()))
+            if isinstance(news, Failure):
+                raise RuntimeError(f"generation failed: {news.error}") from news.error
+            yield news
+            reason = news.reason
 
     def _run(self):
         while self._some.wait():
             self._some.clear()
             try:
-                for piece in work_off(
-                    *self._model, self._queue, dropped=self._gone, **self._options
+                for news in run_queue(
+                    *self._model, self._queue, wanted=self.clients.__contains__, **self._options
                 ):
-                    self._tell(piece.index, piece)
-                self._gone.clear()
+                    self._tell(news)
             except Exception as error:  # whatever it is, nobody shall wait in vain
                 self._queue.clear()
                 for number in list(self.clients):
-                    self._tell(number, error)
+                    self._tell(Failure(number, error))
 
-    def _tell(self, number, news):
+    def _tell(self, news):
         with contextlib.suppress(KeyError, RuntimeError):  # gone, or their loop is closed
-            loop, arrived = self.clients[number]
+            loop, arrived = self.clients[news.index]
             loop.call_soon_threadsafe(arrived.put_nowait, news)

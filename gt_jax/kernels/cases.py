@@ -76,7 +76,16 @@ SSD_REGIMES = {
 }
 
 
-def wkv6_inputs(regime, batch, length, heads, key_size, value_size, *, seed=0):
+def wkv6_inputs(
+    regime: str,
+    batch: int,
+    length: int,
+    heads: int,
+    key_size: int,
+    value_size: int,
+    *,
+    seed: int = 0,
+) -> tuple[np.ndarray, ...]:
     """Float64 (r, k, v, w, u, initial_state) with the log decay of a named regime."""
     rng = np.random.default_rng(seed)
     r, k = rng.normal(size=(2, batch, length, heads, key_size))
@@ -87,7 +96,17 @@ def wkv6_inputs(regime, batch, length, heads, key_size, value_size, *, seed=0):
     return r, k, v, w, u, state
 
 
-def ssd_inputs(regime, batch, length, heads, groups, head_size, state_size, *, seed=0):
+def ssd_inputs(
+    regime: str,
+    batch: int,
+    length: int,
+    heads: int,
+    groups: int,
+    head_size: int,
+    state_size: int,
+    *,
+    seed: int = 0,
+) -> tuple[np.ndarray, ...]:
     """Float64 (x, dt, A, B, C, D, initial_state) with the decay of a named regime."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, length, heads, head_size))
@@ -98,7 +117,7 @@ def ssd_inputs(regime, batch, length, heads, groups, head_size, state_size, *, s
     return x, dt, A, B, C, D, state
 
 
-def segments(batch, length, *, mean_length=20, seed=0):
+def segments(batch: int, length: int, *, mean_length: int = 20, seed: int = 0) -> np.ndarray:
     """[B, T] int32 ids of segments of random lengths, one token long at times."""
     rng = np.random.default_rng(seed)
     return np.cumsum(rng.random((batch, length)) < 1 / mean_length, axis=1).astype(np.int32)

@@ -1,18 +1,19 @@
-"""What the chunked rungs share: cutting time into chunks, sums of decays, carrying the state.
+"""What the chunked implementations share: chunks of time, sums of decays, carrying the state.
 
 Products of decays inside a chunk are exponentials of sums of log decays. Taking such a sum as the
 difference of two prefix sums loses digits and turns -inf into NaN, and factoring it into
-exp(G_i) exp(-G_j) overflows. Instead every pair of tokens i > j is met at exactly one level: the
+exp(G_i) exp(-G_j) overflows. Instead every pair of tokens i > j belongs to exactly one level: the
 block of 2b tokens (b = 1, 2, 4, ...) whose middle separates them. With that middle as reference,
 
     sum over (j, i) of w  =  [sum from the middle to i]  +  [sum from j to the middle]
 
-holds exactly and both parts are at most 0, so nothing overflows and nothing cancels.
+holds exactly and both sums are at most 0, so nothing overflows and nothing cancels.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
 LOWEST_LOG_DECAY = -1e4
@@ -38,7 +40,9 @@ class Plan(NamedTuple):
     operand_dtype: jnp.dtype  # of matmul operands; products accumulate in the state's dtype
 
 
-def make_plan(length, chunk_size, dtype, precision, state_dtype):
+def make_plan(
+    length: int, chunk_size: int, dtype: DTypeLike, precision: str, state_dtype: DTypeLike
+) -> Plan:
     """Cuts `length` tokens into equal groups of at most about _GROUP_TOKENS."""
     if chunk_size < 2 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two, at least 2")
@@ -50,14 +54,14 @@ def make_plan(length, chunk_size, dtype, precision, state_dtype):
     return Plan(length, groups, chunks, steps, operand_dtype)
 
 
-def split(x, plan):
+def to_chunks(x: jax.Array, plan: Plan) -> jax.Array:
     """[B, T, H, ...] -> [groups, B, H, chunks, steps, ...]; tokens past the end are zero."""
     padding = plan.groups * plan.chunks * plan.steps - plan.length
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
     return rearrange(x, "b (g m c) h ... -> g b h m c ...", g=plan.groups, c=plan.steps)
 
 
-def join(x, plan):
+def from_chunks(x: jax.Array, plan: Plan) -> jax.Array:
     """[groups, B, H, chunks, steps, ...] -> [B, T, H, ...]."""
     return rearrange(x, "g b h m c ... -> b (g m c) h ...")[:, : plan.length]
 
@@ -72,7 +76,7 @@ class Levels(NamedTuple):
 
 
 @functools.cache
-def levels(steps):
+def levels(steps: int) -> Levels:
     """Levels of a chunk; see the module's docstring."""
     t = np.arange(steps)
     query, pair, before, through = [], [], [], []
@@ -88,10 +92,12 @@ def levels(steps):
     return Levels(*map(np.array, (query, pair, before, through)))
 
 
-def product(equation, *operands, plan, dtype, terms=1):
+def product(
+    equation: str, *operands: jax.Array, plan: Plan, dtype: DTypeLike, terms: int = 1
+) -> jax.Array:
     """einsum with operands in plan.operand_dtype and accumulation in `dtype`.
 
-    terms=2 takes the last operand as the sum of two bfloat16 numbers, good to 16 bits.
+    terms=2 takes the last operand as the sum of two bfloat16 terms, good to 16 bits.
     """
     multiply = functools.partial(_einsum, equation, preferred_element_type=dtype)
     if plan.operand_dtype != jnp.bfloat16:
@@ -113,7 +119,7 @@ def _round_to_bfloat16(x):
     return lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
-def exact(equation, *operands):
+def exact(equation: str, *operands: jax.Array | np.ndarray) -> jax.Array:
     """einsum in the dtype of the last operand, at full precision; masks may be bool."""
     # Converted in the program, so that a mask enters it with a byte an element.
     operands = [jnp.asarray(x).astype(operands[-1].dtype) for x in operands]
@@ -132,7 +138,9 @@ def _einsum(equation, *operands, **options):
     return result
 
 
-def carry_state(state, decay, update, *, reverse=False):
+def carry_state(
+    state: jax.Array, decay: jax.Array, update: jax.Array, *, reverse: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """States around each chunk under S <- decay * S + update.
 
     Args:
@@ -154,12 +162,14 @@ def carry_state(state, decay, update, *, reverse=False):
     return jnp.moveaxis(starts, 0, 2), state
 
 
-def named(*results):
+def named(*results: jax.Array) -> list[jax.Array]:
     """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
     return [checkpoint_name(x, "recurrence") for x in results]
 
 
-def scan_groups(body, carry, groups, *, reverse=False):
+def scan_groups(
+    body: Callable, carry: Any, groups: tuple[jax.Array, ...], *, reverse: bool = False
+) -> tuple[Any, Any]:
     """lax.scan over the leading axis; a single group is inlined, so that XLA fuses across it."""
     if groups[0].shape[0] > 1:
         return jax.lax.scan(body, carry, groups, reverse=reverse)

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.layers import project, record, segment_starts, symmetric_uniform
+from gt_jax.models.gates import initial_share
+from gt_jax.models.layers import project, record, symmetric_uniform
 
 
 class GRU(nn.Module):
@@ -33,7 +35,7 @@ class GRU(nn.Module):
 
         pair = jnp.concatenate([rwkv, mamba], axis=-1)
         inputs = project(pair, input_kernel).astype(jnp.float32) + input_bias
-        starts = segment_starts(segment_ids, (B, T))
+        starts = resets(segment_ids, (B, T))
 
         def step(h, inputs):
             x, start = inputs  # [B, 3D], [B]
@@ -53,7 +55,7 @@ class GRU(nn.Module):
 
     def _weights(self, h):
         """[B, T, D] -> [B, T, 2] that sum to one; exactly (share, 1 - share) at initialisation."""
-        share = 0.5 if self.config.gate_init is None else self.config.gate_init
+        share = initial_share(self)
         kernel = self.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
         log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
         bias = self.param("head_bias", lambda key, shape: log_shares, (2,))

@@ -1,92 +1,89 @@
 """Every architecture choice of a model, checked when it is made."""
 
 import dataclasses
-import numbers
 
-from gt_jax.errors import InputError, did_you_mean
+from gt_jax.errors import InputError
+from gt_jax.settings import POSITIVE, check, setting
 
 MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
-
-CHOICES = {
-    "architecture": ("hybrid", "rwkv6", "mamba2", "gpt2", "gpt1"),
-    "branches": ("rwkv+mamba", "rwkv+rwkv", "mamba+mamba"),
-    "branch": ("official", "legacy"),
-    "legacy_wkv": ("a", "b1", "b2", "c"),
-    "init": ("official", "normal", "blinkdl"),
-    "dtype": ("float32", "bfloat16"),
-    "impl": ("auto", "reference", "chunked", "mosaic"),
-    "remat": ("none", "dots", "full"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model's architecture, initialisation and computation type. Parameters are float32.
 
-    Attributes:
-        vocab_size: number of token ids.
-        architecture: "hybrid" (two branches in every block), "rwkv6", "mamba2", "gpt2" (LayerNorm)
-            or "gpt1" (RMSNorm).
-        dim: width of the residual stream.
-        layers: number of blocks.
-        heads: RWKV or attention heads. Mamba heads follow from dim: 2 dim / 64.
-        state_size: Mamba-2 state channels N per head.
-        fusion: how a hybrid joins its branches, a key of `gt_jax.models.fusion.FUSIONS`.
-        gate_init: weight of the RWKV branch at initialisation, in (0, 1), for fusions that have one
-            (hy, gf, ws, hgf, gru); None takes the fusion's own.
-        branches: of a hybrid: "rwkv+mamba", RWKV-6 beside Mamba-2, or two alike, "rwkv+rwkv" or
-            "mamba+mamba". Wherever roles are named, the first is "rwkv" and the second "mamba".
-        branch: RWKV mixer of "hybrid" and "rwkv6": "official" RWKV-6 or the "legacy" branch of the
-            GroundThink reference repository. Architectures without one ignore it.
-        legacy_wkv: recurrence of the legacy branch, see `gt_jax.models.legacy`.
-        init: "official" gives every part the init of its source, and hybrids and Mamba-2
-            embeddings from N(0, 1/dim); "normal" draws every dense kernel and embedding from
-            N(0, 0.02), as the reference repository did; "blinkdl" is "official" with embeddings
-            from U(-1e-4, 1e-4) and zero mixer-output and second FFN kernels.
-        tie_embeddings: share the embedding with the output head.
-        feed_forward: whether blocks have one behind their mixers, as RWKV-6 its channel-mix;
-            without, all a model can do is its mixers' doing. Mamba-2 never has one.
-        max_positions: longest document of "gpt2" and "gpt1" (learned positions, key-value cache).
-        dtype: type of matmuls and activations. Norms, decays, softmaxes, gates, recurrent states
-            and the residual stream stay float32.
-        impl: implementation of the recurrences, passed to `gt_jax.kernels`.
-        remat: what of each block the backward pass recomputes instead of storing: "none",
-            "dots" (all but the results of dense layers and of the Pallas kernels) or "full".
+    Each field says what it is; `python -m gt_jax.train --help` prints the same lines. Wherever
+    roles are named, the first of a hybrid's branches is "rwkv" and the second "mamba". Norms,
+    decays, softmaxes, gates, recurrent states and the residual stream stay float32 whatever `dtype`
+    says.
 
     Raises:
-        InputError: a value is impossible; the message names the field and the mend.
+        InputError: a value is impossible; the message names the field and the fix.
     """
 
-    vocab_size: int
-    architecture: str = "hybrid"
-    dim: int = 128
-    layers: int = 8
-    heads: int = 4
-    state_size: int = 64
-    fusion: str = "gf"
-    gate_init: float | None = None
-    branches: str = "rwkv+mamba"
-    branch: str = "official"
-    legacy_wkv: str = "a"
-    init: str = "official"
-    tie_embeddings: bool = True
-    feed_forward: bool = True
-    max_positions: int = 1024
-    dtype: str = "float32"
-    impl: str = "auto"
-    remat: str = "none"
+    vocab_size: int = setting(dataclasses.MISSING, "number of token ids", POSITIVE)
+    architecture: str = setting(
+        "hybrid",
+        "two branches in every block, or one mixer; gpt2 has LayerNorm, gpt1 RMSNorm",
+        choices=("hybrid", "rwkv6", "mamba2", "gpt2", "gpt1"),
+    )
+    dim: int = setting(128, "width of the residual stream", POSITIVE)
+    layers: int = setting(8, "number of blocks", POSITIVE)
+    heads: int = setting(
+        4, "RWKV or attention heads, must divide dim; Mamba-2 has 2 dim / 64", POSITIVE
+    )
+    state_size: int = setting(64, "Mamba-2 state channels per head", POSITIVE)
+    fusion: str = setting("gf", "how a hybrid joins its branches, a key of gt_jax.models.FUSIONS")
+    gate_init: float | None = setting(
+        None,
+        "weight of the RWKV branch at the start, for fusions that have one; None: the fusion's own."
+        " The branch itself starts at zero: at step 0 the update is Mamba-2's alone",
+    )
+    branches: str = setting(
+        "rwkv+mamba",
+        "a hybrid's two branches, in this order, or two alike",
+        choices=("rwkv+mamba", "rwkv+rwkv", "mamba+mamba"),
+    )
+    branch: str = setting(
+        "official",
+        "RWKV mixer: official RWKV-6, or the branch of the GroundThink repository",
+        choices=("official", "legacy"),
+    )
+    legacy_wkv: str = setting(
+        "a",
+        "recurrence of the legacy branch, see gt_jax.models.legacy",
+        choices=("a", "b1", "b2", "c"),
+    )
+    init: str = setting(
+        "official",
+        "official: each part as its source has it, embeddings of hybrids and Mamba-2 from"
+        " N(0, 1/dim); normal: dense kernels and embeddings from N(0, 0.02); blinkdl: official,"
+        " with embeddings from U(-1e-4, 1e-4) and zero output kernels",
+        choices=("official", "normal", "blinkdl"),
+    )
+    tie_embeddings: bool = setting(True, "the output head shares the embedding")
+    feed_forward: bool = setting(
+        True, "blocks have a feed-forward behind their mixers; Mamba-2 never has"
+    )
+    max_positions: int = setting(
+        1024, "longest document of gpt2 and gpt1 (learned positions, key-value cache)", POSITIVE
+    )
+    dtype: str = setting("float32", "of products and activations", choices=("float32", "bfloat16"))
+    impl: str = setting(
+        "auto",
+        "implementation of the recurrences; auto takes the fastest that runs here",
+        choices=("auto", "reference", "chunked", "mosaic"),
+    )
+    remat: str = setting(
+        "none",
+        "what the backward pass recomputes instead of storing: none, dots (all but the results of"
+        " dense layers and recurrences) or full blocks",
+        choices=("none", "dots", "full"),
+    )
 
     def __post_init__(self):
-        for field, choices in CHOICES.items():
-            check_choice(field, getattr(self, field), choices)
-        for field in ("vocab_size", "dim", "layers", "heads", "state_size", "max_positions"):
-            value = getattr(self, field)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise InputError(f"model.{field}={value!r} must be a whole number of at least 1")
-        for field in ("tie_embeddings", "feed_forward"):
-            if not isinstance(value := getattr(self, field), bool):
-                raise InputError(f"model.{field}={value!r} must be true or false")
+        check(self, "model.")
         self._check_widths()
         self._check_gate()
 
@@ -104,13 +101,8 @@ class ModelConfig:
         gate = self.gate_init
         if gate is None:
             return
-        if not isinstance(gate, numbers.Real) or not 0 < gate < 1:
+        if not 0 < gate < 1:
             raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
-        if self.fusion in ("rf", "cp"):
-            raise InputError(
-                f"model.gate_init={gate} has no meaning for model.fusion={self.fusion!r}: leave it "
-                "unset or choose a fusion with a gate (hy, gf, ws, hgf, gru)"
-            )
 
     @property
     def branch_names(self):
@@ -131,12 +123,3 @@ class ModelConfig:
     @property
     def mamba_heads(self):
         return self.mamba_dim // MAMBA_HEAD_DIM
-
-
-def check_choice(field, value, choices):
-    """Raises an InputError that names the nearest choice unless value is one of them."""
-    if value not in choices:
-        raise InputError(
-            f"model.{field}={value!r} must be one of {', '.join(choices)}"
-            + did_you_mean(value, choices)
-        )

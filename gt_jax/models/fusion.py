@@ -2,34 +2,52 @@
 
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
 fused [B, T, D]. These ones keep no state; `arbiter.py` has those that do. To add one, write the
-module and put it into FUSIONS. A fusion that weighs the RWKV branch records that weight as "gate".
+module and put it into FUSIONS; nothing else names a fusion. A fusion that weighs the RWKV branch
+records that weight as "gate" and starts it at initial_share(self). Its class may say
 
-The init of a gate is exact: its kernel is zero, so every gate equals `gate_init` at the first step.
+    default_share   RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
+
+The init of a gate is exact: its kernel is zero, so every gate equals `gate_init` at step 0.
 Only the legacy branch with init "normal" draws gate kernels from N(0, 0.02) and W_p of rf likewise,
 as the reference repository did.
+
+gate_init is a weight, not yet a contribution: the output projection of the official RWKV-6 starts
+at zero, so at step 0 all of the update is Mamba's, whatever gate_init says.
 """
 
-import math
+import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.nn import initializers
 
+from gt_jax.errors import InputError
 from gt_jax.models.arbiter import GRU
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.gates import initial_share, logit
 from gt_jax.models.layers import normal, project, record, rms_norm
 
 
 class Gains(nn.Module):
-    """HY: gain_r RMSNorm(rwkv) + gain_m RMSNorm(mamba), one gain per channel."""
+    """HY: gain_r RMSNorm(rwkv) + gain_m RMSNorm(mamba), one gain per channel.
+
+    The official RWKV-6 branch starts at exactly zero, where the slope of RMSNorm is 1 / sqrt(eps),
+    1000 times its slope at an output of unit size. So HY's gradient is large at step 0: its norm is
+    28 under preset hy and 7 under gf, on 64 x 64 characters (35 and 2 in two blocks of width 32).
+    Clipping (optim.clip) scales that step down.
+    """
 
     config: ModelConfig
+    default_share = 0.7
 
     @nn.compact
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
         c = self.config
-        share = 0.7 if c.gate_init is None else c.gate_init
+        share = initial_share(self)
         gain_r = self.param("rwkv_gain", initializers.constant(share), (c.dim,))
         gain_m = self.param("mamba_gain", initializers.constant(1 - share), (c.dim,))
         record(self, gate=gain_r)
@@ -47,7 +65,7 @@ class Gate(nn.Module):
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
         D = self.config.dim
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D,))
-        bias = self.param("bias", initializers.constant(logit(self.config.gate_init)), (1,))
+        bias = self.param("bias", initializers.constant(logit(initial_share(self))), (1,))
         rwkv, mamba = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
         score = jnp.sum(rwkv * kernel[:D] + mamba * kernel[D:], axis=-1, keepdims=True)
         gate = jax.nn.sigmoid(score + bias)  # [B, T, 1]
@@ -64,7 +82,7 @@ class ChannelGate(nn.Module):
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
         D = self.config.dim
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D, D))
-        bias = self.param("bias", initializers.constant(logit(self.config.gate_init)), (D,))
+        bias = self.param("bias", initializers.constant(logit(initial_share(self))), (D,))
         gate = jax.nn.sigmoid(project_pair(rwkv, mamba, kernel).astype(jnp.float32) + bias)
         record(self, gate=gate)
         return gate * rwkv + (1 - gate) * mamba, state
@@ -77,8 +95,7 @@ class WeightedSum(nn.Module):
 
     @nn.compact
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
-        share = 0.5 if self.config.gate_init is None else self.config.gate_init
-        alpha = self.param("alpha", initializers.constant(share), (1,))
+        alpha = self.param("alpha", initializers.constant(initial_share(self)), (1,))
         record(self, gate=alpha)
         return alpha * rwkv + (1 - alpha) * mamba, state
 
@@ -87,6 +104,7 @@ class Residual(nn.Module):
     """RF: rwkv + W_p mamba."""
 
     config: ModelConfig
+    default_share = None
 
     @nn.compact
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
@@ -100,6 +118,7 @@ class Concat(nn.Module):
     """CP: W_c [rwkv; mamba]."""
 
     config: ModelConfig
+    default_share = None
 
     @nn.compact
     def __call__(self, rwkv, mamba, state=None, segment_ids=None):
@@ -112,11 +131,6 @@ def project_pair(rwkv, mamba, kernel):
     """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
     D = rwkv.shape[-1]
     return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
-
-
-def logit(share):
-    """Bias whose sigmoid is `share`; None is one half."""
-    return 0.0 if share is None else math.log(share / (1 - share))
 
 
 def reproduces_reference(config):
@@ -136,3 +150,58 @@ FUSIONS = {
     "hgf": ChannelGate,
     "gru": GRU,
 }
+
+
+def default_share(name):
+    """RWKV's share where a fusion starts if model.gate_init is None; None if it has no gate."""
+    return getattr(FUSIONS[name], "default_share", 0.5)
+
+
+def check_gate(config):
+    """Raises InputError if gate_init is set for a fusion without a gate."""
+    if config.gate_init is not None and default_share(config.fusion) is None:
+        gated = ", ".join(name for name in FUSIONS if default_share(name) is not None)
+        raise InputError(
+            f"model.gate_init={config.gate_init} has no meaning for model.fusion={config.fusion!r}:"
+            f" leave it unset or choose a fusion with a gate ({gated})"
+        )
+
+
+def gate_parameters(config, share):
+    """The parameters of a fusion that model.gate_init decides, as they are at initialisation.
+
+    Found by making the fusion with this share and with another one, so that they are named nowhere
+    but in the fusion itself.
+
+    Args:
+        config: the ModelConfig of a hybrid; its gate_init does not matter.
+        share: RWKV's share, in (0, 1).
+
+    Returns:
+        Path in the fusion's parameters -> NumPy array; none if nothing depends on gate_init.
+
+    Raises:
+        InputError: a parameter depends on gate_init and on the random key, so the share alone does
+            not say what it starts from.
+    """
+
+    module = FUSIONS[config.fusion]
+    config, other = (dataclasses.replace(config, gate_init=s) for s in (share, share / 2))
+    here, there = _parameters(module, config, seed=0), _parameters(module, other, seed=0)
+    found = {path: leaf for path, leaf in here.items() if not np.array_equal(leaf, there[path])}
+    again = _parameters(module, config, seed=1) if found else {}
+    for path, leaf in found.items():
+        if not np.array_equal(leaf, again[path]):
+            raise InputError(
+                f"model.fusion={config.fusion!r} draws {'/'.join(path)} at random around "
+                "model.gate_init, which cannot be set later; start it from a constant"
+            )
+    return found
+
+
+@functools.cache
+def _parameters(module, config, seed):
+    """Path -> NumPy array of a fusion's parameters at initialisation."""
+    branch = jnp.zeros((1, 1, config.dim))
+    params = jax.jit(module(config).init)(jax.random.key(seed), branch, branch).get("params", {})
+    return flatten_dict(jax.device_get(params))

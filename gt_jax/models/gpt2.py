@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
@@ -22,7 +23,6 @@ from gt_jax.models.layers import (
     output_init,
     rms_norm,
     segment_index,
-    segment_starts,
 )
 
 
@@ -50,7 +50,7 @@ def positions(shape, state, segment_ids):
     steps = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), shape)
     if segment_ids is None:
         return length[:, None] + steps
-    start = jnp.where(segment_starts(segment_ids, shape), steps, -length[:, None])
+    start = jnp.where(resets(segment_ids, shape), steps, -length[:, None])
     return steps - jax.lax.cummax(start, axis=1)
 
 

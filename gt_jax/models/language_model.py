@@ -11,9 +11,9 @@ from jax.nn import initializers
 
 from gt_jax.errors import InputError
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
-from gt_jax.models.config import ModelConfig, check_choice
+from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
-from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
     embedding_init,
     kernel_init,
@@ -23,6 +23,7 @@ from gt_jax.models.layers import (
     symmetric_uniform,
 )
 from gt_jax.models.lookup import lookup
+from gt_jax.settings import check_choice
 
 # What of a block is stored under each choice of ModelConfig.remat but "none".
 REMAT_POLICIES = {
@@ -95,7 +96,7 @@ class LanguageModel(nn.Module):
         if rwkv_drop is not None and (c.architecture, c.branches) != ("hybrid", "rwkv+mamba"):
             found = c.architecture if c.architecture != "hybrid" else c.branches
             raise InputError(
-                "model.rwkv_dropout_start and model.rwkv_dropout_end need "
+                "train.rwkv_dropout_start and train.rwkv_dropout_end need "
                 f"model.architecture='hybrid' with RWKV beside Mamba, not {found!r}"
             )
         block, norm, embed_init, head_init = anatomy(c)
@@ -165,10 +166,11 @@ def make_model(config):
     """The Flax module of a configuration.
 
     Raises:
-        InputError: model.fusion is not in FUSIONS.
+        InputError: model.fusion is not in FUSIONS, or has no gate that model.gate_init could set.
     """
     if config.architecture == "hybrid":
-        check_choice("fusion", config.fusion, tuple(FUSIONS))
+        check_choice("model.fusion", config.fusion, tuple(FUSIONS))
+        check_gate(config)
     return LanguageModel(config)
 
 

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 
 normal = initializers.normal(0.02)
@@ -255,21 +256,9 @@ def record(module, **activations):
             module.sow("activations", name, value)
 
 
-def segment_starts(segment_ids, shape):
-    """[B, T] bool: True where the id differs from the token before, so never at t = 0.
-
-    Args:
-        segment_ids: [B, T] int, or None for one segment a row.
-        shape: (B, T).
-    """
-    if segment_ids is None:
-        return jnp.zeros(shape, bool)
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-
-
 def segment_index(segment_ids, shape):
     """[B, T] int32: 0 for the row's first segment, one more at every start."""
-    return jnp.cumsum(segment_starts(segment_ids, shape), axis=1, dtype=jnp.int32)
+    return jnp.cumsum(resets(segment_ids, shape), axis=1, dtype=jnp.int32)
 
 
 def previous_token(x, last, segment_ids):
@@ -285,4 +274,4 @@ def previous_token(x, last, segment_ids):
     before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], axis=1)
     if segment_ids is None:
         return before
-    return jnp.where(segment_starts(segment_ids, x.shape[:2])[..., None], 0, before)
+    return jnp.where(resets(segment_ids, x.shape[:2])[..., None], 0, before)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
@@ -26,7 +27,6 @@ from gt_jax.models.layers import (
     output_init,
     recurrence,
     rms_norm,
-    segment_starts,
 )
 
 
@@ -109,7 +109,7 @@ def vector_wkv(config, r, k, v, log_w, u, state, segment_ids):
     if state is None:
         zeros = jnp.zeros((B, D))
         state = VectorState(zeros, zeros, jnp.zeros(B))
-    starts = segment_starts(segment_ids, (B, T))
+    starts = resets(segment_ids, (B, T))
     first = starts.at[:, 0].set(state.started == 0)[..., None]  # [B, T, 1]
     decay = jnp.where(starts[..., None], 0, jnp.exp(log_w).reshape(D))
     bonus = jnp.exp(u).reshape(D)

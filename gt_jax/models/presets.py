@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from gt_jax.errors import InputError, did_you_mean
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.fusion import FUSIONS, default_share
 
 
 class Preset(NamedTuple):
@@ -97,8 +98,9 @@ def make_config(preset, *, vocab_size, **overrides):
         if field not in known:
             raise InputError(f"model.{field} is not a field{did_you_mean(field, known)}")
     fields = dict(find_preset(preset).fields)
-    if overrides.get("fusion") in ("rf", "cp"):
-        fields.pop("gate_init", None)  # the preset's gate has no place in these fusions
+    fusion = overrides.get("fusion")
+    if fusion in FUSIONS and default_share(fusion) is None:
+        fields.pop("gate_init", None)  # the preset's gate has no place in this fusion
     # The reference tied the embeddings of its RWKV model; official RWKV-6 does not.
     if overrides.get("branch") == "legacy":
         fields.pop("tie_embeddings", None)

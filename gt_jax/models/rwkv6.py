@@ -125,39 +125,6 @@ class TimeMix(nn.Module):
         return -jnp.exp(base + change.astype(jnp.float32))
 
 
-@jax.custom_vjp
-def blends(x, before, shares, changes=None):
-    """x + (before - x) (share_j + change_j) for every j, a tuple of [B, T, D] in the dtype of x.
-
-    Args:
-        x, before: [B, T, D].
-        shares: [n, D] float32.
-        changes: n arrays [B, T, D], or None for zeros.
-    """
-    delta = before - x
-    return tuple(x + delta * mix for mix in _mixes(x, shares, changes))
-
-
-def _mixes(x, shares, changes):
-    shares = shares.astype(x.dtype)
-    return shares if changes is None else [s + change for s, change in zip(shares, changes)]
-
-
-def _blends_backward(residuals, grads):
-    # All at once: the gradients of n blends are read once, and summed over tokens together.
-    x, before, shares, changes = residuals
-    delta = (before - x).astype(jnp.float32)
-    grads = [g.astype(jnp.float32) for g in grads]
-    d_mixes = [g * delta for g in grads]
-    d_before = sum(g * mix for g, mix in zip(grads, _mixes(x, shares, changes)))
-    dx = sum(grads) - d_before
-    d_changes = None if changes is None else tuple(d.astype(x.dtype) for d in d_mixes)
-    return dx.astype(x.dtype), d_before.astype(x.dtype), sums_over_tokens(*d_mixes), d_changes
-
-
-blends.defvjp(lambda *arguments: (blends(*arguments), arguments), _blends_backward)
-
-
 class GatedHeadNorm(nn.Module):
     """GroupNorm of y with one group per head, times silu(gate): [B, T, H, V] -> [B, T, H V].
 

@@ -1,12 +1,49 @@
-"""What a run shows while it trains: its speed, and a progress bar or plain lines."""
+"""What a run shows while it trains: its speed, and a progress bar or plain lines.
+
+No output ends a run: what a console cannot show is escaped, and what nobody reads is dropped.
+"""
 
 import contextlib
+import os
 import sys
 import time
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_closed = None  # the standard output whose reader has left
+
+
+def say(text: str) -> None:
+    """Print a line. Output that cannot be written is dropped, now and from now on."""
+    with _dropping():
+        print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for the characters that standard output cannot encode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def reader_left() -> bool:
+    """Whether standard output was a pipe whose reader closed it, as `| head` does."""
+    return _closed is sys.stdout
+
+
+@contextlib.contextmanager
+def _dropping():
+    global _closed
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _closed = sys.stdout
+        with contextlib.suppress(OSError, ValueError):  # What is buffered would fail at the exit.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 class Display:
@@ -27,26 +64,29 @@ class Display:
 
     def __enter__(self):
         if self._progress:
-            self._progress.start()
+            with _dropping():
+                self._progress.start()
         return self
 
     def __exit__(self, *_):
         if self._progress:
-            self._progress.stop()
+            with _dropping():
+                self._progress.stop()
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
         if self._progress:
-            self._progress.console.print(text, markup=False, soft_wrap=True)
+            with _dropping():
+                self._progress.console.print(printable(text), markup=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            say(text)
 
     def numbers(self, step: int, text: str) -> None:
         """Show the numbers after `step` steps."""
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
-            print(f"step {step}/{self._steps}  {text}", flush=True)
+            say(f"step {step}/{self._steps}  {text}")
 
 
 class Speed:
@@ -70,7 +110,8 @@ class Speed:
         jax.block_until_ready(pending)
         self._read()
         yield
-        self._since = time.perf_counter()
+        if self._since is not None:
+            self._since = time.perf_counter()
 
     def latest(self, step: int) -> float:
         """Tokens per second between the last call and the end of `step`, which is now."""
@@ -84,6 +125,8 @@ class Speed:
         return self._tokens * (step - self._first) / self._seconds if self._seconds else 0.0
 
     def _read(self):
+        if self._since is None:  # no step yet
+            return
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now

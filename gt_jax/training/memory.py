@@ -1,46 +1,17 @@
-"""Memory: whether a run fits, and how a CPU run keeps its own."""
+"""Memory: what a model needs and there is, and how a CPU run keeps it."""
 
 import ctypes
 import functools
 import os
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from gt_jax.errors import InputError
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-
-
-def check_fits(state, available: int | None = None) -> int:
-    """Refuse a run whose parameters alone, with what training keeps of them, exceed the memory.
-
-    Args:
-        state: the TrainState, or its shapes from `jax.eval_shape`.
-        available: bytes of one device; by default what it says of itself, or the machine's memory.
-
-    Returns:
-        The bytes that a step needs at least: parameters, their gradients, moments, carried states.
-        Activations come on top, and depend on the batch and on model.remat.
-
-    Raises:
-        InputError: they do not fit; with sizes, and what makes them smaller.
-    """
-    if available is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        available = int(stats.get("bytes_limit") or machine)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    parameters, moments = size(state.params), size(state.opt_state)
-    needed = 2 * parameters + moments + size(state.carry)
-    if needed > available:
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        raise InputError(
-            f"{count:,} parameters need {needed / 2**30:,.1f} GiB with their gradients and "
-            f"optimizer ({moments / 2**30:,.1f} GiB), more than the {available / 2**30:,.1f} GiB "
-            "of the device: lower model.dim or model.layers, or set optim.moments_dtype=bfloat16"
-        )
-    return needed
 
 
 @functools.cache
@@ -66,3 +37,52 @@ def keep_freed_memory() -> None:
             malloc_trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)
+
+
+def check_fits(parameters: int, moments_dtype: str, fields: str) -> None:
+    """Refuse a model before it is compiled if its training state alone exceeds the memory.
+
+    Activations come on top, and depend on the batch and on model.remat.
+
+    Args:
+        parameters: how many the model has.
+        moments_dtype: optim.moments_dtype.
+        fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
+
+    Raises:
+        InputError: float32 parameters, their gradients and AdamW's two moments need more bytes than
+            the device (or, on a CPU, this process) can have.
+    """
+    have, where = _memory()
+    need = _state_bytes(parameters, moments_dtype)
+    if have is not None and need > have:
+        smaller = ""
+        if _state_bytes(parameters, "bfloat16") <= have:
+            smaller = ", or set optim.moments_dtype=bfloat16"
+        raise InputError(
+            f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
+            f"gradients and AdamW's moments, and {where} has {have / 1e9:,.0f} GB; "
+            f"lower them{smaller}"
+        )
+
+
+def _state_bytes(parameters: int, moments_dtype: str) -> int:
+    """Of parameters and gradients, in float32, and of two moments."""
+    return parameters * (4 + 4 + 2 * jnp.dtype(moments_dtype).itemsize)
+
+
+def _memory() -> tuple[int | None, str]:
+    """(bytes that a model can have, whose they are)."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit"), f"a {device.device_kind}"
+    try:
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None, "this machine"
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's share
+        try:
+            host = min(host, int((Path("/sys/fs/cgroup") / file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return host, "this machine"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gt_jax.data.corpora import replace_file
+
 
 class Metrics:
     """Appends one JSON object per logged step to metrics.jsonl, and the same to tensorboard/.
@@ -14,10 +16,9 @@ class Metrics:
     """
 
     def __init__(self, workdir, *, start: int, tensorboard: bool):
-        path = Path(workdir) / "metrics.jsonl"
+        self._path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(workdir) if row["step"] <= start]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._begin_with(kept)
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -25,8 +26,15 @@ class Metrics:
             self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
 
     def write(self, row: dict) -> None:
-        """Write one row: "step", and numbers or short lists of numbers (NaN becomes null)."""
+        """Write one row: "step", and numbers or short lists of numbers (NaN becomes null).
+
+        It takes the place of the last one if that is of the same step.
+        """
         row = {"step": row["step"]} | {name: _plain(value) for name, value in row.items()}
+        if row["step"] == self._last:
+            self._file.close()
+            self._begin_with([r for r in read(self._path.parent) if r["step"] < row["step"]])
+        self._last = row["step"]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items() if self._board else ():
@@ -37,6 +45,11 @@ class Metrics:
                 if name != "step" and scalar is not None:
                     self._board.add_scalar(tag, scalar, row["step"])
 
+    def _begin_with(self, rows: list[dict]) -> None:
+        replace_file(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = self._path.open("a", encoding="utf-8")
+        self._last = rows[-1]["step"] if rows else None
+
     def close(self) -> None:
         self._file.close()
         if self._board:
@@ -44,20 +57,22 @@ class Metrics:
 
 
 def read(workdir) -> list[dict]:
-    """The rows of a run's metrics.jsonl, oldest first, without a last one cut off by a crash."""
+    """The rows of a run's metrics.jsonl, oldest first, without lines that a crash damaged."""
     path = Path(workdir) / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def _plain(value):
     """A Python number, None for what is not finite, or a list of them; 6 digits."""
-    if isinstance(value, int):
+    if isinstance(value, int) or value is None:
         return value
     array = np.asarray(value)
     if array.ndim:

@@ -35,7 +35,7 @@ def compile_train_step(make_step, mesh: Mesh, mode: str):
         mode: "jit" or "pmap".
 
     Returns:
-        step(state, batch) -> (state, metrics), with a batch from `in_bursts`.
+        step(state, batch) -> (state, metrics), with a batch from `prefetch`.
     """
     if mode == "jit":
         shardings = state_sharding(mesh)
@@ -111,7 +111,7 @@ def _jit_eval_step(eval_step, mesh: Mesh):
     return jax.jit(_by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)))
 
 
-def in_bursts(batches, mesh: Mesh, mode: str, size: int = 16):
+def prefetch(batches, mesh: Mesh, mode: str, size: int = 16):
     """Training batches where the step wants them, each with the loader's position after it.
 
     A transfer begins when the device has finished all it was given before; one ahead of every step

@@ -61,7 +61,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
     Args:
         model: a gt_jax.models module.
         tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
-        config: uses model.rwkv_dropout_*, optim.grad_accumulation, optim.clip and train.steps.
+        config: uses optim.grad_accumulation, optim.clip, train.steps and train.rwkv_dropout_*.
         axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
             batch's.
 
@@ -72,7 +72,7 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
         that has one.
     """
     microbatches = config.optim.grad_accumulation
-    dropout = (config.model.rwkv_dropout_start, config.model.rwkv_dropout_end)
+    dropout = (config.train.rwkv_dropout_start, config.train.rwkv_dropout_end)
 
     def over_devices(reduce, tree):
         return reduce(tree, axis_name) if axis_name else tree

@@ -1,6 +1,9 @@
 """From a run's config to its token ids."""
 
+import hashlib
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gt_jax.config import Config
 from gt_jax.data import (
@@ -53,6 +56,11 @@ def characters_per_token(tokenizer, documents) -> float:
     return sum(len(tokenizer.decode(ids)) for ids in documents) / sum(map(len, documents))
 
 
-def loss_unit(tokenizer) -> str:
-    """What a loss in nats is counted per: "character" or "token"."""
-    return "character" if tokenizer.kind.startswith("char") else "token"
+def fingerprint(tokens: CorpusTokens) -> str:
+    """A hash of all token ids and of where documents end: another text has another one."""
+    sums = hashlib.sha256()
+    for documents in tokens:
+        sums.update(np.array([len(documents), *map(len, documents)], "<i8"))
+        for ids in documents:
+            sums.update(np.ascontiguousarray(ids, "<i4"))
+    return sums.hexdigest()

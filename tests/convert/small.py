@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import checkpoint
 from gt_jax.convert import LAYOUTS, files
 from gt_jax.convert.layout import write_arrays
 from gt_jax.data.pretrained import IdTokenizer
 from gt_jax.models import ModelConfig, make_model
-from gt_jax.training import checkpoint
 
 VOCAB = 29
 MODELS = {

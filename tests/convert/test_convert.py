@@ -12,15 +12,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gt_jax
-from gt_jax import cli
+from gt_jax import checkpoint, cli
 from gt_jax.convert import LAYOUTS, __main__, export_model, files, import_model
 from gt_jax.convert.layout import read_params
 from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
 from gt_jax.errors import InputError
-from gt_jax.generate import generate
+from gt_jax.generation import generate
 from gt_jax.models import make_model
 from gt_jax.models.layers import rms_norm
-from gt_jax.training import checkpoint
 from tests.convert import small
 
 PAIRS = [

@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gt_jax
+from gt_jax import checkpoint
 from gt_jax.convert import __main__
 from gt_jax.convert.graft import graft
 from gt_jax.data.pretrained import IdTokenizer
@@ -16,7 +17,6 @@ from gt_jax.errors import InputError
 from gt_jax.models import hybrid, language_model, make_model
 from gt_jax.models.layers import RMSNorm
 from gt_jax.models.rwkv6 import TimeMix
-from gt_jax.training import checkpoint
 from tests.convert import small
 
 TOKENS = np.random.default_rng(3).integers(0, small.VOCAB, (2, 24))

@@ -1,14 +1,23 @@
 import ast
+import bz2
+import functools
+import gzip
 import hashlib
 import importlib.metadata
 import json
+import lzma
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 
-from gt_jax.data import corpora, load_corpus
+from gt_jax.data import corpora, files, load_corpus
 from gt_jax.data.corpora import plain_speech
 from gt_jax.errors import InputError
+
+pack = functools.partial(gzip.compress, mtime=0)  # the same bytes at any time
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +170,7 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
     path = write("tiny.txt", "stands for the real file")
     assert load_corpus(path).note is None
     digest = hashlib.sha256(b"stands for the real file").hexdigest()
-    monkeypatch.setattr(corpora, "_TINY_SHAKESPEARE", digest)
+    monkeypatch.setattr(files, "_TINY_SHAKESPEARE", digest)
     assert "compare with published numbers" in load_corpus(path).note
 
 
@@ -179,6 +188,24 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
         ("b.jsonl", '{"text": "a"}\n{"text":', r"line 2 is not JSON"),
         ("c.jsonl", '{"text": 3}', r"line 1 has no text in data.field='text'"),
         ("d.jsonl", "[1]", r"line 1 has no text .* its fields: none"),
+        ("e.jsonl", '{"text": ' + "9" * 5000 + "}", r"line 1 is not JSON \(Exceeds the limit"),
+        ("f.jsonl", '{"text": "a"}\n' + "[" * 100_000, r"line 2 is nested too deeply"),
+        ("g.jsonl", '{"a":' * 100_000, r"line 1 is nested too deeply"),
+        ("h.jsonl", '{"text": "\\ud83d"}', r"line 1 holds '\\ud83d', half of a surrogate pair"),
+        ("i.jsonl", b'{"text": "\xff"}', r"i.jsonl' is not UTF-8 at byte 10"),
+        ("j.jsonl", json.dumps({"x" * 10**6: 1, "b": 2}), r"its fields: x{40}, b"),
+        ("utf16.txt", "abc".encode("utf-16"), r"utf16.txt' is UTF-16; convert it"),
+        ("a.txt", pack(b"abc"), r"a.txt' is packed by gzip; end its name in .gz"),
+        ("a.json", b"PK\x03\x04\xff", r"a.json' is a zip archive; unpack it"),
+        ("b.txt", b"PAR1\xff", r"b.txt' is a Parquet table; end its name in .parquet"),
+        ("a.zip", b"PK", r"a.zip' is an archive; unpack it"),
+        ("a.tar.gz", b"", r"a.tar.gz' is an archive; unpack it"),
+        ("b.txt.gz", b"abc", r"b.txt.gz' is no .gz file, or damaged"),
+        ("c.txt.gz", pack(b"abc" * 99)[:-9], r"c.txt.gz' is no .gz file, or damaged"),
+        ("d.txt.xz", b"abc", r"d.txt.xz' is no .xz file, or damaged"),
+        ("e.txt.bz2", b"abc", r"e.txt.bz2' is no .bz2 file, or damaged"),
+        ("f.txt.gz", pack(b"\xff"), r"f.txt.gz' is not UTF-8 at byte 0"),
+        ("g.txt.gz", b"", r"g.txt.gz' holds no text"),
     ],
 )
 def test_a_bad_file_is_refused(write, name, content, message):
@@ -190,17 +217,179 @@ def test_a_bad_file_is_refused(write, name, content, message):
 def test_an_unreadable_file_is_refused(write, monkeypatch):
     path = write("a.txt", "text")
 
-    def refuse(self):
+    def refuse(self, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(corpora.Path, "read_bytes", refuse)
+    monkeypatch.setattr(files.Path, "open", refuse)
     with pytest.raises(InputError, match=r"a.txt' cannot be read \(Permission denied\)"):
         load_corpus(path)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"holds no .txt or .jsonl file; add one"):
+    with pytest.raises(InputError, match=r"holds no .txt or .jsonl file, and no .parquet; add one"):
         load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "data.source='' is empty; name one, or shakespeare"),
+        (" ", "data.source=' ' is empty"),
+        ("/dev/zero", "no regular file but a device, pipe or socket"),
+        ("/dev/null", "no regular file but a device, pipe or socket"),
+        ("a\0b", "cannot be read (embedded null byte)"),
+        ("x" * 5000, "cannot be read (File name too long)"),
+        ("~no such user/a.txt", "data.source='~no such user/a.txt'"),
+    ],
+)
+def test_a_source_without_text_or_without_end_is_refused(source, message):
+    with pytest.raises(InputError) as error:
+        load_corpus(source)
+    assert message in str(error.value) and len(str(error.value)) < 500
+
+
+def test_pipes_and_sockets_are_refused_at_once(tmp_path):
+    pipe, listener = tmp_path / "pipe.txt", tmp_path / "socket.txt"
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(listener))
+        for path in (pipe, listener):
+            with pytest.raises(InputError, match="no regular file but a device, pipe or socket"):
+                load_corpus(str(path))
+        (tmp_path / "a.txt").write_text("in a folder they are passed over")
+        assert whole(load_corpus(str(tmp_path))) == "in a folder they are passed over"
+
+
+PACK = {".gz": pack, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_packed_text_is_read_as_unpacked(write, tmp_path, packing):
+    text = "It is read as it was. é\n" * 20
+    plain = load_corpus(write("a.txt", text))
+    packed = load_corpus(write(f"a.txt{packing}", PACK[packing](text.encode())))
+    assert packed._replace(name=plain.name) == plain
+    lines = b'{"text": "first"}\n{"text": "second"}\n'
+    write(f"folder/b.jsonl{packing}", PACK[packing](lines))
+    write("folder/a.txt", "zeroth")
+    assert load_corpus(str(tmp_path / "folder")).train == ("zeroth", "first")
+
+
+def test_zstd_is_read_where_a_library_is_there_and_named_where_not(write, monkeypatch):
+    path = write("a.txt.zst", b"\x28\xb5\x2f\xfd\x04\x00\x19\x00\x00abc")
+    for name in ("compression", "compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"a.txt.zst' needs `pip install zstandard`; or unpack"):
+        load_corpus(path)
+    monkeypatch.undo()
+    zstandard = pytest.importorskip("zstandard", reason="reading .zst needs it")
+    text = "It is read as it was. é\n" * 20
+    packed = write("b.txt.zst", zstandard.compress(text.encode()))
+    assert whole(load_corpus(packed)) == text
+
+
+def test_a_packed_bomb_is_refused_before_it_fills_memory(write, monkeypatch):
+    monkeypatch.setattr(files, "PACKED_FLOOR", 2**22)
+    bomb = pack(b"a" * 2**25)
+    with pytest.raises(InputError, match=r"unpacks to more than 4,194,304 bytes, over 100 times"):
+        load_corpus(write("bomb.txt.gz", bomb))
+    assert len(whole(load_corpus(write("a.txt.gz", pack(b"a" * 2**21))))) == 2**21
+
+
+def test_a_file_larger_than_memory_is_refused(write, monkeypatch):
+    monkeypatch.setattr(files, "_memory", lambda: 1000)
+    with pytest.raises(InputError, match=r"larger than this machine's memory"):
+        load_corpus(write("a.txt", "a" * 1001))
+    assert len(whole(load_corpus(write("b.txt", "a" * 1000)))) == 1000
+
+
+def test_parquet_is_a_document_a_row(write, monkeypatch):
+    path = write("a.parquet", b"PAR1 and so on")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(InputError, match=r"needs `pip install pyarrow`; or convert it"):
+            load_corpus(path)
+    pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet needs it")
+    from pyarrow import parquet
+
+    with pytest.raises(InputError, match=r"a.parquet' is no Parquet table, or damaged"):
+        load_corpus(path)
+    rows = [f"document {i} é" for i in range(1000)]
+    parquet.write_table(pyarrow.table({"body": rows, "n": list(range(1000))}), path)
+    corpus = load_corpus(path, field="body")
+    assert corpus.train + corpus.validation == tuple(rows)
+    for field, fields in (("text", "body, n"), ("n", "n")):
+        with pytest.raises(InputError, match=rf"no text in data.field='{field}'.*: {fields}$"):
+            load_corpus(path, field=field)
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation"),
+    [
+        (["train.txt", "valid.txt", "test.txt"], ["train.txt"], ["valid.txt"]),
+        (["Train.txt", "DEV.txt"], ["Train.txt"], ["DEV.txt"]),
+        (["train.txt", "validation.jsonl.gz"], ["train.txt"], ["validation.jsonl.gz"]),
+        (["ptb.train.txt", "ptb.val.txt", "ptb.test.txt"], ["ptb.train.txt"], ["ptb.val.txt"]),
+        (
+            ["train/b.txt", "train/a.txt", "test/a.txt", "val/c.txt"],
+            ["train/a.txt", "train/b.txt"],
+            ["val/c.txt"],
+        ),
+        (
+            ["train-00000-of-00002.txt", "train-00001-of-00002.txt", "validation-00000-of-1.txt"],
+            ["train-00000-of-00002.txt", "train-00001-of-00002.txt"],
+            ["validation-00000-of-1.txt"],
+        ),
+    ],
+)
+def test_a_folders_named_splits_are_kept_and_test_is_never_read(
+    write, tmp_path, names, train, validation
+):
+    for name in names:
+        text = f"{name} says so"
+        line = pack(json.dumps({"text": text}).encode())
+        write(f"set/{name}", line if name.endswith(".gz") else text)
+    corpus = load_corpus(str(tmp_path / "set"))
+    assert corpus.train == tuple(f"{name} says so" for name in train)
+    assert corpus.validation == tuple(f"{name} says so" for name in validation)
+    trains = train[0] if len(train) == 1 else "2 files of train"
+    left_out = [f"; {name} is left out" for name in names if "test" in name]
+    expected = f"trains on {trains}, validates on {validation[0]}{''.join(left_out)}"
+    assert corpus.note == expected
+
+
+def test_a_folder_of_train_and_test_validates_on_the_end_of_train(write, tmp_path):
+    write("set/train.txt", "0123456789" * 10)
+    write("set/test.txt", "x" * 100)
+    corpus = load_corpus(str(tmp_path / "set"))
+    assert whole(corpus) == "0123456789" * 10 and len(corpus.validation[0]) == 10
+    assert corpus.note == "trains on train.txt, validates on the end of it; test.txt is left out"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train.txt", "notes.txt"], "holds train.txt, and notes.txt, which no split is named for"),
+        (["a.txt", "test.txt"], "holds test.txt, and a.txt, which no split is named for"),
+        (["valid.txt", "test.txt"], "holds test.txt and nothing to train on"),
+        (["train/test.txt", "train/a.txt"], "holds train/test.txt, which names train and test"),
+        (["train.txt", "val.txt", "dev.txt"], "holds dev and val, both for validation"),
+        (["train.txt", "train.jsonl"], "holds train.jsonl and train.txt, which may be one text"),
+    ],
+)
+def test_a_folder_whose_names_leave_open_what_trains_is_refused(write, tmp_path, names, message):
+    for name in names:
+        write(f"set/{name}", '{"text": "a"}')
+    with pytest.raises(InputError) as error:
+        load_corpus(str(tmp_path / "set"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_only_begin_like_a_splits_are_texts(write, tmp_path):
+    for name in ("test_of_time.txt", "stress-test.txt", "the-dev.txt", "trains.txt"):
+        write(f"set/{name}", name)
+    corpus = load_corpus(str(tmp_path / "set"))
+    assert len(corpus.train + corpus.validation) == 4 and corpus.note is None
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_name():

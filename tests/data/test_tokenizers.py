@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gt_jax.data import Corpus, encode_corpus, load_corpus, make_tokenizer, tokenizer_from_dict
+from gt_jax.data.tokenizers import CharTokenizer, train_sentencepiece
 from gt_jax.errors import InputError
 
 PRINTABLE = Corpus("printable", (string.printable,), ("ǅ漢😀",))
@@ -172,3 +173,20 @@ def test_documents_of_many_end_with_eos(shakespeare, kind, ends):
             for document, i in zip(split, ids, strict=True):
                 expected = tokenizer.encode(document).tolist() + [3] * (ends and many)
                 assert i.tolist() == expected and i.dtype == np.int32
+
+
+def test_half_a_surrogate_pair_is_an_error_of_one_line():
+    """Except for characters, of which it may be one."""
+    text = "one line and another\n" * 40
+    tokenizer = train_sentencepiece([text], 290)
+    for use in (tokenizer.encode, lambda bad: train_sentencepiece([text, bad], 290)):
+        with pytest.raises(InputError, match="half a surrogate pair") as found:
+            use("here: \ud83d")
+        assert "\n" not in str(found.value)
+    assert CharTokenizer("a\ud83d").decode([0, 1]) == "a\ud83d"
+
+
+def test_sentencepiece_decodes_unknown_ids():
+    tokenizer = train_sentencepiece(["one line and another\n" * 40], 290)
+    ids = tokenizer.encode("one").tolist()
+    assert tokenizer.decode([*ids, 5000, -1, *ids]) == "one\ufffd\ufffdone"

@@ -1,9 +1,11 @@
 """`python -m experiments` runs what it is asked to."""
 
+from pathlib import Path
+
 import pytest
 
 from experiments import __main__ as together
-from experiments import fusion, ratio
+from experiments.questions import fusion, gates, presets, ratio
 from gt_jax.errors import InputError
 
 
@@ -28,15 +30,45 @@ def test_what_fails_does_not_stop_the_others(monkeypatch):
     assert ran == [[]]
 
 
+def test_arguments_go_to_an_experiment_that_takes_them(monkeypatch):
+    ran = []
+    monkeypatch.setattr(presets, "main", ran.append)
+    together.main(["presets", "tiny", "gpt2", "--steps=20"])
+    assert ran == [["tiny", "gpt2", "--steps=20"]]
+
+
+def test_status_of_an_experiment_is_passed_on(monkeypatch):
+    monkeypatch.setattr(gates, "main", lambda argv: 1)
+    assert together.main(["gates", "--checkpoint=runs/x"]) == 1
+
+
+def test_help_lists_every_question_and_benchmark(capsys):
+    together.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split()[0] for line in lines if line.startswith("  ") and line.strip()}
+    folder = Path(together.__file__).parent
+    assert {file.stem for file in (folder / "questions").glob("*.py")} <= named
+    assert {"kernels", "generation", "throughput", "profile_training", "report"} <= named
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["fusoin"], "fusion"),
         (["--seeds=2"], "ratio"),
         (["results"], "'results' is no experiment"),
+        (["fusion", "kernels"], "kernels has flags of its own: run it alone"),
         (["fusion", "ratio", "--out=x.json"], "--out is for one"),
     ],
 )
 def test_wrong_names_and_flags_are_refused(argv, message):
     with pytest.raises(InputError, match=message):
         together.main(argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_names_the_experiments(argv, capsys):
+    together.main(argv)
+    printed = capsys.readouterr().out
+    assert "python -m experiments fusion ratio" in printed and "fusion, " in printed
+    assert "NAME --help" in printed

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gt_jax.errors import InputError
-from gt_jax.generation import Request, complete, load_context, read, save_context
+from gt_jax.generation import Request, complete, load_context, prefill, save_context
 from gt_jax.generation.contexts import fingerprint
 from gt_jax.models import make_model
 from tests.models.small_models import random_tokens, small_config, small_model
@@ -25,8 +25,8 @@ def draw(model, params, context, **settings):
     return complete(model, params, [Request(context, **settings)], rows=1)
 
 
-def test_text_read_in_pieces_is_the_text_read_whole(gf):
-    context = read(*gf, TEXT)
+def test_text_read_in_chunks_is_the_text_read_whole(gf):
+    context = prefill(*gf, TEXT)
     assert (context.length, len(context.waiting)) == (150, 150 - 2 * 64)
     assert set(np.flatnonzero(context.seen)) == set(TEXT)
     whole = small_model("gf").apply({"params": gf[1]}, TEXT[None, :128]).state
@@ -35,9 +35,9 @@ def test_text_read_in_pieces_is_the_text_read_whole(gf):
 
 
 def test_reading_on_continues_and_leaves_the_earlier_context_alone(gf):
-    first = read(*gf, TEXT[:100])
+    first = prefill(*gf, TEXT[:100])
     kept = jax.device_get(first)
-    second = read(*gf, TEXT[100:], first)
+    second = prefill(*gf, TEXT[100:], first)
     assert second.length == 150 and second.waiting[-1] == TEXT[-1]
     jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(first))
     greedy = {"temperature": 0.0}
@@ -48,7 +48,7 @@ def test_reading_on_continues_and_leaves_the_earlier_context_alone(gf):
 @pytest.mark.parametrize("kind", ["gf", "legacy-b2", "gpt2"])
 def test_state_in_a_file_goes_on_identically(kind, dtype, tmp_path):
     small = small_model(kind, dtype=dtype, max_positions=200)
-    context = read(small.model, small.params, TEXT)
+    context = prefill(small.model, small.params, TEXT)
     path = tmp_path / "state"
     save_context(path, small.model, small.params, context)
     loaded = load_context(path, small.model, small.params)
@@ -61,7 +61,7 @@ def test_state_in_a_file_goes_on_identically(kind, dtype, tmp_path):
 
 
 def test_state_of_one_dtype_is_loaded_by_the_same_model_in_another(gf, tmp_path):
-    save_context(tmp_path / "state", *gf, read(*gf, TEXT))
+    save_context(tmp_path / "state", *gf, prefill(*gf, TEXT))
     half = make_model(small_config(fusion="gf", gate_init=0.3, dtype="bfloat16"))
     loaded = load_context(tmp_path / "state", half, gf[1])
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(loaded.state)}
@@ -70,7 +70,7 @@ def test_state_of_one_dtype_is_loaded_by_the_same_model_in_another(gf, tmp_path)
 
 def test_state_of_another_model_is_refused(gf, tmp_path):
     path = tmp_path / "state"
-    save_context(path, *gf, read(*gf, TEXT))
+    save_context(path, *gf, prefill(*gf, TEXT))
     with pytest.raises(InputError, match=r"another model: its model.fusion is 'gf', .* 'gru'"):
         load_context(path, *small_model("gru")[:2])
     other = jax.tree.map(lambda x: x + 0.1, gf[1])
@@ -109,7 +109,7 @@ def rewrite(path, **changes):
 )  # fmt: skip
 def test_damaged_file_is_refused(gf, damage, message, tmp_path):
     path = tmp_path / "state"
-    save_context(path, *gf, read(*gf, TEXT[:5]))
+    save_context(path, *gf, prefill(*gf, TEXT[:5]))
     damage(path)
     with pytest.raises(InputError) as caught:
         load_context(path, *gf)
@@ -136,8 +136,13 @@ def test_fingerprint_sees_every_value_and_its_place(gf):
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [([], "prompt is empty"), ([3, 17], "the id 17; ids are 0 to 16"), ([-1], "the id -1")],
+    [
+        ([], "prompt is empty"),
+        ([3, 17], "the id 17; ids are 0 to 16"),
+        ([-1], "the id -1"),
+        ([1, 2.5], "prompt holds 1.0, which is no token id"),
+    ],
 )
 def test_impossible_text_is_refused(gf, tokens, message):
     with pytest.raises(InputError, match=message):
-        read(*gf, tokens)
+        prefill(*gf, tokens)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from collections import deque
 
 import jax
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.generation import Request, complete, read, stream
+from gt_jax.generation import Context, Request, complete, contexts, engine, prefill, stream
+from gt_jax.generation.engine import run_queue
+from gt_jax.generation.requests import Failure
 from tests.models.small_models import random_tokens, small_model
 
 LETTERS = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmnopq"})
 TEXT = np.asarray(random_tokens(1, 200)[0])
-LENGTHS = (1, 3, 64, 65, 130, 7)  # none, one or two whole pieces, and the edges
+LENGTHS = (1, 3, 64, 65, 130, 7)  # none, one or two whole chunks, and the edges
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,103 @@ def test_company_changes_nothing_to_the_last_bit(gf):
     assert gf(requests[::-1]) == together[::-1]
 
 
+def run_once(queue, rows=3, **options):
+    """index -> its Deltas and Failures, and the order in which they came."""
+    small, news, order = small_model("gf"), {}, []
+    options = {"tokenizer": LETTERS, "rows": rows} | options
+    for one in run_queue(small.model, small.params, deque(queue), **options):
+        news.setdefault(one.index, []).append(one)
+        order.append(one.index)
+    return news, order
+
+
+def tokens_of(deltas):
+    return [token for delta in deltas for token in delta.tokens]
+
+
+def test_long_prompt_is_read_in_turns_with_decoding_and_to_the_same_bits(gf, monkeypatch):
+    """As many tokens in a turn as the largest chunk, here 64."""
+    long = Request(np.resize(TEXT, 64 * 6 + 5), max_tokens=4, seed=1)
+    short = [Request(TEXT[:9], max_tokens=300, seed=seed) for seed in (2, 3)]
+    alone = [gf([request], tokenizer=LETTERS)[0] for request in (long, *short)]
+    monkeypatch.setattr(contexts, "PREFILL_CHUNKS", (64,))
+    monkeypatch.setattr(engine, "TURN", 64)
+    [by_64s] = gf([long], tokenizer=LETTERS)
+    news, order = run_once(enumerate([long, *short]))
+    assert order.index(0) >= 2 * 5  # five bursts of the short ones came first
+    assert tokens_of(news[0]) == by_64s.tokens
+    assert [tokens_of(news[i]) for i in (1, 2)] == [alone[i].tokens for i in (1, 2)]
+
+
+def test_request_that_fails_ends_alone(gf, monkeypatch):
+    """While its prompt is prepared, read, put into its slot, or its text decoded."""
+    good = [Request(TEXT[:n], max_tokens=40, seed=n) for n in (3, 70, 5)]
+    bad = Request(TEXT[:71], max_tokens=13, seed=4)
+    expected = gf(good, tokenizer=LETTERS)
+    for function in ("start_prefill", "prefill_chunk", "one_slot", "TextOut"):
+        original = getattr(engine, function)
+
+        def fail(*args, original=original):
+            contexts = [a for a in args if isinstance(a, Context) and a.length == 71]
+            if contexts or any(a is bad or a is bad.prompt for a in args):
+                raise MemoryError("no room")
+            return original(*args)
+
+        if function == "TextOut":
+            fail = failing_text(original)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, function, fail)
+            news, _ = run_once(enumerate([good[0], bad, *good[1:]]))
+        assert isinstance(news[1][-1], Failure) and "no room" in str(news[1][-1].error), function
+        assert [tokens_of(news[i]) for i in (0, 2, 3)] == [c.tokens for c in expected]
+
+
+def failing_text(original):
+    """A TextOut that fails at the first token after a prompt of 71."""
+
+    def make(tokenizer, before, stop):
+        out = original(tokenizer, before, stop)
+        if len(before) == 71:
+            out.add = lambda ids: (_ for _ in ()).throw(MemoryError("no room"))
+        return out
+
+    return make
+
+
+def test_failure_of_the_shared_step_spares_those_who_wait(gf, monkeypatch):
+    requests = [Request(TEXT[:4], max_tokens=40, seed=seed) for seed in range(4)]
+    calls, original = [], engine.advance
+
+    def fail_once(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("the device is lost")
+        return original(*args, **options)
+
+    monkeypatch.setattr(engine, "advance", fail_once)
+    news, _ = run_once(enumerate(requests))
+    assert all(isinstance(news[i][0], Failure) for i in range(3))
+    assert tokens_of(news[3]) == gf(requests[3:], tokenizer=LETTERS)[0].tokens
+    calls.clear()
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        gf(requests)
+
+
+def test_request_that_nobody_wants_gives_up_its_slot():
+    gone, seen = set(), []
+    endless = Request(TEXT[:4], max_tokens=2**31 - 1)
+    small = small_model("gf")
+    queue = deque([(0, endless), (1, endless), (2, Request(TEXT[:4], max_tokens=3))])
+    options = {"rows": 1, "wanted": lambda index: index not in gone}
+    for delta in run_queue(small.model, small.params, queue, **options):
+        seen.append(delta.index)
+        gone |= {0, 1}
+    assert seen == [0, 2]
+
+
 def test_seed_decides_and_requests_can_share_what_was_read(gf):
     small = small_model("gf")
-    context = read(small.model, small.params, TEXT[:100])
+    context = prefill(small.model, small.params, TEXT[:100])
     requests = [Request(context, seed=seed, max_tokens=20) for seed in (1, 2, 1)]
     one, two, again = gf(requests)
     assert one == again and one.tokens != two.tokens
@@ -74,7 +171,7 @@ def test_seed_decides_and_requests_can_share_what_was_read(gf):
 
 
 def test_penalty_reaches_tokens_of_the_prompt_and_of_the_reply(gf):
-    """Also those of the prompt that were read in pieces."""
+    """Also those of the prompt that were read in chunks."""
     prompt = TEXT[:70] // 3  # a third of the vocabulary
     request = Request(prompt, max_tokens=30, temperature=0.0, repetition_penalty=1.4)
     plain = dataclasses.replace(request, repetition_penalty=1.0)
@@ -90,16 +187,16 @@ def test_penalty_reaches_tokens_of_the_prompt_and_of_the_reply(gf):
         assert token == np.argmax(after)
 
 
-def test_pieces_join_to_the_completion_and_come_in_bursts(gf):
-    small, pieces = small_model("gf"), []
+def test_deltas_join_to_the_completion_and_come_in_bursts(gf):
+    small, deltas = small_model("gf"), []
     requests = mixed_requests()
-    completions = gf(requests, tokenizer=LETTERS, on_piece=pieces.append)
+    completions = gf(requests, tokenizer=LETTERS, on_delta=deltas.append)
     for index, completion in enumerate(completions):
-        mine = [piece for piece in pieces if piece.index == index]
-        assert [token for piece in mine for token in piece.tokens] == completion.tokens
-        assert "".join(piece.text for piece in mine) == completion.text
+        mine = [delta for delta in deltas if delta.index == index]
+        assert [token for delta in mine for token in delta.tokens] == completion.tokens
+        assert "".join(delta.text for delta in mine) == completion.text
         assert completion.text == LETTERS.decode(completion.tokens)
-        assert [piece.reason is None for piece in mine] == [True] * (len(mine) - 1) + [False]
+        assert [delta.reason is None for delta in mine] == [True] * (len(mine) - 1) + [False]
     first = next(stream(small.model, small.params, requests[:1], rows=3))
     assert 0 < len(first.tokens) < 40
 
@@ -128,28 +225,53 @@ def test_stop_string_and_stop_id_end_a_request_early_and_only_it(gf):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature=nan must be 0 or more"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0, at most 1"),
-        ({"top_k": -2}, "top_k=-2 must be 0 or more"),
-        ({"min_p": 1.1}, "min_p=1.1 must be from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-        ({"seed": 2**40}, "seed=1099511627776 must be a whole number of 32 bits"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be a number from 0 to 100"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number from 0 to 100"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number from 0 to 100"),
+        ({"temperature": 10**400}, "temperature=<a whole number of about 401 digits> must be"),
+        ({"temperature": "1"}, "temperature='1' must be a number from 0 to 100"),
+        ({"temperature": 1j}, "temperature=1j must be a number from 0 to 100"),
+        ({"temperature": True}, "temperature=True must be a number from 0 to 100"),
+        ({"top_p": 0.0}, "top_p=0.0 must be a number above 0, at most 1"),
+        ({"top_k": -2}, "top_k=-2 must be a whole number, 0 to 2147483647"),
+        ({"top_k": 2**31}, "top_k=2147483648 must be a whole number, 0 to 2147483647"),
+        ({"top_k": 1.0}, "top_k=1.0 must be a whole number, 0 to 2147483647"),
+        ({"min_p": 1.1}, "min_p=1.1 must be a number from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a number from 0.01 to 100"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty=1e+39 must be a number from 0.01"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 to 2147483647"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number, 1 to 2147483647"),
+        ({"max_tokens": None}, "max_tokens=None must be a whole number, 1 to 2147483647"),
+        ({"max_tokens": 10**5000}, "max_tokens=<a whole number of about 5001 digits> must be"),
+        ({"seed": 2**40}, "seed=1099511627776 must be a whole number, -2147483648 to 2147483647"),
+        ({"seed": 0.5}, "seed=0.5 must be a whole number, -2147483648 to 2147483647"),
         ({"stop": ("a", "")}, "stop=('a', '') must be strings, none empty"),
-        ({"stop": "a"}, "stop='a' must be strings, none empty"),
+        ({"stop": "a"}, "stop='a' must be strings in a list or tuple"),
+        ({"stop": (1,)}, "stop=(1,) must be strings in a list or tuple"),
+        ({"stop": ("a" * 1025,)}, "stop of 1025 characters must have at most 1024"),
+        ({"stop": ("ab\ud83d",)}, "stop holds '\\ud83d' at character 2, half of a surrogate pair"),
+        ({"stop_ids": 3}, "stop_ids=3 must be a list of token ids"),
+        ({"stop_ids": (1.5,)}, "stop_ids=1.5 must be a whole number, 0 to 2147483647"),
+        ({"prompt": "abc"}, "prompt='abc' must be token ids; encode the text"),
+        ({"prompt": [1, 2.5]}, "prompt holds 1.0, which is no token id"),
+        ({"prompt": [10**30]}, "prompt holds 1000000000000000000000000000000, which is no token"),
+        ({"prompt": [[1], [2]]}, "prompt has 2 axes; give one list of token ids"),
+        ({"prompt": [[1], [2, 3]]}, "prompt must be one list of token ids"),
     ],
 )
 def test_impossible_setting_is_refused(setting, message):
     with pytest.raises(InputError) as caught:
-        Request(TEXT, **setting)
-    assert message in str(caught.value)
+        Request(**({"prompt": TEXT} | setting))
+    assert message in str(caught.value) and len(str(caught.value)) < 300
+    assert caught.value.field == next(iter(setting))
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         (Request([]), "prompt is empty"),
+        (Request([3, 17]), "prompt has the id 17; ids are 0 to 16"),
+        (Request([-1]), "prompt has the id -1; ids are 0 to 16"),
         (Request(TEXT, stop=("a",)), "needs a tokenizer"),
         (Request(TEXT[:7], max_tokens=35), "max_tokens=35 after a prompt of 7 .* 40 positions"),
     ],
@@ -157,6 +279,18 @@ def test_impossible_setting_is_refused(setting, message):
 def test_impossible_request_is_refused_before_anything_runs(request_, message):
     with pytest.raises(InputError, match=message):
         stream(small_model("gpt2").model, None, [Request(TEXT[:2], max_tokens=5), request_])
+
+
+@pytest.mark.parametrize("rows", [0, 2.5, 10**9, None])
+def test_impossible_number_of_rows_is_refused(rows):
+    with pytest.raises(InputError, match=r"rows=.* must be a whole number, 1 to 65536"):
+        stream(small_model("gf").model, None, [Request(TEXT)], rows=rows)
+
+
+def test_numpy_numbers_are_numbers():
+    request = Request(jax.numpy.array([1, 2]), max_tokens=np.int64(3), temperature=np.float32(0.5))
+    assert (request.max_tokens, request.temperature) == (3, 0.5)
+    assert type(request.max_tokens) is int and type(request.temperature) is float
 
 
 def test_attention_model_uses_its_last_position():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.generation.weights import prepare, step
+from gt_jax.generation.weights import decode_step, prepare_weights
 from gt_jax.models import make_model
 from tests.models.small_models import small_model
 
@@ -19,8 +19,8 @@ EXACT = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 
 def test_two_parts_compute_what_the_model_does(kind):
     small, rows = small_model(kind, dtype="bfloat16"), 2
     whole = jax.jit(small.model.apply, compiler_options=EXACT)
-    in_parts = jax.jit(step, static_argnums=0, compiler_options=EXACT)
-    weights = prepare(small.model, small.params, rows)
+    in_parts = jax.jit(decode_step, static_argnums=0, compiler_options=EXACT)
+    weights = prepare_weights(small.model, small.params, rows)
     state = expected_state = small.model.init_state(rows)
     for tokens in jnp.array([[3, 5], [16, 0]]):
         expected = whole({"params": small.params}, tokens[:, None], expected_state)
@@ -33,7 +33,7 @@ def test_two_parts_compute_what_the_model_does(kind):
 
 def test_matrices_are_cast_ahead_and_nothing_is_repeated_for_every_row():
     small = small_model("gf", dtype="bfloat16")
-    weights = prepare(small.model, small.params, 64)
+    weights = prepare_weights(small.model, small.params, 64)
     float32 = [leaf.shape for leaf in weights if leaf.dtype == jnp.float32 and leaf.ndim == 2]
     vocab, dim = small.params["embedding"]["embedding"].shape
     assert (vocab, dim) in float32  # looked up; the head is another, in bfloat16
@@ -46,6 +46,6 @@ def test_rematerialised_model_is_prepared_alike():
     small = small_model("gf", dtype="bfloat16")
     for remat in ("dots", "full"):
         model = make_model(dataclasses.replace(small.model.config, remat=remat))
-        alike = jax.eval_shape(lambda p, m=model: prepare(m, p, 2), small.params)
-        plain = jax.eval_shape(lambda p: prepare(small.model, p, 2), small.params)
+        alike = jax.eval_shape(lambda p, m=model: prepare_weights(m, p, 2), small.params)
+        plain = jax.eval_shape(lambda p: prepare_weights(small.model, p, 2), small.params)
         assert alike == plain

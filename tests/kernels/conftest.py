@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from gt_jax.kernels import hopper
+from gt_jax.kernels.pallas import devices
 
 
 @pytest.fixture(autouse=True)
@@ -20,5 +20,5 @@ def float64_in_every_thread():
 
 @pytest.fixture
 def needs_hopper():
-    if hopper.unsupported():
-        pytest.skip(hopper.unsupported())
+    if devices.hopper_unsupported():
+        pytest.skip(devices.hopper_unsupported())

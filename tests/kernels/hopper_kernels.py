@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gt_jax.kernels import hopper, ssd, wkv6
+from gt_jax.kernels import ssd, wkv6
 from gt_jax.kernels.cases import ssd_inputs, wkv6_inputs
-from gt_jax.kernels.ssd.mosaic import ssd_mosaic
+from gt_jax.kernels.pallas import devices
+from gt_jax.kernels.ssd.hopper import ssd_mosaic
 from gt_jax.kernels.ssd.reference import ssd_reference
-from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
+from gt_jax.kernels.wkv6.hopper import wkv6_mosaic
 from gt_jax.kernels.wkv6.reference import wkv6_reference
 
-with hopper.simulated("lower"):
-    too_old = pytest.mark.skipif(bool(hopper.unsupported()), reason=str(hopper.unsupported()))
+with devices.simulated("lower"):
+    too_old = pytest.mark.skipif(
+        bool(devices.hopper_unsupported()), reason=str(devices.hopper_unsupported())
+    )
 
 
 class Kernel(NamedTuple):

@@ -1,4 +1,4 @@
-"""What both Hopper kernels do alike: segments, pieces, transformations, and being chosen."""
+"""What both Hopper kernels do alike: segments, splits, transformations, and being chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.kernels import choose_impl, hopper, mosaic
+from gt_jax.kernels import choose_impl
 from gt_jax.kernels.cases import segments
+from gt_jax.kernels.pallas import devices, launch, splits
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
 from tests.kernels.hopper_kernels import SSD, WKV6, too_old
 
@@ -24,7 +25,7 @@ each_kernel_and_dtype = pytest.mark.parametrize(
 
 
 def lower(function, *inputs):
-    with hopper.simulated("lower"):
+    with devices.simulated("lower"):
         jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
@@ -39,20 +40,20 @@ def assert_starts_segments_from_zero(kernel, dtype, length, **shape):
 @too_old
 @each_kernel_and_dtype
 def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel, dtype):
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         assert_starts_segments_from_zero(kernel, dtype, 130)
 
 
 @too_old
 @each_kernel_and_dtype
-def test_interpreted_pieces_of_a_sequence_join_exactly(
+def test_interpreted_splits_of_a_sequence_join_exactly(
     float64_in_every_thread, monkeypatch, kernel, dtype
 ):
-    monkeypatch.setattr(mosaic, "LEAST_CHUNKS", 1)
-    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 4)
-    # Pieces of two chunks, the second one of the last padded.
+    monkeypatch.setattr(splits, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", 4)
+    # Splits of two chunks, the second one of the last padded.
     inputs = kernel.per_token(kernel.make(length=180, dtype=dtype))
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         candidate, reference = kernel.run("mosaic"), kernel.run("reference")
         assert_accurate(candidate, reference, inputs, kernel.arguments, dtype)
 
@@ -79,15 +80,15 @@ def test_kernels_lower_under_shard_map(kernel, dtype):
     rows = P("batch")
     inputs = kernel.make(batch=2, length=64, dtype=dtype)
     specs = tuple(P() if name in kernel.of_heads else rows for name in kernel.arguments)
-    part = jax.shard_map(
+    shard = jax.shard_map(
         kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
     )
-    lower(part, *inputs)
+    lower(shard, *inputs)
 
 
 @each_kernel
 def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why(kernel):
-    if not hopper.unsupported():
+    if not devices.hopper_unsupported():
         pytest.skip("this is a Hopper GPU")
     inputs = kernel.make(length=70)
     assert choose_impl(kernel.name)[0] == "chunked"
@@ -120,10 +121,10 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtyp
     def in_two(*inputs):
         state, outputs = inputs[-1], []
         for tokens in (slice(77), slice(77, None)):
-            part = [
+            some = [
                 z if name in whole else z[:, tokens] for name, z in zip(kernel.arguments, inputs)
             ]
-            y, state = kernel.public("mosaic")(*part[:-1], state)
+            y, state = kernel.public("mosaic")(*some[:-1], state)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
 
@@ -134,7 +135,7 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtyp
 @pytest.mark.gpu
 @each_kernel_and_dtype
 def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel, dtype):
-    # Too short for pieces, even alone.
+    # Too short for splits, even alone.
     inputs = kernel.make(batch=4, length=900, heads=64, dtype=dtype, **kernel.released)
     like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
     cotangents = (like_output, inputs[-1])
@@ -176,7 +177,7 @@ def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel, dtype):
 def test_kernel_spread_over_devices_equals_one(needs_hopper, kernel):
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
-    inputs = kernel.make(batch=2 * devices, length=130, heads=64)  # too many heads for pieces
+    inputs = kernel.make(batch=2 * devices, length=130, heads=64)  # too many heads for splits
     specs = tuple(P() if name in kernel.of_heads else P("batch") for name in kernel.arguments)
     spread = jax.shard_map(
         kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False

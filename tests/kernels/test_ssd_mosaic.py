@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gt_jax.kernels import hopper, ssd
+from gt_jax.kernels import ssd
 from gt_jax.kernels.cases import SSD_REGIMES
+from gt_jax.kernels.pallas import devices
 from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors
 from tests.kernels.hopper_kernels import SSD, too_old
 
@@ -34,23 +35,23 @@ def test_interpreted_kernel_matches_reference(
     float64_in_every_thread, regime, length, heads, groups, N, dtype
 ):
     inputs = SSD.per_token(make(regime, 1, length, heads, groups, N, dtype=dtype))
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, dtype)
 
 
 @too_old
 def test_interpreted_gradient_of_A_is_good_where_it_cancels(float64_in_every_thread):
     inputs = make("wide", length=150, heads=8, N=64, seed=2, dtype="float32")
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         found = errors(SSD.call("mosaic"), SSD.call("reference"), inputs, SSD.arguments)
-    assert found["d_A"] <= TOLERANCE["float32"]  # 2.7e-5 with operands of two parts throughout
+    assert found["d_A"] <= TOLERANCE["float32"]  # 2.7e-5 with operands of two terms throughout
 
 
 @too_old
 def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_thread):
     *inputs, state = SSD.per_token(make("near_one", length=1280))
     inputs = (*inputs, jnp.zeros_like(state))  # all that is in the state came slowly
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         found = errors(run("mosaic"), run("reference"), inputs, SSD.arguments)
     assert found["final_state"] < TOLERANCE["float32"]  # nor is what comes in rounded
     assert found["d_initial_state"] < TOLERANCE["bfloat16"]
@@ -61,7 +62,7 @@ def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_threa
     "heads, groups, dtype", [(4, 2, "bfloat16"), (3, 1, "bfloat16"), (4, 2, "float32")]
 )
 @pytest.mark.parametrize("N", (64, 128))
-@pytest.mark.parametrize("length", (64, 130, 2048))  # the longest in pieces
+@pytest.mark.parametrize("length", (64, 130, 2048))  # the longest in splits
 def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups, dtype):
     inputs = make(batch=2, length=length, heads=heads, groups=groups, N=N, dtype=dtype)
     inputs = SSD.per_token(inputs)
@@ -70,7 +71,7 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups, dty
         outputs, pull_back = jax.vjp(run("mosaic"), *arrays)
         return pull_back(outputs)
 
-    with hopper.simulated("lower"):
+    with devices.simulated("lower"):
         jax.jit(run("mosaic")).trace(*inputs).lower(lowering_platforms=("cuda",))
         jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
 
@@ -89,7 +90,7 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
     x, dt, A, B, C, *_ = make(length=8, N=change.get("N", 64))
     x, B, C = (z.astype(change.get("dtype", z.dtype)) for z in (x, B, C))
     options = {"precision": change.get("precision", "default"), "impl": "mosaic"}
-    with hopper.simulated("lower"), pytest.raises(ValueError, match=message):
+    with devices.simulated("lower"), pytest.raises(ValueError, match=message):
         ssd(x, dt, A, B, C, **options)
 
 
@@ -117,7 +118,7 @@ def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
 @pytest.mark.gpu
 @each_dtype
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 24)])
-def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads, dtype):
+def test_few_heads_in_splits_match_reference(needs_hopper, batch, length, heads, dtype):
     inputs = SSD.per_token(make(batch=batch, length=length, heads=heads, N=128, dtype=dtype))
     assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, dtype)
 

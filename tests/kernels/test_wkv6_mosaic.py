@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels import hopper, wkv6
+from gt_jax.kernels import wkv6
 from gt_jax.kernels.cases import LENGTHS, WKV6_REGIMES
+from gt_jax.kernels.pallas import devices
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.hopper_kernels import WKV6, too_old
 
@@ -34,7 +35,7 @@ def test_interpreted_kernel_matches_reference(
     float64_in_every_thread, regime, length, heads, K, V, dtype
 ):
     inputs = make(regime, 1, length, heads, K, V, dtype=dtype)
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         assert_accurate(run("mosaic"), run("reference"), inputs, WKV6.arguments, dtype)
 
 
@@ -44,7 +45,7 @@ def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(
     float64_in_every_thread, dtype
 ):
     r, k, v, w, u, state = make(length=65, dtype=dtype)
-    with hopper.simulated("interpret"):
+    with devices.simulated("interpret"):
         _, final_state = run("mosaic")(r, 0 * k, v, 0 * w, u, state)
     np.testing.assert_array_equal(final_state, state)
 
@@ -52,7 +53,7 @@ def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(
 @too_old
 @pytest.mark.parametrize("dtype, heads", [("bfloat16", 1), ("bfloat16", 4), ("float32", 2)])
 @pytest.mark.parametrize("K", (32, 64))
-@pytest.mark.parametrize("length", (130, 2048))  # the longer in pieces
+@pytest.mark.parametrize("length", (130, 2048))  # the longer in splits
 def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, dtype, heads):
     inputs = make(length=length, heads=heads, K=K, V=K, dtype=dtype)
 
@@ -60,7 +61,7 @@ def test_kernels_lower_for_a_gpu_that_is_not_there(length, K, dtype, heads):
         outputs, pull_back = jax.vjp(run("mosaic"), *arrays)
         return pull_back(outputs)
 
-    with hopper.simulated("lower"):
+    with devices.simulated("lower"):
         jax.jit(run("mosaic")).trace(*inputs).lower(lowering_platforms=("cuda",))
         jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
 
@@ -79,7 +80,7 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
     r, k, v, w, u, _ = make(length=8, K=change.get("K", 64))
     r, k, v = (z.astype(change.get("dtype", z.dtype)) for z in (r, k, v))
     options = {"precision": change.get("precision", "default"), "impl": "mosaic"}
-    with hopper.simulated("lower"), pytest.raises(ValueError, match=message):
+    with devices.simulated("lower"), pytest.raises(ValueError, match=message):
         wkv6(r, k, v, w, u, **options)
 
 
@@ -106,7 +107,7 @@ def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
 @pytest.mark.gpu
 @each_dtype
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 12)])
-def test_few_heads_in_pieces_match_reference(needs_hopper, batch, length, heads, dtype):
+def test_few_heads_in_splits_match_reference(needs_hopper, batch, length, heads, dtype):
     assert_kernel_matches_reference(dtype, batch=batch, length=length, heads=heads)
 
 

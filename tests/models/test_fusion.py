@@ -1,13 +1,21 @@
 """Every fusion against NumPy, its start at exactly the asked share, and a new one of one's own."""
 
+import functools
+import re
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
-from gt_jax.models import FUSIONS, make_model
+from gt_jax.analysis import measure_block
+from gt_jax.errors import InputError
+from gt_jax.models import FUSIONS, fusion, make_model
 from tests.models.small_models import jit, lively_parameters, random_tokens, small_config
 
 D = 32
@@ -140,3 +148,90 @@ def test_a_new_fusion_trains_once_it_is_in_the_dict(monkeypatch):
     after = jit(loss)(jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient))
     assert gradient["blocks_0"]["fusion"]["gain"].any()
     assert after < before
+
+
+@pytest.fixture
+def documented(monkeypatch):
+    """The fusion that CONTRIBUTING.md shows, registered as it says."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
+    code = re.search(r"```python\n(class MambaGate.*?)```", text, re.DOTALL)[1]
+    namespace = dict(vars(fusion))
+    exec(code, namespace)
+    monkeypatch.setitem(FUSIONS, "mamba-gate", namespace["MambaGate"])
+
+
+@pytest.mark.parametrize("name", [*FUSIONS, "mamba-gate"])
+def test_the_gate_and_its_start_are_known_from_the_fusion_alone(name, documented):
+    _, _, gate = start(name)
+    share = fusion.default_share(name)
+    if gate is None:
+        assert share is None
+        with pytest.raises(InputError, match=f"no meaning for model.fusion='{name}': leave it"):
+            make_model(small_config(fusion=name, gate_init=0.3))
+    else:
+        assert_allclose(gate, share, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*FUSIONS, "mamba-gate"])
+def test_gate_parameters_are_all_that_gate_init_changes(name, documented):
+    config = small_config(fusion=name)
+    if fusion.default_share(name) is None:
+        assert fusion.gate_parameters(config, 0.3) == {}
+        return
+    begin = lambda share: flatten_dict(start(name, gate_init=share)[0])
+    default, wanted = flatten_dict(start(name)[0]), begin(0.2)
+    gate = fusion.gate_parameters(config, 0.2)
+    assert gate
+    for path, leaf in (default | gate).items():
+        assert_allclose(leaf, wanted[path], rtol=2e-7)  # GRU's logarithm rounds once
+
+
+class Drawn(nn.Module):
+    """A gate that starts somewhere around gate_init."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+        around = lambda key: fusion.initial_share(self) + 0.1 * jax.random.normal(key)
+        gate = self.param("gate", around)
+        return gate * rwkv + (1 - gate) * mamba, state
+
+
+def test_a_gate_that_starts_at_random_cannot_be_set(monkeypatch):
+    monkeypatch.setitem(FUSIONS, "drawn", Drawn)
+    with pytest.raises(InputError, match=r"model\.fusion='drawn' draws gate at random around"):
+        fusion.gate_parameters(small_config(fusion="drawn"), 0.3)
+
+
+@functools.cache
+def at_step_0(name):
+    """The activations of every block, and the norm of the gradient, of a new model."""
+    model = make_model(small_config(fusion=name, gate_init=0.7, heads=1))
+    tokens = random_tokens(8, 33)
+    params = jit(model.init)(jax.random.key(0), tokens)["params"]
+
+    def loss(params):
+        output, sown = model.apply({"params": params}, tokens[:, :-1], mutable=["activations"])
+        log_p = jax.nn.log_softmax(output.logits)
+        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)), sown
+
+    grads, sown = jit(jax.grad(loss, has_aux=True))(params)
+    blocks = [sown["activations"][f"blocks_{layer}"] for layer in range(2)]
+    measured = [
+        measure_block(model.config, params[f"blocks_{layer}"]["fusion"], block)
+        for layer, block in enumerate(blocks)
+    ]
+    return measured, optax.tree.norm(grads)
+
+
+@pytest.mark.parametrize("name", ["hy", "gf"])
+def test_rwkv_has_no_share_of_the_update_at_step_0_whatever_gate_init(name):
+    for block in at_step_0(name)[0]:
+        assert_allclose(block.gate, 0.7, atol=1e-6)
+        assert not block.rwkv_norm.any() and block.mamba_norm.all()
+
+
+def test_gradient_of_hy_is_large_at_step_0():
+    hy, gf = (at_step_0(name)[1] for name in ("hy", "gf"))
+    assert hy > 8 * gf, (hy, gf)

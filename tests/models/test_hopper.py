@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gt_jax.kernels import hopper
+from gt_jax.kernels.pallas import devices
 from gt_jax.models import make_config, make_model
 
 pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < hopper.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
+    jax.__version_info__ < devices.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
 )
 
 
@@ -23,14 +23,14 @@ def trace_gradient(layers, remat="none"):
     def loss(params):
         return jnp.sum(model.apply({"params": params}, tokens).logits ** 2)
 
-    with hopper.simulated("lower"):
+    with devices.simulated("lower"):
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
         return jax.jit(jax.grad(loss)).trace(params)
 
 
 def test_layers_share_the_lowering_of_a_kernel():
     def kernels(layers):
-        with hopper.simulated("lower"):
+        with devices.simulated("lower"):
             lowered = trace_gradient(layers).lower(lowering_platforms=("cuda",))
         return lowered.as_text().count("custom_call @mosaic_gpu")
 

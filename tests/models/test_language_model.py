@@ -156,7 +156,7 @@ def test_branch_dropout_acts_in_every_block():
 def test_branch_dropout_of_a_model_without_branches_is_an_error():
     model, params, _ = small_model("gpt2")
     with pytest.raises(
-        InputError, match=r"model\.rwkv_dropout_start .* need model.architecture='hybrid'"
+        InputError, match=r"train\.rwkv_dropout_start .* need model.architecture='hybrid'"
     ):
         model.apply({"params": params}, random_tokens(1, 3), rwkv_drop=0.1)
 

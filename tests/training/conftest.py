@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from gt_jax.config import from_config_dict
+from gt_jax.config import default_config, from_config_dict
 from gt_jax.data import Batch
 from gt_jax.training.step import summed_loss
 
@@ -81,7 +80,7 @@ def make_config():
     """make_config(**{"optim.lr": 3e-4, ...}) -> Config of a short run on [8, 6] batches."""
 
     def make(**fields):
-        config = base.get_config()
+        config = default_config()
         small = {"train.batch_size": 8, "train.seq_len": 6, "train.steps": 20}
         config.update_from_flattened_dict(
             small | {"optim.lr": 1e-3, "optim.warmup_steps": 2} | fields

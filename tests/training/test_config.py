@@ -1,19 +1,24 @@
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-from configs import base
-from gt_jax.config import check_devices, flatten, from_config_dict, to_dict
+from gt_jax.config import (
+    check_devices,
+    default_config,
+    flatten,
+    from_config_dict,
+    from_stored,
+    to_dict,
+)
+from gt_jax.config_files import folder, load_config
 from gt_jax.errors import InputError
 
-CONFIGS = sorted(p.stem for p in Path(base.__file__).parent.glob("*.py"))
+CONFIGS = sorted(path.stem for path in folder().glob("*.py"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_file_is_valid_and_survives_json(name):
-    config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    config = from_config_dict(load_config(name))
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -34,7 +39,7 @@ def test_every_config_file_is_valid_and_survives_json(name):
     ],
 )
 def test_impossible_value_is_refused_with_its_field_value_and_mend(field, value, message):
-    config = base.get_config()
+    config = default_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError) as caught:
         from_config_dict(config)
@@ -46,15 +51,15 @@ def test_impossible_value_is_refused_with_its_field_value_and_mend(field, value,
     [
         (lambda c: c["optim"].update(lrr=1.0), 'optim.lrr is not a config field; did you mean'),
         (lambda c: c.update(optm={}), "optm is not a config field; did you mean 'optim'?"),
-        (lambda c: c["train"].update(steps=1.5), "train.steps=1.5 must be int, not float"),
-        (lambda c: c["train"].update(carry_state=1), "train.carry_state=1 must be bool, not int"),
-        (lambda c: c["model"].update(dim="64"), "model.dim='64' must be int or None, not str"),
+        (lambda c: c["train"].update(steps=1.5), "train.steps=1.5 must be a whole number, not f"),
+        (lambda c: c["train"].update(carry_state=1), "train.carry_state=1 must be true or false"),
+        (lambda c: c["model"].update(dim="64"), "model.dim='64' must be a whole number, not str"),
         (lambda c: c.update(optim=3), "optim=3 must be a group of fields"),
         (lambda c: c["data"].pop("order"), "data.order is missing"),
     ],
 )  # fmt: skip
 def test_wrong_shape_is_refused_with_its_field(change, message):
-    config = base.get_config().to_dict()
+    config = default_config().to_dict()
     change(config)
     with pytest.raises(InputError) as caught:
         from_config_dict(config)
@@ -62,7 +67,7 @@ def test_wrong_shape_is_refused_with_its_field(change, message):
 
 
 def test_whole_number_serves_as_float():
-    config = base.get_config().to_dict()
+    config = default_config().to_dict()
     config["optim"]["lr"] = 1
     assert from_config_dict(config).optim.lr == 1.0
 
@@ -75,3 +80,12 @@ def test_batch_must_divide_over_devices(make_config):
 
 def test_flatten_names_nested_fields():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_a_run_stored_by_an_earlier_version_has_moved_fields_and_defaults_for_new_ones():
+    stored = to_dict(from_config_dict(default_config()))
+    del stored["train"]["rwkv_dropout_start"], stored["train"]["rwkv_dropout_end"]
+    stored["model"] |= {"rwkv_dropout_start": 0.4, "rwkv_dropout_end": 0.1}
+    config = from_stored(stored)
+    assert (config.train.rwkv_dropout_start, config.train.rwkv_dropout_end) == (0.4, 0.1)
+    assert from_stored(to_dict(config)) == config

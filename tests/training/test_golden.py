@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from gt_jax.config import from_config_dict
+from gt_jax.config import default_config, from_config_dict
 from gt_jax.data import make_batches
 from gt_jax.models import make_model
-from gt_jax.train import make_model_config
 from gt_jax.training import parallel
+from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
 from gt_jax.training.text import read_text
@@ -38,7 +37,7 @@ TOLERANCE = {"tiny": 5e-3, "gf-mh": 2e-5, "rwkv6": 2e-5, "mamba2": 2e-5}
 
 def train(preset, **fields):
     """Losses [20], and the parameters after them."""
-    config = base.get_config()
+    config = default_config()
     small = {"model.dim": 64, "model.layers": 2, "model.heads": 2, "model.state_size": 16}
     small |= {"train.batch_size": 4, "train.steps": 20, "optim.warmup_steps": 5}
     config.update_from_flattened_dict({"model.preset": preset} | small | fields)
@@ -55,7 +54,7 @@ def train(preset, **fields):
     state = jax.device_put(state, parallel.state_sharding(mesh))
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     step = parallel.compile_train_step(make_step, mesh, "jit")
-    feed, losses = parallel.in_bursts(batches, mesh, "jit"), []
+    feed, losses = parallel.prefetch(batches, mesh, "jit"), []
     for _ in range(20):
         state, metrics = step(state, next(feed)[0])
         losses.append(metrics["loss"])

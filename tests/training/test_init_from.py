@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 import gt_jax
-from configs import base
-from gt_jax.config import from_config_dict
+from gt_jax import checkpoint
+from gt_jax.config import default_config, from_config_dict
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.train import train
-from gt_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def stored(tmp_path):
 
 
 def config_of(stored, **changes):
-    config = base.get_config()
+    config = default_config()
     (stored.parent / "text.txt").write_text("abccabbca" * 60)
     small = {
         "model.init_from": str(stored),

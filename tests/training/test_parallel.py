@@ -17,7 +17,7 @@ from gt_jax.training.step import init_state, make_eval_step, make_train_step
 SCRIPT = """
 import functools, json
 import jax, numpy as np
-from configs import base
+from gt_jax.config import default_config
 from gt_jax.config import from_config_dict
 from gt_jax.data import make_batches
 from gt_jax.models import make_config, make_model
@@ -25,10 +25,10 @@ from gt_jax.training import parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
-config = base.get_config()
+config = default_config()
 config.update_from_flattened_dict({
     "train.batch_size": 16, "train.seq_len": 8, "optim.grad_accumulation": 2,
-    "train.carry_state": True, "data.order": "tracks", "model.rwkv_dropout_start": 0.3,
+    "train.carry_state": True, "data.order": "tracks", "train.rwkv_dropout_start": 0.3,
 })
 config = from_config_dict(config)
 model = make_model(make_config("gf-mh", vocab_size=20, dim=32, layers=1, heads=2, state_size=8))

@@ -8,56 +8,26 @@ A matrix state per head decays by one scalar per token; the read includes the pr
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, hopper
-from gt_jax.kernels.dispatch import dispatch, resets_from_segments
-from gt_jax.kernels.ssd.chunked import ssd_chunked
-from gt_jax.kernels.ssd.reference import ssd_reference
-
-
-def _mosaic(*args):
-    """The Hopper kernels; their module, which loads Pallas, is read only where they can run."""
-    if reason := hopper.unsupported():
-        raise NotImplementedError(reason)
-    from gt_jax.kernels.ssd.mosaic import ssd_mosaic
-
-    return ssd_mosaic(*args)
-
-
-def _from_zeros(implementation):
-    """implementation, given zeros where there is no initial state (a kernel needs none)."""
-
-    def call(x, dt, a, B, C, D, state, *options):
-        if state is None:
-            state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), dt.dtype)
-        return implementation(x, dt, a, B, C, D, state, *options)
-
-    return call
-
-
-# fastest first
-_IMPLS = {
-    "mosaic": _mosaic,
-    "chunked": _from_zeros(ssd_chunked),
-    "reference": _from_zeros(ssd_reference),
-}
+from gt_jax.kernels import checks, segments
+from gt_jax.kernels.dispatch import dispatch
 
 
 def ssd(
-    x,
-    dt,
-    A,
-    B,
-    C,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
     *,
-    D=None,
-    dt_bias=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-    initial_state=None,
-    segment_ids=None,
-    precision="default",
-    impl="auto",
-):
+    D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    precision: str = "default",
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
     """SSD over a sequence; the argument order is mamba_ssm's.
 
     Args:
@@ -74,7 +44,7 @@ def ssd(
         segment_ids: [B, T] int; where an id differs from the token before, the state is zero before
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of x (bfloat16 with float32 accumulation, or
-            float32, which "mosaic" takes as sums of bfloat16 numbers: good to 1e-5); "highest"
+            float32, which "mosaic" takes as sums of bfloat16 terms: good to 1e-5); "highest"
             multiplies in true float32 whatever the inputs.
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, P = 64, N = 64
             or 128), "chunked" or "reference".
@@ -107,28 +77,29 @@ def ssd(
     if initial_state is not None:
         initial_state = initial_state.astype(state_dtype)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
-    resets = None if segment_ids is None else resets_from_segments(segment_ids)
+    resets = None if segment_ids is None else segments.resets(segment_ids)
     a = dt * A.astype(state_dtype)  # log decay
-    return dispatch("ssd", _IMPLS, impl, x, dt, a, B, C, D, initial_state, resets, precision)
+    return dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision)
 
 
 def ssd_step(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    state,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    state: jax.Array,
     *,
-    D=None,
-    dt_bias=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-):
+    D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> tuple[jax.Array, jax.Array]:
     """SSD for one token.
 
     Args:
-        x: [B, H, P]; dt: [B, H]; A: [H]; B, C: [B, G, N]; the rest as in `ssd`.
+        x: [B, H, P] input; dt: [B, H] step size; A: [H] decay rate; B, C: [B, G, N].
+        D, dt_bias, dt_softplus, dt_limit: as in `ssd`.
         state: [B, H, P, N] state before this token, float32.
 
     Returns:

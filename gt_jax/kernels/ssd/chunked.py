@@ -6,9 +6,9 @@ F = exclusive suffix sum:
     L_ij = exp(sum of a over (j, i])  for i >= j,  else 0
     y = (L * C B^T) (dt x) + exp(G) (C S^T)         S' = exp(sum a) S + (exp(F) dt x)^T B
 
-C B^T is shared by the heads of a group. The sums inside L are split where i and j part (chunks.py),
-never taken as differences of prefix sums; the gradient of a sums the rectangle i >= t > j of
-L * C B^T * d(...) directly, so it does not cancel either.
+C B^T is shared by the heads of a group. The sums inside L are split at the level that separates i
+and j (chunks.py), never taken as differences of prefix sums; the gradient of a sums the rectangle
+i >= t > j of L * C B^T * d(...) directly, so it does not cancel either.
 """
 
 import functools
@@ -21,18 +21,34 @@ from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
     carry_state,
     exact,
-    join,
+    from_chunks,
     levels,
     make_plan,
     named,
     product,
     scan_groups,
-    split,
+    to_chunks,
 )
+from gt_jax.kernels.ssd.reference import given_or_zeros
+
+TAKES = None  # every floating dtype and size
 
 
-def ssd_chunked(x, dt, a, B, C, D, initial_state, resets, precision, *, chunk_size=64):
-    """SSD by chunks; arguments as `ssd_reference`, chunk_size a power of two."""
+def ssd_chunked(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array | None,
+    resets: jax.Array | None,
+    precision: str,
+    *,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
+    initial_state = given_or_zeros(initial_state, x, dt, B)
     plan = make_plan(x.shape[1], chunk_size, x.dtype, precision, initial_state.dtype)
     if resets is not None:
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
@@ -52,9 +68,9 @@ def _forward(x, dt, a, B, C, state, plan):
         y, final_state = _group_forward(*inputs, state, plan)
         return final_state, (y, state)
 
-    groups = tuple(split(z, plan) for z in (x, dt, a, B, C))
+    groups = tuple(to_chunks(z, plan) for z in (x, dt, a, B, C))
     final_state, (y, states) = scan_groups(group, state, groups)
-    y, final_state, states = named(join(y, plan), final_state, states)
+    y, final_state, states = named(from_chunks(y, plan), final_state, states)
     return (y, final_state), (x, dt, a, B, C, states)
 
 
@@ -66,9 +82,9 @@ def _backward(plan, residuals, cotangents):
         *grads, dstate = _group_backward(*group_inputs, dstate, plan)
         return dstate, tuple(grads)
 
-    groups = (states, *(split(z, plan) for z in (*inputs, dy)))
+    groups = (states, *(to_chunks(z, plan) for z in (*inputs, dy)))
     dstate, grads = scan_groups(group, dstate, groups, reverse=True)
-    return (*(join(g, plan) for g in grads), dstate)
+    return (*(from_chunks(g, plan) for g in grads), dstate)
 
 
 _ssd.defvjp(_forward, _backward)

@@ -7,15 +7,38 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+TAKES = None  # every floating dtype and size
 
-def ssd_reference(x, dt, a, B, C, D, initial_state, resets, precision):
-    """Token-by-token SSD in the state's dtype.
 
-    x [B, T, H, P], dt and log decay a [B, T, H], B and C [B, T, G, N], D [H] or None,
-    resets [B, T] bool or None.
+def ssd_reference(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array | None,
+    resets: jax.Array | None,
+    precision: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Token-by-token SSD in the dtype of dt, which is that of the state.
+
+    Args:
+        x: [B, T, H, P] input.
+        dt: [B, T, H] step size, after bias, softplus and limit.
+        a: [B, T, H] log decay.
+        B, C: [B, T, G, N] projections.
+        D: [H] skip connection, or None.
+        initial_state: [B, H, P, N]; None for zeros.
+        resets: [B, T] bool, True where a segment starts, or None.
+        precision: as in `ssd`; every product here is exact to the dtype of the state anyway.
+
+    Returns:
+        y [B, T, H, P] in x.dtype, and the final state [B, H, P, N].
     """
-    del precision  # every product here is already exact to the state's dtype
-    dtype = initial_state.dtype
+    del precision
+    dtype = dt.dtype
+    initial_state = given_or_zeros(initial_state, x, dt, B)
     heads_per_group = x.shape[2] // B.shape[2]
     if resets is None:
         resets = jnp.zeros(x.shape[:2], bool)
@@ -34,3 +57,10 @@ def ssd_reference(x, dt, a, B, C, D, initial_state, resets, precision):
     step = jax.checkpoint(step, prevent_cse=False)  # keeps one state a token, nothing else
     final_state, y = jax.lax.scan(step, initial_state, over_time)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), final_state
+
+
+def given_or_zeros(state: jax.Array | None, x: jax.Array, dt: jax.Array, B: jax.Array) -> jax.Array:
+    """The initial state [B, H, P, N] in the dtype of dt, zeros if None."""
+    if state is not None:
+        return state
+    return jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), dt.dtype)

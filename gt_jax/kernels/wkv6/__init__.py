@@ -10,37 +10,22 @@ through a bonus u instead of the state:
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, hopper
-from gt_jax.kernels.dispatch import dispatch, resets_from_segments
-from gt_jax.kernels.wkv6.chunked import wkv6_chunked
-from gt_jax.kernels.wkv6.reference import wkv6_reference
-
-
-def _mosaic(*args):
-    """The Hopper kernels; their module, which loads Pallas, is read only where they can run."""
-    if reason := hopper.unsupported():
-        raise NotImplementedError(reason)
-    from gt_jax.kernels.wkv6.mosaic import wkv6_mosaic
-
-    return wkv6_mosaic(*args)
-
-
-# fastest first
-_IMPLS = {"mosaic": _mosaic, "chunked": wkv6_chunked, "reference": wkv6_reference}
+from gt_jax.kernels import checks, segments
+from gt_jax.kernels.dispatch import dispatch
 
 
 def wkv6(
-    r,
-    k,
-    v,
-    w,
-    u,
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    u: jax.Array,
     *,
-    initial_state=None,
-    segment_ids=None,
-    precision="default",
-    impl="auto",
-):
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    precision: str = "default",
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
     """WKV6 over a sequence.
 
     Args:
@@ -54,7 +39,7 @@ def wkv6(
         segment_ids: [B, T] int; where an id differs from the token before, the state is zero before
             that token. initial_state belongs to the first segment, the final state to the last.
         precision: "default" multiplies in the dtype of r (bfloat16 with float32 accumulation, or
-            float32, which "mosaic" takes as sums of two bfloat16 numbers: good to 1e-5); "highest"
+            float32, which "mosaic" takes as sums of two bfloat16 terms: good to 1e-5); "highest"
             multiplies in true float32 whatever the inputs.
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, K and V up to
             64), "chunked" or "reference".
@@ -83,13 +68,15 @@ def wkv6(
     state_dtype = checks.state_dtype(r, k, v, w, u)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), state_dtype)
-    resets = None if segment_ids is None else resets_from_segments(segment_ids)
+    resets = None if segment_ids is None else segments.resets(segment_ids)
     return dispatch(
-        "wkv6", _IMPLS, impl, r, k, v, w, u, initial_state.astype(state_dtype), resets, precision
+        "wkv6", impl, r, k, v, w, u, initial_state.astype(state_dtype), resets, precision
     )
 
 
-def wkv6_step(r, k, v, w, u, state):
+def wkv6_step(
+    r: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array, u: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """WKV6 for one token.
 
     Args:

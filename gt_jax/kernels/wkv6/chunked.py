@@ -5,8 +5,8 @@ In a chunk with incoming state S, E = exclusive prefix sum of w, F = exclusive s
     A_ij = sum_k r_ik k_jk exp(sum of w over (j, i))   for i > j,     A_ii = r_i . (u * k_i)
     o = A v + (r exp(E)) S                              S' = exp(sum w) S + (k exp(F))^T v
 
-The decay of A is split at the level where i and j part (see chunks.py), which turns each level into
-one matmul of Y_l = [r or k] * exp(x_l) with itself, whatever the decays are. The backward pass
+The decay of A is split at the level that separates i and j (see chunks.py), which turns each level
+into one matmul of Y_l = [r or k] * exp(x_l) with itself, whatever the decays are. The backward pass
 recomputes all of this from the inputs; the gradient of w is a sum of products Y * dY, without the
 difference of large sums that the usual identity takes.
 """
@@ -21,18 +21,31 @@ from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
     carry_state,
     exact,
-    join,
+    from_chunks,
     levels,
     make_plan,
     named,
     product,
     scan_groups,
-    split,
+    to_chunks,
 )
 
+TAKES = None  # every floating dtype and size
 
-def wkv6_chunked(r, k, v, w, u, initial_state, resets, precision, *, chunk_size=16):
-    """WKV6 by chunks; arguments as `wkv6_reference`, chunk_size a power of two."""
+
+def wkv6_chunked(
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    u: jax.Array,
+    initial_state: jax.Array,
+    resets: jax.Array | None,
+    precision: str,
+    *,
+    chunk_size: int = 16,
+) -> tuple[jax.Array, jax.Array]:
+    """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     plan = make_plan(r.shape[1], chunk_size, r.dtype, precision, initial_state.dtype)
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)
@@ -54,9 +67,9 @@ def _forward(r, k, v, w, u, state, plan):
         o, final_state = _group_forward(*inputs, u, state, plan)
         return final_state, (o, state)
 
-    groups = tuple(split(x, plan) for x in (r, k, v, w))
+    groups = tuple(to_chunks(x, plan) for x in (r, k, v, w))
     final_state, (o, states) = scan_groups(group, state, groups)
-    o, final_state, states = named(join(o, plan), final_state, states)
+    o, final_state, states = named(from_chunks(o, plan), final_state, states)
     return (o, final_state), (r, k, v, w, u, states)
 
 
@@ -69,10 +82,10 @@ def _backward(plan, residuals, cotangents):
         *grads, du_group, dstate = _group_backward(*inputs, u, dstate, plan)
         return (dstate, du + du_group), tuple(grads)
 
-    groups = (states, *(split(x, plan) for x in (r, k, v, w, do)))
+    groups = (states, *(to_chunks(x, plan) for x in (r, k, v, w, do)))
     carry = (dstate, jnp.zeros(u.shape, dstate.dtype))
     (dstate, du), grads = scan_groups(group, carry, groups, reverse=True)
-    dr, dk, dv, dw = (join(g, plan) for g in grads)
+    dr, dk, dv, dw = (from_chunks(g, plan) for g in grads)
     return dr, dk, dv, dw, du.astype(u.dtype), dstate
 
 

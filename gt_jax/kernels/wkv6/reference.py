@@ -8,10 +8,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+TAKES = None  # every floating dtype and size
 
-def wkv6_reference(r, k, v, w, u, initial_state, resets, precision):
-    """Token-by-token WKV6 in the state's dtype; arguments as `wkv6`, resets [B, T] bool or None."""
-    del precision  # every product here is already exact to the state's dtype
+
+def wkv6_reference(
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    u: jax.Array,
+    initial_state: jax.Array,
+    resets: jax.Array | None,
+    precision: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Token-by-token WKV6 in the state's dtype.
+
+    Args:
+        r, k, w: [B, T, H, K] receptance, key and log decay.
+        v: [B, T, H, V] value.
+        u: [H, K] bonus of the present token.
+        initial_state: [B, H, K, V].
+        resets: [B, T] bool, True where a segment starts, or None.
+        precision: as in `wkv6`; every product here is exact to the dtype of the state anyway.
+
+    Returns:
+        o [B, T, H, V] in v.dtype, and the final state [B, H, K, V].
+    """
+    del precision
     dtype = initial_state.dtype
     if resets is None:
         resets = jnp.zeros(r.shape[:2], bool)

@@ -1,0 +1,308 @@
+"""How fast the recurrences are, beside what moving their bytes takes and beside other libraries.
+
+    python -m experiments kernels [--peers] [--sweep]
+    python -m experiments kernels --shapes wkv6:1,256,2 ssd:1,256,4 --quick
+
+A time is a device time: many calls between two synchronisations, the median of several such
+stretches ± half their range. Inputs rotate over more bytes than a cache holds. The floor is each
+input read once and each output written once at the bandwidth of a large copy in the same run:
+forward, backward (inputs and the output's gradient in, gradients out) and both. "extra" is what
+forward and backward in one program take beyond inputs, output and gradients; "kept" what lies there
+between the two. "error" is the worst relative RMS error of the output and of every gradient per
+token and head, for one head of one batch row, against float64.
+
+--sweep times lengths from 4K to 64K instead, unchecked, and the line nearest to the times.
+--dtype=float32 times what is multiplied in float32. --peers adds jax-linear-attention and, in a
+process of their own (peers_torch.py), flash-linear-attention and mamba_ssm, on inputs of the same
+distributions. What cannot run here is listed with the reason. Every number goes to --out, a plot of
+time against length beside it.
+"""
+
+import argparse
+import functools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.kernel_tables import PASSES, draw, print_group, print_linearity
+from experiments.benchmarks.peers_jax import JAX_PEERS
+from experiments.lab import command, results
+from experiments.lab.timing import copy_bandwidth, timings, total_bytes
+from gt_jax.kernels import ssd, wkv6
+
+OPS = {"wkv6": wkv6, "ssd": ssd}
+HEAD_SIZE = 64  # V of WKV6, P of SSD
+STATE_SIZE = {"wkv6": 64, "ssd": 128}  # K and N, where a shape does not say
+# B,T,H or B,T,H,K and B,T,H,N
+SHAPES = {
+    "wkv6": ["8,4096,32", "1,4096,32", "1,32768,32", "32,1024,32", "8,2048,12"],
+    "ssd": ["8,4096,64", "1,4096,64", "1,32768,64", "8,2048,24", "8,4096,64,64"],
+}
+SWEEP = {
+    "wkv6": [f"8,{1024 * k},32" for k in (4, 8, 16, 32, 64)],
+    "ssd": [f"8,{1024 * k},64" for k in (4, 8, 16, 32, 64)],
+}
+ROTATED_BYTES = 2**28  # five times the second-level cache of an H100
+PER_TOKEN_AND_HEAD = ("o", "r", "k", "v", "w", "x", "dt")  # the output, and gradients
+TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-5}  # as in the tests
+LONGEST_CHECKED = 32768  # the float64 gradient keeps the state of every token
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments kernels", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--impls", nargs="+", default=["chunked", "mosaic"])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_text,
+        metavar="[OP:]B,T,H[,K|N]",
+        help="instead of the list",
+    )
+    parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--peers", action="store_true", help="other libraries too")
+    parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "kernels.json")
+    options = parser.parse_args(argv)
+    if options.peers and options.dtype != "bfloat16":
+        parser.error(f"--dtype={options.dtype}: the libraries of --peers are timed in bfloat16")
+    effort = {"seconds": 0.2, "least_calls": 20, "repeats": 5}
+    if options.quick:
+        effort = {"seconds": 0.0, "least_calls": 2, "repeats": 2}
+    lists = SWEEP if options.sweep else SHAPES
+    cases = [
+        (op, parse_shape(op, shape.removeprefix(f"{op}:")))
+        for op in options.ops
+        for shape in options.shapes or lists[op]
+        if ":" not in shape or shape.startswith(f"{op}:")
+    ]
+    if not cases:
+        parser.error(f"--shapes has none of --ops {' '.join(options.ops)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # First, while this process holds nothing of the GPU.
+        torch_rows = run_torch(cases, folder) if options.peers else {}
+        bandwidth = copy_bandwidth(effort)
+        device = jax.devices()[0].device_kind
+        print(f"{device}, jax {jax.__version__}, copy {bandwidth / 1e9:,.0f} GB/s")
+        rows = []
+        found = {"device": device, "jax": jax.__version__, "dtype": options.dtype}
+        found["copy_bytes_per_second"] = bandwidth
+        for op, shape in cases:
+            group = benchmark(
+                op,
+                shape,
+                contenders(op, options),
+                bandwidth,
+                effort,
+                options.dtype,
+                check=not options.sweep,
+            )
+            if (op, shape) in torch_rows:
+                group.append(checked(op, torch_rows[op, shape]))
+            print_group(op, shape, group)
+            rows += [{"op": op, "shape": shape} | row for row in group]
+            options.out.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+    if options.sweep:
+        print_linearity(rows)
+    draw(rows, device, options.out.with_suffix(".png"))
+    ours = [row for row in rows if row["who"] in options.impls and "errors" in row]
+    most = TOLERANCE[options.dtype]
+    wrong = [row for row in ours if not max(row["errors"].values()) <= most]
+    if wrong:
+        sys.exit(f"error: beyond {most}: " + ", ".join(f"{r['op']} {r['who']}" for r in wrong))
+
+
+def shape_text(text):
+    """text, if it is a shape of an operation or of all."""
+    op, _, numbers = text.rpartition(":")
+    if op not in ("", *OPS) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2,3}", numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape; write 8,4096,32 or, for one operation, wkv6:8,4096,32,64"
+        )
+    return text
+
+
+def parse_shape(op, text):
+    """(B, T, H, K or N) of "B,T,H" or "B,T,H,size"."""
+    shape = tuple(map(int, text.split(",")))
+    return shape if len(shape) == 4 else (*shape, STATE_SIZE[op])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def make_inputs(op, shape, key, multiplied="bfloat16"):
+    """Arguments of an operation by name, and a gradient of its output."""
+    B, T, H, size = shape
+    keys = iter(jax.random.split(key, 8))
+
+    def normal(*shape, dtype=multiplied):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    def uniform(low, high, *shape):
+        return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
+
+    do = normal(B, T, H, HEAD_SIZE)
+    if op == "wkv6":
+        r, k, v = normal(B, T, H, size), normal(B, T, H, size), normal(B, T, H, HEAD_SIZE)
+        w = -jnp.exp(1.5 * normal(B, T, H, size, dtype=jnp.float32) - 2)
+        return {"r": r, "k": k, "v": v, "w": w, "u": normal(H, size, dtype=jnp.float32)}, do
+    inputs = {"x": normal(B, T, H, HEAD_SIZE)}
+    inputs["dt"] = jnp.exp(uniform(np.log(1e-3), np.log(0.1), B, T, H))
+    inputs["A"] = -uniform(1, 16, H)
+    inputs |= {"B": normal(B, T, 1, size), "C": normal(B, T, 1, size)}
+    return inputs | {"D": normal(H, dtype=jnp.float32)}, do
+
+
+def contenders(op, options):
+    """name -> (function of the inputs by name that gives the output, is it the same function)."""
+    ours = {impl: (functools.partial(run_ours, op, impl), True) for impl in options.impls}
+    return ours | JAX_PEERS[op] if options.peers else ours
+
+
+def run_ours(op, impl, **inputs):
+    return OPS[op](**inputs, impl=impl)[0]
+
+
+def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, check=True):
+    """Rows of one shape: the floor and every contender, with its numbers or why it has none."""
+    make = lambda key: make_inputs(op, shape, key, dtype)
+    inputs, do = jax.eval_shape(make, jax.random.key(0))
+    read, written = total_bytes(inputs), total_bytes(do)
+    moved = {"forward": read + written, "backward": 2 * read + written}
+    moved["both"] = sum(moved.values())
+    rows = [{"who": "floor"} | {part: {"ms": 1e3 * moved[part] / bandwidth} for part in PASSES}]
+
+    keys = jax.random.split(jax.random.key(0), min(8, -(-ROTATED_BYTES // read)))
+    sets = [make(key) for key in keys]
+    check &= shape[1] <= LONGEST_CHECKED
+    known = exact(op, one_head(*sets[0], shape)) if check else {}
+    for who, (function, same) in functions.items():
+        try:
+            row, arrays = measure(function, sets, effort)
+            if same and known:
+                row["errors"] = errors(one_head(*arrays, shape), known)
+        except Exception as reason:  # of a library that is not ours, it can be any
+            row = {"reason": f"{type(reason).__name__}: {reason}".split("\n")[0]}
+        rows.append({"who": who} | row)
+    return rows
+
+
+def measure(function, sets, effort):
+    """Times, memory and compilation of a contender; its gradients by name and its output."""
+
+    def forward(inputs):
+        return function(**inputs)
+
+    def both(inputs, do):
+        o, pull_back = jax.vjp(forward, inputs)
+        return o, *pull_back(do)
+
+    began = time.perf_counter()
+    both = jax.jit(both).lower(*sets[0]).compile()
+    compiled = time.perf_counter() - began
+    row = {"compile_seconds": compiled, "extra_bytes": both.memory_analysis().temp_size_in_bytes}
+    row["forward"] = clock(jax.jit(forward), [(inputs,) for inputs, _ in sets], effort)
+    row["both"] = clock(both, sets, effort)
+
+    save = jax.jit(lambda inputs: jax.vjp(forward, inputs)[1])
+    saved = [(save(inputs), do) for inputs, do in sets]
+    row["backward"] = clock(jax.jit(lambda pull_back, do: pull_back(do)), saved, effort)
+    given = jax.tree.leaves(sets[0][0])
+    row["kept_bytes"] = total_bytes(
+        [z for z in jax.tree.leaves(saved[0][0]) if not any(equal(z, x) for x in given)]
+    )
+    del saved
+    o, gradients = both(*sets[0])
+    return row, (gradients, o)
+
+
+def clock(function, sets, effort):
+    """Median ms of a call of function(*set) and half the range over stretches of many calls."""
+    times = timings(function, sets, effort)
+    return {"ms": statistics.median(times), "spread": (max(times) - min(times)) / 2}
+
+
+def equal(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and bool(jnp.array_equal(a, b))
+
+
+def one_head(arrays, o, shape):
+    """What belongs to the middle head of the middle batch row: axes of 1, float64, by name."""
+    return {name: cut(name, z, shape) for name, z in (arrays | {"o": o}).items()}
+
+
+def cut(name, z, shape):
+    row, head = shape[0] // 2, shape[2] // 2
+    if name in ("u", "A", "D"):
+        z = z[head : head + 1]
+    elif name in ("B", "C"):  # shared by all heads
+        z = z[row : row + 1]
+    else:
+        z = z[row : row + 1, :, head : head + 1]
+    return np.asarray(z, np.float64)
+
+
+def exact(op, head):
+    """Output and gradients in float64, a token at a time, of one head's inputs and "o", its dO."""
+    inputs = {name: z for name, z in head.items() if name != "o"}
+    with jax.enable_x64(True):
+        o, gradients = values_and_gradients(op, inputs, head["o"])
+    return {name: np.asarray(z) for name, z in (gradients | {"o": o}).items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradients(op, inputs, do):
+    o, pull_back = jax.vjp(lambda inputs: run_ours(op, "reference", **inputs), inputs)
+    return o, *pull_back(do)
+
+
+def errors(found, known):
+    """Relative RMS error of the output and of every gradient per token and head, by name."""
+    return {
+        name: float(np.linalg.norm(found[name] - known[name]) / np.linalg.norm(known[name]))
+        for name in PER_TOKEN_AND_HEAD
+        if name in known
+    }
+
+
+def run_torch(cases, folder):
+    """(op, shape) -> row of the PyTorch library for it, or why there is none."""
+    names = [f"{op}:{','.join(map(str, shape))}" for op, shape in cases]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.peers_torch",
+        *names,
+        f"--samples={folder}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reason = (done.stderr.strip() or "it ended early").splitlines()[-1]
+    rows += [{"who": "PyTorch", "reason": reason}] * (len(cases) - len(rows))
+    return dict(zip(cases, rows))
+
+
+def checked(op, row):
+    """A row of the PyTorch process with its errors in the place of its sample."""
+    if "sample" not in row:
+        return row
+    sample = dict(np.load(row.pop("sample")))
+    read = {name.removeprefix("in_"): z for name, z in sample.items() if name.startswith("in_")}
+    return row | {"errors": errors(sample, exact(op, read))}
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,112 @@
+"""The command line of the laboratory: flags that all questions share, errors in one line."""
+
+import argparse
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gt_jax import cli
+from gt_jax.errors import InputError
+
+# A tiny model for a few steps, to see that everything runs; its numbers mean nothing.
+QUICK = {
+    "model.dim": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "train.batch_size": 2,
+    "train.seq_len": 16,
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.eval_tokens": 256,
+    "optim.warmup_steps": 2,
+}
+
+
+def run(main) -> None:
+    """main() of the command line; an InputError prints as one line, `error: ...`, with status 1."""
+    # Threads of JAX's CPU backend, read when it starts. Where there are as few as two, parts of a
+    # program of many runs can wait for one another forever.
+    os.environ.setdefault("NPROC", "8")
+    cli.run(lambda argv: main(argv[1:]))
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all experiments have.
+
+    --seeds N gives options.seeds = range(N).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    parser.set_defaults(experiment=name, about=doc.strip().split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try it out")
+    parser.add_argument("--source", default="shakespeare", help="text, as data.source")
+    parser.add_argument("--impl", default="auto", help="of the recurrences, as model.impl")
+    parser.add_argument("--group", type=int, help="runs side by side; as many as fit if not given")
+    parser.add_argument("--out", type=Path, help="default: in experiments/results/")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and when and by what command they were given.
+
+    Raises:
+        InputError: they are wrong; the message is one line.
+    """
+    began = time.perf_counter()
+    options = parser.parse_args(argv)
+    for name in ("seeds", "group"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name}={value} must be at least 1")
+    options.began = began
+    if "seeds" in options:
+        options.seeds = range(options.seeds)
+    given = [] if argv is None else argv
+    options.command = shlex.join(["python", "-m", "experiments", options.experiment, *given])
+    return options
+
+
+def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:
+    """Config fields that the common flags set, and --steps and --lr of a parser that has them.
+
+    Args:
+        evaluations: how many of them --steps are to have, as far apart as one another; None leaves
+            it to the config.
+    """
+    fields = {"data.source": options.source, "model.impl": options.impl}
+    flags = {"steps": "train.steps", "lr": "optim.lr"}
+    fields |= {field: getattr(options, flag) for flag, field in flags.items() if flag in options}
+    if evaluations:
+        fields["train.eval_every"] = max(options.steps // evaluations, 1)
+    return fields | (QUICK if options.quick else {})
+
+
+def size(options: argparse.Namespace, full: tuple[int, int]) -> tuple[int, int]:
+    """Width and blocks of the hybrid: `full`, or those of QUICK."""
+    return (QUICK["model.dim"], QUICK["model.layers"]) if options.quick else full
+
+
+def one_of(choices, text: str, flag: str) -> list[str]:
+    """The names of a comma-separated list, in the case they have in choices.
+
+    Raises:
+        InputError: a name is none of them.
+    """
+    known = {name.lower(): name for name in choices}
+    for name in text.split(","):
+        if name.lower() not in known:
+            raise InputError(f"{flag}={name} must be of {', '.join(choices)}")
+    return [known[name.lower()] for name in text.split(",")]
+
+
+def refuse(message: str):
+    """For argparse: a wrong flag as an InputError."""
+    raise InputError(message.replace("argument ", "", 1))

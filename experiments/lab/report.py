@@ -1,0 +1,177 @@
+"""All results of the laboratory as one page that needs no network, the claims first.
+
+    python -m experiments report --out experiments/results/report.html
+
+The same results give the same page, to the byte. JSON files of other programs are left out.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from experiments.lab import command, formats, results, svg
+from experiments.lab.claims import Claim, judge_all
+from experiments.lab.rules import VERDICTS, Verdict
+from gt_jax.errors import InputError
+
+# Experiments in the order of the page; what is not named here follows.
+ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "needle")
+ORDER += ("states", "persistence", "toys", "interventions", "throughput", "scaling", "gates")
+
+# Characters that fit half the page's width; tables with more take all of it.
+HALF = 68
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__)
+    parser.error = command.refuse
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "report.html")
+    options = parser.parse_args(argv)
+    found, others = collect(options.results)
+    if not found:
+        raise InputError(
+            f"--results={options.results} holds no result; run python -m experiments fusion first"
+        )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page(found), "utf-8")
+    counts = Counter(verdict.verdict for _, verdict in judge_all(found))
+    print(
+        f"{options.out}: {', '.join(found)}"
+        + (f" (left out: {', '.join(others)})" if others else "")
+    )
+    print(f"claims: {', '.join(f'{counts[v]} {v}' for v in VERDICTS)}")
+
+
+def collect(folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """name -> result of every laboratory result in a folder, in the page's order; other files.
+
+    Raises:
+        InputError: a file is damaged, or two hold the same result.
+    """
+    found, others = {}, []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            if "measures" not in json.loads(path.read_text("utf-8")):
+                others.append(path.name)
+                continue
+        except ValueError:
+            pass  # `read` says it better
+        result = results.read(path)
+        if result["name"] in found:
+            raise InputError(f"{path} is a second result {result['name']}; remove one of them")
+        found[result["name"]] = result
+    places = {name: i for i, name in enumerate(ORDER)}
+    order = sorted(found, key=lambda n: (places.get(found[n]["experiment"], len(ORDER)), n))
+    return {name: found[name] for name in order}, others
+
+
+def page(found: Mapping[str, dict]) -> str:
+    """The HTML page of some results, by name."""
+    judged = judge_all(found)
+    counts = Counter(verdict.verdict for _, verdict in judged)
+    parts = {
+        "nav": " ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in found),
+        "tally": '<ul class="tally">'
+        + "".join(f'<li class="card {v}"><b>{counts[v]}</b>{v}</li>' for v in VERDICTS)
+        + "</ul>",
+        "claims": claims_list(judged, found),
+        "experiments": "\n".join(map(section, found.values())),
+    }
+    template = Path(__file__).with_suffix(".html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
+
+
+def claims_list(judged: Sequence[tuple[Claim, Verdict]], found: Mapping[str, dict]) -> str:
+    """The claims as rows, cards on a narrow screen."""
+    rows = [
+        '<li class="head"><span>Verdict</span><span>Claim</span><span>Published</span>'
+        "<span>Measured here</span></li>"
+    ]
+    for claim, (verdict, ours, because) in judged:
+        links = ", ".join(
+            f'<a href="#{escape(n)}">{escape(n)}</a>' if n in found else escape(n)
+            for n in claim.results
+        )
+        measured = [f"<p>{escape(line)}</p>" for line in ours.splitlines()]
+        if because:
+            measured.append(f'<p class="soft">{escape(f"{verdict}, because {because}")}</p>')
+        rows.append(
+            f'<li id="claim-{claim.id}"><div><span class="badge {verdict}">{verdict}</span></div>'
+            f"<div><p>{escape(claim.text)}</p>"
+            f'<details class="small soft"><summary>rule</summary>{escape(claim.rule)}'
+            f"{f' From {links}.' if links else ''}</details></div>"
+            f'<div><p><span class="label">Published: </span>{escape(claim.published)}</p>'
+            f'<p class="small soft">{escape(claim.source)}</p></div>'
+            f'<div><span class="label">Measured here: </span>{"".join(measured)}</div></li>'
+        )
+    return f'<ul class="claims card">{"".join(rows)}</ul>'
+
+
+def section(result: Mapping) -> str:
+    """One experiment: what it asks, its numbers, and how to have them again."""
+    settings = result["settings"]
+    groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    line = ", ".join(f"{n} {_plain(v)}" for n, v in settings.items() if n not in groups)
+    folded = "".join(details(*group) for group in groups.items())
+    commit = f", commit <code>{escape(result['commit'][:10])}</code>" if result["commit"] else ""
+    trial = (
+        " <b>A trial run of a tiny model: its numbers mean nothing.</b>" if result["quick"] else ""
+    )
+    notes = "".join(f"<p>{escape(note)}</p>" for note in result["notes"])
+    colours = svg.colour_numbers(result["plots"])
+    plots = "".join(figure(plot, colours) for plot in result["plots"])
+    return f"""<section id="{escape(result["name"])}">
+<h2>{escape(result["name"])}</h2>
+<p>{escape(result["about"])}{trial}</p>
+{notes}<p class="small soft">{escape(line)}<br>
+{escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>
+{folded}<pre><code>{escape(result["command"])}</code></pre>
+{f'<div class="plots">{plots}</div>' if plots else ""}
+<div class="tables">{"".join(map(html_table, result["tables"]))}</div>
+</section>"""
+
+
+def details(name: str, values: Mapping) -> str:
+    """Settings that are many, to be unfolded."""
+    lines = "".join(f"<p>{escape(n)}: {escape(_plain(v))}</p>" for n, v in values.items())
+    return f'<details class="small soft"><summary>{escape(name)}</summary>{lines}</details>'
+
+
+def html_table(table: Mapping) -> str:
+    cells = lambda tag, row: "".join(f"<{tag}>{escape(formats.show(cell))}</{tag}>" for cell in row)
+    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table["rows"])
+    note = f'<p class="small soft">{escape(table["note"])}</p>' if table["note"] else ""
+    shown = [table["columns"], *([formats.show(cell) for cell in row] for row in table["rows"])]
+    width = sum(3 + max(map(len, column)) for column in zip(*shown))  # characters
+    place = "block card wide" if width > HALF else "block card"
+    return (
+        f'<div class="{place}"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
+        f"<thead><tr>{cells('th', table['columns'])}</tr></thead><tbody>{rows}</tbody>"
+        f"</table></div>{note}</div>"
+    )
+
+
+def figure(plot: Mapping, colours: Mapping[str, int]) -> str:
+    """A plot with its title, and a legend where its lines need one."""
+    names = [series["name"] for series in plot["series"] if "x" in series]
+    classes = [svg.class_of(colours[n]) for n in names]
+    legend = "".join(f'<li class="{c}"><i></i>{escape(n)}</li>' for c, n in zip(classes, names))
+    legend = f'<ul class="legend">{legend}</ul>' if len(names) > 1 else ""
+    axis = f' <span class="soft">{escape(plot["y"])}</span>' if plot["y"] else ""
+    title = f"<h3>{escape(plot['title'])}{axis}</h3>"
+    return f'<figure class="card">{title}{legend}{svg.draw(plot, colours)}</figure>'
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_plain(v)}" for name, v in value.items())
+    return " ".join(map(_plain, value)) if isinstance(value, list) else formats.show(value)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,198 @@
+"""How claims are judged: rules that give a verdict from measures that experiments wrote.
+
+    reproduced   it holds in our measurement too
+    refuted      our measurement contradicts it
+    artefact     its number comes out under the original's conditions, and not under fair ones
+    undecided    neither can be said, for the reason given
+
+"Better" means a difference between runs with the same seeds whose corrected 95 % interval leaves
+out zero (lab/statistics.py). A judge takes value_of(a Measure of lab/measures.py), which raises
+NotMeasured for what is not there.
+"""
+
+import math
+from typing import NamedTuple
+
+from experiments.lab import formats, measures
+from experiments.lab.measures import difference
+from gt_jax.models import count_parameters, make_config
+
+VERDICTS = ("reproduced", "refuted", "artefact", "undecided")
+
+
+class NotMeasured(Exception):
+    """A measure is not there; the message says which."""
+
+
+class Verdict(NamedTuple):
+    """One of VERDICTS, our numbers as lines of text, and why where the rule does not say it."""
+
+    verdict: str
+    ours: str = ""
+    because: str = ""
+
+
+def better(a, b, name="fusion"):
+    """(results, rule, judge) of the claim that variant a has the lower loss."""
+    settings = [(f"{name}-legacy", "3e-4"), (name, "3e-4"), (name, "best")]
+    labels = ["3e-4, original's branch", "3e-4", "best rates"]
+    rule = (
+        f"Each at its best rate: reproduced if {a} is better, refuted if {b} is. Otherwise "
+        f"artefact if {a} is better at 3e-4, with ours or the original's branch, and the interval "
+        "at the best rates leaves out half of that difference; else undecided."
+    )
+
+    def judge(value_of):
+        found = {}
+        for setting, label in zip(settings, labels):
+            try:
+                found[label] = _difference(value_of, *setting, a, b)
+            except NotMeasured:
+                if label == labels[-1]:
+                    raise
+        lines = [f"{label}: {_signed(*found[label])}" for label in reversed(found)]
+        ours = "\n".join([f"{a} − {b}, {lines[0]}", *lines[1:]])
+        mean, half, real = found.pop(labels[-1])
+        if real:
+            return Verdict("reproduced" if mean < 0 else "refuted", ours)
+        for there, _, real_there in found.values():
+            if real_there and there < 0 and mean - half > there / 2:
+                return Verdict("artefact", ours, "gone where each has the rate that suits it")
+        return Verdict("undecided", ours, "no difference that chance would not explain")
+
+    return (name, f"{name}-legacy"), rule, judge
+
+
+def _difference(value_of, name, at, a, b):
+    """Mean and half interval of a - b, and whether it is real."""
+    try:
+        pair, sign = value_of(difference(name, a, b, at)), 1
+    except NotMeasured:
+        pair, sign = value_of(difference(name, b, a, at)), -1
+    half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2
+    return sign * pair["mean"], half, pair["real"]
+
+
+def _signed(mean, half, real):
+    """A difference as text, and whether chance would explain it."""
+    spread = "" if half is None else f" ± {half:.3f}"
+    return f"{mean:+.3f}{spread}{'' if real else ', chance'}".replace("-", "−")
+
+
+def within(measure, low, high, *, unit=""):
+    """(results, rule, judge) of a claim that a measure is in a range; None is an open end."""
+    rule = (
+        f'reproduced if the 95 % interval of "{measure.name}" is {_range(low, high)}, refuted if '
+        "it is outside, undecided if it reaches over an end."
+    )
+
+    def judge(value_of):
+        return _by_interval(value_of(measure), low, high, unit)
+
+    return (measure.result,), rule, judge
+
+
+def _range(low, high):
+    if low is None or high is None:
+        return f"at most {high:g}" if low is None else f"at least {low:g}"
+    return f"within {low:g} to {high:g}"
+
+
+def _by_interval(found, low, high, unit=""):
+    ours = f"{formats.show(found)}{unit}"
+    if found["low"] is None:
+        return Verdict("undecided", ours, "a single seed has no interval")
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if low <= found["low"] and found["high"] <= high:
+        return Verdict("reproduced", ours)
+    if found["high"] < low or found["low"] > high:
+        return Verdict("refuted", ours)
+    return Verdict("undecided", ours, "the interval reaches over an end of what was claimed")
+
+
+def unlike(published, fair, low, high):
+    """(results, rule, judge) of a claim that may hold under the original's conditions alone."""
+    rule = (
+        f'reproduced if the 95 % interval of "{fair.name}" is {_range(low, high)}, undecided if it '
+        f'reaches over an end. If it is outside, artefact if that of "{published.name}" is in it, '
+        "else refuted."
+    )
+
+    def judge(value_of):
+        ours = _by_interval(value_of(fair), low, high)
+        theirs = _by_interval(value_of(published), low, high)
+        text = f"{ours.ours}\nunder the original's conditions: {theirs.ours}"
+        if ours.verdict == "refuted" and theirs.verdict == "reproduced":
+            return Verdict("artefact", text)
+        return Verdict(ours.verdict, text, ours.because)
+
+    return (fair.result,), rule, judge
+
+
+def judge_persistence(value_of):
+    """Judge of whether GF-MH keeps facts; not of models that never learnt to answer."""
+    verdict = _by_interval(value_of(measures.PERSISTENCE), 99, None)
+    learnt = value_of(measures.FACT_LEARNT)["values"]
+    if min(learnt) < 0.5:
+        because = f"{sum(v < 0.5 for v in learnt)} of {len(learnt)} did not learn what is asked"
+        return Verdict("undecided", verdict.ours, because)
+    return verdict
+
+
+def judge_extremes(value_of):
+    """Judge of whether both extreme starts of the gate are worse than 30 %."""
+    judges = [better("GF-MH 0.3", other, "ratio")[2] for other in ("GF-XM 0.03", "GF-XR 0.97")]
+    both = [judge(value_of) for judge in judges]
+    ours = f"{both[0].ours}\n{both[1].ours}"
+    if both[0].verdict == both[1].verdict:
+        return both[0]._replace(ours=ours)
+    return Verdict("undecided", ours, f"{both[0].verdict} for 3 %, {both[1].verdict} for 97 %")
+
+
+def judge_attractor(value_of):
+    """Judge of whether gates converge, by the criterion of questions/ratio.py at both rates."""
+    kept = {at: value_of(measure) for at, measure in measures.SPREAD_KEPT.items()}
+    found = [value_of(measure) for measure in measures.ATTRACTOR.values()]
+    ours = "\n".join(f"spread kept at {at}: {formats.show(k)}" for at, k in kept.items())
+    if set(found) == {"attractor"}:
+        return Verdict("reproduced", ours)
+    if set(found) == {"none"}:
+        return Verdict("refuted", ours)
+    return Verdict("undecided", ours, f"the criterion says {' and '.join(found)} at the two rates")
+
+
+def judge_size(value_of):
+    """Judge of what GPT-2 has more parameters in; counts them, and measures nothing."""
+    del value_of  # a matter of arithmetic
+    counts = {}
+    for name, changes in (
+        ("gf-mh", {"branch": "legacy", "init": "normal"}),
+        ("gpt2", {}),
+    ):
+        parts = count_parameters(make_config(name, vocab_size=16000, **changes))
+        ends = sum(parts.get(part, 0) for part in ("embedding", "positions", "head"))
+        counts[name] = parts["total"], parts["total"] - ends
+    (ours, our_blocks), (theirs, their_blocks) = counts["gf-mh"], counts["gpt2"]
+    text = (
+        f"{ours:,} against {theirs:,} in all ({ours / theirs - 1:+.1%}), but {our_blocks:,} "
+        f"against {their_blocks:,} in the blocks ({our_blocks / their_blocks - 1:+.1%})"
+    ).replace("-", "−")
+    fewer, blocks_fewer = ours < 0.9 * theirs, our_blocks < 0.95 * their_blocks
+    if fewer and not blocks_fewer:
+        return Verdict("artefact", text, "GPT-2 was given wider embeddings and a position table")
+    return Verdict("reproduced" if fewer else "refuted", text)
+
+
+def judge_premise(value_of):
+    """Judge of whether GF-MH is ahead of two branches of either kind, on both texts."""
+    pairs = {name: value_of(measure) for name, measure in measures.CONTROLS.items()}
+    lines = []
+    for name, pair in pairs.items():
+        half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2
+        lines.append(f"GF-MH − {name}: {_signed(-pair['mean'], half, pair['real'])}")
+    ours = "\n".join(lines)
+    ahead = [pair["real"] and pair["mean"] > 0 for pair in pairs.values()]
+    behind = [pair["real"] and pair["mean"] < 0 for pair in pairs.values()]
+    if all(ahead) or any(behind):
+        return Verdict("reproduced" if all(ahead) else "refuted", ours)
+    return Verdict("undecided", ours, f"ahead in {sum(ahead)} of {len(pairs)} comparisons")

@@ -1,0 +1,220 @@
+"""A trained model on disk: found, read whole or refused with a reason, loaded, saved.
+
+FOLDER/params      the parameters, float32
+       about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
+       training    of a run alone, see gt_jax.training.writer
+       files.json  size and CRC-32 of every file of these: a changed one is noticed
+
+A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
+name is that number as Python writes it, and its `about` says the same step.
+"""
+
+import dataclasses
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath  # comes with orbax-checkpoint
+
+from gt_jax import stored
+from gt_jax.data.corpora import replace_file
+from gt_jax.errors import InputError, one_line
+from gt_jax.models import ModelConfig, make_model
+
+FOLDER = "checkpoints"
+FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
+_CHUNK = 1 << 22  # bytes read at once for a checksum
+
+
+class Damaged(InputError):
+    """A checkpoint is not as it was written."""
+
+
+def steps(workdir) -> list[int]:
+    """The steps of a run's checkpoints by the names of their folders, newest first."""
+    folders = [p for p in (Path(workdir) / FOLDER).glob("[0-9]*") if p.is_dir()]
+    named = [p.name for p in folders if p.name.isascii() and p.name.isdigit()]
+    return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
+
+
+def find(path) -> Path:
+    """The folder of one checkpoint: `path` itself, or the latest of the run whose workdir it is.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    path = Path(path).absolute()
+    if (path / "about").is_dir():
+        return path
+    if found := steps(path):
+        return path / FOLDER / str(found[0])
+    raise InputError(
+        f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
+    )
+
+
+def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
+    """Read the files of a checkpoint folder and compare them with files.json.
+
+    Args:
+        folder: from `find`.
+        parts: the subfolders to read, e.g. ("about", "params"); None for all there are.
+
+    Raises:
+        Damaged: a file is missing, cut off or has other bytes than were written.
+    """
+    try:
+        files = json.loads((folder / "files.json").read_text())
+        # Before format 2, a size alone.
+        sums = {n: v if isinstance(v, list) else [v, None] for n, v in files.items()}
+    except FileNotFoundError:
+        sums = {}  # `read_about` knows whether there should be one.
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"files.json: {one_line(error)}") from error
+    sums = {n: v for n, v in sums.items() if parts is None or n.split("/")[0] in parts}
+    with ThreadPoolExecutor(4) as pool:  # zlib lets go of the GIL
+        checks = [pool.submit(_check, folder / name, *entry) for name, entry in sums.items()]
+        for name, check in zip(sums, checks):
+            try:
+                fault = check.result()
+            except (OSError, TypeError, ValueError) as error:
+                fault = f"cannot be read: {error}"
+            if fault:
+                raise _damaged(folder, f"{name} {fault}")
+
+
+def read_about(folder: Path) -> dict:
+    """The JSON part of a checkpoint folder.
+
+    Raises:
+        Damaged: it is not as written, or the folder bears the number of another step.
+    """
+    verify(folder, ("about",))
+    try:
+        about = json.loads((folder / "about" / "metadata").read_text())
+        if about.get("format", 1) >= FORMAT and not (folder / "files.json").is_file():
+            raise _damaged(folder, "files.json is missing")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise _damaged(folder, f"about/metadata: {one_line(error)}") from error
+    step = about.get("step")
+    if folder.parent.name == FOLDER and step is not None and folder.name != str(step):
+        raise Damaged(
+            f"{folder} is a copy of the checkpoint of step {step} under another number: "
+            "move it out of this folder"
+        )
+    return about
+
+
+def load(path):
+    """A trained model, ready to apply.
+
+    Args:
+        path: a run's workdir (its latest checkpoint), one checkpoint folder or a converted model.
+
+    Returns:
+        (model, params, tokenizer): a gt_jax.models module, its float32 parameters, and an object
+        with encode and decode.
+
+    Raises:
+        InputError: there is no checkpoint at `path`, or it is damaged.
+    """
+    folder = find(path)
+    about = read_about(folder)
+    verify(folder, ("params",))
+    config, tokenizer = stored.describe(folder, about, _stored_shapes(folder, "params"))
+    model = make_model(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return model, read_tree(folder, "params", like), tokenizer
+
+
+def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
+    """Write a model that no run trained here, for `load`; `folder` must not exist."""
+    about = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(config),
+        "tokenizer": tokenizer.to_dict(),
+        "config": {"model": {"dtype": "auto"}},
+    }
+    items = ocp.args.Composite(params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder.absolute(), items)
+    seal(folder)
+
+
+def read_tree(folder: Path, name: str, like):
+    """The arrays of part `name` of a checkpoint folder, placed like `like`.
+
+    Args:
+        folder: from `find`.
+        name: "params", or another part that was written with arrays.
+        like: a pytree of arrays, or of shapes with shardings.
+
+    Raises:
+        InputError: the part is damaged, or its arrays have other names or shapes.
+    """
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    if _stored_shapes(folder, name) != _shapes(like):
+        raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
+    try:
+        part = epath.Path(folder / name)
+        return ocp.StandardCheckpointHandler().restore(part, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
+        raise _damaged(folder, one_line(error, 200)) from error
+
+
+def _stored_shapes(folder: Path, name: str) -> dict:
+    # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
+    try:
+        return _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / name)).tree)
+    except Exception as error:  # as above
+        raise _damaged(folder, one_line(error, 200)) from error
+
+
+def _shapes(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    keystr = jax.tree_util.keystr
+    return {keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
+
+
+def seal(folder: Path) -> None:
+    """Write files.json of a folder whose subfolders are final; Orbax changes its own file last."""
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.parent != folder]
+    files = {str(p.relative_to(folder)): p for p in found}
+    with ThreadPoolExecutor(4) as pool:
+        sums = dict(zip(files, pool.map(_checksum, files.values())))
+    replace_file(folder / "files.json", json.dumps(sums, indent=1).encode())
+
+
+def _checksum(file: Path) -> list[int]:
+    """[size in bytes, CRC-32] of a file."""
+    crc, size = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]
+
+
+def _check(file: Path, size: int, crc: int | None) -> str | None:
+    """What is wrong with a file, None for nothing."""
+    if not file.is_file():
+        return "is missing"
+    if (now := file.stat().st_size) != size:
+        return "is cut off" if now < size else "is longer than written"
+    if crc is not None and _checksum(file)[1] != crc:
+        return "has other bytes than were written"
+    return None
+
+
+def _damaged(folder: Path, reason: str) -> Damaged:
+    return Damaged(
+        f"{folder} is damaged ({reason}); use an earlier one: training again sets this one aside "
+        "and continues from the one before"
+    )

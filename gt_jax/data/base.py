@@ -1,0 +1,76 @@
+"""What all tokenizers have in common."""
+
+from typing import NamedTuple
+
+from gt_jax.errors import InputError
+
+
+class SpecialIds(NamedTuple):
+    """Ids that are no text, None where there is none.
+
+    bos: stands before a text. eos: ends a document. pad: fills. stop: each ends what is generated.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    stop: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, stored):
+        """From what `stored` gave, through JSON; none from None."""
+        special = cls(*(stored or ()))
+        return special._replace(stop=tuple(special.stop))
+
+    def stored(self):
+        """As `to_dict` of a tokenizer holds it; empty if there are none."""
+        return {"special": [*self[:3], list(self.stop)]} if self != SpecialIds() else {}
+
+
+class Tokenizer:
+    """What every tokenizer has, whether it is of a corpus or of a published model.
+
+    Attributes:
+        special: its SpecialIds.
+        start_ids: ids that a text of its own begins with, such as a prompt or a document.
+        byte_errors: how `token_bytes` join, see `gt_jax.generation.text`; None where every token
+            is text of its own.
+    """
+
+    special = SpecialIds()
+    start_ids: tuple[int, ...] = ()
+    byte_errors: str | None = None
+
+    @property
+    def eos_id(self):
+        """Ends a document; None where there is none."""
+        return self.special.eos
+
+    @property
+    def stop_ids(self):
+        """Ids that end what is generated."""
+        return tuple(dict.fromkeys(i for i in (self.eos_id, *self.special.stop) if i is not None))
+
+    def encode_after(self, text, before):
+        """[n] int32 ids of a text that follows another; `before` is the end of that."""
+        return self.encode(text)
+
+    def token_text(self, i):
+        """Token i as people read it; None for None."""
+        return None if i is None else self.decode([i])
+
+    def token_bytes(self, i):
+        """The bytes of token i, or None if it is text of its own."""
+        return None
+
+
+def check_text(text):
+    """Raise InputError for text that has no UTF-8: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 12, 0) : error.start + 12]
+        raise InputError(
+            f"text holds half a surrogate pair, {text[error.start]!r} in {around!r}, which is no "
+            "character; remove it"
+        ) from error

@@ -1,0 +1,272 @@
+"""Documents out of files: text, JSON lines and Parquet, packed or not; nothing read without end."""
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from gt_jax.data.splits import named_splits
+from gt_jax.errors import InputError
+
+KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
+PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
+_TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class Texts(NamedTuple):
+    """Documents to train on, those held out by name or None, and a note or None."""
+
+    train: list[str]
+    validation: list[str] | None
+    note: str | None
+
+
+def read_path(source: str, field: str, *, unknown: str) -> Texts:
+    """The documents of a file or folder.
+
+    Args:
+        source: a path, as `load_corpus` takes it.
+        field: where the text is in a JSON object or a Parquet table.
+        unknown: what to do where the path does not exist, to end a message with.
+
+    Raises:
+        InputError: nothing there, not a regular file, not text, damaged, longer than memory.
+    """
+    name = f"data.source={_short(source)}"
+    if not source.strip():
+        raise InputError(f"{name} is empty{unknown}")
+    try:
+        path = Path(source).expanduser()
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise InputError(f"{name} is no file, folder or built-in text{unknown}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} cannot be read ({reason}){unknown}") from error
+    if stat.S_ISDIR(mode):
+        return _read_folder(path, source, field)
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{name} is no regular file but a device, pipe or socket; save its text in a file"
+        )
+    documents, note = _read_file(path, field)
+    return Texts(documents, None, note)
+
+
+def _read_folder(folder, source, field):
+    files = sorted(f for f in folder.rglob("*") if _kind(f)[0] in KINDS and f.is_file())
+    if not files:
+        raise InputError(
+            f"data.source={_short(source)} holds no .txt or .jsonl file, and no .parquet; add one"
+        )
+    read = lambda files: [document for file in files for document in _read_file(file, field)[0]]
+    splits = named_splits(source, {file: file.relative_to(folder) for file in files}, stem_of)
+    if splits is None:
+        return Texts(read(files), None, None)
+    held_out = read(splits.validation) if splits.validation else None
+    return Texts(read(splits.train), held_out, splits.note)
+
+
+def _kind(path):
+    """(".txt" or another suffix, ".gz" or another packing or ""), in lower case."""
+    name = path.name.lower()
+    packing = next((suffix for suffix in _UNPACK if name.endswith(suffix)), "")
+    return Path(name.removesuffix(packing)).suffix, packing
+
+
+def stem_of(path: Path) -> str:
+    """The name of a file without its kind and packing, in lower case."""
+    return Path(path.name.lower().removesuffix(_kind(path)[1])).stem
+
+
+def _read_file(path, field):
+    """(documents, note) of one regular file."""
+    kind, packing = _kind(path)
+    where = f"data.source={_short(str(path))}"
+    if kind in _ARCHIVES or packing in _ARCHIVES:
+        raise InputError(f"{where} is an archive; unpack it and name the folder")
+    if kind == ".parquet" and not packing:
+        return _read_parquet(path, where, field), None
+    data = _read_bytes(path, where, packing)
+    text = _decode(data, where)
+    if kind == ".jsonl":
+        lines = enumerate(text.split("\n"), start=1)
+        return [_read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
+    if hashlib.sha256(data).hexdigest() == _TINY_SHAKESPEARE:
+        return [text], "this is tiny Shakespeare: results compare with published numbers"
+    return [text], None
+
+
+def _read_bytes(path, where, packing):
+    """The bytes of a file, unpacked: no more than memory holds, and no bomb."""
+    try:
+        with path.open("rb") as raw:
+            limit = _memory()
+            if packing:
+                packed = os.fstat(raw.fileno()).st_size
+                limit = min(limit, max(PACKED_FLOOR, PACKED_RATIO * packed))
+            data = bytearray()
+            with _UNPACK[packing](raw, where) if packing else raw as file:
+                while part := file.read(2**20):
+                    data += part
+                    if len(data) > limit:
+                        raise InputError(
+                            f"{where} unpacks to more than {limit:,} bytes, over {PACKED_RATIO} "
+                            "times its size; unpack it if that is right"
+                            if limit < _memory()
+                            else f"{where} is larger than this machine's memory; name a shorter "
+                            "text"
+                        )
+            return bytes(data)
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{where} does not fit into memory; name a shorter text") from error
+    except Exception as error:  # every library of a packing has errors of its own
+        if packing and getattr(error, "errno", None) is None:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{where} is no {packing} file, or damaged ({reason}); pack it again"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"{where} cannot be read ({error.strerror}); change its permissions"
+        ) from error
+
+
+def _memory():
+    """Bytes of memory of this machine; endless where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
+def _zstd(raw, where):
+    """A reader of Zstandard data: the standard library's from Python 3.14, else a package's."""
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise InputError(
+                f"{where} needs `pip install zstandard`; or unpack it with `unzstd`"
+            ) from error
+        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return zstd.ZstdFile(raw)
+
+
+_UNPACK = {
+    ".gz": lambda raw, where: gzip.GzipFile(fileobj=raw),
+    ".bz2": lambda raw, where: bz2.BZ2File(raw),
+    ".xz": lambda raw, where: lzma.LZMAFile(raw),  # noqa: SIM115  the caller closes it
+    ".zst": _zstd,
+}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_MAGIC = {  # how data begins that is no text -> what it is, and what to do
+    b"\x1f\x8b": "is packed by gzip; end its name in .gz",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd; end its name in .zst",
+    b"BZh": "is packed by bzip2; end its name in .bz2",
+    b"\xfd7zXZ": "is packed by xz; end its name in .xz",
+    b"PAR1": "is a Parquet table; end its name in .parquet",
+    b"PK\x03\x04": "is a zip archive; unpack it and name the folder",
+    b"7z\xbc\xaf": "is an archive; unpack it and name the folder",
+    codecs.BOM_UTF16_LE: "is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    codecs.BOM_UTF16_BE: "is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+}
+
+
+def _decode(data, where):
+    """The text of bytes of UTF-8, without a byte order mark."""
+    for start, what in _MAGIC.items():
+        if data.startswith(start) and not (start.isascii() and _is_text(data)):
+            raise InputError(f"{where} {what}")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 at byte {error.start}; convert it, e.g. with `iconv -t UTF-8`"
+        ) from error
+
+
+def _is_text(data):
+    try:
+        return b"\0" not in data and bool(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def _read_json(where, line, field):
+    """The text of one line of JSONL."""
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply to be read; remove it") from error
+    except ValueError as error:  # a syntax error, or a number of too many digits
+        reason = str(error).partition(";")[0]
+        raise InputError(f"{where} is not JSON ({reason}); fix or remove it") from error
+    return text_field(where, row, field)
+
+
+def text_field(where: str, row, field: str) -> str:
+    """row[field] as a string.
+
+    Raises:
+        InputError: it is not there, no text, or holds half of a surrogate pair; `where` begins it.
+    """
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if not isinstance(value, str):
+        names = list(row) if isinstance(row, dict) else []
+        has = ", ".join(name[:40] for name in names[:10]) + (", ..." if len(names) > 10 else "")
+        raise InputError(
+            f"{where} has no text in data.field={field!r}; name one of its fields: {has or 'none'}"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds {value[error.start]!a}, half of a surrogate pair; fix or remove it"
+        ) from error
+    return value
+
+
+def _read_parquet(path, where, field):
+    """The texts in a column of a Parquet table."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{where} needs `pip install pyarrow`; or convert it to .jsonl") from error
+    documents, characters = [], 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if field not in names:
+                text_field(where, dict.fromkeys(names), field)
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    row = f"{where} row {len(documents) + 1}"
+                    documents.append(text_field(row, {field: value}, field))
+                    characters += len(documents[-1])
+                if characters > _memory():
+                    raise InputError(f"{where} does not fit into memory; name a shorter text")
+    except InputError:
+        raise
+    except Exception as error:  # damaged files fail in every way there is
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{where} is no Parquet table, or damaged ({reason})") from error
+    return documents
+
+
+def _short(text):
+    """repr of a path, of a name too long its end."""
+    return repr(text if len(text) <= 300 else f"...{text[-200:]}")

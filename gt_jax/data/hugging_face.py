@@ -1,0 +1,192 @@
+"""tokenizer.json of the tokenizers package, read as transformers reads it."""
+
+import contextlib
+import functools
+import json
+import re
+
+import numpy as np
+
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.errors import InputError, one_line
+
+
+@contextlib.contextmanager
+def _one_line(fault: str):
+    """InputError for what the tokenizers package raises: bare Exceptions, and panics beside them.
+
+    A panic is no Exception but a BaseException of a class that cannot be imported.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"tokenizer.json {fault} ({one_line(error)})") from error
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What a tokenizer.json of the tokenizers package says, as transformers reads it.
+
+    Truncation and padding that the file holds do not act, as in transformers.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, json, special=None, cleans_up=False, chat_template=None):
+        """Args:
+            json: the text of tokenizer.json.
+            special: SpecialIds.
+            cleans_up: whether decoding removes spaces before punctuation, see `clean_up`.
+            chat_template: of a dialogue, in Jinja; None for none.
+
+        Raises:
+            InputError: the package is missing, or cannot read the text.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise InputError("tokenizer.json needs a package: pip install tokenizers") from error
+        with _one_line("cannot be read"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(json)
+        self.pads_with = (self._tokenizer.padding or {}).get("pad_token")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.text, self.cleans_up, self.chat_template = json, cleans_up, chat_template
+        self.special = SpecialIds.of(special)
+        # An embedding needs a row for the largest id, however many ids below it are unused.
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.byte_errors = _byte_errors(self._tokenizer.decoder)
+        self.token_bytes = functools.cache(self._token_bytes)
+
+    def encode(self, text, *, special=False):
+        """[n] int32 ids; with those that the file puts around a text if `special`.
+
+        Raises:
+            InputError: half a surrogate pair.
+        """
+        check_text(text)
+        with _one_line("cannot encode this text"):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
+
+    def encode_after(self, text, before):
+        """[n] int32 ids of a text that follows another; `before` is the end of that.
+
+        Many tokenizers put a space before every text, which must not come between the two.
+        """
+        for first in (before[-1:], "a", "\n"):
+            first_ids, both = self.encode(first), self.encode(first + text)
+            if len(first_ids) and np.array_equal(both[: len(first_ids)], first_ids):
+                return both[len(first_ids) :]
+        return self.encode(text)
+
+    @functools.cached_property
+    def start_ids(self):
+        found = self._tokenizer.encode("a", add_special_tokens=True)
+        own = [n for n, is_special in enumerate(found.special_tokens_mask) if not is_special]
+        return tuple(found.ids[: own[0]]) if own else ()
+
+    def decode(self, ids, *, special=True):
+        """Text of integer ids; ids that the vocabulary lacks are left out.
+
+        Special tokens are left out too unless `special`.
+        """
+        text = self.decode_as_is(ids, special=special)
+        return clean_up(text) if self.cleans_up else text
+
+    def decode_as_is(self, ids, *, special=True):
+        """Text before it is cleaned up."""
+        ids = [i for i in np.asarray(ids).ravel().tolist() if i >= 0]
+        with _one_line("cannot decode these ids"):
+            return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    @property
+    def is_bpe(self):
+        return type(self._tokenizer.model).__name__ == "BPE"
+
+    def token_id(self, token):
+        """The id of a token of the vocabulary; None for None or an unknown one."""
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    def with_tokens(self, settings):
+        """tokenizer.json with the tokens that tokenizer_config.json adds, as transformers does.
+
+        Raises:
+            InputError: a token is described by what is no token.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        made = Tokenizer.from_str(self.text)
+        before = made.to_str()
+        known = {str(token.content): token for token in made.get_added_tokens_decoder().values()}
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+        named = [settings.get(name) for name in _SPECIAL]
+        named += extra if isinstance(extra, list) else list((extra or {}).values())
+        listed = settings.get("added_tokens_decoder") or {}
+        try:
+            listed = [AddedToken(**listed[i]) for i in sorted(listed, key=int)]
+            known |= {token.content: token for token in listed}
+            special = []
+            for token in filter(None, named):
+                fields = (
+                    {k: v for k, v in token.items() if k != "__type"}
+                    if isinstance(token, dict)
+                    else {"content": token, "normalized": False}
+                )
+                new = AddedToken(**fields | {"special": True})
+                special.append(known.get(new.content, new))
+            made.add_tokens(listed)
+            made.add_special_tokens(special)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"tokenizer_config.json describes no token ({error})") from error
+        after = made.to_str()
+        return self.text if after == before else after
+
+    def token_text(self, i):
+        """A token as the vocabulary spells it; None for None or an unknown id."""
+        return None if i is None else self._tokenizer.id_to_token(i)
+
+    def _token_bytes(self, i):
+        token = self._tokenizer.id_to_token(i) if i >= 0 else None
+        if token is None and self.byte_errors:
+            return b""  # decoding passes over it
+        if self.byte_errors == "replace":
+            known = all(letter in _BYTE_OF_LETTER for letter in token)
+            return bytes(map(_BYTE_OF_LETTER.get, token)) if known else token.encode()
+        is_byte = self.byte_errors == "whole" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
+        return bytes.fromhex(token[3:5]) if is_byte else None
+
+    def to_dict(self):
+        more = {"cleans_up": self.cleans_up, "chat_template": self.chat_template}
+        more = {name: value for name, value in more.items() if value}
+        return {"kind": self.kind, "json": self.text} | more | self.special.stored()
+
+
+def clean_up(text):
+    """Text without the spaces that word-piece tokenizers leave, as transformers removes them."""
+    for wrong in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(wrong, wrong.strip())
+    return text
+
+
+def _byte_errors(decoder):
+    """Tokenizer.byte_errors of a decoder of the tokenizers package."""
+    if decoder is None:
+        return None
+    state = json.loads(decoder.__getstate__())
+    kinds = {part["type"] for part in state.get("decoders", [state])}
+    if "ByteLevel" in kinds:
+        return "replace" if kinds <= {"ByteLevel", "Fuse"} else "unknown"
+    return "whole" if "ByteFallback" in kinds else None
+
+
+def _byte_of_letter():
+    """Letter -> byte: byte-level vocabularies write bytes that do not print as U+0100 and up."""
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(prints))
+    letters = {chr(byte): byte for byte in prints}
+    return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_of_letter()
+_SPECIAL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

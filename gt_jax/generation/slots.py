@@ -1,0 +1,148 @@
+"""The batch on the device: its slots, and the burst of decode steps that advances them all.
+
+A slot is one row of the batch, somewhere in its own text: it reads what waits of its prompt, a
+token a step, then draws and reads what it has drawn. No row is ever padded and the batch always has
+the same number of rows, so the tokens of a request are the same to the last bit whatever its
+neighbours are and whether it has any.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax import compilation
+from gt_jax.generation.contexts import PREFILL_CHUNKS, zero_state
+from gt_jax.generation.sampling import Settings, choose
+from gt_jax.generation.weights import decode_step
+
+BURST = 32  # steps in one call of the device
+STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
+
+
+class Slots(NamedTuple):
+    """The batch on the device; every array's first axis is the row.
+
+    state: of the model. queue: [B, 64] int32, the `waiting` [B] >= 1 tokens to read come first.
+    seen: [B, vocab] bool. key: [B] random keys. drawn, limit: [B] int32, tokens so far and at most.
+    settings: Settings of [B].
+    """
+
+    state: Any
+    queue: jax.Array
+    waiting: jax.Array
+    seen: jax.Array
+    key: jax.Array
+    drawn: jax.Array
+    limit: jax.Array
+    settings: Settings
+
+
+def rows_of_batch(rows):
+    """Rows that the device works on where `rows` are wanted.
+
+    XLA's GPU backend multiplies a matrix and a single row element by element, writes that out and
+    sums it; an idle second row costs less.
+    """
+    return rows if jax.default_backend() == "cpu" else max(rows, 2)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
+def empty_slots(model, params, rows):
+    """Slots whose rows have nothing to do."""
+    full = lambda value: jnp.full(rows, value, jnp.result_type(value))
+    return Slots(
+        zero_state(model, params, rows),
+        queue=jnp.zeros((rows, PREFILL_CHUNKS[0]), jnp.int32),
+        waiting=full(1),
+        seen=jnp.zeros((rows, model.config.vocab_size), bool),
+        key=jax.random.split(jax.random.key(0), rows),
+        drawn=full(0),
+        limit=full(0),
+        settings=jax.tree.map(full, Settings()),
+    )
+
+
+def one_slot(request, context):
+    """Slots of one row, for `fill_slot`."""
+    queue = np.zeros((1, PREFILL_CHUNKS[0]), np.int32)
+    queue[0, : len(context.waiting)] = context.waiting
+    return Slots(
+        context.state,
+        queue=queue,
+        waiting=np.int32([len(context.waiting)]),
+        seen=context.seen[None],
+        key=jax.random.key(request.seed)[None],
+        drawn=np.int32([0]),
+        limit=np.int32([request.max_tokens]),
+        settings=Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def fill_slot(slots, row, one):
+    """`slots` with the row of `one` at index `row`."""
+    return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
+
+
+def advance(model, weights, slots, *, narrows):
+    """BURST steps, or fewer if every row reaches its limit.
+
+    Args:
+        weights: of `prepare_weights`.
+        narrows: whether any row may have top-k, top-p or min-p.
+
+    Returns:
+        The slots, which take the place of those given, and for every step and row the token drawn,
+        int32, or -1 while a row still reads its prompt or has nothing to do; with the token's
+        log-probability, float32.
+    """
+    return _advance()(model, weights, slots, narrows=narrows)
+
+
+@functools.cache
+def _advance():
+    options = compilation.options(compilation.DECODING)
+    arguments = {"static_argnames": ("model", "narrows"), "donate_argnames": "slots"}
+    return jax.jit(_burst, compiler_options=options, **arguments)
+
+
+def _burst(model, weights, slots, *, narrows):
+    B, vocab = slots.seen.shape
+    tokens = jnp.full((BURST, B), -1, jnp.int32)
+    log_probabilities = jnp.zeros((BURST, B))
+
+    def busy(carry):
+        steps, slots, _ = carry
+        return (steps < BURST) & jnp.any(slots.drawn < slots.limit)
+
+    def advance_one(_, carry):
+        steps, slots, (tokens, log_probabilities) = carry
+        logits, state = decode_step(model, weights, slots.queue[:, 0], slots.state)
+        logits = jax.lax.optimization_barrier(logits)  # the same to the last bit however drawn from
+        keys = jax.vmap(jax.random.fold_in)(slots.key, slots.drawn)
+        token = choose(keys, logits, slots.seen, slots.settings, narrows=narrows)
+        log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_probability -= jax.nn.logsumexp(logits, axis=1)
+
+        draws = (slots.waiting == 1) & (slots.drawn < slots.limit)
+        queue = jnp.roll(slots.queue, -1, axis=1)
+        slots = slots._replace(
+            state=state,
+            queue=queue.at[:, 0].set(jnp.where(draws, token, queue[:, 0])),
+            waiting=jnp.maximum(slots.waiting - 1, 1),
+            seen=slots.seen | (draws[:, None] & (token[:, None] == jnp.arange(vocab))),
+            drawn=slots.drawn + draws,
+        )
+        tokens = tokens.at[steps].set(jnp.where(draws, token, -1))
+        log_probabilities = log_probabilities.at[steps].set(log_probability)
+        return steps + 1, slots, (tokens, log_probabilities)
+
+    # A GPU waits for the host to see the condition of a while loop, but not in a known number of
+    # steps.
+    stride = lambda carry: jax.lax.fori_loop(0, STRIDE, advance_one, carry)
+    start = (0, slots, (tokens, log_probabilities))
+    _, slots, drawn = jax.lax.while_loop(busy, stride, start)
+    return slots, drawn

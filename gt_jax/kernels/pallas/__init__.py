@@ -1,0 +1,6 @@
+"""What the Pallas kernels share.
+
+devices.py says where they run and loads no Pallas itself; launch.py starts them, splits.py cuts
+long sequences of few heads, tiles.py handles matrices on chip, terms.py writes float32 numbers as
+sums of bfloat16 ones, and products.py multiplies on the tensor cores.
+"""

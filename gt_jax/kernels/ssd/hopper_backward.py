@@ -1,0 +1,75 @@
+"""Gradient of the Hopper SSD kernel: one pass over the chunks from the last to the first.
+
+Per chunk, with dS the gradient of the state that leaves it, and everything the forward pass knows:
+
+    dM = dy x^T                      (of the matrix that multiplies x; i reads j)
+    dx = (L * C B^T * dt_j)^T dy + weight (B dS^T) + D dy
+    dC = (L * dM * dt_j) B + (exp2(g) dy) S          summed over the heads of a group
+    dB = (L * dM * dt_j)^T C + (weight x) dS         likewise
+    dS <- exp2(g_end) dS + (exp2(g) dy)^T C
+
+Squares are held transposed, [j, i], so that M^T is an operand in registers. The gradient of the log
+decay sums the rectangle i >= t > j of L * C B^T * dt_j * dM by a product with ones, never as a
+difference of sums.
+
+There are two kernels, hopper_backward_bfloat16.py and hopper_backward_float32.py; what they share
+is in hopper_chains.py (blocks that add to one sum) and in hopper_gradients.py.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gt_jax.kernels.pallas.launch import batched_as_rows, lowered_once
+from gt_jax.kernels.ssd import hopper_backward_bfloat16, hopper_backward_float32
+from gt_jax.kernels.ssd.hopper_gradients import ROWS
+from gt_jax.kernels.ssd.hopper_sizes import Sizes
+
+__all__ = ["ROWS", "backward"]
+
+
+def backward(
+    size: Sizes,
+    x: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    g: jax.Array,
+    dt: jax.Array,
+    D: jax.Array,
+    states: jax.Array,
+    dy: jax.Array,
+    dstate: jax.Array,
+    *,
+    of_start: bool,
+) -> tuple[jax.Array, ...]:
+    """Gradients, of which the sums over chains and over time still have to be finished.
+
+    Args:
+        size: the call's Sizes.
+        x: [B, T, H, P]; B, C: [B, T, G, N], bfloat16 or float32.
+        g: [B, H, chunks, terms, CHUNK] sums of log2 decays in the chunk.
+        dt: [B, H, chunks, CHUNK] step sizes.
+        D: [H] float32.
+        states: [B, H, chunks / 2, P, N] bfloat16, the state every other chunk starts from, or
+            [B, H, chunks, P, N] float32, of every chunk, where x is float32.
+        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
+        of_start: whether the gradient of the initial state is asked for.
+
+    Returns:
+        dx; dB and dC [B, chunks * CHUNK, chains, N] float32; rows [B, H, chunks, 2, CHUNK] as named
+        in ROWS; dD [B, H, CHUNK]; with of_start the gradient of the initial state.
+    """
+    D = jnp.broadcast_to(D, (size.batch, size.heads))
+
+    @batched_as_rows
+    def rows(x, *arrays):
+        return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
+
+    return rows(x, B, C, g, dt, D, states, dy, dstate)
+
+
+@lowered_once("size", "of_start")
+def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
+    inputs = {"x": x, "B": B, "C": C, "g": g, "dt": dt, "D": D}
+    inputs |= {"states": states, "dy": dy, "dlast": dstate}
+    kernels = {1: hopper_backward_bfloat16, 2: hopper_backward_float32}
+    return kernels[size.terms].gradients(size, inputs, of_start=of_start)

@@ -1,0 +1,69 @@
+"""A uvicorn server that closes connections on which nothing arrives, or nothing leaves, in time."""
+
+HEAD_SECONDS = 10  # for a request's headers to arrive, from the connection or the answer before on
+
+
+def make_server(
+    app,
+    *,
+    host: str,
+    port: int,
+    request_seconds: float,
+    head_seconds: float = HEAD_SECONDS,
+    **options,
+):
+    """A uvicorn.Server for `app`, ready to `run()`.
+
+    Args:
+        app: of `make_app`.
+        host, port: where to listen.
+        request_seconds: from a request's headers to the end of its answer, at most; above the time
+            that the application itself gives body and answer. A client that does not read its
+            answer is cut off then.
+        head_seconds: for a request's headers to arrive.
+        **options: of uvicorn.Config.
+    """
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        """H11Protocol with one timer: for the headers, then for the rest of the request.
+
+        uvicorn's own runs after an answer only, and ends with the first byte that follows.
+        """
+
+        timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._start_timer()
+
+        def data_received(self, data):
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before:
+                self._start_timer()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self._start_timer()
+
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
+            if self.timer:
+                self.timer.cancel()
+
+        def _start_timer(self):
+            if self.timer:
+                self.timer.cancel()
+            busy = self.cycle is not None and not self.cycle.response_complete
+            self.timer = self.loop.call_later(
+                request_seconds if busy else head_seconds, self._cut_off
+            )
+
+        def _cut_off(self):
+            unsent = self.transport.get_write_buffer_size()
+            self.transport.abort() if unsent else self.transport.close()
+
+    config = uvicorn.Config(app, host=host, port=port, http=TimedProtocol, ws="none", **options)
+    return uvicorn.Server(config)

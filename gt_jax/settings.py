@@ -1,0 +1,110 @@
+"""One place for a setting: its type, default, meaning, and range or choices.
+
+    @dataclass(frozen=True)
+    class Optim:
+        lr: float = setting(4e-3, "peak learning rate", ABOVE_ZERO)
+
+`check` holds a dataclass of settings to what its fields say.
+"""
+
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from gt_jax.errors import InputError, did_you_mean
+
+
+class Range(NamedTuple):
+    """Which numbers a setting takes: a test, and what it asks for in words."""
+
+    test: Callable[[Any], bool]
+    wanted: str
+
+
+POSITIVE = Range(lambda v: v >= 1, "at least 1")
+NOT_NEGATIVE = Range(lambda v: v >= 0, "0 or more")
+ABOVE_ZERO = Range(lambda v: v > 0, "above 0")
+FRACTION = Range(lambda v: 0 < v < 1, "above 0 and below 1")
+SHARE = Range(lambda v: 0 <= v <= 1, "between 0 and 1")
+BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
+
+
+def setting(default, about: str, within: Range | None = None, *, choices: Sequence[str] = ()):
+    """A dataclass field with a default and its meaning in one line.
+
+    Args:
+        default: a value, or a class for a group of settings that starts from its own defaults.
+        about: what it does, for people; `--help` and the documentation print it.
+        within: the numbers it takes.
+        choices: the words it takes.
+    """
+    metadata = {"about": about, "within": within, "choices": tuple(choices)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(settings, prefix: str = "") -> None:
+    """Raise InputError unless every field has its type and lies in its range or choices.
+
+    Args:
+        settings: a dataclass whose fields come from `setting`; groups inside are checked too.
+        prefix: what the fields' names begin with in messages, e.g. "model.".
+    """
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check(value, name + ".")
+        else:
+            _check_type(value, field.type, name)
+            if value is not None:
+                _check_value(value, field.metadata, name)
+
+
+def accepted(kind) -> tuple[type, ...]:
+    """The types of a field: (int, NoneType) of `int | None`."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+# Types as people say them, and what counts as one.
+_KINDS = {
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    bool: ("true or false", bool),
+    str: ("text", str),
+}
+
+
+def _check_type(value, kind, name: str) -> None:
+    kinds = accepted(kind)
+    if value is None and types.NoneType in kinds:
+        return
+    kinds = [k for k in kinds if k is not types.NoneType]
+    if any(
+        isinstance(value, _KINDS[k][1]) and isinstance(value, bool) == (k is bool) for k in kinds
+    ):
+        return
+    expected = " or ".join(_KINDS[k][0] for k in kinds)
+    raise InputError(f"{name}={value!r} must be {expected}, not {type(value).__name__}")
+
+
+def _check_value(value, metadata, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name}={value} must be a finite number")
+    within, choices = metadata.get("within"), metadata.get("choices")
+    if within and not within.test(value):
+        raise InputError(f"{name}={value} must be {within.wanted}")
+    if choices:
+        check_choice(name, value, choices)
+
+
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    """Raise an InputError that names the nearest choice unless value is one of them."""
+    if value not in choices:
+        raise InputError(
+            f"{name}={value!r} must be one of {', '.join(choices)}" + did_you_mean(value, choices)
+        )

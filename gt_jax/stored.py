@@ -1,0 +1,67 @@
+"""What a stored model says of itself, held against its files before anything is built from it."""
+
+import math
+import re
+from pathlib import Path
+
+from gt_jax.config import computation_dtype
+from gt_jax.data import tokenizer_from_dict
+from gt_jax.errors import InputError, one_line
+from gt_jax.models import ModelConfig
+
+LARGEST_SIZE = 1 << 31  # of any number in a model's configuration
+MOST_PACKED = 64  # times the bytes on disk that parameters may have; random numbers hardly shrink
+ALWAYS_FINE = 1 << 26  # bytes, whatever is on disk
+
+
+def describe(folder: Path, about, shapes: dict[str, tuple[int, ...]]):
+    """The model and tokenizer of a checkpoint folder.
+
+    A model of 1000 blocks takes a minute to build, and one of a few files cannot be that.
+
+    Args:
+        folder: the checkpoint.
+        about: its JSON part.
+        shapes: of the parameters in its files, by path such as "blocks_0/rwkv/key/kernel".
+
+    Returns:
+        (ModelConfig for this machine, tokenizer).
+
+    Raises:
+        InputError: `about` is damaged, or says other sizes than the files have.
+    """
+    try:
+        fields = dict(about["model"])
+        if any(type(value) is int and value > LARGEST_SIZE for value in fields.values()):
+            raise ValueError("a size of its model is out of all proportion")
+        # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
+        dtype = computation_dtype(about["config"]["model"]["dtype"])
+        config = ModelConfig(**fields | {"dtype": dtype, "impl": "auto"})
+        _check_sizes(folder, config, shapes)
+        tokenizer = tokenizer_from_dict(about["tokenizer"])
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"its tokenizer has {tokenizer.vocab_size} ids and its model {config.vocab_size}"
+            )
+    except Exception as error:  # of many kinds, from packages that read tokenizers
+        said = error.args[0] if isinstance(error, KeyError) else error
+        missing = f"{said} is missing" if isinstance(error, KeyError) else said
+        raise InputError(f"{folder} is damaged: {one_line(missing)}") from error
+    return config, tokenizer
+
+
+def _check_sizes(folder, config, shapes):
+    """Raise ValueError unless the sizes that decide how long building takes are the files'."""
+    blocks = {match[0] for match in map(re.compile(r"blocks_\d+/").match, shapes) if match}
+    if len(blocks) != config.layers:
+        raise ValueError(f"model.layers={config.layers}, and its files hold {len(blocks)} blocks")
+    embedding = shapes.get("embedding/embedding")
+    if embedding is not None and embedding != (config.vocab_size, config.dim):
+        raise ValueError(
+            f"model.vocab_size={config.vocab_size} and model.dim={config.dim}, and its files hold "
+            f"an embedding {list(embedding)}"
+        )
+    on_disk = sum(p.stat().st_size for p in (folder / "params").rglob("*") if p.is_file())
+    claimed = 4 * sum(map(math.prod, shapes.values()))
+    if claimed > MOST_PACKED * on_disk + ALWAYS_FINE:
+        raise ValueError(f"it claims {claimed:,} bytes of parameters in files of {on_disk:,}")

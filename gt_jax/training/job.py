@@ -1,0 +1,149 @@
+"""What a run is made of, from its config and the checkpoint that it continues from."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gt_jax import checkpoint
+from gt_jax.config import Config, flatten, from_stored, to_dict
+from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig, count_parameters, make_model
+from gt_jax.training import memory, parallel
+from gt_jax.training.display import say
+from gt_jax.training.model import make_model_config
+from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.step import init_state, make_eval_step, make_train_step
+from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.writer import restore
+
+# What a resumed run may change; a longer one follows the cosine of its new length from there on.
+FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
+FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
+FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
+FREE_ON_RESUME += ("log.every", "log.tensorboard")
+
+
+class Job(NamedTuple):
+    """What a run is made of; nothing in it changes but the place in `batches`."""
+
+    config: Config
+    workdir: Path
+    mesh: Any
+    text: Text
+    fingerprint: str  # of the text's tokens
+    batches: Any  # endless, for training
+    held_out: list  # batches of an evaluation
+    per_token: float  # characters
+    model: Any
+    model_config: ModelConfig
+    parameters: dict[str, int]  # counts by part, and their "total"
+    make_state: Callable  # random key -> TrainState
+    train_step: Callable
+    eval_step: Callable
+
+
+def prepare(config: Config, workdir: Path, mesh, about: dict | None) -> Job:
+    """Read the text, make the model and its steps; nothing large is allocated or compiled.
+
+    Args:
+        config, workdir: of the run.
+        mesh: from `parallel.make_mesh`.
+        about: of the checkpoint to continue from, None for a new run.
+
+    Raises:
+        InputError: the text, the model and the config do not fit each other or this machine.
+    """
+    # Text, in the tokens of the model that the run began with if there is one.
+    stored = about or _stored(config)
+    tokenizer = tokenizer_from_dict(stored["tokenizer"]) if config.model.init_from else None
+    text = read_text(config, tokenizer=tokenizer, cache_dir=workdir)
+    hashed = fingerprint(text.tokens)
+    if about:
+        _check_same_text(about, text, hashed, config, workdir)
+    shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len}
+    batches = make_batches(text.tokens.train, order=config.data.order, seed=config.seed, **shape)
+    held_out = evaluation_batches(
+        text.tokens.validation,
+        max_tokens=config.train.eval_tokens,
+        carry=config.train.carry_state,
+        **shape,
+    )
+
+    # Model, optimizer, steps to compile.
+    model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
+    counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
+    fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
+    memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
+    model = make_model(model_config)
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    make_step = functools.partial(make_train_step, model, tx, schedule, config)
+    return Job(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        text=text,
+        fingerprint=hashed,
+        batches=batches,
+        held_out=held_out,
+        per_token=characters_per_token(text.tokenizer, text.tokens.validation),
+        model=model,
+        model_config=model_config,
+        parameters=counts,
+        make_state=jax.jit(
+            functools.partial(init_state, model, tx, config),
+            out_shardings=parallel.state_sharding(mesh),
+        ),
+        train_step=parallel.compile_train_step(make_step, mesh, config.parallel.mode),
+        eval_step=parallel.compile_eval_step(make_eval_step(model), mesh),
+    )
+
+
+def first_state(job: Job, folder: Path | None, about: dict | None):
+    """The TrainState of a checkpoint and its place in job.batches; a fresh one without any.
+
+    Fresh parameters are those of model.init_from where that is set.
+    """
+    key = jax.random.key(job.config.seed)
+    if about:
+        state = restore(folder, jax.eval_shape(job.make_state, key))
+        job.batches.restore(about["batches"])
+        return state
+    state = job.make_state(key)
+    if job.config.model.init_from:
+        _, params, _ = checkpoint.load(job.config.model.init_from)
+        sharding = parallel.state_sharding(job.mesh).params
+        state = state.replace(params=jax.device_put(params, sharding))
+    return state
+
+
+def _stored(config: Config) -> dict | None:
+    """What a checkpoint says of the model in model.init_from, None where none is set."""
+    if config.model.init_from is None:
+        return None
+    return checkpoint.read_about(checkpoint.find(config.model.init_from))
+
+
+def check_same_run(old: dict, config: Config, workdir: Path) -> None:
+    """Raise InputError unless a run that began with the config `old` may continue with this one."""
+    old, new = (flatten(to_dict(c)) for c in (from_stored(old), config))
+    for name in new:
+        if name not in FREE_ON_RESUME and new[name] != old.get(name):
+            raise InputError(
+                f"{name}={new[name]} differs from {old.get(name)}, with which {workdir} began; "
+                f"set it back, or start anew with another --workdir"
+            )
+
+
+def _check_same_text(about: dict, text: Text, hashed: str, config: Config, workdir: Path) -> None:
+    if about["tokenizer"] != text.tokenizer.to_dict() or about.get("text", hashed) != hashed:
+        raise InputError(
+            f"data.source={config.data.source} is no longer the text that {workdir} began with; "
+            "bring it back, or start anew with another --workdir"
+        )
+    if "text" not in about:
+        say(f"note:   {workdir} was begun by a version that kept no hash of its text; not compared")

@@ -1,0 +1,42 @@
+"""From a run's config to its model."""
+
+import dataclasses
+
+from gt_jax.config import Config, computation_dtype
+from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig, make_config
+
+
+def make_model_config(config: Config, vocab_size: int, stored: dict | None = None) -> ModelConfig:
+    """The ModelConfig of a run.
+
+    Args:
+        config: uses the model group and train.carry_state.
+        vocab_size: number of token ids.
+        stored: what `checkpoint.read_about` says of model.init_from, if that is set.
+
+    Raises:
+        InputError: an impossible value, or one that differs from the stored model.
+    """
+    fields = dataclasses.asdict(config.model)
+    preset, init_from = fields.pop("preset"), fields.pop("init_from")
+    fields["dtype"] = computation_dtype(config.model.dtype)
+    if init_from:
+        of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
+        its = ModelConfig(**stored["model"])
+        for name, value in fields.items():
+            if value not in (None, getattr(its, name)):
+                raise InputError(
+                    f"model.{name}={value} differs from {getattr(its, name)} in {init_from}, "
+                    "which sets the architecture: leave it unset"
+                )
+        model_config = dataclasses.replace(its, **of_run)
+        preset = model_config.architecture
+    else:
+        model_config = make_config(preset, vocab_size=vocab_size, **fields)
+    if config.train.carry_state and model_config.architecture.startswith("gpt"):
+        raise InputError(
+            f"train.carry_state=True needs a recurrent model, and model.preset={preset} attends "
+            f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
+        )
+    return model_config

@@ -1,0 +1,76 @@
+"""How a run is going: its best evaluation, its patience, and steps that were not finite."""
+
+import collections
+import dataclasses
+import math
+
+from gt_jax.config import Config
+from gt_jax.errors import InputError
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the evaluations of a run said; a checkpoint remembers it."""
+
+    best_loss: float | None = None  # of the finite ones
+    best_step: int | None = None
+    last_loss: float | None = None
+    evaluations_since_best: int = 0
+    evaluated: int = 0  # step of the last evaluation
+
+    @classmethod
+    def of_checkpoint(cls, about: dict, step: int) -> "Progress":
+        """As a checkpoint remembers it; older ones name no last evaluation and let NaN be best."""
+        progress = cls(**{"evaluated": step} | about["progress"])
+        if progress.best_loss is not None and not math.isfinite(progress.best_loss):
+            progress.best_loss = progress.best_step = None
+        return progress
+
+    def update(self, step: int, loss: float) -> bool:
+        """Take in an evaluation; True if it is the best so far. One that is not finite never is."""
+        self.last_loss, self.evaluated = loss, step
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            self.evaluations_since_best += 1
+            return False
+        self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
+        return True
+
+    def out_of_patience(self, config: Config) -> bool:
+        """Whether train.patience evaluations have passed without a new best."""
+        return 0 < config.train.patience <= self.evaluations_since_best
+
+
+class FiniteWatch:
+    """Ends a run after train.max_nonfinite steps in a row that were not finite.
+
+    The count of a step is read when it is there, at most two steps later, so that the device never
+    waits for the host.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._counts = collections.deque()
+
+    def add(self, skipped_in_a_row) -> None:
+        """Take in the count [] int32 after a step that may still be running.
+
+        Raises:
+            InputError: an earlier step's count reached the limit.
+        """
+        skipped_in_a_row.copy_to_host_async()
+        self._counts.append(skipped_in_a_row)
+        while len(self._counts) > 2 or (self._counts and self._counts[0].is_ready()):
+            self._check(int(self._counts.popleft()))
+
+    def finish(self) -> None:
+        """Look at the steps not looked at yet. Raises InputError as `add` does."""
+        while self._counts:
+            self._check(int(self._counts.popleft()))
+
+    def _check(self, count: int) -> None:
+        limit = self._config.train.max_nonfinite
+        if count >= limit:
+            raise InputError(
+                f"the last {count} steps were not finite in loss or gradient "
+                f"(train.max_nonfinite={limit}); lower optim.lr={self._config.optim.lr}"
+            )

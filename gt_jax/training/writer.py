@@ -1,0 +1,179 @@
+"""Checkpoints of a run under way: written in the background by Orbax, restored to continue it.
+
+WORKDIR/checkpoints/STEP/params, about, files.json   as in gt_jax.checkpoint
+                         training    step, random key, optimizer, carried state, skip counts
+
+A folder gets its number when all of it is written, files.json included: a process that is killed
+leaves whole checkpoints and a folder of another name, which the next one removes.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from gt_jax import checkpoint
+from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
+from gt_jax.errors import InputError
+from gt_jax.training.display import say
+from gt_jax.training.step import TrainState
+
+_DELETED = "deleted"  # checkpoints on their way out: renamed first, so that none is half there
+
+
+class Writer:
+    """Saves a run's checkpoints, keeping the latest few and the best. A context manager.
+
+    However the context ends, the checkpoint under way is finished first, or removed if it cannot
+    be.
+    """
+
+    def __init__(self, workdir, *, keep: int):
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._keep = keep
+        self._saving = None  # the step under way
+        after = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        options = ocp.CheckpointManagerOptions(
+            async_options=after,
+            todelete_subdir=_DELETED,
+            lightweight_initialize=True,  # a damaged _CHECKPOINT_METADATA, unused, would end it
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._clean()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            self._manager.close()
+        elif self._saving is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception:  # `error` is what ends the run.
+                self._clean()
+
+    def save(self, state: TrainState, about: dict, *, best_step: int | None) -> None:
+        """Write checkpoint `state.step`; returns once the state is copied, then writes behind.
+
+        Args:
+            state: the run, possibly donated to the next step right after.
+            about: what belongs with it and JSON can hold; `gt_jax.load` needs its "model",
+                "tokenizer" and "config".
+            best_step: the older checkpoint to keep whatever its age.
+
+        Raises:
+            OSError: this or the previous checkpoint could not be written. Earlier ones are intact.
+        """
+        self.finish(best_step=best_step)
+        parts, step = _parts(state), int(state.step)
+        items = {name: ocp.args.StandardSave(parts[name]) for name in parts}
+        items["about"] = ocp.args.JsonSave({"format": FORMAT, "step": step, **about})
+        self._saving = step
+        args = ocp.args.Composite(**items)
+        self._attempt(lambda: self._manager.save(step, args=args, force=True))
+
+    def finish(self, *, best_step: int | None) -> None:
+        """Wait for the write under way, then delete what is neither among the latest nor the best.
+
+        Raises:
+            OSError: the checkpoint under way could not be written.
+        """
+        self._attempt(self._manager.wait_until_finished)
+        self._saving = None
+        for step in checkpoint.steps(self.folder.parent)[self._keep :]:
+            if step != best_step:
+                self._manager.delete(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+
+    def _attempt(self, write) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax raises many kinds for one thing.
+            self._saving = None
+            self._clean()
+            reason = str(error).strip().rsplit(": ", 1)[-1]
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder} ({reason}); "
+                "earlier ones are intact: make room, then run the same command again"
+            ) from error
+
+    def _seal(self) -> None:
+        """Orbax calls this in its thread, between the last byte and the folder's final name."""
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                checkpoint.seal(unfinished)
+
+    def _clean(self) -> None:
+        """Remove what an interrupted write or deletion left behind."""
+        for unfinished in (*self.folder.glob("*.orbax-checkpoint-tmp*"), self.folder / _DELETED):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def newest(workdir) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint of a run and its `about`; None where there is no checkpoint.
+
+    Newer ones that are damaged are set aside: renamed to STEP.damaged, with a line that says so.
+
+    Raises:
+        Damaged: none is whole. All stay as they are.
+    """
+    faults = {}
+    for step in checkpoint.steps(workdir):
+        folder = Path(workdir).absolute() / FOLDER / str(step)
+        try:
+            checkpoint.verify(folder)
+            about = read_about(folder)
+            if about.get("format", 1) < FORMAT:
+                _read_whole(folder)
+        except Damaged as error:
+            faults[folder] = error
+            continue
+        for damaged, error in faults.items():
+            reason = str(error).split("; ")[0]
+            with contextlib.suppress(FileNotFoundError):  # Another process of the run did it.
+                say(f"{reason}: now {_set_aside(damaged).name}; continuing from step {step}")
+        return folder, about
+    if faults:
+        raise next(iter(faults.values()))
+    return None
+
+
+def restore(folder: Path, like: TrainState) -> TrainState:
+    """The TrainState in a checkpoint folder, placed like `like` (arrays or shapes with shardings).
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a model or optimizer of another shape.
+    """
+    parts = {name: read_tree(folder, name, part) for name, part in _parts(like).items()}
+    state = TrainState(params=parts["params"], **parts["training"])
+    if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
+        raise InputError(
+            f"{folder} holds the state of step {int(state.step)}: a copy under another number; "
+            "move it out of this folder"
+        )
+    return state
+
+
+def _set_aside(folder: Path) -> Path:
+    names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{n}" for n in range(2, 1000))]
+    return folder.rename(next(p for p in map(folder.with_name, names) if not p.exists()))
+
+
+def _read_whole(folder: Path) -> None:
+    """Find out whether a checkpoint without checksums can be read; one with them was compared."""
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    for part in ("params", "training"):
+        try:
+            reader.restore(folder / part)
+        except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
+            raise Damaged(f"{folder} is damaged ({str(error)[:200]})") from error
+
+
+def _parts(state: TrainState) -> dict:
+    training = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {"params": training.pop("params"), "training": training}

@@ -1,0 +1,188 @@
+"""tokenizer.json and special ids against transformers' AutoTokenizer on the same folder."""
+
+import json
+
+import pytest
+
+from gt_jax.data import encode_corpus, tokenizer_from_dict
+from gt_jax.data.corpora import Corpus
+from gt_jax.data.hugging_face import HuggingFaceTokenizer
+from gt_jax.data.pretrained import (
+    IdTokenizer,
+    SpecialIds,
+    export_files,
+    export_ids,
+    model_ids,
+    read_tokenizer,
+)
+from gt_jax.data.tokenizers import CharTokenizer
+from gt_jax.errors import InputError
+from gt_jax.generate import encode_prompt
+from gt_jax.harness import render_chat, start_id
+
+small_tokenizers = pytest.importorskip("tests.data.small_tokenizers")
+TEXTS = (
+    "the cat sat.",
+    " the  cat\n",
+    "don't you, it's fine!",
+    "你好 🙂 été",
+    "<s>the</s> cat <mark> sat<|endoftext|>the",
+    "",
+)
+MARK = {"content": "<mark>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+SETTINGS = {
+    "plain": {},
+    "end": {"eos_token": "</s>", "bos_token": {"content": "<s>", "__type": "AddedToken"}},
+    "new": {"pad_token": "<pad>", "eos_token": None, "extra_special_tokens": ["<mark>"]},
+    "strips": {"added_tokens_decoder": {"400": MARK}, "unk_token": "<mark>"},
+    "cleans": {"clean_up_tokenization_spaces": True},
+    "truncates": {"model_max_length": 4},
+}
+
+
+def folder_of(path, made, settings, **files):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(made.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", small_tokenizers.KINDS)
+def test_folder_is_read_as_transformers_reads_it(kind, settings, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    made = small_tokenizers.KINDS[kind]()
+    if settings == "truncates":
+        made.enable_truncation(max_length=4)
+        made.enable_padding(length=12)
+    folder = folder_of(tmp_path / "folder", made, SETTINGS[settings])
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    ours = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+    assert (ours.special.bos, ours.eos_id, ours.special.pad) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text).tolist() == ids
+        assert ours.encode(text, special=True).tolist() == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
+    everything = list(range(ours.vocab_size + 3))
+    assert ours.decode(everything) == theirs.decode(everything)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [
+        ({}, None, SpecialIds()),
+        ({"eos_token_id": 2, "bos_token_id": 1}, None, SpecialIds(1, 2, None, (2,))),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 2]}, SpecialIds(None, 7, None, (7, 2))),
+        ({"eos_token_id": 2}, {"eos_token_id": None}, SpecialIds()),
+        ({"eos_token_id": None, "pad_token_id": -1}, {}, SpecialIds()),
+        ({"eos_token_id": [], "pad_token_id": 3}, {}, SpecialIds(pad=3)),
+        ({"pad_token_id": 10}, {}, SpecialIds()),
+    ],
+)
+def test_ids_of_a_model_come_from_its_folder(config, generation, want, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert model_ids(tmp_path, 10) == want
+    tokenizer = tokenizer_from_dict(json.loads(json.dumps(IdTokenizer(10, want).to_dict())))
+    assert tokenizer.special == want and tokenizer.stop_ids == want.stop
+
+
+@pytest.mark.parametrize("wrong", [10, "2", 1.5, True, [1, "2"], {"content": "</s>"}])
+def test_wrong_end_of_text_is_an_error(wrong, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(InputError, match="eos_token_id="):
+        model_ids(tmp_path, 10)
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config"])
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
+def test_damaged_settings_are_an_error(name, text, tmp_path):
+    folder_of(tmp_path, small_tokenizers.byte_level(), {})
+    (tmp_path / f"{name}.json").write_text(text)
+    with pytest.raises(InputError, match=f"{name}.json is no JSON object"):
+        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
+
+
+def test_tokenizers_of_llama_begin_texts_and_part_documents(tmp_path):
+    made = small_tokenizers.byte_fallback(start=True)
+    folder = folder_of(tmp_path, made, {"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    assert start_id(tokenizer) == 1 and tokenizer.stop_ids == (2,)
+    assert encode_prompt(tokenizer, "ab", "p").tolist() == made.encode("ab").ids
+    assert encode_prompt(tokenizer, "<s>ab", "p").tolist()[:2].count(1) == 1
+    first, second = encode_corpus(Corpus("x", ("ab", "cd"), ()), tokenizer).train
+    assert (first[0], first[-1], second[0], second[-1]) == (1, 2, 1, 2)
+
+
+def test_line_typed_after_other_text_continues_it():
+    for kind in small_tokenizers.KINDS:
+        tokenizer = HuggingFaceTokenizer(small_tokenizers.KINDS[kind]().to_str())
+        whole, before = tokenizer.encode("the cat\nthe cat").tolist(), tokenizer.encode("the cat")
+        found = encode_prompt(tokenizer, "\nthe cat", "prompt", after="the cat").tolist()
+        assert [*before, *found] == whole, kind
+
+
+def test_half_a_surrogate_pair_is_an_error_of_one_line():
+    tokenizer = HuggingFaceTokenizer(small_tokenizers.byte_level().to_str())
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        tokenizer.encode("a\ud83d")
+
+
+def test_exports_tell_the_tokenizers_own_ids_or_null(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    assert export_ids(CharTokenizer("abc")) == none
+    assert json.loads(export_files(CharTokenizer("abc"))["generation_config.json"]) == none
+    text = small_tokenizers.unigram().to_str()
+    tokenizer = HuggingFaceTokenizer(text, SpecialIds(None, 1, None, (1, 5)))
+    files = export_files(tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mamba2"} | export_ids(tokenizer))
+    )
+    for read in (transformers.AutoConfig, transformers.GenerationConfig):
+        found = read.from_pretrained(tmp_path)
+        assert found.eos_token_id == [1, 5]
+        assert found.bos_token_id is None and found.pad_token_id is None
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        theirs.eos_token_id == 1
+        and theirs.encode("the cat") == tokenizer.encode("the cat").tolist()
+    )
+
+
+def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    template = (
+        "{{ bos_token }}{% for message in messages %}\n"
+        "{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ message.role }}] {{ message.content | tojson }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    folder = folder_of(tmp_path, small_tokenizers.byte_fallback(), settings)
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "été <b>"}, {"role": "assistant", "content": "x"}]
+    for prompted in (True, False):
+        expected = theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompted
+        )
+        assert render_chat(tokenizer, messages, prompted) == expected
+    with_system = [{"role": "system", "content": "be kind"}, *messages]
+    assert render_chat(tokenizer, with_system) == render_chat(tokenizer, messages)
+    with pytest.raises(InputError, match="has no template"):
+        render_chat(CharTokenizer("ab"), messages)

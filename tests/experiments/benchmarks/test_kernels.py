@@ -1,0 +1,79 @@
+"""The benchmark of the kernels runs anywhere, gives numbers, and says why where it has none."""
+
+import json
+
+import jax
+import pytest
+
+from experiments.benchmarks import kernel_tables, kernels
+from gt_jax.kernels import choose_impl
+
+
+@pytest.mark.parametrize("dtype", kernels.TOLERANCE)
+def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys, dtype):
+    out = tmp_path / "kernels.json"
+    shapes = ["--shapes", "wkv6:1,64,1", "ssd:1,64,1"]
+    kernels.main([*shapes, "--quick", f"--dtype={dtype}", f"--out={out}"])
+    assert "over floor" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["op"], row["who"]) for row in rows] == [
+        (op, who) for op in ("wkv6", "ssd") for who in ("floor", "chunked", "mosaic")
+    ]
+    for row in rows:
+        if row["who"] == "mosaic" and choose_impl(row["op"])[0] != "mosaic":
+            assert "impl='mosaic' cannot run here: the Pallas kernels need" in row["reason"]
+            continue
+        assert all(row[part]["ms"] > 0 for part in kernels.PASSES)
+        if row["who"] != "floor":
+            assert 0 < max(row["errors"].values()) < kernels.TOLERANCE[dtype]
+            assert row["extra_bytes"] > 0 and row["compile_seconds"] > 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("shape", ("wkv7:1,64,1", "1,64", "1,0,1", "ssd:1,64,1,2,3", "x"))
+def test_wrong_shape_is_one_line(shape, capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--shapes", shape])
+    assert f"'{shape}' is no shape; write 8,4096,32" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_shapes_of_another_operation_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--ops", "ssd", "--shapes", "wkv6:1,64,1"])
+    assert "--shapes has none of --ops ssd" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_libraries_in_float32_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--peers", "--dtype=float32"])
+    assert "--dtype=float32: the libraries" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_floor_counts_every_input_and_output_once():
+    (floor,) = kernels.benchmark("wkv6", (2, 64, 3, 64), {}, 1.0, {})
+    one = 2 * 64 * 3 * 64  # elements of r, k, v (2 bytes), w (4), o (2); u is [3, 64] of 4
+    forward, backward = (10 + 2) * one + 4 * 3 * 64, (20 + 2) * one + 8 * 3 * 64
+    assert floor["forward"]["ms"] == pytest.approx(1e3 * forward)
+    assert floor["backward"]["ms"] == pytest.approx(1e3 * backward)
+    assert floor["both"]["ms"] == pytest.approx(1e3 * (forward + backward))
+
+
+def test_an_error_in_the_gradient_is_seen():
+    shape = (2, 64, 3, 64)
+    inputs, do = kernels.make_inputs("ssd", shape, jax.random.key(0))
+    known = kernels.exact("ssd", kernels.one_head(inputs, do, shape))
+    found = known | {"dt": 1.01 * known["dt"]}
+    errors = kernels.errors(found, known)
+    assert errors == {"o": 0, "x": 0, "dt": pytest.approx(0.01)}
+
+
+def test_times_on_a_line_are_a_fixed_cost_and_one_per_token(capsys):
+    def row(length, times):
+        passes = {part: {"ms": times(length)} for part in kernels.PASSES}
+        return {"op": "ssd", "who": "mosaic", "shape": (8, length, 64, 128)} | passes
+
+    lengths = (4096, 16384, 65536)
+    kernel_tables.print_linearity([row(n, lambda n: 0.02 + 1e-4 * n) for n in lengths])
+    assert "20 us + 100.0 ns a token, to 0.0 %" in capsys.readouterr().out
+    kernel_tables.print_linearity([row(n, lambda n: 1e-8 * n * n) for n in lengths])
+    assert "to 0.0 %" not in capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""What is installed: one list of requirements, every program under one command, every config."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from gt_jax import __main__ as programs
+from gt_jax import __version__
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def in_file(name):
+    """Requirements of a file, those of files it includes left out."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return {line for line in lines if line and not line.startswith("-r")}
+
+
+def in_extra(name):
+    """Requirements of an extra, with those of the extras that it names."""
+    found = set()
+    for requirement in PROJECT["optional-dependencies"][name]:
+        nested = re.fullmatch(r"gt_jax\[(.*)\]", requirement)
+        found |= set().union(*map(in_extra, nested[1].split(","))) if nested else {requirement}
+    return found
+
+
+def test_requirements_files_and_package_ask_for_the_same():
+    assert in_file("requirements-cpu.txt") == set(PROJECT["dependencies"]) | in_extra("test")
+    jax = next(line for line in PROJECT["dependencies"] if line.startswith("jax>"))
+    assert in_file("requirements.txt") == {jax.replace("jax", "jax[cuda12]", 1)}
+
+
+def test_every_program_has_a_name_under_one_command():
+    folder = ROOT / "gt_jax"
+    mains = {p.parent.name if p.stem == "__main__" else p.stem for p in folder.rglob("*.py")
+             if '__name__ == "__main__"' in p.read_text()} - {"gt_jax"}  # fmt: skip
+    assert set(programs.PROGRAMS) == mains
+    listing = subprocess.run(
+        [sys.executable, "-m", "gt_jax"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in mains:
+        assert f"  {name:9} {programs.about(name)}" in listing
+
+
+def test_a_program_by_name_is_the_module():
+    run = lambda *command: subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    by_name, module = run("gt_jax", "evaluate", "--nope"), run("gt_jax.evaluate", "--nope")
+    assert (by_name.returncode, by_name.stderr) == (module.returncode, module.stderr)
+    wrong = run("gt_jax", "trian")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "did you mean 'train'?" in wrong.stderr
+
+
+def test_the_citation_names_the_version():
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()

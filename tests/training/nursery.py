@@ -1,0 +1,83 @@
+"""Starts runs quickly for tests that end them badly: imports once, forks a process for each.
+
+A line of standard input is a JSON object, {"argv", "out": a file, and what `_prepare` takes}; the
+answer is the process id of the child that began. The next line is null, or after how many seconds
+to kill it; the answer is the child's exit status as `os.waitstatus_to_exitcode` gives it.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import time
+
+import gt_jax.train as program
+from gt_jax import cli
+from gt_jax.training import job
+from gt_jax.training.writer import Writer
+
+# Where a signal can hit a run -> the module or class, and the function during which it comes.
+PHASES = {
+    "looking at checkpoints": (program, "newest"),
+    "reading the text": (job, "read_text"),
+    "making the state": (program, "first_state"),
+    "compiling": (program, "Display"),
+    "training": (program, "_look_for_reasons"),
+    "evaluating": (program, "evaluate"),
+    "saving": (Writer, "save"),
+    "sampling": (program, "generate"),
+    "finishing": (Writer, "finish"),
+    "drawing": (program, "draw_curve"),
+}
+
+
+def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False):
+    """Make this process signal itself in a phase, or have no disk space, or few characters."""
+    if phase:
+        owner, name = PHASES[phase]
+        usual, calls = getattr(owner, name), iter(range(1 << 30))
+
+        def interrupted(*args, **kwargs):
+            if next(calls) == skip:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                if limit is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                time.sleep(0.2)  # as anything that takes a while
+            return usual(*args, **kwargs)
+
+        setattr(owner, name, interrupted)
+    if ascii_only:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "ascii")
+
+
+def _run(argv, out, **settings):
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(file, number)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _prepare(**settings)
+    sys.argv = ["train", *argv]
+    cli.run(program.main, leave_threads=True)
+
+
+def main():
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whatever this process was told to ignore
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _run(**json.loads(line))
+        print(pid, flush=True)
+        order = json.loads(sys.stdin.readline())
+        if order is not None:
+            time.sleep(order)
+            os.kill(pid, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

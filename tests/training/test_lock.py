@@ -1,0 +1,46 @@
+import json
+import os
+import socket
+
+import pytest
+
+from gt_jax.errors import InputError
+from gt_jax.training import lock
+
+
+def test_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
+    with lock.hold(tmp_path / "run"):
+        message = rf"another run \(host {socket.gethostname()}, pid {os.getpid()}, since 2"
+        with pytest.raises(InputError, match=message), lock.hold(tmp_path / "run"):
+            pass
+    with lock.hold(tmp_path / "run"):
+        pass
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("left", ["", "not JSON", "[1]", '{"host": "elsewhere", "pid": 1}'])
+def test_text_that_a_dead_process_left_locks_nothing(tmp_path, left):
+    (tmp_path / "lock").write_text(left)
+    with lock.hold(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("change", "held"),
+    [
+        ({}, True),
+        ({"pid": 2**22 + 5}, False),  # above the largest there can be
+        ({"boot": "an earlier one"}, False),
+        ({"host": "elsewhere"}, True),  # cannot be known
+        ({"pid": None}, False),
+    ],
+)
+def test_without_flock_the_text_decides(tmp_path, monkeypatch, change, held):
+    monkeypatch.setattr(lock, "fcntl", None)
+    (tmp_path / "lock").write_text(json.dumps(lock._this_process() | change))
+    if held:
+        with pytest.raises(InputError, match=r"delete .*lock if that run is surely over"):
+            lock.hold(tmp_path).__enter__()
+    else:
+        with lock.hold(tmp_path):
+            pass
