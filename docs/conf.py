@@ -31,3 +31,20 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True  # else named tuples describe their fields twice
 
 suppress_warnings = ["myst.xref_missing"]  # pages that are included link relative to their own home
+
+
+def _code_blocks(app, what, name, obj, options, lines):
+    """An indented block after a paragraph of a docstring is code."""
+    shown, paragraph = [], ""
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and shown and not shown[-1] and paragraph and not paragraph.startswith(" "):
+            shown += ["::", ""]
+        if line:
+            paragraph = line
+        shown.append(line)
+    lines[:] = shown
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _code_blocks, priority=400)  # before napoleon
