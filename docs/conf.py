@@ -1,14 +1,16 @@
 """How Sphinx builds the pages: `sphinx-build -W -b html docs docs/_build`."""
 
-import importlib.metadata
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself, installed or not
+
+import gt_jax
 
 project = "gt_jax"
 author = "the gt_jax authors"
 copyright = f"2026, {author}"
-try:
-    release = importlib.metadata.version("gt_jax")
-except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
-    release = "unreleased"
+release = gt_jax.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
@@ -26,5 +28,23 @@ autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # else named tuples describe their fields twice
 
 suppress_warnings = ["myst.xref_missing"]  # pages that are included link relative to their own home
+
+
+def _code_blocks(app, what, name, obj, options, lines):
+    """An indented block after a paragraph of a docstring is code."""
+    shown, paragraph = [], ""
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and shown and not shown[-1] and paragraph and not paragraph.startswith(" "):
+            shown += ["::", ""]
+        if line:
+            paragraph = line
+        shown.append(line)
+    lines[:] = shown
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _code_blocks, priority=400)  # before napoleon
