@@ -119,7 +119,7 @@ class Optim:
     eps: float = setting(1e-8, "added to the root of that mean", ABOVE_ZERO)
     moments_dtype: str = setting(
         "float32",
-        "of Adam's two moments at rest; bfloat16 halves them",
+        "of Adam's moments at rest; bfloat16 halves them",
         choices=("float32", "bfloat16"),
     )
     clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)

@@ -109,6 +109,8 @@ class LanguageModel(nn.Module):
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         states = []
+        # Unrolled: a scan over blocks compiles one of them, but copies what the backward pass needs
+        # of each into and out of arrays of all; a step of gf_mh takes 1.8 times as long (H200).
         for layer in range(c.layers):
             before = None if state is None else state[layer]
             x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)

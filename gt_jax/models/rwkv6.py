@@ -108,6 +108,8 @@ class TimeMix(nn.Module):
             products = (parts @ w2.astype(x.dtype)).reshape(5, *x.shape)
         else:
             products = list(map(project, jnp.split(hidden, 5, axis=-1), w2))
+        # One gradient of all five, which reads theirs once, is slower: XLA makes one fusion of it,
+        # of 1.18 ms on an H200 and 14.1 ms in a step of 12 layers (configs/gf_mh_base.py).
         w, k, v, r, g = (
             x + delta * (shares[name].astype(x.dtype) + product)
             for name, product in zip("wkvrg", products)

@@ -98,7 +98,9 @@ def prepare(config: Config, workdir: Path, mesh, about: dict | None) -> Job:
             functools.partial(init_state, model, tx, config),
             out_shardings=parallel.state_sharding(mesh),
         ),
-        train_step=parallel.compile_train_step(make_step, mesh, config.parallel.mode),
+        train_step=parallel.compile_train_step(
+            make_step, mesh, config.parallel.mode, parameters=counts["total"]
+        ),
         eval_step=parallel.compile_eval_step(make_eval_step(model), mesh),
     )
 
