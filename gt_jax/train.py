@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import jax
@@ -80,8 +81,8 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
         if config.train.sample_prompt:
             named = "train.sample_prompt"
             prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
-        state = first_state(job, folder, about)
         _introduce(job, start)
+        state = first_state(job, folder, about)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
         speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
@@ -96,6 +97,7 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
             _draw(job)
         stop.work_to_lose = False
         _conclude(job, progress, step, stop, speed, time.perf_counter() - began)
+        wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
 
 
@@ -109,7 +111,9 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
     numbers = next((row for row in read_metrics(workdir) if row["step"] == start), {})
     metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
     samples = Samples(workdir, start=start)
-    carry = job.model.init_state(config.train.batch_size) if config.train.carry_state else None
+    carry = None
+    if config.train.carry_state:
+        carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
     finite = FiniteWatch(config)
     report = functools.partial(_report, job, speed, metrics)
@@ -128,6 +132,8 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
         writer.save(state, about, best_step=progress.best_step)
 
     with contextlib.closing(metrics), Display(start=start, steps=steps) as display:
+        if job.compiling:
+            display.wait_for(job.compiling["train"], began)
         for step in range(start or 1, steps + 1):
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start

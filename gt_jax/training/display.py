@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from concurrent.futures import Future, wait
 
 import jax
 from rich.console import Console
@@ -72,6 +73,29 @@ class Display:
         if self._progress:
             with _dropping():
                 self._progress.stop()
+
+    def wait_for(self, program: Future, began: float) -> None:
+        """Say "compiling", and for how long, until a program is ready.
+
+        Args:
+            program: from `gt_jax.compilation.compile_side_by_side`.
+            began: when the run did, as time.perf_counter() gives it.
+
+        Raises:
+            Exception: what lowering or compiling raised.
+        """
+        if self._progress is None and not program.done():
+            say("compiling")
+        while wait([program], timeout=1).not_done:
+            if self._progress:
+                seconds = time.perf_counter() - began
+                self._progress.update(self._task, description=f"compiling, {seconds:.0f} s")
+        program.result()
+        ready = f"compiled {time.perf_counter() - began:.0f} s after the start"
+        if self._progress:
+            self._progress.update(self._task, description=ready)
+        else:
+            say(ready)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
