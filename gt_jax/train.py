@@ -81,8 +81,8 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
         if config.train.sample_prompt:
             named = "train.sample_prompt"
             prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
+        make_state = functools.partial(first_state, job, folder, about)
         _introduce(job, start)
-        state = first_state(job, folder, about)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
         speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
@@ -92,7 +92,7 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
         else:
             listening = contextlib.nullcontext()
         with listening, Writer(workdir, keep=config.checkpoint.keep) as writer:
-            step = _loop(job, state, prompt, progress, start, stop, writer, speed, began)
+            step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
             writer.finish(best_step=progress.best_step)
             _draw(job)
         stop.work_to_lose = False
@@ -101,7 +101,7 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
     return progress
 
 
-def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) -> int:
+def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, began) -> int:
     """Train from step `start` until the last one or a stop. Returns the steps done.
 
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
@@ -109,14 +109,11 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
     """
     config, workdir, steps = job.config, job.workdir, job.config.train.steps
     numbers = next((row for row in read_metrics(workdir) if row["step"] == start), {})
-    metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
-    samples = Samples(workdir, start=start)
     carry = None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
     finite = FiniteWatch(config)
-    report = functools.partial(_report, job, speed, metrics)
     row = None
 
     def save():
@@ -131,7 +128,13 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
         }
         writer.save(state, about, best_step=progress.best_step)
 
-    with contextlib.closing(metrics), Display(start=start, steps=steps) as display:
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(start=start, steps=steps))
+        state = make_state()  # before anything is cut off behind `start`
+        metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
+        stack.enter_context(contextlib.closing(metrics))
+        samples = Samples(workdir, start=start)
+        report = functools.partial(_report, job, speed, metrics)
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
         for step in range(start or 1, steps + 1):

@@ -7,11 +7,17 @@ import contextlib
 import os
 import sys
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _closed = None  # the standard output whose reader has left
 
@@ -48,7 +54,10 @@ def _dropping():
 
 
 class Display:
-    """A progress bar on a terminal, plain lines everywhere else; a context manager."""
+    """A progress bar on a terminal, plain lines everywhere else; a context manager.
+
+    Begins with "compiling", on a terminal with the seconds since.
+    """
 
     def __init__(self, *, start: int, steps: int):
         self._steps = steps
@@ -58,6 +67,7 @@ class Display:
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
                 TextColumn("{task.description}"),
+                TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=Console(highlight=False))
@@ -67,6 +77,8 @@ class Display:
         if self._progress:
             with _dropping():
                 self._progress.start()
+        else:
+            say("compiling")
         return self
 
     def __exit__(self, *_):
@@ -75,7 +87,7 @@ class Display:
                 self._progress.stop()
 
     def wait_for(self, program: Future, began: float) -> None:
-        """Say "compiling", and for how long, until a program is ready.
+        """Say "compiling" until a program is ready, then after how long it was.
 
         Args:
             program: from `gt_jax.compilation.compile_side_by_side`.
@@ -84,12 +96,6 @@ class Display:
         Raises:
             Exception: what lowering or compiling raised.
         """
-        if self._progress is None and not program.done():
-            say("compiling")
-        while wait([program], timeout=1).not_done:
-            if self._progress:
-                seconds = time.perf_counter() - began
-                self._progress.update(self._task, description=f"compiling, {seconds:.0f} s")
         program.result()
         ready = f"compiled {time.perf_counter() - began:.0f} s after the start"
         if self._progress:
