@@ -14,15 +14,17 @@ import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gt_jax import stored
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 FOLDER = "checkpoints"
 FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
@@ -33,14 +35,14 @@ class Damaged(InputError):
     """A checkpoint is not as it was written."""
 
 
-def steps(workdir) -> list[int]:
+def steps(workdir: str | Path) -> list[int]:
     """The steps of a run's checkpoints by the names of their folders, newest first."""
     folders = [p for p in (Path(workdir) / FOLDER).glob("[0-9]*") if p.is_dir()]
     named = [p.name for p in folders if p.name.isascii() and p.name.isdigit()]
     return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
 
 
-def find(path) -> Path:
+def find(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the latest of the run whose workdir it is.
 
     Raises:
@@ -110,7 +112,7 @@ def read_about(folder: Path) -> dict:
     return about
 
 
-def load(path):
+def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
     """A trained model, ready to apply.
 
     Args:
@@ -134,7 +136,7 @@ def load(path):
     return model, read_tree(folder, "params", like), tokenizer
 
 
-def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
+def save_model(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
     """Write a model that no run trained here, for `load`; `folder` must not exist."""
     about = {
         "format": FORMAT,
@@ -148,7 +150,7 @@ def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     seal(folder)
 
 
-def read_tree(folder: Path, name: str, like):
+def read_tree(folder: Path, name: str, like: Any) -> Any:
     """The arrays of part `name` of a checkpoint folder, placed like `like`.
 
     Args:
@@ -172,7 +174,9 @@ def read_tree(folder: Path, name: str, like):
 def _stored_shapes(folder: Path, name: str) -> dict:
     # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
     try:
-        return _shapes(ocp.StandardCheckpointHandler().metadata(folder / name).tree)
+        # Orbax takes any path here, whatever its annotation says.
+        found = ocp.StandardCheckpointHandler().metadata(folder / name)  # pyright: ignore[reportArgumentType]
+        return _shapes(found.tree)
     except Exception as error:  # as above
         raise _damaged(folder, one_line(error, 200)) from error
 

@@ -7,8 +7,10 @@ field, the value and the fix, before anything is loaded or compiled.
 
 import dataclasses
 import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from ml_collections import config_dict
@@ -44,6 +46,7 @@ def _model_fields() -> list[tuple]:
             ),
         ),
     ]
+    kinds = typing.get_type_hints(ModelConfig)
     for field in dataclasses.fields(ModelConfig):
         about, choices = field.metadata["about"], field.metadata["choices"]
         within = field.metadata["within"]
@@ -56,7 +59,7 @@ def _model_fields() -> list[tuple]:
             continue
         else:
             default = None
-        kind = field.type if default is not None else field.type | None
+        kind = kinds[field.name] if default is not None else kinds[field.name] | None
         fields.append((field.name, kind, setting(default, about, within, choices=choices)))
     return fields
 
@@ -219,13 +222,13 @@ def default_config() -> config_dict.ConfigDict:
     return _placeholders(Config())
 
 
-def from_config_dict(config) -> Config:
+def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
     """Checked settings from an ml_collections ConfigDict or a plain (nested) dict.
 
     Raises:
         InputError: a field is unknown, missing, mistyped or out of range, or two fields disagree.
     """
-    plain = config.to_dict() if hasattr(config, "to_dict") else config
+    plain = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
     built = _build(Config, plain, "")
     check(built)
     _check_together(built)
@@ -248,7 +251,7 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-def walk_fields(cls=Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+def walk_fields(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     """("seed", its dataclass field), ("model.preset", ...) and so on for every setting."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):

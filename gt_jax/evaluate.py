@@ -19,8 +19,9 @@ from absl import flags as absl_flags
 from gt_jax import checkpoint, cli
 from gt_jax.config import from_stored
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
-from gt_jax.scoring import check_ids, loss_unit, position_limit, score, windows
+from gt_jax.scoring import check_ids, loss_unit, score, windows
 from gt_jax.training.evaluation import describe, evaluate, measures_of
 from gt_jax.training.step import make_eval_step
 from gt_jax.training.text import read_text
@@ -35,7 +36,9 @@ def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
     return ("".join(documents),) if lone else documents
 
 
-def encode_documents(documents, tokenizer, name: str) -> tuple[np.ndarray, ...]:
+def encode_documents(
+    documents: tuple[str, ...], tokenizer: Tokenizer, name: str
+) -> tuple[np.ndarray, ...]:
     """Token ids [n] of each document, ended by the tokenizer's eos id where there are many.
 
     Raises:
@@ -63,7 +66,7 @@ def _as_trained(model, params, documents, train):
     how = f"windows of {train.seq_len}, each from the zero state"
     if train.carry_state:
         how = f"{train.batch_size} tracks side by side, state carried along each"
-    tokens = measured["validation_tokens"]
+    tokens = int(measured["validation_tokens"])
     return measured["validation_loss"] * tokens, tokens, how
 
 
@@ -82,7 +85,7 @@ def _scored(model, params, documents, *, batch_size, seq_len, stride):
 
 def _window(flags, model, train) -> tuple[int | None, int | None]:
     """(seq_len, stride) of the windows to read, None for none; InputError if they cannot be."""
-    limit = position_limit(model)
+    limit = model.config.position_limit
     if flags.seq_len is None and flags.stride is None and limit is None:
         return None, None
     seq_len = flags.seq_len or limit or (train.seq_len if train else 1024)
@@ -94,7 +97,7 @@ def _window(flags, model, train) -> tuple[int | None, int | None]:
     return seq_len, stride
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     define("checkpoint", None, "A run's workdir, one checkpoint folder, or a converted model.")
@@ -107,21 +110,22 @@ def main(argv):
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    config = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
-    config = from_stored(config) if "data" in config else None  # None: converted
+    stored = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
+    config = from_stored(stored) if "data" in stored else None  # None for a converted model
     if flags.source is None and config is None:
         raise InputError(
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "
             "own; name a file"
         )
     model, params, tokenizer = checkpoint.load(flags.checkpoint)
-    train = config and config.train
+    train = config.train if config else None
     seq_len, stride = _window(flags, model, train)
-    if flags.source is None:
+    if flags.source is None and config is not None:
         name = config.data.source
         tokens = read_text(config, tokenizer=tokenizer).tokens.validation
         documents = [tokenizer.decode(ids) for ids in tokens]
     else:
+        assert flags.source is not None, "a converted model without --source was refused above"
         name = flags.source
         documents = read_documents(name, flags.field or (config.data.field if config else "text"))
         tokens = encode_documents(documents, tokenizer, name)

@@ -7,14 +7,18 @@ that hand the state on, so that memory does not grow with their length.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
+from gt_jax.models import LanguageModel, Params
+
+Ids = Sequence[int] | np.ndarray  # token ids [n]
 
 _PIECE = 4096  # tokens read in one call, over all rows
 _SHORTEST = 64  # columns of a piece, at least
@@ -37,17 +41,12 @@ class _Piece(NamedTuple):
     state: Any
 
 
-def position_limit(model) -> int | None:
-    """The tokens an attention model can read; None for recurrent models, which have no limit."""
-    return model.config.max_positions if "gpt" in model.config.architecture else None
-
-
-def loss_unit(tokenizer) -> str:
+def loss_unit(tokenizer: Tokenizer) -> str:
     """What a loss in nats is counted per: "character" or "token"."""
     return "character" if tokenizer.kind.startswith("char") else "token"
 
 
-def check_ids(model, texts) -> None:
+def check_ids(model: LanguageModel, texts: Iterable[Ids]) -> None:
     """Raise InputError if an id of some texts, int arrays [n], is none of the model's."""
     size = model.config.vocab_size
     for ids in texts:
@@ -60,7 +59,13 @@ def check_ids(model, texts) -> None:
             )
 
 
-def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
+def score(
+    model: LanguageModel,
+    params: Params,
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    batch_size: int = 8,
+) -> list[Score]:
     """Log-likelihood of continuations given the tokens before them.
 
     Args:
@@ -73,7 +78,7 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
         InputError: a continuation alone is longer than an attention model's positions; an id is
             outside the vocabulary.
     """
-    limit = position_limit(model)
+    limit = model.config.position_limit
     check_ids(model, itertools.chain.from_iterable(pairs))
     texts = []
     for context, continuation in pairs:
@@ -101,9 +106,9 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
 
 
 def continue_greedily(
-    model,
-    params,
-    prompts,
+    model: LanguageModel,
+    params: Params,
+    prompts: Sequence[Ids],
     *,
     max_tokens: int,
     done: Callable[[int, list[int]], bool] = lambda row, ids: False,
@@ -124,7 +129,7 @@ def continue_greedily(
         InputError: max_tokens leaves an attention model no position for a prompt; an id is outside
             the vocabulary.
     """
-    limit = position_limit(model)
+    limit = model.config.position_limit
     check_ids(model, prompts)
     if limit is not None and max_tokens >= limit:
         raise InputError(
@@ -150,7 +155,7 @@ def continue_greedily(
     return texts
 
 
-def part(before, whole) -> tuple[np.ndarray, np.ndarray]:
+def part(before: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a whole text, parted where they first differ from those of its beginning alone.
 
     A token across the border belongs to the second part, which is never empty.
@@ -161,7 +166,9 @@ def part(before, whole) -> tuple[np.ndarray, np.ndarray]:
     return whole[:n], whole[n:]
 
 
-def windows(documents, *, seq_len: int, stride: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def windows(
+    documents: Iterable[np.ndarray], *, seq_len: int, stride: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(context, continuation) pairs for `score` that count each target of the documents once.
 
     Windows of seq_len inputs begin every `stride` tokens, and a document's last ends with it. Each
@@ -193,7 +200,7 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Piece]:
     Compiles for few shapes: `batch_size` rows; a power of two of columns, or pieces of one length.
     """
     size = max(_PIECE >> (batch_size - 1).bit_length(), _SHORTEST)
-    size = min(size, position_limit(model) or size)
+    size = min(size, model.config.position_limit or size)
     longest = max(map(len, inputs))
     if longest <= size:
         size = min(1 << (longest - 1).bit_length(), size)

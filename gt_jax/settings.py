@@ -33,7 +33,9 @@ SHARE = Range(lambda v: 0 <= v <= 1, "between 0 and 1")
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
 
 
-def setting(default, about: str, within: Range | None = None, *, choices: Sequence[str] = ()):
+def setting(
+    default: Any, about: str, within: Range | None = None, *, choices: Sequence[str] = ()
+) -> Any:
     """A dataclass field with a default and its meaning in one line.
 
     Args:
@@ -48,7 +50,7 @@ def setting(default, about: str, within: Range | None = None, *, choices: Sequen
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check(settings, prefix: str = "") -> None:
+def check(settings: Any, prefix: str = "") -> None:
     """Raise InputError unless every field has its type and lies in its range or choices.
 
     Args:
@@ -65,7 +67,7 @@ def check(settings, prefix: str = "") -> None:
                 _check_value(value, field.metadata, name)
 
 
-def accepted(kind) -> tuple[type, ...]:
+def accepted(kind: Any) -> tuple[type, ...]:
     """The types of a field: (int, NoneType) of `int | None`."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
@@ -102,7 +104,7 @@ def _check_value(value, metadata, name: str) -> None:
         check_choice(name, value, choices)
 
 
-def check_choice(name: str, value, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise an InputError that names the nearest choice unless value is one of them."""
     if value not in choices:
         raise InputError(

@@ -2,10 +2,13 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gt_jax.config import computation_dtype
 from gt_jax.data import tokenizer_from_dict
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError, one_line
 from gt_jax.models import ModelConfig
 
@@ -14,7 +17,9 @@ MOST_PACKED = 64  # times the bytes on disk that parameters may have; random num
 ALWAYS_FINE = 1 << 26  # bytes, whatever is on disk
 
 
-def describe(folder: Path, about, shapes: dict[str, tuple[int, ...]]):
+def describe(
+    folder: Path, about: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[ModelConfig, Tokenizer]:
     """The model and tokenizer of a checkpoint folder.
 
     A model of 1000 blocks takes a minute to build, and one of a few files cannot be that.
@@ -31,12 +36,13 @@ def describe(folder: Path, about, shapes: dict[str, tuple[int, ...]]):
         InputError: `about` is damaged, or says other sizes than the files have.
     """
     try:
-        fields = dict(about["model"])
+        fields: dict[str, Any] = dict(about["model"])
         if any(type(value) is int and value > LARGEST_SIZE for value in fields.values()):
             raise ValueError("a size of its model is out of all proportion")
         # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
         dtype = computation_dtype(about["config"]["model"]["dtype"])
-        config = ModelConfig(**fields | {"dtype": dtype, "impl": "auto"})
+        fields |= {"dtype": dtype, "impl": "auto"}
+        config = ModelConfig(**fields)
         _check_sizes(folder, config, shapes)
         tokenizer = tokenizer_from_dict(about["tokenizer"])
         if tokenizer.vocab_size > config.vocab_size:

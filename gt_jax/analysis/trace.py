@@ -5,6 +5,7 @@ states between chunks are the points at which the memories are measured.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from gt_jax.analysis.contributions import measure_block
 from gt_jax.analysis.states import memories, norm
+from gt_jax.models import LanguageModel, Params
 
 
 class Trace(NamedTuple):
@@ -34,7 +36,9 @@ class Trace(NamedTuple):
     stride: int
 
 
-def trace(model, params, ids, *, points: int = 256) -> Trace:
+def trace(
+    model: LanguageModel, params: Params, ids: Sequence[int] | np.ndarray, *, points: int = 256
+) -> Trace:
     """Read ids [T] from the zero state; T at most model.config.max_positions for a GPT.
 
     Args:

@@ -14,7 +14,9 @@ LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
 TOKENIZER_FILES = ("tokenizer.json", WORLD_FILE)
 
 
-def import_model(source, target, *, tokenizer=None) -> str:
+def import_model(
+    source: str | Path, target: str | Path, *, tokenizer: str | Path | None = None
+) -> str:
     """Write a model that another library stored as a folder for `gt_jax.load`.
 
     Args:
@@ -37,12 +39,12 @@ def import_model(source, target, *, tokenizer=None) -> str:
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    tokenizer = _find_tokenizer(tokenizer, found.folder, config)
+    chosen = _find_tokenizer(tokenizer, found.folder, config)
     with files.new(target) as unfinished:
-        checkpoint.save_model(unfinished, config, params, tokenizer)
+        checkpoint.save_model(unfinished, config, params, chosen)
     return "\n".join(
         [
-            f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}",
+            f"{_describe(config)}, read as {name} with tokenizer {chosen.kind}: {target}",
             *(
                 f"warning: config.json: {setting}=null is unknown and was left out"
                 for setting in unset
@@ -71,7 +73,7 @@ def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
     return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
-def export_model(source, target, *, layout: str) -> str:
+def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
     """Write one of our models as another library stores it, with its tokenizer if that has a file.
 
     Args:
@@ -103,7 +105,9 @@ def export_model(source, target, *, layout: str) -> str:
         if weights is None:
             files.write(unfinished, arrays)
         else:
-            theirs = LAYOUTS[layout].config(config)
+            to_config = LAYOUTS[layout].config
+            assert to_config is not None, f"{layout} is a folder and so has a config.json"
+            theirs = to_config(config)
             if "model_type" in theirs:  # read by transformers
                 theirs |= export_ids(tokenizer)
             files.write_folder(unfinished, weights, arrays, theirs)
@@ -143,7 +147,8 @@ def _find_tokenizer(wanted, folder: Path, config):
     path = Path(wanted) if wanted else next((p for p in beside if p.is_file()), None)
     if path is None and (config.architecture, config.vocab_size) == ("rwkv6", 65536):
         package = importlib.util.find_spec("rwkv")
-        path = package and Path(package.origin).parent / WORLD_FILE
+        if package is not None and package.origin is not None:
+            path = Path(package.origin).parent / WORLD_FILE
     if wanted == "ids":
         path = None
     tokenizer = read_tokenizer(path, folder, config.vocab_size)

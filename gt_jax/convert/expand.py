@@ -8,6 +8,7 @@ one whole, because copies with equal shares would have equal gradients for ever.
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
 
 
-def expand(source, target, *, layers=None, dim=None, seed=0) -> str:
+def expand(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layers: int | None = None,
+    dim: int | None = None,
+    seed: int = 0,
+) -> str:
     """Write a deeper or wider model of the same function as a folder for `gt_jax.load`.
 
     Args:

@@ -8,7 +8,9 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import ml_dtypes
@@ -51,7 +53,7 @@ class Source(NamedTuple):
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def read(path) -> Source:
+def read(path: str | Path) -> Source:
     """Open a file of weights, or a folder of config.json and weights.
 
     Raises:
@@ -179,7 +181,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_free(path) -> None:
+def check_free(path: str | Path) -> None:
     """Raise InputError if there is something at `path`, or nothing can be made there."""
     if Path(path).exists():
         raise InputError(f"{path} exists; name another place, or remove it first")
@@ -189,7 +191,7 @@ def check_free(path) -> None:
 
 
 @contextlib.contextmanager
-def new(path):
+def new(path: str | Path) -> Iterator[Path]:
     """A path to write to that becomes `path` if all goes well, and else vanishes."""
     path = Path(path)
     unfinished = path.parent / f".{path.stem}.unfinished{path.suffix}"
@@ -209,7 +211,7 @@ def _remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a file of weights: safetensors if its name ends so, else as torch.save does."""
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file
@@ -220,7 +222,9 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         pth.write(path, arrays)
 
 
-def write_folder(folder: Path, weights: str, arrays, config: dict) -> None:
+def write_folder(
+    folder: Path, weights: str, arrays: Mapping[str, np.ndarray], config: dict
+) -> None:
     """Write config.json and weights, with an index of shards past SHARD_BYTES.
 
     Args:
@@ -251,7 +255,7 @@ def write_folder(folder: Path, weights: str, arrays, config: dict) -> None:
     (folder / f"{weights}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def import_safetensors():
+def import_safetensors() -> ModuleType:
     """The safetensors package, or an InputError that says how to get it."""
     try:
         import safetensors

@@ -6,6 +6,7 @@ the biases of its norms, the subtracted means and its feed-forward.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +26,16 @@ READERS = {
 REST = ("rwkv", "mamba", "new")
 
 
-def graft(rwkv, mamba, target, *, fusion="gf", gate=None, rest="mamba", seed=0) -> str:
+def graft(
+    rwkv: str | Path,
+    mamba: str | Path,
+    target: str | Path,
+    *,
+    fusion: str = "gf",
+    gate: float | None = None,
+    rest: str = "mamba",
+    seed: int = 0,
+) -> str:
     """Write a hybrid of two models' branches as a folder for `gt_jax.load`.
 
     Args:

@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -36,7 +37,7 @@ LARGEST_SHAPE = 1 << 48  # numbers, for shapes that a zero makes empty
 MOST_READS = 8  # times the file's bytes that its tensors may read in all; tied ones need 2
 
 
-def read(path) -> dict[str, Tensor]:
+def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a torch.save file by name, to be read from it one at a time.
 
     Time and memory are bounded by the file's size, whatever it holds.
@@ -149,7 +150,7 @@ class _Archive:
         return data
 
 
-def write(path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays as torch.save would; `torch.load(path, weights_only=True)` reads them."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     items = []

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gt_jax import archives
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
 from gt_jax.generation.checks import check_ids, token_ids
+from gt_jax.models import LanguageModel, Params
 
 PREFILL_CHUNKS = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
 LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
@@ -41,7 +43,9 @@ class Context(NamedTuple):
     length: int
 
 
-def prefill(model, params, tokens, after: Context | None = None) -> Context:
+def prefill(
+    model: LanguageModel, params: Params, tokens: ArrayLike, after: Context | None = None
+) -> Context:
     """Read a text of any length, in memory that depends only on the largest chunk.
 
     Args:
@@ -59,7 +63,9 @@ def prefill(model, params, tokens, after: Context | None = None) -> Context:
     return context
 
 
-def start_prefill(model, params, tokens, after: Context | None = None) -> Context:
+def start_prefill(
+    model: LanguageModel, params: Params, tokens: ArrayLike, after: Context | None = None
+) -> Context:
     """The Context of `prefill` with all its chunks still among the waiting tokens."""
     config = model.config
     new = token_ids("prompt", tokens)
@@ -69,9 +75,9 @@ def start_prefill(model, params, tokens, after: Context | None = None) -> Contex
     length = after.length + len(new)
     if length == 0:
         raise InputError("prompt is empty; give it at least one token")
-    if "gpt" in config.architecture and length > config.max_positions:
+    if config.position_limit is not None and length > config.position_limit:
         raise InputError(
-            f"prompt of {length} tokens exceeds the {config.max_positions} positions of this model"
+            f"prompt of {length} tokens exceeds the {config.position_limit} positions of this model"
         )
     seen = after.seen.copy()
     seen[new] = True
@@ -85,7 +91,7 @@ def next_chunk(context: Context) -> int:
     return max((size for size in PREFILL_CHUNKS if size < len(context.waiting)), default=0)
 
 
-def prefill_chunk(model, params, context: Context) -> Context:
+def prefill_chunk(model: LanguageModel, params: Params, context: Context) -> Context:
     """The context with its next chunk read."""
     size, waiting = next_chunk(context), context.waiting
     state = _prefill_chunk(model, params, waiting[None, :size], context.state)
@@ -93,7 +99,7 @@ def prefill_chunk(model, params, context: Context) -> Context:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
-def zero_state(model, params, rows=1):
+def zero_state(model: LanguageModel, params: Params, rows: int = 1) -> Any:
     """The model's state before any token, for this many rows.
 
     It is put where `params` are: elsewhere, all that it enters would be compiled for the first call
@@ -105,11 +111,11 @@ def zero_state(model, params, rows=1):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _prefill_chunk(model, params, tokens, state):
-    # Without its logits: the output head is never computed.
-    return model.apply({"params": params}, tokens, state).state
+    _, after = model.apply({"params": params}, tokens, state)
+    return after  # XLA drops the output head, since nobody reads the logits
 
 
-def save_context(path, model, params, context: Context) -> None:
+def save_context(path: str | Path, model: LanguageModel, params: Params, context: Context) -> None:
     """Write a context to the file `path`, for `load_context`; an old file there is replaced."""
     leaves = jax.device_get(_named(context.state))
     arrays = {
@@ -122,7 +128,7 @@ def save_context(path, model, params, context: Context) -> None:
     replace_file(Path(path), file.getvalue())
 
 
-def load_context(path, model, params) -> Context:
+def load_context(path: str | Path, model: LanguageModel, params: Params) -> Context:
     """The context that `save_context` wrote for this model, its dtype aside.
 
     Raises:
@@ -176,7 +182,7 @@ def _restore(stored, length, like, config) -> Context:
     waiting, seen = tokens.read(), stored["seen"].read()
     if not 0 <= waiting.min() <= waiting.max() < config.vocab_size:
         raise ValueError("its arrays have other shapes or ids than this model's state")
-    most = config.max_positions if "gpt" in config.architecture else 2**62
+    most = 2**62 if config.position_limit is None else config.position_limit
     if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
         raise ValueError("its length and the tokens it has seen do not fit together")
     leaves = [jnp.asarray(stored[name].read(), leaf.dtype) for name, leaf in named.items()]
@@ -190,7 +196,7 @@ def _stored_dtype(leaf):
     return np.dtype(np.float32) if floating else np.dtype(leaf.dtype)
 
 
-def fingerprint(params) -> str:
+def fingerprint(params: Params) -> str:
     """A digest of parameters, the same on every device; reads them once, where they are."""
     sums = jax.device_get(_weighted_bits(params))
     lines = [f"{name} {int(total)}" for name, total in _named(sums).items()]

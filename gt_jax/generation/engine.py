@@ -7,9 +7,12 @@ company.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+from numpy.typing import ArrayLike
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import check_whole
 from gt_jax.generation.contexts import (
     PREFILL_CHUNKS,
@@ -22,17 +25,18 @@ from gt_jax.generation.requests import Completion, Delta, Failure, Request, chec
 from gt_jax.generation.slots import advance, empty_slots, fill_slot, one_slot, rows_of_batch
 from gt_jax.generation.text import TextOut
 from gt_jax.generation.weights import prepare_weights
+from gt_jax.models import LanguageModel, Params
 
 ROWS, MAX_ROWS = 8, 65536
 TURN = PREFILL_CHUNKS[-1]  # prompt tokens that are read between two bursts of decoding, at most
 
 
 def complete(
-    model,
-    params,
+    model: LanguageModel,
+    params: Params,
     requests: Iterable[Request],
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     rows: int = ROWS,
     on_delta: Callable[[Delta], None] | None = None,
 ) -> list[Completion]:
@@ -57,7 +61,9 @@ def complete(
     ]
 
 
-def generate(model, params, prompt, **settings) -> Iterator[int]:
+def generate(
+    model: LanguageModel, params: Params, prompt: ArrayLike | Context, **settings: Any
+) -> Iterator[int]:
     """Token ids that continue one prompt, as they come.
 
     Args:
@@ -74,7 +80,12 @@ def generate(model, params, prompt, **settings) -> Iterator[int]:
 
 
 def stream(
-    model, params, requests: Iterable[Request], *, tokenizer=None, rows: int = ROWS
+    model: LanguageModel,
+    params: Params,
+    requests: Iterable[Request],
+    *,
+    tokenizer: Tokenizer | None = None,
+    rows: int = ROWS,
 ) -> Iterator[Delta]:
     """Work through requests, yielding what each burst added to each.
 
@@ -105,11 +116,11 @@ def _raise_failures(news):
 
 
 def run_queue(
-    model,
-    params,
+    model: LanguageModel,
+    params: Params,
     queue: deque[tuple[int, Request]],
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     rows: int = ROWS,
     wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Delta | Failure]:

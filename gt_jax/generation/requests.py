@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import (
     INT32,
     SettingError,
@@ -20,6 +21,7 @@ from gt_jax.generation.checks import (
     token_ids,
 )
 from gt_jax.generation.contexts import Context
+from gt_jax.models import LanguageModel
 
 STOP_CHARACTERS = 1024  # of one stop string, at most
 
@@ -137,7 +139,7 @@ class Completion(NamedTuple):
     reason: str
 
 
-def check_request(model, request: Request, tokenizer) -> None:
+def check_request(model: LanguageModel, request: Request, tokenizer: Tokenizer | None) -> None:
     """Raise InputError for a request that is impossible for this model."""
     config = model.config
     if request.stop and tokenizer is None:
@@ -157,10 +159,11 @@ def check_request(model, request: Request, tokenizer) -> None:
         check_ids("prompt", prompt, config.vocab_size)
     if length == 0:
         raise SettingError("prompt", "prompt is empty; give it at least one token")
-    # The last token drawn is not read.
-    if "gpt" in config.architecture and length + request.max_tokens - 1 > config.max_positions:
+    limit = config.position_limit
+    # The model never reads the last token drawn.
+    if limit is not None and length + request.max_tokens - 1 > limit:
         raise SettingError(
             "max_tokens",
             f"max_tokens={request.max_tokens} after a prompt of {length} tokens exceeds the "
-            f"{config.max_positions} positions of this model; ask for fewer",
+            f"{limit} positions of this model; ask for fewer",
         )

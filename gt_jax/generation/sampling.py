@@ -28,7 +28,9 @@ class Settings(NamedTuple):
     repetition_penalty: jax.Array | np.ndarray | float = 1.0
 
 
-def choose(keys, logits, seen, settings, *, narrows=True):
+def choose(
+    keys: jax.Array, logits: jax.Array, seen: jax.Array, settings: Settings, *, narrows: bool = True
+) -> jax.Array:
     """The next token of every row.
 
     Args:
@@ -42,24 +44,26 @@ def choose(keys, logits, seen, settings, *, narrows=True):
     Returns:
         [B] int32.
     """
-    logits = penalize(logits, seen, settings.repetition_penalty)
-    scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    logits = penalize(logits, seen, jnp.asarray(settings.repetition_penalty))
+    temperature = jnp.asarray(settings.temperature)
+    scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
     if narrows:
         scaled = keep_likeliest(scaled, settings)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    greedy = (settings.temperature == 0)[:, None]
+    greedy = (temperature == 0)[:, None]
     return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
 
 
-def penalize(logits, seen, penalty):
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Less likely tokens where `seen`: [B, vocab] float32, [B, vocab] bool, [B] -> [B, vocab]."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_likeliest(logits, settings):
+def keep_likeliest(logits: jax.Array, settings: Settings) -> jax.Array:
     """Logits [B, vocab] outside a row's top-k, top-p or min-p become -inf; ties stay together."""
-    top_k, top_p, min_p = (x[:, None] for x in (settings.top_k, settings.top_p, settings.min_p))
+    values = (settings.top_k, settings.top_p, settings.min_p)
+    top_k, top_p, min_p = (jnp.asarray(x)[:, None] for x in values)  # [B, 1]
     vocab = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
     last = jnp.clip(jnp.where(top_k == 0, vocab, top_k) - 1, 0, vocab - 1)

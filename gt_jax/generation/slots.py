@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.generation.contexts import PREFILL_CHUNKS, zero_state
+from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, zero_state
+from gt_jax.generation.requests import Request
 from gt_jax.generation.sampling import Settings, choose
 from gt_jax.generation.weights import decode_step
+from gt_jax.models import LanguageModel, Params
 
 BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
@@ -46,7 +48,7 @@ class Slots(NamedTuple):
     settings: Settings
 
 
-def rows_of_batch(rows):
+def rows_of_batch(rows: int) -> int:
     """Rows that the device works on where `rows` are wanted.
 
     XLA's GPU backend multiplies a matrix and a single row element by element, writes that out and
@@ -56,7 +58,7 @@ def rows_of_batch(rows):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
-def empty_slots(model, params, rows):
+def empty_slots(model: LanguageModel, params: Params, rows: int) -> Slots:
     """Slots whose rows have nothing to do."""
     full = lambda value: jnp.full(rows, value, jnp.result_type(value))
     return Slots(
@@ -71,29 +73,32 @@ def empty_slots(model, params, rows):
     )
 
 
-def one_slot(request, context):
+def one_slot(request: Request, context: Context) -> Slots:
     """Slots of one row, for `fill_slot`."""
     queue = np.zeros((1, PREFILL_CHUNKS[0]), np.int32)
     queue[0, : len(context.waiting)] = context.waiting
-    return Slots(
-        context.state,
-        queue=queue,
-        waiting=np.int32([len(context.waiting)]),
-        seen=context.seen[None],
-        key=jax.random.key(request.seed)[None],
-        drawn=np.int32([0]),
-        limit=np.int32([request.max_tokens]),
-        settings=Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
-    )
+    row: dict[str, Any] = {  # NumPy arrays: `fill_slot` moves them to the device in one call
+        "state": context.state,
+        "queue": queue,
+        "waiting": np.array([len(context.waiting)], np.int32),
+        "seen": context.seen[None],
+        "key": jax.random.key(request.seed)[None],
+        "drawn": np.array([0], np.int32),
+        "limit": np.array([request.max_tokens], np.int32),
+        "settings": Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
+    }
+    return Slots(**row)
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def fill_slot(slots, row, one):
+def fill_slot(slots: Slots, row: int, one: Slots) -> Slots:
     """`slots` with the row of `one` at index `row`."""
     return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
 
 
-def advance(model, weights, slots, *, narrows):
+def advance(
+    model: LanguageModel, weights: list[jax.Array], slots: Slots, *, narrows: bool
+) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
     """BURST steps, or fewer if every row reaches its limit.
 
     Args:

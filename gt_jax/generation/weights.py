@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"))
-def prepare_weights(model, params, rows):
+def prepare_weights(model: LanguageModel, params: Params, rows: int) -> list[jax.Array]:
     """What `decode_step` reads of parameters, for batches of `rows`: a list of arrays."""
-    split = _split(model, rows)
+    split = _split(model.config, rows)
     values = split.constants | dict(zip(split.params, jax.tree.leaves(params)))
     _run(split.of_params, values)
     return [values[variable] for variable in split.weights]
 
 
-def decode_step(model, weights, tokens, state):
+def decode_step(
+    model: LanguageModel, weights: list[jax.Array], tokens: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
     """One token of every row.
 
     Args:
@@ -35,7 +37,7 @@ def decode_step(model, weights, tokens, state):
     Returns:
         logits [B, vocab] float32, and the state after the tokens.
     """
-    split = _split(model, len(tokens))
+    split = _split(model.config, len(tokens))
     values = dict(zip(split.weights, weights))
     values.update(zip(split.inputs, [tokens, *jax.tree.leaves(state)]))
     _run(split.rest, values)
@@ -56,13 +58,13 @@ class _Split(NamedTuple):
 
 
 @functools.cache
-def _split(model, rows):
+def _split(config: ModelConfig, rows: int) -> _Split:
     # Without rematerialisation, which is for gradients and would hide the equations.
-    model = make_model(dataclasses.replace(model.config, remat=ModelConfig.remat))
+    model = make_model(dataclasses.replace(config, remat=ModelConfig.remat))
 
     def whole(params, tokens, state):
-        output = model.apply({"params": params}, tokens[:, None], state)
-        return output.logits[:, 0], output.state
+        logits, after = model.apply({"params": params}, tokens[:, None], state)
+        return logits[:, 0], after
 
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
     state = jax.eval_shape(lambda: model.init_state(rows))

@@ -7,9 +7,11 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import check_whole
 from gt_jax.generation.engine import MAX_ROWS, run_queue
 from gt_jax.generation.requests import Delta, Failure, Request
+from gt_jax.models import LanguageModel, Params
 
 
 class Worker:
@@ -18,7 +20,7 @@ class Worker:
     clients: number -> those it has. tokenizer: which makes their text.
     """
 
-    def __init__(self, model, params, tokenizer, rows: int):
+    def __init__(self, model: LanguageModel, params: Params, tokenizer: Tokenizer, rows: int):
         """Args as in `stream`."""
         rows = check_whole("rows", rows, 1, MAX_ROWS)
         self.tokenizer = tokenizer
@@ -28,7 +30,7 @@ class Worker:
         threading.Thread(target=self._run, daemon=True).start()
 
     @contextlib.asynccontextmanager
-    async def deltas(self, request: Request, seconds: float):
+    async def deltas(self, request: Request, seconds: float) -> AsyncIterator[AsyncIterator[Delta]]:
         """A context with an iterator of the Deltas of one checked request, as they come.
 
         Leaving the context drops the request: its slot goes to another before the next burst.

@@ -5,18 +5,31 @@ Every request has limits of its own, and one that fails, or whose client leaves,
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gt_jax.errors import InputError
-from gt_jax.server.completions import Answer
+from gt_jax.generation import Worker
+from gt_jax.server.completions import Answer, Ask
 
+if TYPE_CHECKING:  # the package serves alone need
+    from starlette.applications import Starlette
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
 BODY_BYTES, CLIENTS = 2**20, 256  # at most
 BODY_SECONDS = 20  # for a body to arrive
 TYPES = {429: "rate_limit_error", 408: "timeout_error", 504: "timeout_error"}
 
 
 def make_app(
-    worker, parse, *, name: str, seconds: float, hosts=("127.0.0.1", "localhost"), body_seconds=None
-):
+    worker: Worker,
+    parse: Callable[[bytes], Ask],
+    *,
+    name: str,
+    seconds: float,
+    hosts: Sequence[str] = LOCAL_HOSTS,
+    body_seconds: float | None = None,
+) -> "Starlette":
     """The ASGI application that answers /v1/completions.
 
     Args:

@@ -1,17 +1,23 @@
 """A uvicorn server that closes connections on which nothing arrives, or nothing leaves, in time."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # an optional package, imported by who serves
+    import uvicorn
+
 HEAD_SECONDS = 10  # for a request's headers to arrive, from the connection or the answer before on
 
 
 def make_server(
-    app,
+    app: Callable,
     *,
     host: str,
     port: int,
     request_seconds: float,
     head_seconds: float = HEAD_SECONDS,
-    **options,
-):
+    **options: Any,
+) -> "uvicorn.Server":
     """A uvicorn.Server for `app`, ready to `run()`.
 
     Args:
