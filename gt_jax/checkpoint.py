@@ -2,8 +2,8 @@
 
 FOLDER/params      the parameters, float32
        about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
-       training    of a run alone, see gt_jax.training.writer
-       files.json  size and CRC-32 of every file of these: a changed one is noticed
+       training    only in a run's checkpoints, see gt_jax.training.writer
+       files.json  size and CRC-32 of all these files, so that a changed one is noticed
 
 A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
 name is that number as Python writes it, and its `about` says the same step.
@@ -137,7 +137,7 @@ def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
-    """Write a model that no run trained here, for `load`; `folder` must not exist."""
+    """Write a model that was not trained by a run, for `load`; `folder` must not exist."""
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),
@@ -206,7 +206,7 @@ def _checksum(file: Path) -> list[int]:
 
 
 def _check(file: Path, size: int, crc: int | None) -> str | None:
-    """What is wrong with a file, None for nothing."""
+    """The fault of a file; None if it has none."""
     if not file.is_file():
         return "is missing"
     if (now := file.stat().st_size) != size:

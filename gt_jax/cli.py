@@ -122,7 +122,7 @@ def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
         The name; "" where --help is asked for instead.
 
     Raises:
-        InputError: --config is missing, or its file is not to be had, does not run, or returns
+        InputError: --config is missing, or its file does not exist, does not run or returns
             something else.
     """
     name = ""
@@ -169,7 +169,7 @@ def _unknown_field(argv) -> str | None:
 
 
 def _unknown_flag(argv, flags) -> str | None:
-    """Name a flag that is none, with the config field it may stand for; None if all are flags."""
+    """Name an unknown flag, with the config field it may stand for; None if all are known."""
     for argument in argv[1:]:
         name = argument.lstrip("-").split("=", 1)[0]
         if not argument.startswith("--") or "." in name or not name:

@@ -68,7 +68,7 @@ _ModelFields = dataclasses.make_dataclass("_ModelFields", _model_fields(), froze
 
 
 class Model(_ModelFields):
-    """model.*: a preset, what of it to change, and how it is computed."""
+    """model.*: a preset, changes to it, and how to compute it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Log:
-    """log.*: what is written down while a run goes."""
+    """log.*: what a run records."""
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
@@ -236,9 +236,9 @@ def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
 
 
 def from_stored(stored: dict) -> Config:
-    """As from_config_dict, of settings that an earlier version may have written.
+    """Like from_config_dict, for settings that an earlier version may have written.
 
-    Fields that did not exist then have their defaults, and moved ones are found.
+    Fields that did not exist then get their defaults; renamed fields are translated.
     """
     values = flatten(to_dict(Config()))
     for name, value in flatten(stored).items():

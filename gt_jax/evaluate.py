@@ -4,10 +4,9 @@
     python -m gt_jax.evaluate --checkpoint=runs/gf_mh --source=book.txt
     python -m gt_jax.evaluate --checkpoint=runs/gpt2 --source=book.txt --seq_len=1024 --stride=256
 
-Without --source: the validation split of the run's own text, read as in training. With it: the
-whole of that text, by recurrent models as one stream whose state is carried to the end of the
-document, by attention models in overlapping windows. --seq_len or --stride asks for windows of any
-model.
+Without --source, the program reads the validation split of the run's own text as in training. With
+--source, it reads the whole text: recurrent models carry their state to the end of each document,
+attention models read overlapping windows. --seq_len or --stride asks for windows in any model.
 """
 
 import functools
@@ -31,7 +30,7 @@ def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
     """The documents of a source, as `load_corpus` takes it, training and validation together."""
     corpus = load_corpus(source, field=field, validation_fraction=1e-9)
     documents = corpus.train + corpus.validation
-    # Of a lone document so small a fraction cuts off one character.
+    # A fraction this small cuts one character off a lone document.
     lone = len(documents) == 2 and len(documents[1]) == 1
     return ("".join(documents),) if lone else documents
 
@@ -54,7 +53,7 @@ def encode_documents(
 
 
 def _as_trained(model, params, documents, train):
-    """(nats, targets, what was done): as the run's own evaluations read text."""
+    """(nats, targets, description), reading text as the run's own evaluations do."""
     batches = evaluation_batches(
         documents,
         batch_size=train.batch_size,
@@ -71,7 +70,7 @@ def _as_trained(model, params, documents, train):
 
 
 def _scored(model, params, documents, *, batch_size, seq_len, stride):
-    """(nats, targets, what was done): whole documents, or windows where seq_len is not None."""
+    """(nats, targets, description), of whole documents or, if seq_len is set, of windows."""
     if seq_len is None:
         pairs = [(ids[:1], ids[1:]) for ids in documents if len(ids) > 1]
         how = f"{len(pairs)} document{'s' * (len(pairs) > 1)}, state carried to the end of each"

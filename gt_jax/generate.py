@@ -6,9 +6,9 @@
 Without --prompt it asks for one, continues it, and asks again: each line you type continues the
 text so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
-The prompt is read in parallel; after it each token costs the same however long the text has grown,
-because all the model remembers is its recurrent state. --save_state keeps that as a file and
---state continues from it without reading the text again.
+The prompt is read in parallel. After it every token costs the same, however long the text is,
+because the model remembers the text in a recurrent state of fixed size. --save_state writes that
+state to a file, and --state continues from the file without reading the text again.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **sett
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    """How much was done how fast; no speed where there was nothing to do."""
+    """A number of tokens and the tokens per second; no speed for zero tokens."""
     return f"{tokens:,} tokens" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
 
 

@@ -27,10 +27,9 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 
 class Adapter:
-    """The harness's three questions, each a method of a list of requests with `.args`.
+    """The harness's three kinds of request; each method takes a list of requests with `.args`.
 
-    Texts become ids, and ids scores and texts, as in the harness's own HFLM, so that numbers
-    compare.
+    Encoding, scoring and decoding follow the harness's own HFLM, so that results are comparable.
     """
 
     def __init__(self, checkpoint_path: str | Path, *, batch_size: int = 8):
@@ -92,7 +91,7 @@ class Adapter:
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells the harness's caches of different checkpoints apart."""
+        """A name that differs between checkpoints, for the harness's caches."""
         return self._name
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -137,7 +136,7 @@ class Adapter:
         return (before, after) if len(before) else (start, after)
 
     def _cut(self, ids, stops) -> tuple[str, bool]:
-        """The text before whatever ends it first, and whether anything does."""
+        """The text up to its first end, and whether it has an end."""
         ends = [n for n, i in enumerate(ids) if i in self._tokenizer.stop_ids]
         ids = ids[: ends[0]] if ends else ids
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
@@ -152,9 +151,9 @@ class Adapter:
 
 
 def start_id(tokenizer: Tokenizer) -> int:
-    """The token that stands before a text.
+    """The token to put before a text.
 
-    A published model's beginning or end of text; else a newline, as in texts of one's own.
+    A published model has a token for the beginning or end of a text; other models take a newline.
 
     Raises:
         InputError: the tokenizer has neither.

@@ -94,20 +94,20 @@ def summarise(trace: analysis.Trace, ids: Sequence[int] | np.ndarray, tokenizer:
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """What each token adds to the text: [T] strings that join to all of it.
+    """The text that each token adds: [T] strings that join to the whole text.
 
-    Where a character takes several tokens the last has it and the others are empty.
+    Where a character takes several tokens, it belongs to the last one; the others are empty.
     """
-    pieces, start, shown = [], 0, ""
+    spelt, start, shown = [], 0, ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            pieces.append("")
+            spelt.append("")
             continue
-        pieces.append(text[len(shown) :])
+        spelt.append(text[len(shown) :])
         # The next is spelt after this one: some tokenizers drop a space in front of a text.
         start, shown = end - 1, tokenizer.decode(ids[end - 1 : end])
-    return pieces
+    return spelt
 
 
 def plain(values: Any) -> list | float | None:

@@ -19,7 +19,7 @@ from gt_jax.errors import InputError, did_you_mean
 
 
 class Range(NamedTuple):
-    """Which numbers a setting takes: a test, and what it asks for in words."""
+    """The numbers that a setting accepts: a test, and the same in words."""
 
     test: Callable[[Any], bool]
     wanted: str
@@ -72,7 +72,7 @@ def accepted(kind: Any) -> tuple[type, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-# Types as people say them, and what counts as one.
+# Types in the words of a message, and the values that count as one.
 _KINDS = {
     int: ("a whole number", numbers.Integral),
     float: ("a number", numbers.Real),
@@ -105,7 +105,7 @@ def _check_value(value, metadata, name: str) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise an InputError that names the nearest choice unless value is one of them."""
+    """Raise InputError, naming the nearest choice, unless `value` is one of the choices."""
     if value not in choices:
         raise InputError(
             f"{name}={value!r} must be one of {', '.join(choices)}" + did_you_mean(value, choices)

@@ -1,4 +1,4 @@
-"""Which setting a misspelt name, or the name of another trainer, stands for."""
+"""The setting that a misspelt name, or the name in another trainer, stands for."""
 
 from collections.abc import Collection
 
@@ -45,7 +45,7 @@ ELSEWHERE = {
 
 
 def suggest_field(name: str, known: Collection[str]) -> str:
-    """`; did you mean 'optim.lr'?` to end a message about a field that is none, or "".
+    """The end of a message about an unknown field, `; did you mean 'optim.lr'?` or "".
 
     Args:
         name: what was written, with or without its group.

@@ -2,8 +2,8 @@
 
     fused = R + M       share = |R| / (|R| + |M|)       cosine = rwkv . mamba / (|rwkv| |mamba|)
 
-R is what the fusion takes from the RWKV branch: g rwkv under a gate g per position, else what the
-fusion makes of rwkv beside a zero mamba. M is the rest of the sum, Mamba's.
+R is RWKV's part: g rwkv if the fusion has one gate g per position, else the fusion's output for
+rwkv and a zero mamba. M is the rest of the sum, Mamba's part.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,10 +11,10 @@ from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 def memories(block_state: Any) -> dict:
     """The memories in a block's state by part, "rwkv", "mamba" or "fusion": arrays [B, ...].
 
-    Of two branches of one kind the second's is "rwkv_2" or "mamba_2".
+    If both branches are of one kind, the second one's memory is "rwkv_2" or "mamba_2".
 
-    The last inputs that token shift and convolution keep are left out, and so is the key-value
-    cache of attention, which sums up nothing.
+    Not included: the last inputs that token shift and convolution keep, and the key-value cache of
+    attention, which is no sum.
     """
     match block_state:
         case hybrid.BlockState(rwkv=rwkv, mamba=mamba, fusion=fusion):

@@ -1,9 +1,9 @@
 """Behaviours worth watching as a language model grows: canaries C1 to C6, and checks of its state.
 
-A canary is scored by choice: of four endings of a prompt, the one the model finds likeliest must be
-the right one. So even a small model has a score, chance is 25 %, and nobody has to judge it. Where
-the right ending is one word, `said` is the share of prompts whose greedy continuation begins with
-it: far harder, and by chance about none.
+A canary is a choice between four endings of a prompt: the model must give the right one the highest
+likelihood. So even a small model has a score, chance is 25 %, and no judge is needed. Where the
+right ending is one word, `said` is the share of prompts whose greedy continuation begins with that
+word: far harder, with a chance of about zero.
 """
 
 import math
@@ -78,7 +78,7 @@ REQUIRED = {
     125_000_000: {"minimal": 90, "standard": 90, "extended": 85},
 }
 _BANDS = ((90, "strong"), (70, "sound"), (50, "weak"), (0, "absent"))
-_STOP = 50  # percent: a category below it ends the matter
+_STOP = 50  # percent: a category below this fails the whole suite
 
 
 def run(
@@ -159,10 +159,10 @@ def required_average(suite: str, parameters: int) -> int | None:
 def check_state(model: LanguageModel, params: Params) -> dict:
     """S0 to S4: whether the recurrent state is there, bounded, and moved by what is read.
 
-    Of a hybrid the branches are looked at apart, and in all models each block.
+    Every block is checked by itself, and so is each branch of a hybrid.
 
     Returns:
-        {id: {about, passed, found}}; empty for attention models, which have no such state.
+        {id: {about, passed, found}}; empty for attention models, which have no recurrent state.
     """
     if model.config.position_limit is not None:
         return {}

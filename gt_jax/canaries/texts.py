@@ -80,7 +80,7 @@ def recall(rng: Random, variant: int, sentences: int) -> Item:
 
 
 def recall_of_two(rng: Random, variant: int, sentences: int) -> Item:
-    """C1d: two facts of one kind; either is asked for, and the other is among the wrong."""
+    """C1d: two facts of one kind; one is asked for, and the other is among the wrong endings."""
     statement, lead, values = FACTS[variant]
     names, (right, other, *wrong) = rng.sample(WOMEN, 2), rng.sample(values, 4)
     facts = [statement.format(n=n, x=x) for n, x in zip(names, (right, other))]
@@ -90,7 +90,7 @@ def recall_of_two(rng: Random, variant: int, sentences: int) -> Item:
 
 
 def combine(rng: Random, variant: int, sentences: int) -> Item:
-    """C2a: three facts far apart lead to the answer, and a fourth elsewhere."""
+    """C2a: three distant facts lead to the answer; a fourth one points to a wrong ending."""
     a, b = rng.sample(WOMEN, 2)
     chest, shelf = rng.sample(("chest", "basket", "cupboard", "barrel", "trunk"), 2)
     right, decoy, *wrong = rng.sample(PLACES, 4)
@@ -117,7 +117,7 @@ def combine(rng: Random, variant: int, sentences: int) -> Item:
 
 
 def infer(rng: Random, variant: int, sentences: int) -> Item:
-    """C2b: what nobody says follows from three hints."""
+    """C2b: the answer is never said and follows from three hints."""
     n = rng.choice(WOMEN)
     hints, lead, right, *wrong = (
         (
@@ -192,7 +192,7 @@ def correct(rng: Random, variant: int, turns: int) -> Item:
 
 
 def keep_format(rng: Random, variant: int, _: int) -> Item:
-    """C4a: the next line goes on in the form of the lines before it."""
+    """C4a: the next line keeps the form of the lines before it."""
     labels, values = (
         (("Price", "Worth", "Value", "Costs"), NUMBERS),
         (("Colour", "Shade", "Paint", "Looks"), COLOURS),
@@ -251,7 +251,7 @@ def keep_rules(rng: Random, variant: int, turns: int) -> Item:
 
 
 def persona(rng: Random, variant: int, turns: int) -> Item:
-    """C5a, C5b: a trade known by what someone tells of it, asked for some turns later."""
+    """C5a, C5b: someone describes a trade without its name; some turns later it is asked for."""
     return _persona(rng, variant, turns, deny=False)
 
 

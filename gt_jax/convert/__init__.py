@@ -21,7 +21,7 @@ def import_model(
 
     Args:
         source: a file of weights, or a folder of config.json and weights.
-        target: folder to be made.
+        target: folder to make.
         tokenizer: a tokenizer.json, an RWKV vocabulary file, or "ids" for none; None takes what
             lies beside the weights, else for RWKV's 65536 ids the World vocabulary if the rwkv
             package is installed, else none.
@@ -54,10 +54,10 @@ def import_model(
 
 
 def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
-    """The layout of what lies somewhere, its model, and unknown settings, all of them null.
+    """The name of a source's layout, its ModelConfig, and its unknown settings, all of them null.
 
     Raises:
-        InputError: it is of another model, or config.json and the tensors do not agree.
+        InputError: the source is another model, or config.json and the tensors do not agree.
     """
     foreign.refuse(found.tensors, found.config)
     name = _find_layout(found.tensors)
@@ -78,7 +78,7 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
 
     Args:
         source: what `gt_jax.load` takes.
-        target: file or folder to be made, as the layout has it.
+        target: file or folder to make, whichever the layout uses.
         layout: a key of LAYOUTS.
 
     Returns:
@@ -93,8 +93,8 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
     config = model.config
     fitting = [name for name, other in LAYOUTS.items() if _fits(other, config)]
     if layout not in fitting:
-        mend = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
-        raise InputError(f"--format={layout} for {_describe(config)} {mend}")
+        fix = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
+        raise InputError(f"--format={layout} for {_describe(config)} {fix}")
     weights = LAYOUTS[layout].weights
     if weights is None and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")

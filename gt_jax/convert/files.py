@@ -21,7 +21,7 @@ from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError, one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# How files begin that are given for weights by mistake, and what to do about it.
+# First bytes of files that users mistake for weights -> what the file is, and the fix.
 OTHERS = {
     b"GGUF": "it is a GGUF file, whose weights are rounded; give the model it was made of",
     b"version https://git-lfs": "it only points to the weights; get them with `git lfs pull`",
@@ -74,7 +74,7 @@ def read(path: str | Path) -> Source:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; InputError if there is none or a key stands in it twice."""
+    """The object in a JSON file; InputError if there is none or a key occurs twice."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} cannot be read (it is no file)")
     try:
@@ -192,7 +192,7 @@ def check_free(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def new(path: str | Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` if all goes well, and else vanishes."""
+    """A path to write to: it becomes `path` if all goes well and is removed if not."""
     path = Path(path)
     unfinished = path.parent / f".{path.stem}.unfinished{path.suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def write_folder(
     """Write config.json and weights, with an index of shards past SHARD_BYTES.
 
     Args:
-        folder: to be made.
+        folder: to make.
         weights: file name, one of WEIGHTS.
         arrays: by name.
         config: content of config.json.

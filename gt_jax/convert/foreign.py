@@ -8,7 +8,7 @@ from gt_jax.convert.settings import shown
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 
-# What tensors of other models are called, and of which model. The first that is found counts.
+# Names of tensors that give another model away, and that model. The first match counts.
 TENSORS = (
     (r"\.(att|attn|attention)\.(r_k|x_r|k_k|k_a|x_w)$", "RWKV-7"),
     (r"\.(att|attn|attention)\.time_first$", "RWKV-4"),

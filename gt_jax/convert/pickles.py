@@ -1,9 +1,9 @@
 """The pickle of a torch.save file, read as a description of tensors. It cannot run anything.
 
-A pickle is a program for a stack machine. The interpreter here has the operations that describe
-tensors by name, and values of its own for what they would build: no import, no call, no attribute
-is ever made. Keys are text and tuples nest once, so that every operation takes a bounded time;
-MOST_STEPS bounds how many there are.
+A pickle is a program for a stack machine. The interpreter here knows only the operations that
+describe tensors by name. It imports nothing, calls nothing and sets no attribute: values of its own
+stand for the objects. Keys are text and tuples nest once, so every operation takes a bounded time;
+MOST_STEPS bounds the number of operations.
 """
 
 import io

@@ -10,9 +10,9 @@ from gt_jax.errors import InputError
 
 
 class SpecialIds(NamedTuple):
-    """Ids that are no text, None where there is none.
+    """Ids that stand for no text; None where a tokenizer has no id of that kind.
 
-    bos: stands before a text. eos: ends a document. pad: fills. stop: each ends what is generated.
+    bos: begins a text. eos: ends a document. pad: fills. stop: each of them ends generated text.
     """
 
     bos: int | None = None
@@ -38,7 +38,8 @@ class Tokenizer:
         kind: its name, as stored models have it.
         vocab_size: ids are in [0, vocab_size).
         special: its SpecialIds.
-        start_ids: ids that a text of its own begins with, such as a prompt or a document.
+        start_ids: the ids at the beginning of every text that continues no other: of a document,
+            of a first prompt.
         byte_errors: how `token_bytes` join, see `gt_jax.generation.text`; None where every token
             is text of its own.
     """

@@ -51,7 +51,7 @@ def make_batches(
         repeat in a batch when there are fewer than B.
 
     Raises:
-        InputError: no such order, or too little text.
+        InputError: the order is unknown, or the text is too short.
     """
     if order not in _PLANS:
         raise InputError(f"data.order={order!r} must be one of {', '.join(_PLANS)}")
@@ -106,10 +106,10 @@ class Batches:
         return {**self._setting, "epoch": self._epoch, "index": self._index}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from a position that `state()` gave.
+        """Continue from a position that `state()` gave.
 
         Raises:
-            InputError: it was given in another setting.
+            InputError: the position belongs to another setting.
         """
         for name, value in self._setting.items():
             saved = state.get(name)
@@ -175,10 +175,10 @@ def evaluation_batches(
 def track_split(
     tokens: CorpusTokens, batch_size: int, validation_fraction: float = 0.1
 ) -> CorpusTokens:
-    """Splits every track instead of the corpus: the ends of all batch_size tracks validate.
+    """Split every track instead of the corpus: the ends of all batch_size tracks validate.
 
     The text of both splits, cut to a multiple of B, becomes B tracks; the first part of each trains
-    and the rest validates. What validates thus depends on the batch size: compare these losses
+    and the rest validates. The validation text therefore depends on the batch size: compare losses
     at one batch size only. Tiny Shakespeare with B = 64 gives tracks of 17 428 characters.
 
     Args:

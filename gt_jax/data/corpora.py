@@ -52,8 +52,8 @@ def load_corpus(source: str, *, field: str = "text", validation_fraction: float 
         A Corpus. Empty documents are dropped.
 
     Raises:
-        InputError: the text cannot be had, is too short to split, or names of splits leave open
-            which file is for what.
+        InputError: the text cannot be read or is too short to split, or the files' names do not
+            tell which split each file belongs to.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(
@@ -115,7 +115,7 @@ _SHAKESPEARE = {  # sha256 of the assembled text
 }
 _PAGE_BREAK = "\f"  # parts documents in the cached file
 
-_MISPRINTS = (  # speakers that the Markdown does not mark as such
+_MISPRINTS = (  # speakers without a speaker's mark in the Markdown
     (r"^(Ghosts?)\n\n\*\*of", r"**\1 of"),
     (r"^(Senators, & C|ALL SERVING-MEN) ", r"\n**\1**\n"),
     (r"^### (Prologue)\n\n(?=[A-Z])", r"**\1**\n"),
@@ -151,7 +151,7 @@ def _cache_folder():
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes bytes so that another process sees the old file or the new one, never a part."""
+    """Write bytes so that another process sees the whole old file or the whole new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)
@@ -187,8 +187,8 @@ def plain_speech(markdown: str) -> str:
         directions are dropped.
     """
     text = html.unescape(markdown).replace("\\", "").replace("—", "--")
-    for pattern, mended in _MISPRINTS:
-        text = re.sub(pattern, mended, text, flags=re.MULTILINE)
+    for pattern, correct in _MISPRINTS:
+        text = re.sub(pattern, correct, text, flags=re.MULTILINE)
     text = re.sub(r"& (?=c\b)", "&", text, flags=re.IGNORECASE)
     title, *paragraphs = re.split(r"\n\s*\n", text)
     lines = [title.strip("# ")]

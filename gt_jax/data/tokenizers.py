@@ -51,7 +51,7 @@ def make_tokenizer(
         A tokenizer.
 
     Raises:
-        InputError: no such kind, or the text cannot support vocab_size.
+        InputError: the kind is unknown, or the text cannot support vocab_size.
     """
     if kind == "sentencepiece":
         return _cached_sentencepiece(corpus.train, vocab_size, cache_dir)
@@ -147,10 +147,10 @@ class TaggedCharTokenizer(CharTokenizer):
         """[n] int32 ids; 1 for an unknown character."""
         if "<|" not in text:
             return self._encode_plain(text)
-        pieces = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)
+        runs = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)  # tags and text between
         tag_ids = {tag: np.array([i], np.int32) for i, tag in enumerate(self.tags)}
         return np.concatenate(
-            [tag_ids[p] if p in tag_ids else self._encode_plain(p) for p in pieces]
+            [tag_ids[run] if run in tag_ids else self._encode_plain(run) for run in runs]
         )
 
     def decode(self, ids: ArrayLike) -> str:
@@ -256,11 +256,11 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> "SentenceP
             minloglevel=4,
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"data.vocab_size={vocab_size} {_mend_of_vocab_size(error)}") from error
+        raise InputError(f"data.vocab_size={vocab_size} {_explain_vocab_size(error)}") from error
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _mend_of_vocab_size(error):
+def _explain_vocab_size(error):
     """What SentencePiece's message means for data.vocab_size."""
     if most := re.search(r"too high .* <= (\d+)", str(error)):
         return f"is more than this text supports; set at most {most[1]}"
@@ -283,7 +283,7 @@ def _cached_sentencepiece(documents, vocab_size, cache_dir):
         if cached["trained_on"] == trained_on:
             return tokenizer_from_dict(cached["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not one of ours: trained anew
+        pass  # there is none yet, or it is not one of ours: train below
     tokenizer = train_sentencepiece(documents, vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     cached = {"trained_on": trained_on, "tokenizer": tokenizer.to_dict()}

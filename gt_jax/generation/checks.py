@@ -1,4 +1,4 @@
-"""Checks of single values that a user gives, each an error naming the field, the value, the fix."""
+"""Checks of single values from a user; each error names the field, the value and the fix."""
 
 import math
 import numbers
@@ -24,7 +24,7 @@ class SettingError(InputError):
 
 
 def brief(value: Any) -> str:
-    """repr(value) of at most about 200 characters, also for what repr itself would refuse."""
+    """repr(value) of at most about 200 characters, even for numbers that repr itself refuses."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return f"<a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits>"
     return _BRIEF.repr(value)
@@ -34,7 +34,7 @@ def check_whole(name: str, value: Any, low: int, high: int) -> int:
     """value as an int from low to high.
 
     Raises:
-        SettingError: it is no whole number, or out of the range; a bool is no number.
+        SettingError: the value is not a whole number (a bool is none), or is out of the range.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not _lies_within(value, low, high):
@@ -46,7 +46,7 @@ def check_real(name: str, value: Any, low: float, high: float, *, above: bool = 
     """value as a float from low (not low itself with `above`) to high.
 
     Raises:
-        SettingError: it is no number, not finite, or out of the range; a bool is no number.
+        SettingError: the value is not a finite number (a bool is none), or is out of the range.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not _lies_within(value, low, high) or (above and value == low):

@@ -1,8 +1,9 @@
-"""What a model remembers of a text it has read: made in chunks, kept as a file, continued from.
+"""A model's memory of a text: made in chunks, saved to a file, continued by requests.
 
 Prefill reads a text in whole chunks of a few sizes, without any padding, each one call of the
 model. The last tokens, at most as many as the smallest chunk, wait for the decoding loop, which
-reads them one by one: it needs the logits of the last, and no other shape has to be compiled.
+reads them one by one: the loop needs the logits of the last one, and this way no other shape has to
+be compiled.
 """
 
 import functools
@@ -46,16 +47,16 @@ class Context(NamedTuple):
 def prefill(
     model: LanguageModel, params: Params, tokens: ArrayLike, after: Context | None = None
 ) -> Context:
-    """Read a text of any length, in memory that depends only on the largest chunk.
+    """Read a text of any length; the largest chunk alone decides how much memory that takes.
 
     Args:
         model, params: from `gt_jax.load`.
         tokens: [T] ids; may be empty where `after` is given.
-        after: what comes before; stays as it is, so that other texts can continue it too.
+        after: the context of the text before; it does not change, so other texts can continue it.
 
     Raises:
-        InputError: no tokens at all, what is no id or outside the vocabulary, more tokens than a
-            GPT has positions.
+        InputError: there are no tokens, a token is no id of the vocabulary, or an attention model
+            has too few positions.
     """
     context = start_prefill(model, params, tokens, after)
     while next_chunk(context):
@@ -102,8 +103,8 @@ def prefill_chunk(model: LanguageModel, params: Params, context: Context) -> Con
 def zero_state(model: LanguageModel, params: Params, rows: int = 1) -> Any:
     """The model's state before any token, for this many rows.
 
-    It is put where `params` are: elsewhere, all that it enters would be compiled for the first call
-    and again for those that follow.
+    It lives on the device of `params`. Anywhere else, every function that takes it would be
+    compiled twice: for the first call, and for later ones with a state that has moved.
     """
     del params
     return model.init_state(rows)
@@ -222,6 +223,6 @@ def _named(tree):
 
 
 def _function(model):
-    """The fields of a model's config that decide what it computes."""
+    """The fields of a model's config that change its results."""
     fields = vars(model.config)
     return {name: fields[name] for name in fields if name not in NOT_OF_THE_FUNCTION}

@@ -1,7 +1,7 @@
-"""What a user may ask of a model: Request, and the one place that checks its fields.
+"""Requests to a model, and the only checks of their fields.
 
-The server, the generate program and the Python API all make Requests, so that a number of a wrong
-type or size is the same named error in each of them.
+The server, the generate program and the Python API all make Requests, so a number of a wrong type
+or size raises the same named error in each of them.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class Request:
             share.
         max_tokens: how many to draw at most, 1 to 2^31 - 1.
         temperature: 0 to 100; top_k: 0 to 2^31 - 1; top_p: above 0, at most 1; min_p: 0 to 1;
-            repetition_penalty: 0.01 to 100: see `sampling.Settings`. The penalty is for tokens of
-            the prompt and of what was drawn.
-        seed: same seed, same tokens, in any company; 32 bits with sign.
+            repetition_penalty: 0.01 to 100: see `sampling.Settings`. The penalty applies to tokens
+            of the prompt and to drawn ones.
+        seed: the same seed gives the same tokens whatever other requests run; 32 bits with sign.
         stop: strings that end the text, each of 1 to 1024 characters; they need a tokenizer and are
             left out of the text, while the tokens end with the one that completes the string.
         stop_ids: token ids that end the text and are left out.
@@ -109,7 +109,7 @@ def _iterable(value):
 
 
 class Delta(NamedTuple):
-    """What one burst added to one request.
+    """The tokens and the text that one burst added to one request.
 
     index: of the request. tokens: ids. log_probabilities: of each under the model, before any
     setting. text: "" without a tokenizer. reason: None while more will come, else "stop" or

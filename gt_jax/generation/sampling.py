@@ -1,4 +1,4 @@
-"""How a next token is chosen, every row of a batch by its own settings.
+"""The choice of the next token; every row of a batch has its own settings.
 
 penalise what was seen -> divide by the temperature -> top-k -> top-p -> min-p -> draw
 """
@@ -34,7 +34,7 @@ def choose(
     """The next token of every row.
 
     Args:
-        keys: [B] random keys; a row's draw depends on nothing of another row.
+        keys: [B] random keys; no row's draw depends on another row.
         logits: [B, vocab] float32.
         seen: [B, vocab] bool, tokens that the repetition penalty is for.
         settings: Settings of [B] arrays.

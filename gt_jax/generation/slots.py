@@ -1,9 +1,8 @@
 """The batch on the device: its slots, and the burst of decode steps that advances them all.
 
-A slot is one row of the batch, somewhere in its own text: it reads what waits of its prompt, a
-token a step, then draws and reads what it has drawn. No row is ever padded and the batch always has
-the same number of rows, so the tokens of a request are the same to the last bit whatever its
-neighbours are and whether it has any.
+A slot is one row of the batch. Every step it reads one token: first the waiting tokens of its
+prompt, then the token that it drew last. No row is ever padded and the batch always has the same
+number of rows, so the tokens of a request do not depend on its neighbours, to the last bit.
 """
 
 import functools
@@ -22,8 +21,8 @@ from gt_jax.models import LanguageModel, Params
 BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
 
-# A step is hundreds of small kernels: the branches' run side by side, and no product is cut along
-# the axis it sums, since summing the parts takes longer than is saved.
+# A step is hundreds of small kernels. Both branches' kernels may run at once. No product is split
+# along the axis it sums: adding the partial sums takes longer than the split saves.
 ON_GPU = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_experimental_force_split_k": 1,
@@ -49,10 +48,10 @@ class Slots(NamedTuple):
 
 
 def rows_of_batch(rows: int) -> int:
-    """Rows that the device works on where `rows` are wanted.
+    """The number of rows on the device for `rows` requests at once.
 
-    XLA's GPU backend multiplies a matrix and a single row element by element, writes that out and
-    sums it; an idle second row costs less.
+    For a single row, XLA's GPU backend writes out all the element-wise products of a matrix before
+    it sums them; an idle second row costs less.
     """
     return rows if jax.default_backend() == "cpu" else max(rows, 2)
 
@@ -151,8 +150,8 @@ def _burst(model, weights, slots, *, narrows):
         log_probabilities = log_probabilities.at[steps].set(log_probability)
         return steps + 1, slots, (tokens, log_probabilities)
 
-    # A GPU waits for the host to see the condition of a while loop, but not in a known number of
-    # steps.
+    # A GPU waits for the host at every condition of a while loop, but not inside a loop of a known
+    # length: so the condition is only checked once per STRIDE.
     stride = lambda carry: jax.lax.fori_loop(0, STRIDE, advance_one, carry)
     start = (0, slots, (tokens, log_probabilities))
     _, slots, drawn = jax.lax.while_loop(busy, stride, start)

@@ -1,7 +1,7 @@
-"""Text out of token ids that come a few at a time.
+"""Text from token ids that arrive a few at a time.
 
-The text is what decoding all ids at once gives, however they are cut into bursts: a token's text is
-decoded after the tokens before it, and bytes become characters once no later byte can change them.
+The result equals decoding all ids at once, whichever bursts they arrive in. A token is decoded with
+the tokens before it, and bytes become characters once no later byte can change them.
 """
 
 import codecs
@@ -34,11 +34,11 @@ class TextOut:
         self.stopped = False
 
     def add(self, ids: Iterable[int]) -> tuple[str, int]:
-        """The text that ids add, and how many of them it took.
+        """The text that ids add, and how many of them were used.
 
-        Held back are characters that later ids may change and what may become a stop string. With
-        the first id after which the text holds a stop string, the text ends before it; of several
-        stop strings, before the one that begins first.
+        Characters that later ids may change are held back, and so is a possible beginning of a stop
+        string. As soon as the text holds a stop string, the text ends before it; if it holds
+        several, before the one that begins first.
         """
         ids = [int(i) for i in ids]
         if self._stops and len(ids) > 1:
@@ -55,7 +55,7 @@ class TextOut:
         return self._take(self._reader.read(ids)), len(ids)
 
     def end(self) -> str:
-        """What was held back, when no more ids will come."""
+        """The text that was held back; call it after the last ids."""
         if self.stopped:
             return ""
         shown = self._take(self._reader.end())
@@ -147,8 +147,8 @@ class _Stop:
 class _Reader:
     """Decodes ids in order; `read` and `end` give events (is_open, text).
 
-    An open event's text may still change: the next event that is not open has it again, or what
-    became of it.
+    The text of an open event may still change. The next event that is not open repeats it in its
+    final form.
 
     A tokenizer says with `byte_errors` how its byte tokens, those with `token_bytes`, join:
     "replace" and "each" as `bytes.decode` does, with U+FFFD for a broken sequence or for each of

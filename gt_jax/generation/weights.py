@@ -1,7 +1,7 @@
-"""A model's step in two parts: what follows from parameters alone, and the rest.
+"""Partial evaluation of a decode step: the part that depends on parameters alone runs once.
 
-The first part runs once, before the loop of steps: casts to the computation dtype, the transpose of
-a tied head, matrices put side by side. The values a step computes with are the same either way.
+That part holds the casts to the computation dtype, the transpose of a tied head and the stacking of
+matrices. It runs before the loop of steps and changes no value that a step computes with.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"))
 def prepare_weights(model: LanguageModel, params: Params, rows: int) -> list[jax.Array]:
-    """What `decode_step` reads of parameters, for batches of `rows`: a list of arrays."""
+    """The arrays that `decode_step` needs of the parameters, for batches of `rows`."""
     split = _split(model.config, rows)
     values = split.constants | dict(zip(split.params, jax.tree.leaves(params)))
     _run(split.of_params, values)
@@ -46,7 +46,7 @@ def decode_step(
 
 
 class _Split(NamedTuple):
-    """The equations of a step, those of parameters alone and the rest, and variables by role."""
+    """The equations of a step (those of parameters alone, and the rest) and variables by role."""
 
     of_params: list[Any]
     rest: list[Any]
@@ -75,7 +75,7 @@ def _split(config: ModelConfig, rows: int) -> _Split:
     known, of_params, rest, read = {*constants, *jaxpr.invars[:n]}, [], [], []
     for equation in jaxpr.eqns:
         inputs = [x for x in equation.invars if not isinstance(x, Literal)]
-        # What grows, as a bias repeated for every row, costs less to compute than to read.
+        # A result larger than its inputs, such as a repeated bias, is cheaper to compute than read.
         grows = _bytes(equation.outvars) > _bytes(inputs)
         if known.issuperset(inputs) and not grows:
             of_params.append(equation)

@@ -1,4 +1,4 @@
-"""Requests of many clients that come at any time, drawn in one batch by a thread of its own."""
+"""A thread that answers the requests of many clients in one batch, whenever they arrive."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from gt_jax.models import LanguageModel, Params
 class Worker:
     """Works through requests of asyncio clients.
 
-    clients: number -> those it has. tokenizer: which makes their text.
+    clients: request number -> the client's event loop and queue. tokenizer: makes the text.
     """
 
     def __init__(self, model: LanguageModel, params: Params, tokenizer: Tokenizer, rows: int):
@@ -65,7 +65,7 @@ class Worker:
                     *self._model, self._queue, wanted=self.clients.__contains__, **self._options
                 ):
                     self._tell(news)
-            except Exception as error:  # whatever it is, nobody shall wait in vain
+            except Exception as error:  # tell every client, so that none waits for ever
                 self._queue.clear()
                 for number in list(self.clients):
                     self._tell(Failure(number, error))

@@ -1,6 +1,6 @@
 """The ASGI application: a body becomes an Ask, and a Worker's deltas become OpenAI's JSON.
 
-Every request has limits of its own, and one that fails, or whose client leaves, ends alone.
+Every request has its own limits. When a request fails or its client leaves, the others continue.
 """
 
 import asyncio
@@ -130,7 +130,7 @@ async def _whole(objects, deltas):
 
 
 async def _events(objects, deltas, explain):
-    """Server-sent events of a stream; an error is the last but one."""
+    """Server-sent events of a stream; an error comes just before [DONE]."""
     say = lambda content: f"data: {json.dumps(content)}\n\n"
     try:
         async for delta in deltas:
@@ -142,7 +142,7 @@ async def _events(objects, deltas, explain):
 
 
 async def _while_connected(work, receive):
-    """The result of a coroutine; None if the client leaves before, and then it is cancelled."""
+    """The result of a coroutine; None if the client leaves first, which cancels the coroutine."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

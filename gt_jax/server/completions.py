@@ -19,7 +19,7 @@ from gt_jax.models import LanguageModel
 PROMPT_TOKENS, STOPS, NAME_CHARACTERS = 2**16, 4, 1000  # at most
 SETTINGS = {"max_tokens": (int,), "top_k": (int,), "seed": (int,), "stop": (str, list)}
 SETTINGS |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))
-# Fields of OpenAI's that are taken where they change nothing: their types and that value.
+# Fields of OpenAI's API that are accepted at their neutral value alone: types and that value.
 NEUTRAL = {
     "n": ((int,), 1),
     "best_of": ((int,), 1),
@@ -53,7 +53,7 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
         max_tokens: that a request may ask for.
 
     Raises:
-        InputError: what is wrong with it; a SettingError where one field is.
+        InputError: the body is invalid; a SettingError if one field is at fault.
     """
     body = {name: value for name, value in _json_object(data).items() if value is not None}
     for name, value in body.items():
@@ -190,8 +190,8 @@ def _include_usage(options, streams):
 class Answer:
     """The objects of one answer: `choice` of a Delta, `whole` of all, `usage`, `chunk` of a stream.
 
-    The log-probability of a token stands beside the text that it completed; `text_offset` counts
-    the characters of the answer before that.
+    The log-probability of a token belongs to the text that the token completed; `text_offset` is
+    the number of characters of the answer before that text.
     """
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer, name: str):

@@ -23,9 +23,9 @@ def make_server(
     Args:
         app: of `make_app`.
         host, port: where to listen.
-        request_seconds: from a request's headers to the end of its answer, at most; above the time
-            that the application itself gives body and answer. A client that does not read its
-            answer is cut off then.
+        request_seconds: the longest time from a request's headers to the end of its answer; it
+            must exceed the application's own limits for body and answer. A client that does not
+            read its answer is cut off after it.
         head_seconds: for a request's headers to arrive.
         **options: of uvicorn.Config.
     """
