@@ -6,7 +6,6 @@ field, the value and the fix, before anything is loaded or compiled.
 """
 
 import dataclasses
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -293,7 +292,7 @@ def _placeholders(settings) -> config_dict.ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _placeholders(value)
         elif value is None:
-            [kind] = (k for k in accepted(field.type) if k is not types.NoneType)
+            [kind] = (k for k in accepted(field.type) if k is not type(None))
             value = config_dict.placeholder(kind)
         values[field.name] = value
     return config_dict.ConfigDict(values)
