@@ -2,8 +2,8 @@
 
 FOLDER/params      the parameters, float32
        about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
-       training    of a run alone, see gt_jax.training.writer
-       files.json  size and CRC-32 of every file of these: a changed one is noticed
+       training    only in a run's checkpoints, see gt_jax.training.writer
+       files.json  size and CRC-32 of all these files, so that a changed one is noticed
 
 A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
 name is that number as Python writes it, and its `about` says the same step.
@@ -14,6 +14,7 @@ import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ import orbax.checkpoint as ocp
 from etils import epath  # comes with orbax-checkpoint
 
 from gt_jax import stored
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 FOLDER = "checkpoints"
 FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
@@ -34,14 +36,14 @@ class Damaged(InputError):
     """A checkpoint is not as it was written."""
 
 
-def steps(workdir) -> list[int]:
+def steps(workdir: str | Path) -> list[int]:
     """The steps of a run's checkpoints by the names of their folders, newest first."""
     folders = [p for p in (Path(workdir) / FOLDER).glob("[0-9]*") if p.is_dir()]
     named = [p.name for p in folders if p.name.isascii() and p.name.isdigit()]
     return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
 
 
-def find(path) -> Path:
+def find(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the latest of the run whose workdir it is.
 
     Raises:
@@ -111,7 +113,7 @@ def read_about(folder: Path) -> dict:
     return about
 
 
-def load(path):
+def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
     """A trained model, ready to apply.
 
     Args:
@@ -135,8 +137,8 @@ def load(path):
     return model, read_tree(folder, "params", like), tokenizer
 
 
-def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
-    """Write a model that no run trained here, for `load`; `folder` must not exist."""
+def save_model(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
+    """Write a model that was not trained by a run, for `load`; `folder` must not exist."""
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),
@@ -149,7 +151,7 @@ def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     seal(folder)
 
 
-def read_tree(folder: Path, name: str, like):
+def read_tree(folder: Path, name: str, like: Any) -> Any:
     """The arrays of part `name` of a checkpoint folder, placed like `like`.
 
     Args:
@@ -203,7 +205,7 @@ def _checksum(file: Path) -> list[int]:
 
 
 def _check(file: Path, size: int, crc: int | None) -> str | None:
-    """What is wrong with a file, None for nothing."""
+    """The fault of a file; None if it has none."""
     if not file.is_file():
         return "is missing"
     if (now := file.stat().st_size) != size:

@@ -27,7 +27,7 @@ def find_config(name: str) -> Path:
             `configs/gf_mh.py` from any folder.
 
     Raises:
-        InputError: there is no such file; the nearest name is suggested.
+        InputError: the file does not exist; the message suggests the nearest name.
     """
     path = Path(name)
     if path.is_file():
@@ -45,7 +45,7 @@ def load_config(name: str) -> config_dict.ConfigDict:
     """What get_config() of a config file returns.
 
     Raises:
-        InputError: there is no such file, it does not run, or it returns something else.
+        InputError: the file does not exist, does not run, or returns something else.
     """
     path = find_config(name)
     spec = importlib.util.spec_from_file_location(f"gt_jax_config_{path.stem}", path)

@@ -152,10 +152,11 @@ def _memory():
 def _zstd(raw, where):
     """A reader of Zstandard data: the standard library's from Python 3.14, else a package's."""
     try:
-        from compression import zstd  # Python 3.14
+        # Python has this module from 3.14 on.
+        from compression import zstd  # pyright: ignore[reportMissingImports]
     except ImportError:
         try:
-            import zstandard
+            import zstandard  # pyright: ignore[reportMissingImports]  an optional package
         except ImportError as error:
             raise InputError(
                 f"{where} needs `pip install zstandard`; or unpack it with `unzstd`"
@@ -216,7 +217,7 @@ def _read_json(where, line, field):
     return text_field(where, row, field)
 
 
-def text_field(where: str, row, field: str) -> str:
+def text_field(where: str, row: object, field: str) -> str:
     """row[field] as a string.
 
     Raises:

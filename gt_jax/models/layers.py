@@ -1,11 +1,13 @@
 """Small parts that several models share: dense layers, norms, the feed-forward, document bounds."""
 
-import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
@@ -15,7 +17,7 @@ from gt_jax.models.config import ModelConfig
 normal = initializers.normal(0.02)
 
 
-def symmetric_uniform(bound):
+def symmetric_uniform(bound: float) -> Initializer:
     """Initialiser U(-bound, bound)."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -24,7 +26,7 @@ def symmetric_uniform(bound):
     return init
 
 
-def fan_in_uniform(scale=1.0):
+def fan_in_uniform(scale: float = 1.0) -> Initializer:
     """Initialiser U(+-scale / sqrt(in)) of an [in, out] kernel, PyTorch's default for Linear."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -33,31 +35,31 @@ def fan_in_uniform(scale=1.0):
     return init
 
 
-def kernel_init(config, official):
+def kernel_init(config: ModelConfig, official: Initializer) -> Initializer:
     """Initialiser of a dense kernel whose source uses `official`."""
     return normal if config.init == "normal" else official
 
 
-def output_init(config, official):
-    """As kernel_init, for the kernel that ends a mixer or feed-forward."""
+def output_init(config: ModelConfig, official: Initializer) -> Initializer:
+    """Like kernel_init, for the kernel that ends a mixer or feed-forward."""
     return initializers.zeros if config.init == "blinkdl" else kernel_init(config, official)
 
 
-def embedding_init(config, official=None):
+def embedding_init(config: ModelConfig, official: Initializer | None = None) -> Initializer:
     """Initialiser of an embedding whose source uses `official`, by default N(0, 1/dim).
 
-    A tied head then starts with logits of unit variance; from N(0, 0.02) small hybrids and Mamba-2
+    The default gives a tied head logits of unit variance; with N(0, 0.02) small hybrids and Mamba-2
     models learn far slower.
     """
     official = official or initializers.normal(config.dim**-0.5)
     return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
 
 
-# Numbers in what a GPU multiplies in the time it takes to start: some 3 µs of an H100's bandwidth.
-_QUICK = 2**22
+# An H100 takes about as long to start a product as to read this many numbers: some 3 µs.
+_LAUNCH_BOUND = 2**22
 
 
-def project(x, kernel):
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., in] @ kernel [in, out] in the dtype of x.
 
     Tokens are flattened to one axis for the backward pass: XLA's CPU backend transposes [B, T, D]
@@ -72,41 +74,41 @@ class Dense(nn.Module):
 
     features: int
     dtype: str
-    kernel_init: initializers.Initializer
+    kernel_init: Initializer
 
     @nn.compact
-    def kernel(self, width):
+    def kernel(self, width: int) -> jax.Array:
         return self.param("kernel", self.kernel_init, (width, self.features))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return project(x.astype(self.dtype), self.kernel(x.shape[-1]))
 
 
-def dense(config, features, name, init):
+def dense(config: ModelConfig, features: int, name: str, init: Initializer) -> Dense:
     """A Dense in the computation dtype."""
     return Dense(features, config.dtype, init, name=name)
 
 
-def quickly_done(x):
-    """Whether a GPU takes as long to start a product with x [B, T, D] as to do it.
+def is_launch_bound(x: jax.Array) -> bool:
+    """Whether a GPU takes as long to start a product with x [B, T, D] as to compute it.
 
-    Then one of matrices put side by side is better than many; XLA's CPU backend is several times
-    slower on it, but for a single token.
+    One product of stacked matrices then beats several products. XLA's CPU backend is several times
+    slower on stacked matrices, except for a single token.
     """
-    return x.shape[1] == 1 or (jax.default_backend() == "gpu" and x.size <= _QUICK)
+    return x.shape[1] == 1 or (jax.default_backend() == "gpu" and x.size <= _LAUNCH_BOUND)
 
 
-def apply_each(layers, inputs):
-    """[layer(x) for every Dense layer and its x], of equal shapes [B, T, D]."""
+def apply_each(layers: Sequence[Dense], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """[layer(x) for every Dense layer and its x]: layers of one shape, all x [B, T, D]."""
     shape = inputs[0].shape
-    if not quickly_done(inputs[0]) or layers[0].is_initializing():
+    if not is_launch_bound(inputs[0]) or layers[0].is_initializing():
         return [layer(x) for layer, x in zip(layers, inputs)]
     x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
     kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
     return list((x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
-def rms_norm(config, name):
+def rms_norm(config: ModelConfig, name: str) -> "RMSNorm":
     """RMSNorm with a scale; statistics in float32, result in the computation dtype.
 
     eps is 1e-6, and 1e-5 in a pure Mamba-2 model, as in published ones.
@@ -122,26 +124,25 @@ class RMSNorm(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", initializers.ones, (x.shape[-1],))
         return _scaled_to_unit(x, scale, self.epsilon).astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scaled_to_unit(x, scale, epsilon):
-    """x [..., D] in any dtype, scale [D] -> float32."""
+def _scaled_to_unit_value(x, scale, epsilon) -> jax.Array:
     return _scaled_to_unit_forward(x, scale, epsilon)[0]
 
 
 def _scaled_to_unit_forward(x, scale, epsilon):
+    """x [..., D] in any dtype, scale [D] -> float32, and what the backward pass needs."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return wide * (inverse * scale), (x, inverse, scale)
 
 
 def _scaled_to_unit_backward(epsilon, residuals, g):
-    # No product here is one of the forward pass: on CPUs, XLA computes such a product once and
-    # keeps it, and broadcasts of `scale` besides, a tenth of a step's memory.
+    # No product here repeats one of the forward pass: on CPUs, XLA would compute it once and keep
+    # it, with broadcasts of `scale`, which costs a tenth of a step's memory.
     x, inverse, scale = residuals
     wide, g = x.astype(jnp.float32), g * inverse
     d_scale = jnp.sum(g * wide, axis=tuple(range(g.ndim - 1)))
@@ -149,10 +150,11 @@ def _scaled_to_unit_backward(epsilon, residuals, g):
     return (g * scale - wide * (jnp.square(inverse) * along)).astype(x.dtype), d_scale
 
 
+_scaled_to_unit = jax.custom_vjp(_scaled_to_unit_value, nondiff_argnums=(2,))
 _scaled_to_unit.defvjp(_scaled_to_unit_forward, _scaled_to_unit_backward)
 
 
-def layer_norm(config, name):
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     """LayerNorm with scale and bias, eps 1e-5; statistics in float32."""
     return nn.LayerNorm(epsilon=1e-5, dtype=config.dtype, use_fast_variance=False, name=name)
 
@@ -161,42 +163,44 @@ class FeedForward(nn.Module):
     """x [B, T, D] -> W_down gelu(W_up x), four times as wide inside, no bias, exact GELU."""
 
     config: ModelConfig
-    down_init: initializers.Initializer = normal
+    down_init: Initializer = normal
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
         return dense(c, c.dim, "down", output_init(c, self.down_init))(gelu(hidden))
 
 
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, in float32 through erf: twice as fast on CPUs as jax.nn.gelu through erfc."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def per_row(param, rows):
+def per_row(param: jax.Array, rows: int) -> jax.Array:
     """A parameter [...] repeated for every row of a batch, [rows, ...].
 
-    Its gradient is a sum over time and then, apart from it, one over rows: in one step a GPU has
-    too few columns to sum in parallel.
+    The gradient sums over time first and over rows in a second step: a single sum over both has too
+    few columns for a GPU to compute in parallel.
     """
-    return jnp.broadcast_to(param, (rows, *param.shape))
+    return _per_row(param, rows)
 
 
-per_row.defvjp(
-    lambda param, rows: (per_row(param, rows), None),
+_per_row = jax.custom_vjp(
+    lambda param, rows: jnp.broadcast_to(param, (rows, *param.shape)), nondiff_argnums=(1,)
+)
+_per_row.defvjp(
+    lambda param, rows: (_per_row(param, rows), None),
     lambda rows, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=0),),
 )
 
 
-def sums_over_tokens(*arrays):
-    """n arrays [..., T, C] of one shape -> [n, C]: sums of some tokens, then the sum of those.
+def sums_over_tokens(*arrays: jax.Array) -> jax.Array:
+    """n arrays [..., T, C] of one shape -> [n, C]: sums of groups of tokens, then their sum.
 
-    In one step a GPU has too few columns to sum in parallel; the barrier keeps XLA from joining the
-    two.
+    A single sum has too few columns for a GPU to compute in parallel; the barrier keeps XLA from
+    joining the two steps.
     """
     *tokens, channels = arrays[0].shape
     group = math.gcd(math.prod(tokens), 128)
@@ -204,11 +208,13 @@ def sums_over_tokens(*arrays):
     return jnp.sum(jnp.stack(jax.lax.optimization_barrier(sums)), axis=1)
 
 
-def recurrence(op, config, *arrays, **options):
-    """op(*arrays, **options), of `gt_jax.kernels`, by config.impl.
+def recurrence(
+    op: Callable, config: ModelConfig, *arrays: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """op(*arrays, **options) for a recurrence `op` of `gt_jax.kernels`, run by config.impl.
 
     Raises:
-        InputError: config.impl cannot run here, for the reason that op gives.
+        InputError: config.impl cannot run here; the message has the reason that op gives.
     """
     try:
         return op(*arrays, impl=config.impl, **options)
@@ -220,19 +226,21 @@ def recurrence(op, config, *arrays, **options):
         ) from error
 
 
-def record(module, **activations):
-    """Offers named activations of a module to `mutable=["activations"]`; free when not asked."""
+def record(module: nn.Module, **activations: jax.Array) -> None:
+    """Offer named activations of a module to `mutable=["activations"]`; free when nobody asks."""
     if not module.is_initializing():
         for name, value in activations.items():
             module.sow("activations", name, value)
 
 
-def segment_index(segment_ids, shape):
-    """[B, T] int32: 0 for the row's first segment, one more at every start."""
+def segment_index(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+    """[B, T] int32: 0 in a row's first segment, 1 in the next and so on."""
     return jnp.cumsum(resets(segment_ids, shape), axis=1, dtype=jnp.int32)
 
 
-def previous_token(x, last, segment_ids):
+def previous_token(
+    x: jax.Array, last: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
     """The input one token earlier, zero where a segment starts.
 
     Args:
@@ -240,9 +248,10 @@ def previous_token(x, last, segment_ids):
         last: [B, D] input before the first token, of the first segment; zeros if None.
         segment_ids: [B, T] int or None.
     """
+    B, T, _ = x.shape
     if last is None:
         last = jnp.zeros_like(x[:, 0])
     before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], axis=1)
     if segment_ids is None:
         return before
-    return jnp.where(resets(segment_ids, x.shape[:2])[..., None], 0, before)
+    return jnp.where(resets(segment_ids, (B, T))[..., None], 0, before)

@@ -1,5 +1,8 @@
 """AdamW: warm-up and cosine, decay on weight matrices alone, a learning rate for each part."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,13 +17,13 @@ LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
 NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
 
 
-def label(path) -> str:
+def label(path: tuple[Any, ...]) -> str:
     """The part of the model a parameter path belongs to: "rwkv", "mamba", "gate" or "rest"."""
     pieces = [piece.removesuffix("_2") for piece in _pieces(path)]  # a second branch of the kind
     return next((LABELS[piece] for piece in pieces if piece in LABELS), "rest")
 
 
-def is_decayed(path, value) -> bool:
+def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
     """Whether weight decay acts on a parameter: on matrices, unless a piece of its name says no."""
     return value.ndim >= 2 and not any(
         name in piece for piece in _pieces(path) for name in NOT_DECAYED
@@ -56,14 +59,14 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
 
     return optax.chain(
         optax.GradientTransformation(lambda params: adam.init(join(params)), adam.update),
-        optax.stateless(split),
+        optax.stateless(cast(Callable[..., Any], split)),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
         _scale_by_label(optim.lr_multipliers),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def join(tree) -> dict[str, jax.Array]:
+def join(tree: Any) -> dict[str, jax.Array]:
     """A vector for each label that occurs, of all leaves that bear it.
 
     What is done to hundreds of gradients and moments alike then takes a few large operations.
@@ -76,7 +79,7 @@ def join(tree) -> dict[str, jax.Array]:
     return jax.lax.optimization_barrier(vectors)
 
 
-def split(vectors: dict[str, jax.Array], like):
+def split(vectors: dict[str, jax.Array], like: Any) -> Any:
     """Undo `join` of a tree like `like`."""
     starts = dict.fromkeys(vectors, 0)
 
@@ -89,12 +92,12 @@ def split(vectors: dict[str, jax.Array], like):
     return jax.tree_util.tree_map_with_path(take, like)
 
 
-def norms_by_label(tree) -> dict[str, jax.Array]:
+def norms_by_label(tree: Any) -> dict[str, jax.Array]:
     """Global norm of the leaves of each label that occurs."""
     return jax.tree.map(optax.tree.norm, join(tree))
 
 
-def clip(grads, norm, limit: float):
+def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
     """Gradients of global norm `norm`, scaled to `limit` where they exceed it; 0 is no limit."""
     if not limit:
         return grads

@@ -94,6 +94,13 @@ def test_two_alike_branches_count_twice():
         assert rwkv[part] == mamba[part] == hybrid[part]
 
 
+@pytest.mark.parametrize("name", ["gf", "rwkv6", "mamba2", "gpt2", "gpt1"])
+def test_position_limit_is_the_length_of_the_position_table(name):
+    config = make_config(name, vocab_size=97, layers=1)
+    table = count_parameters(config).get("positions", 0)  # recurrent models have none
+    assert config.position_limit == (table // config.dim or None)
+
+
 def test_names_ignore_case_and_have_aliases():
     assert make_config("GF-MH", vocab_size=97) == make_config("gf-mh", vocab_size=97)
     assert make_config("8M", vocab_size=97) == make_config("medium", vocab_size=97)
