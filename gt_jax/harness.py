@@ -161,7 +161,7 @@ def start_id(tokenizer: Tokenizer) -> int:
     candidates = []
     if tokenizer.kind in ("rwkv-world", "huggingface", "ids"):
         candidates = [tokenizer.special.bos, *tokenizer.start_ids, tokenizer.eos_id]
-    if isinstance(tokenizer, HuggingFaceTokenizer):  # perhaps a tokenizer.json alone, which names none
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # perhaps a tokenizer.json that names none
         candidates += map(tokenizer.token_id, _USUAL)
     for i in candidates:
         if i is not None:
