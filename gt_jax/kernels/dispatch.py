@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gt_jax.kernels.pallas.devices import hopper_unsupported
+from gt_jax.kernels.pallas.devices import hopper_unsupported, portable_unsupported
 
 
 class Implementation(NamedTuple):
@@ -26,6 +26,11 @@ IMPLEMENTATIONS = {
     op: {
         "mosaic": Implementation(
             f"gt_jax.kernels.{op}.hopper", "Pallas kernels for Hopper GPUs", hopper_unsupported
+        ),
+        "portable": Implementation(
+            f"gt_jax.kernels.{op}.portable",
+            "Pallas kernels for NVIDIA GPUs since compute capability 8.0",
+            portable_unsupported,
         ),
         "chunked": Implementation(f"gt_jax.kernels.{op}.chunked", "matmuls over chunks"),
         "reference": Implementation(f"gt_jax.kernels.{op}.reference", "token by token"),
