@@ -98,7 +98,8 @@ def choose_impl(op: str) -> tuple[str, str]:
     known = IMPLEMENTATIONS[op]
     name, *others = [name for name, found in known.items() if found.unsupported() is None]
     reason = f"{known[name].what}, on {jax.devices()[0].device_kind}"
-    takes = importlib.import_module(known[name].module).TAKES
-    if takes is not None:
-        reason += f": {takes}; other calls take {others[0]}"
+    takes = lambda name: importlib.import_module(known[name].module).TAKES
+    if takes(name) is not None:
+        last = next(n for n, other in enumerate(others) if takes(other) is None)
+        reason += f": {takes(name)}; other calls take {' or '.join(others[: last + 1])}"
     return name, reason

@@ -284,6 +284,36 @@ def copy_in_narrow(source, tile):
             tile.at[:, columns][...] = z
 
 
+def prefetch(ref):
+    """Asks for a tile [64, columns] of global memory to be in the second-level cache soon."""
+    if interpreting():
+        return
+
+    @_inline((plgpu.RefType(),), None)
+    def ask(_, source):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        memref = ir.MemRefType(source.type)
+        line = 128 * 8 // mgpu.utils.bitwidth(memref.element_type)  # elements of a cache line
+        lines = memref.shape[1] // line  # of a row
+        for first in range(0, memref.shape[0] * lines, mgpu.utils.WARPGROUP_SIZE):
+            n = arith.addi(mgpu.utils.thread_idx(), mgpu.utils.c(first, i32))
+            # With fewer lines than threads, two threads ask for the same.
+            row = arith.remui(n, mgpu.utils.c(memref.shape[0], i32))
+            column = arith.remui(
+                arith.divui(n, mgpu.utils.c(memref.shape[0], i32)), mgpu.utils.c(lines, i32)
+            )
+            at = [arith.index_cast(index, z) for z in (row, column)]
+            at[1] = arith.muli(at[1], mgpu.utils.c(line, index))
+            element = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], line)))
+            pointer = mgpu.utils.memref_ptr(element)
+            mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", pointer, has_side_effects=True)
+
+    ask(ref)
+
+
 def copy_out(tile, target):
     """Each warp copies its own rows out of a tile, behind a sync_warp."""
     target[...] = tile[...] if interpreting() else plgpu.load(tile, layout=_OWN_ROWS)

@@ -39,10 +39,10 @@ from gt_jax.kernels.pallas.launch import (
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import left, load, load_columns, load_left, load_rows, zeros
+from gt_jax.kernels.ssd import portable_sizes
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 from gt_jax.kernels.ssd.portable_splits import add_weighed
 
-_LONGEST_CHAIN = 16  # blocks; each starts a moment after the one before
 # Gradients of the step size and of the log decay of each token, the latter of the rectangle inside
 # the chunk alone; terms of a token's read, of what is kept of it, and of a row of the state.
 _ROWS = _OF_STEP, _OF_DECAY, _READ, _KEPT, _CARRIED = range(5)
@@ -98,7 +98,7 @@ def _links(size):
     heads = size.heads // size.groups
     if interpreting():  # knows no waiting
         return 1
-    return max(n for n in range(1, _LONGEST_CHAIN + 1) if heads % n == 0)
+    return max(n for n in range(1, portable_sizes.TUNING.longest_chain + 1) if heads % n == 0)
 
 
 @lowered_once("size")
@@ -176,6 +176,10 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             dS_s[...] = dS.astype(bf16)
             warps.sync()
 
+            if portable_sizes.TUNING.prefetch:
+                earlier = tiles.tokens(jnp.maximum(m - 1, 0))
+                for name, head in (("x", h), ("dy", h), ("B", group), ("C", group)):
+                    warps.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
             BC = warps.dot(zeros(*square), load_left(B_s), C_s.T)
             dM = warps.dot(zeros(*square), load_left(x_s), dy_s.T)
             i = tiles.iota(square, 1) + refs.zero[0] * CHUNK

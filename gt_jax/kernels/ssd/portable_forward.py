@@ -17,6 +17,7 @@ from gt_jax.kernels.pallas import tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import load_columns, load_rows
+from gt_jax.kernels.ssd import portable_sizes
 from gt_jax.kernels.ssd.hopper_sizes import sizes_of
 from gt_jax.kernels.ssd.portable_splits import add_weighed
 
@@ -76,6 +77,11 @@ def forward(
                     warps.copy_out(S_s, refs.states_gmem.at[b, h, lax.div(m, jnp.int32(2))])
 
             warps.sync()
+            if portable_sizes.TUNING.prefetch:
+                following = tiles.tokens(jnp.minimum(m + 1, size.chunks - 1))
+                warps.prefetch(refs.x_gmem.at[b, following, h])
+                for source in (refs.B_gmem, refs.C_gmem):
+                    warps.prefetch(source.at[b, following, group])
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
             i = tiles.iota(square, 0) + refs.zero[0] * CHUNK
             passed = over_columns(g_i, square) - over_rows(g_j, square)

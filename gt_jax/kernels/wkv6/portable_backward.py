@@ -29,6 +29,7 @@ from gt_jax.kernels.pallas.warps import (
     rows_right,
     rows_right_transposed,
 )
+from gt_jax.kernels.wkv6 import portable_levels
 from gt_jax.kernels.wkv6.hopper_levels import log2_decay
 from gt_jax.kernels.wkv6.hopper_sizes import SIZE
 from gt_jax.kernels.wkv6.portable_levels import (
@@ -144,6 +145,13 @@ def backward(
             K_s[...] = (load(k_s) * jnp.exp2(sums(TO_END))).astype(bf16)
             warps.sync()
 
+            if portable_levels.TUNING.prefetch:
+                earlier = jnp.maximum(m - 1, 0)
+                for name in ("r", "k", "v", "do", "w"):
+                    source = getattr(refs, f"{name}_gmem")
+                    warps.prefetch(source.at[b, tiles.tokens(earlier), h])
+                for source in (refs.states_gmem, refs.scores_gmem):
+                    warps.prefetch(source.at[b, earlier, h])
             dQ = warps.dot(zeros(*square), warps.load_left(do_s), S_s)
             for back in reversed(range(1, BLOCKS)):
                 dQ *= warps.block_row(E_s, FIRST, -back, SIZE)

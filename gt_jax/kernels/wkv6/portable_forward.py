@@ -20,6 +20,7 @@ from gt_jax.kernels.pallas import tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS, block_dot, left
+from gt_jax.kernels.wkv6 import portable_levels
 from gt_jax.kernels.wkv6.hopper_levels import log2_decay
 from gt_jax.kernels.wkv6.hopper_sizes import SIZE
 from gt_jax.kernels.wkv6.portable_levels import (
@@ -99,6 +100,10 @@ def forward(
             Q = warps.load(r_s) * jnp.exp2(sums(FROM_START))
             k_s[...] = (warps.load(k_s) * jnp.exp2(sums(TO_END))).astype(bf16)  # Kh from here
             warps.sync()
+            if portable_levels.TUNING.prefetch:
+                following = (b, tiles.tokens(jnp.minimum(m + 1, chunks - 1)), h)
+                for source in (refs.r_gmem, refs.k_gmem, refs.v_gmem, refs.w_gmem):
+                    warps.prefetch(source.at[following])
             o = block_dot(warps.zeros(*square), left(A[0]), warps.rows_right(v_s, 0))
             for back in range(1, BLOCKS):
                 met = warps.block_dot_transposed(

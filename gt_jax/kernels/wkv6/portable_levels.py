@@ -9,6 +9,7 @@ token i of block x reads token j of an earlier block y through Q_i . (E_{y+1} ..
 tokens of one block meet at the levels 1, 2, 4, 8 of chunks.py. All exponents are at most 0.
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -18,6 +19,16 @@ from gt_jax.kernels.chunks import levels
 from gt_jax.kernels.pallas import tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What was chosen by measuring."""
+
+    prefetch: bool = False  # the next chunk into the second-level cache
+
+
+TUNING = Tuning()
 
 LEVELS = BLOCK.bit_length() - 1
 # Places among patterns(): of level l > 0 it is l - 1.
