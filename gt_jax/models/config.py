@@ -73,7 +73,7 @@ class ModelConfig:
     impl: str = setting(
         "auto",
         "implementation of the recurrences; auto takes the fastest that runs here",
-        choices=("auto", "reference", "chunked", "mosaic"),
+        choices=("auto", "reference", "chunked", "portable", "mosaic"),
     )
     remat: str = setting(
         "none",
