@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
+from gt_jax import compilation
 from gt_jax.config import default_config, walk_fields
 from gt_jax.config_files import load_config
 from gt_jax.errors import InputError, did_you_mean
@@ -74,8 +75,10 @@ def _status(main, verbose: bool) -> int | None:
 
 
 def new_flags() -> absl_flags.FlagValues:
-    """An empty set of flags plus --verbose and --help, independent of absl's global one."""
+    """Flags that every program has: --compile_cache, --verbose, --help; none of absl's own."""
     flags = absl_flags.FlagValues()
+    cache = f"Folder of compiled programs (auto: {compilation.default_cache()}), or none."
+    absl_flags.DEFINE_string("compile_cache", "auto", cache, flag_values=flags)
     absl_flags.DEFINE_bool("verbose", False, "Show tracebacks of errors.", flag_values=flags)
     absl_flags.DEFINE_bool("help", False, "Show this help.", flag_values=flags)
     return flags
@@ -88,7 +91,9 @@ def parse(
     usage: str | None,
     required: Sequence[str] = (),
 ) -> bool:
-    """Parse argv into flags. Returns False when --help was asked for and has been printed.
+    """Parse argv into flags and do what those of every program say.
+
+    Returns False when --help was asked for and has been printed.
 
     Raises:
         InputError: unknown flag or argument, value of the wrong type, a required flag missing.
@@ -110,6 +115,7 @@ def parse(
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
+    compilation.use_cache(flags.compile_cache)
     return True
 
 

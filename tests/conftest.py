@@ -6,6 +6,10 @@ import pytest
 # for one another in threads of their own, and would wait forever if there were fewer.
 os.environ.setdefault("NPROC", "8")
 
+# Tests leave nothing in the user's cache of compiled programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 # Several test processes share a GPU: each takes of its memory what it needs, not three quarters.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -80,7 +80,8 @@ def print_costs(run, hlo, *, steps, top):
     """Device time by operation of the model over a traced run of some steps."""
     origin = {}
     for name, where in re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo):
-        where = re.sub(r"jit\(\w+\)/|LanguageModel|blocks_\d+/|while/body/|closed_call/", "", where)
+        layer = r"LanguageModel(\.\w+)?|blocks_\d+/"
+        where = re.sub(rf"jit\(\w+\)/|{layer}|while/body/|closed_call/", "", where)
         origin[re.sub(r"\W", "_", name)] = where
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

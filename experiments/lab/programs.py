@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import compilation
 from gt_jax.config import Config, flatten
 from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
@@ -35,14 +36,6 @@ SWEEPABLE += tuple(f"optim.lr_multipliers.{part}" for part in ("rwkv", "mamba", 
 
 # Runs side by side beyond which a large GPU would gain nothing.
 FULL = 32
-
-# Nothing is tried out on the device while programs compile: that was most of compiling, and waits
-# for the program that runs meanwhile.
-ON_GPU = {
-    "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-}
 
 # Compiles fast, runs slowly: for tiny models and few steps.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -143,7 +136,7 @@ def has_gate(model_config: ModelConfig) -> bool:
 def compiler_options(compile_fast: bool) -> dict:
     """For the compiler; compile_fast is for tiny jobs."""
     options = COMPILE_FAST if compile_fast else {}
-    return options | (ON_GPU if jax.default_backend() == "gpu" else {})
+    return options | (compilation.options(compilation.LABORATORY) or {})
 
 
 def _with_values(config: Config, values: Mapping) -> Config:

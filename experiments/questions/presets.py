@@ -3,7 +3,8 @@
     python -m experiments presets --jobs=12
     python -m experiments presets tiny gpt2 --steps=20
 
-Every run is the trainer's own. gf_mh_8m and gf_mh_base, which take hours, have to be asked for.
+Every run is the trainer's own. The large ones, gf_mh_8m and gf_mh_base to gf_mh_1b, take hours or
+days and have to be asked for.
 Prints, and writes to --out, each run's last validation loss in nats per character, its speed while
 the other jobs ran beside it (evaluation and compilation left out), and its seconds in all.
 """
@@ -18,7 +19,7 @@ from experiments.lab.jobs import run_all
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
 CONFIGS.remove("base")
-LONG = ("gf_mh_8m", "gf_mh_base")
+LONG = ("gf_mh_8m", "gf_mh_base", "gf_mh_350m", "gf_mh_1b")
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax import compilation
 from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, zero_state
 from gt_jax.generation.requests import Request
 from gt_jax.generation.sampling import Settings, choose
@@ -20,13 +21,6 @@ from gt_jax.models import LanguageModel, Params
 
 BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
-
-# A step is hundreds of small kernels. Both branches' kernels may run at once. No product is split
-# along the axis it sums: adding the partial sums takes longer than the split saves.
-ON_GPU = {
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    "xla_gpu_experimental_force_split_k": 1,
-}
 
 
 class Slots(NamedTuple):
@@ -114,7 +108,7 @@ def advance(
 
 @functools.cache
 def _advance():
-    options = ON_GPU if jax.default_backend() == "gpu" else None
+    options = compilation.options(compilation.DECODING)
     arguments = {"static_argnames": ("model", "narrows"), "donate_argnames": "slots"}
     return jax.jit(_burst, compiler_options=options, **arguments)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
@@ -159,6 +160,11 @@ def carry_state(
     unroll = min(8, update.shape[2])
     state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse, unroll=unroll)
     return jnp.moveaxis(starts, 0, 2), state
+
+
+def named(*results: jax.Array) -> list[jax.Array]:
+    """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
+    return [checkpoint_name(x, "recurrence") for x in results]
 
 
 def scan_groups(

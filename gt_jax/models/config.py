@@ -78,7 +78,7 @@ class ModelConfig:
     remat: str = setting(
         "none",
         "what the backward pass recomputes instead of storing: none, dots (all but the results of"
-        " dense layers and Pallas kernels) or full blocks",
+        " dense layers and recurrences) or full blocks",
         choices=("none", "dots", "full"),
     )
 

@@ -15,6 +15,7 @@ from jax.nn import initializers
 from gt_jax.errors import InputError
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
     embedding_init,
@@ -24,6 +25,7 @@ from gt_jax.models.layers import (
     rms_norm,
     symmetric_uniform,
 )
+from gt_jax.models.lookup import lookup
 from gt_jax.settings import check_choice
 
 # A model's parameters as `model.init` nests them: names -> arrays [...] float32.
@@ -31,10 +33,7 @@ Params = Mapping[str, Any]
 
 # What the forward pass stores of a block, by ModelConfig.remat; "none" stores everything.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("recurrence"),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names("dense", "recurrence"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -46,12 +45,18 @@ class Output(NamedTuple):
     state: Any
 
 
+class Loss(NamedTuple):
+    """nats [] float32, the summed cross-entropy, and the state after the last token."""
+
+    nats: jax.Array
+    state: Any
+
+
 class LanguageModel(nn.Module):
     """Tokens in, logits and state out; the same call trains, prefills and steps."""
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(
         self,
         tokens: jax.Array,
@@ -79,6 +84,26 @@ class LanguageModel(nn.Module):
             InputError: more positions than a GPT has (inside jit: NaN logits from there on), or
                 rwkv_drop for a model that is no hybrid of RWKV and another.
         """
+        x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return Output(logits.reshape(*tokens.shape, -1), state)
+
+    def loss(self, tokens, targets, state=None, *, segment_ids=None, rwkv_drop=None):
+        """The model's loss on a text, without [B, T, vocab] logits in memory.
+
+        Args:
+            tokens, state, segment_ids, rwkv_drop: as for a call.
+            targets: [B, T] int; those below 0 do not count.
+
+        Returns:
+            Loss; what else comes and what is raised is as for a call.
+        """
+        x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
+        return Loss(head_cross_entropy(x, head, targets.ravel()), state)
+
+    @nn.compact
+    def _read(self, tokens, state, segment_ids, rwkv_drop):
+        """Normalised hidden vectors [B T, D], the head [D, vocab] float32, and the state after."""
         c = self.config
         chex.assert_rank(tokens, 2)
         if rwkv_drop is not None and (c.architecture, c.branches) != ("hybrid", "rwkv+mamba"):
@@ -91,12 +116,14 @@ class LanguageModel(nn.Module):
 
         # The residual stream is a long sum: float32 whatever the blocks compute in.
         embedding = nn.Embed(c.vocab_size, c.dim, embedding_init=embed_init, name="embedding")
-        x = embedding(tokens)  # [B, T, D] float32
+        x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
         if c.position_limit is not None:
             x = x + self._positions(tokens.shape, state, segment_ids)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         states = []
+        # Unrolled: a scan over blocks compiles one of them, but copies what the backward pass needs
+        # of each into and out of arrays of all; a step of gf_mh takes 1.8 times as long (H200).
         for layer in range(c.layers):
             before = None if state is None else state[layer]
             x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)
@@ -106,8 +133,7 @@ class LanguageModel(nn.Module):
             head = embedding.embedding.T
         else:
             head = self.param("head", head_init, (c.dim, c.vocab_size))
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return Output(logits.reshape(*tokens.shape, c.vocab_size), tuple(states))
+        return x, head, tuple(states)
 
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""
@@ -124,7 +150,7 @@ class LanguageModel(nn.Module):
                     "to attend over: shorten the text or train with more positions"
                 )
         place = gpt2.positions(shape, cache, segment_ids)
-        return jnp.take(table, place, axis=0, mode="fill", fill_value=jnp.nan)
+        return lookup(table, place)
 
     def init_state(self, batch_size: int) -> Any:
         """The state before any token: a pytree of zeros with the structure of `Output.state`."""

@@ -34,6 +34,18 @@ PRESETS = {
     "hgf-rh": Preset("HGF, 70 % RWKV at the start", {"fusion": "hgf", "gate_init": 0.7}),
     "gru": Preset("a GRU weighs the branches", {"fusion": "gru"}),
     "medium": Preset("GF-MH, wider", {"dim": 192, "heads": 6, "fusion": "gf", "gate_init": 0.3}),
+    "gf-mh-350m": Preset(
+        "GF-MH of 348 M parameters",
+        {"dim": 1024, "layers": 16, "heads": 16, "state_size": 128, "fusion": "gf"}
+        | {"gate_init": 0.3},
+        vocab_size=16384,
+    ),
+    "gf-mh-1b": Preset(
+        "GF-MH of 1.37 B parameters",
+        {"dim": 2048, "layers": 16, "heads": 32, "state_size": 128, "fusion": "gf"}
+        | {"gate_init": 0.3},
+        vocab_size=32768,
+    ),
     "hy-192x12": Preset(
         "HY, wider and deeper", {"dim": 192, "layers": 12, "heads": 6, "fusion": "hy"}
     ),

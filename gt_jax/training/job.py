@@ -80,7 +80,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
-    memory.check_fits(counts["total"], fields)
+    memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
     model = make_model(model_config)
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
@@ -101,7 +101,9 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
             functools.partial(init_state, model, tx, config),
             out_shardings=parallel.state_sharding(mesh),
         ),
-        train_step=parallel.compile_train_step(make_step, mesh, config.parallel.mode),
+        train_step=parallel.compile_train_step(
+            make_step, mesh, config.parallel.mode, parameters=counts["total"]
+        ),
         eval_step=parallel.compile_eval_step(make_eval_step(model), mesh),
     )
 

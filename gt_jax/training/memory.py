@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from gt_jax.errors import InputError
 
@@ -38,11 +39,14 @@ def keep_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def check_fits(parameters: int, fields: str) -> None:
+def check_fits(parameters: int, moments_dtype: str, fields: str) -> None:
     """Refuse a model before it is compiled if its training state alone exceeds the memory.
+
+    Activations come on top, and depend on the batch and on model.remat.
 
     Args:
         parameters: how many the model has.
+        moments_dtype: optim.moments_dtype.
         fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
 
     Raises:
@@ -50,12 +54,21 @@ def check_fits(parameters: int, fields: str) -> None:
             the device (or, on a CPU, this process) can have.
     """
     have, where = _memory()
-    need = 4 * 4 * parameters
+    need = _state_bytes(parameters, moments_dtype)
     if have is not None and need > have:
+        smaller = ""
+        if _state_bytes(parameters, "bfloat16") <= have:
+            smaller = ", or set optim.moments_dtype=bfloat16"
         raise InputError(
             f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
-            f"gradients and AdamW's moments, and {where} has {have / 1e9:,.0f} GB; lower them"
+            f"gradients and AdamW's moments, and {where} has {have / 1e9:,.0f} GB; "
+            f"lower them{smaller}"
         )
+
+
+def _state_bytes(parameters: int, moments_dtype: str) -> int:
+    """Of parameters and gradients, in float32, and of two moments."""
+    return parameters * (4 + 4 + 2 * jnp.dtype(moments_dtype).itemsize)
 
 
 def _memory() -> tuple[int | None, str]:

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gt_jax import compilation
 from gt_jax.data import Batch
 from gt_jax.data.batches import Batches
-from gt_jax.training import backend
 from gt_jax.training.step import TrainState
 
 
@@ -31,13 +31,14 @@ def state_sharding(mesh: Mesh) -> TrainState:
     return _by_part(copied, carry=NamedSharding(mesh, P("batch")))
 
 
-def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
+def compile_train_step(make_step: Callable, mesh: Mesh, mode: str, *, parameters: int) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
     Args:
         make_step: axis_name -> train_step(state, batch), see gt_jax.training.step.
         mesh: from `make_mesh`.
         mode: "jit" or "pmap".
+        parameters: how many the model has, which decides how it is compiled.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
@@ -52,7 +53,7 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
             in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
-            compiler_options=backend.compiler_options(),
+            compiler_options=compilation.training_options(parameters),
         )
 
     axes = _by_part(None, carry=0)
@@ -64,18 +65,56 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
 
 def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
     """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
+    jitted = _jit_eval_step(eval_step, mesh)
+    return lambda params, batch, carry: jitted(params, put_batch(batch, mesh), carry)
 
+
+def lower_programs(make_state, train_step, eval_step, mesh: Mesh, batches, carry) -> dict:
+    """What a run compiles, for `gt_jax.compilation.compile_side_by_side`, the longest first.
+
+    Args:
+        make_state: jitted, key -> TrainState.
+        train_step: from `compile_train_step` in mode "jit".
+        eval_step: from `gt_jax.training.step.make_eval_step`.
+        mesh: from `make_mesh`.
+        batches: a training and an evaluation Batch of NumPy arrays; only their shapes count.
+        carry: the zero state of an evaluation, or None.
+
+    Returns:
+        "train": train_step(state, batch), "evaluate": eval_step(params, batch, carry) with what
+        `put_batch` returns, "init": make_state(key): functions that lower them.
+    """
+    key = jax.random.key(0)
+
+    def shapes(tree, sharding):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    where, rows = state_sharding(mesh), NamedSharding(mesh, P("batch"))
+    state = jax.eval_shape(make_state, key)
+    parts = {name: shapes(getattr(state, name), getattr(where, name)) for name in vars(state)}
+    state = state.replace(**parts)
+    training, held_out = (shapes(batch, rows) for batch in batches)
+    carry = shapes(carry, rows)
+    evaluate = _jit_eval_step(eval_step, mesh)
+    return {
+        "train": lambda: train_step.lower(state, training),
+        "evaluate": lambda: evaluate.lower(state.params, held_out, carry),
+        "init": lambda: make_state.lower(key),
+    }
+
+
+def _jit_eval_step(eval_step, mesh: Mesh):
+    if mesh.size == 1:
+        return jax.jit(eval_step)
     rows = P("batch")
 
     def whole_batch(params, batch, carry):
         sums, carry = eval_step(params, batch, carry)
         return jax.lax.psum(sums, "batch"), carry
 
-    several = mesh.size > 1
-    jitted = jax.jit(
-        _by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)) if several else eval_step
-    )
-    return lambda params, batch, carry: jitted(params, put_batch(batch, mesh), carry)
+    return jax.jit(_by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)))
 
 
 def prefetch(

@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
 
 def init_state(
-    model: LanguageModel, tx: optax.GradientTransformation, config: Config, key: jax.Array
+    model: LanguageModel, tx: optax.GradientTransformationExtraArgs, config: Config, key: jax.Array
 ) -> TrainState:
     """A fresh TrainState: parameters from the random key, zero carried state if there is one.
 
@@ -62,7 +62,7 @@ def init_state(
 
 def make_train_step(
     model: LanguageModel,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     config: Config,
     axis_name: str | None = None,
@@ -71,7 +71,7 @@ def make_train_step(
 
     Args:
         model: a gt_jax.models module.
-        tx: the optimizer, and `schedule` its learning rate by update.
+        tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
         config: uses optim.grad_accumulation, optim.clip, train.steps and train.rwkv_dropout_*.
         axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
             batch's.
@@ -99,13 +99,15 @@ def make_train_step(
             output, sown = model.apply(
                 {"params": params},
                 batch.inputs,
+                batch.targets,
                 _zero_rows(carry, batch.fresh),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
                 mutable=["activations"],
+                method="loss",
             )
-            loss = summed_loss(output.logits, batch.targets) / jnp.maximum(tokens, 1)
+            loss = output.nats / jnp.maximum(tokens, 1)
             return loss, (mean_gates(sown), None if carry is None else output.state)
 
         def add_microbatch(grads, part):
@@ -120,18 +122,16 @@ def make_train_step(
         )
         loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
         grads = optimizer.join(grads)
-        norms = jax.tree.map(optax.tree.norm, grads)
+        norms = optimizer.norms(grads)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
 
         # A step that is not finite leaves no trace but its count, the carried state included.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, _join(carry)),
-            (state.params, state.opt_state, state.carry),
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+        params = optax.apply_updates(state.params, updates)
+        carry = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), _join(carry), state.carry
         )
         new_state = dataclasses.replace(
             state,
@@ -164,14 +164,16 @@ def make_eval_step(model: LanguageModel) -> Callable:
     """eval_step(params, batch, carry) -> (Evaluation, carry); no carry: rows start from zero."""
 
     def eval_step(params, batch, carry):
-        logits, after = model.apply(
+        found: Any = model.apply(
             {"params": params},
             batch.inputs,
+            batch.targets,
             _zero_rows(carry, batch.fresh),
             segment_ids=batch.segment_ids,
+            method="loss",
         )
-        sums = Evaluation(summed_loss(logits, batch.targets), jnp.sum(batch.targets >= 0))
-        return sums, None if carry is None else after
+        sums = Evaluation(found.nats, jnp.sum(batch.targets >= 0))
+        return sums, None if carry is None else found.state
 
     return eval_step
 

@@ -10,12 +10,18 @@ import pytest
 
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.data import Batch
+from gt_jax.training.step import summed_loss
 
 VOCAB, DIM = 11, 8
 
 
 class Output(NamedTuple):
     logits: Any
+    state: Any
+
+
+class Loss(NamedTuple):
+    nats: Any
     state: Any
 
 
@@ -42,7 +48,7 @@ class Block(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Same interface as gt_jax.models: tokens and state in, logits and state out."""
+    """Same interface as gt_jax.models: tokens and state in, logits or loss and state out."""
 
     layers: int = 2
 
@@ -55,6 +61,10 @@ class ToyModel(nn.Module):
             x, h = Block(name=f"blocks_{layer}")(x, state[layer])
             after.append(h)
         return Output(nn.Dense(VOCAB, use_bias=False, name="head")(x), tuple(after))
+
+    def loss(self, tokens, targets, state=None, **options):
+        output = self(tokens, state, **options)
+        return Loss(summed_loss(output.logits, targets), output.state)
 
     def init_state(self, batch_size):
         return (jnp.zeros((batch_size, DIM)),) * self.layers

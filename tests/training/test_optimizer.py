@@ -91,7 +91,15 @@ def test_learning_rate_multipliers_scale_the_whole_update_of_their_part(toy, mak
         np.testing.assert_allclose(after, factor * before, rtol=1e-6)
 
 
-def test_updates_are_those_of_adamw_leaf_by_leaf(toy, make_config):
+@pytest.fixture(params=[2**18, 20, 1], ids=["all joined", "some large", "all large"])
+def large(request, monkeypatch):
+    """Leaves from which size on are updated by themselves; the toy's have 1 to 88 numbers."""
+    join = optimizer.join
+    monkeypatch.setattr(optimizer, "_LARGE", request.param)
+    monkeypatch.setattr(optimizer, "join", lambda tree: join(tree))  # else eval_shape has it cached
+
+
+def test_updates_are_those_of_adamw_leaf_by_leaf(large, toy, make_config):
     params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     optim = make_config(**{"optim.weight_decay": 0.3, "optim.eps": 1e-3}).optim
     schedule = optimizer.make_schedule(optim, 20)
@@ -108,11 +116,50 @@ def test_updates_are_those_of_adamw_leaf_by_leaf(toy, make_config):
         params = optax.apply_updates(params, updates)
 
 
-def test_split_undoes_join_whatever_the_order_of_labels(toy):
+def test_split_undoes_join_whatever_the_order_of_labels(large, toy):
     params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     joined = optimizer.join(params)
-    assert sum(v.size for v in joined.values()) == sum(p.size for p in jax.tree.leaves(params))
+    assert sum(v.size for v in jax.tree.leaves(joined)) == sum(
+        p.size for p in jax.tree.leaves(params)
+    )
     jax.tree.map(np.testing.assert_array_equal, optimizer.split(joined, params), params)
+
+
+def test_update_that_is_not_finite_leaves_no_trace(large, toy, make_config):
+    """At the very first update, too, where no moment has a bias to correct yet."""
+    params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    optim = make_config(**{"optim.weight_decay": 0.3}).optim
+    tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 20))
+    good = optimizer.join(jax.tree.map(jnp.sin, params))
+    bad = optimizer.join(jax.tree.map(lambda p: jnp.where(p > 0, jnp.nan, jnp.inf), params))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, after = jax.jit(tx.update)(bad, state, params, finite=jnp.array(False))
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+        _, state = tx.update(good, state, params, finite=jnp.array(True))
+    assert state.count == 2
+
+
+def test_moments_in_bfloat16_stay_near_those_in_float32(large, toy, make_config):
+    params = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def run(dtype):
+        optim = make_config(**{"optim.moments_dtype": dtype}).optim
+        tx = optimizer.make_optimizer(optim, optimizer.make_schedule(optim, 50))
+        step, now, state = jax.jit(tx.update), params, tx.init(params)
+        for n in range(50):
+            grads = jax.tree.map(lambda p, n=n: jnp.sin(p * 100 + 0.3 * n), params)
+            updates, state = step(optimizer.join(grads), state, now)
+            now = optax.apply_updates(now, updates)
+        return now, state
+
+    (exact, _), (rounded, state) = run("float32"), run("bfloat16")
+    assert {x.dtype for x in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("bfloat16")}
+    moved, off = (
+        optax.tree.norm(jax.tree.map(jnp.subtract, exact, other)) for other in (params, rounded)
+    )
+    assert 0 < off < 0.02 * moved
 
 
 def test_decay_is_decoupled(toy, make_config):
@@ -137,7 +184,7 @@ def test_clip_bounds_the_norm_and_leaves_small_gradients_alone(toy):
         jax.tree.map(np.testing.assert_array_equal, clipped, grads)
 
 
-def test_norms_by_label_are_global_norms_of_their_parts(toy):
+def test_norms_by_label_are_global_norms_of_their_parts(large, toy):
     grads = toy.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     norms = optimizer.norms_by_label(grads)
     np.testing.assert_allclose(optax.tree.norm(norms), optax.tree.norm(grads), rtol=1e-5)

@@ -1,9 +1,17 @@
+import functools
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from gt_jax.compilation import compile_side_by_side
+from gt_jax.training import parallel
+from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
 # Devices are counted when JAX starts, so four simulated ones need a process of their own.
 SCRIPT = """
@@ -38,7 +46,7 @@ for mode in ("single", "jit", "pmap"):
         state, step = jax.jit(init)(), jax.jit(make_step(None))
     else:
         state = jax.jit(init, out_shardings=parallel.state_sharding(mesh))()
-        step = parallel.compile_train_step(make_step, mesh, mode)
+        step = parallel.compile_train_step(make_step, mesh, mode, parameters=0)
     rows = []
     for _ in range(4):
         state, numbers = step(state, next(batches))
@@ -81,3 +89,27 @@ def test_four_devices_train_like_one(results, mode):
 
 def test_four_devices_evaluate_alike_in_both_modes(results):
     assert results["jit"][-1] == pytest.approx(results["pmap"][-1], rel=1e-5)
+
+
+def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_batch):
+    config = make_config(**{"train.carry_state": True, "data.order": "tracks"})
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    mesh = parallel.make_mesh()
+    make_state = jax.jit(
+        functools.partial(init_state, toy, tx, config), out_shardings=parallel.state_sharding(mesh)
+    )
+    make_step = functools.partial(make_train_step, toy, tx, schedule, config)
+    step = parallel.compile_train_step(make_step, mesh, "jit", parameters=0)
+    measure = make_eval_step(toy)
+    batch, carry = make_batch(0), toy.init_state(8)
+    lower = parallel.lower_programs(make_state, step, measure, mesh, (batch, batch), carry)
+    ready = {name: program.result() for name, program in compile_side_by_side(lower).items()}
+    assert list(ready) == ["train", "evaluate", "init"]
+
+    put, key = functools.partial(parallel.put_batch, mesh=mesh), jax.random.key(3)
+    expected = parallel.compile_eval_step(measure, mesh)(make_state(key).params, batch, carry)
+    found = ready["evaluate"](ready["init"](key).params, put(batch), carry)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found, expected = (run(make_state(key), put(batch)) for run in (ready["train"], step))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -24,6 +24,7 @@ from gt_jax.kernels.chunks import (
     from_chunks,
     levels,
     make_plan,
+    named,
     product,
     scan_groups,
     to_chunks,
@@ -69,7 +70,8 @@ def _forward(x, dt, a, B, C, state, plan):
 
     groups = tuple(to_chunks(z, plan) for z in (x, dt, a, B, C))
     final_state, (y, states) = scan_groups(group, state, groups)
-    return (from_chunks(y, plan), final_state), (x, dt, a, B, C, states)
+    y, final_state, states = named(from_chunks(y, plan), final_state, states)
+    return (y, final_state), (x, dt, a, B, C, states)
 
 
 def _backward(plan, residuals, cotangents):

@@ -24,6 +24,7 @@ from gt_jax.kernels.chunks import (
     from_chunks,
     levels,
     make_plan,
+    named,
     product,
     scan_groups,
     to_chunks,
@@ -68,7 +69,8 @@ def _forward(r, k, v, w, u, state, plan):
 
     groups = tuple(to_chunks(x, plan) for x in (r, k, v, w))
     final_state, (o, states) = scan_groups(group, state, groups)
-    return (from_chunks(o, plan), final_state), (r, k, v, w, u, states)
+    o, final_state, states = named(from_chunks(o, plan), final_state, states)
+    return (o, final_state), (r, k, v, w, u, states)
 
 
 def _backward(plan, residuals, cotangents):

@@ -1,0 +1,151 @@
+"""How programs are compiled: options of XLA with their reasons, a cache on disk, threads."""
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+# XLA's options on a GPU, by kind of program.
+#
+# Training, without two things that XLA tries out while it compiles. It would compile each fusion in
+# several ways and time them, a sixth of the seconds to the first step, and train no faster (H100,
+# configs/gf_mh_base.py). And it would time Triton's products beside cuBLAS's: without them a step
+# takes 135.0 ms instead of 139.5 and compiles in 39 s instead of 53 (H200, the same config). With
+# nothing tried out at all (xla_gpu_autotune_level=0) it takes 138.5 ms and compiles in 36 s.
+_TRAINING = {
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+    "xla_gpu_enable_triton_gemm": False,
+}
+# A small model's step is hundreds of small kernels; side by side, where one does not need another's
+# result, they take 3.67 ms instead of 4.25 and compile in 20 s instead of 29 (H200,
+# configs/gf_mh.py). What runs at once shares no memory: 858 MiB of temporaries instead of 505.
+# Kernels of larger models fill a GPU one by one, and their temporaries are gigabytes.
+_SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+_SMALL_MODEL = 32_000_000  # parameters, fewer than which are small
+# Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
+# it sums, since summing the parts takes longer than is saved.
+DECODING = _SIDE_BY_SIDE | {"xla_gpu_experimental_force_split_k": 1}
+# The laboratory: nothing is tried out on the device while programs compile. That was most of
+# compiling, and waits for the program that runs meanwhile.
+LABORATORY = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
+
+# Compiled programs kept on disk; the least recently used go first.
+_CACHE_BYTES = 2 * 2**30
+# What of JAX's settings says that there is, or shall be, another cache.
+_OF_THE_USER = ("compilation_cache_dir", "enable_compilation_cache")
+# A program that compiles faster than this is not worth a file.
+_WORTH_KEEPING_SECONDS = 0.2
+
+
+def options(on_gpu: dict) -> dict | None:
+    """Compiler options for jax.jit: `on_gpu`, as DECODING, on a GPU and None elsewhere."""
+    return on_gpu if jax.default_backend() == "gpu" else None
+
+
+def training_options(parameters: int) -> dict | None:
+    """Compiler options of a training step for jax.jit, by the number of the model's parameters."""
+    return options(_TRAINING | (_SIDE_BY_SIDE if parameters < _SMALL_MODEL else {}))
+
+
+def default_cache() -> Path:
+    """The folder of compiled programs under the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "gt_jax" / "xla"
+
+
+def use_cache(folder: str = "auto") -> Path | None:
+    """Keep compiled programs on disk for the next process; says so when the first comes from it.
+
+    What is damaged there, or cannot be written, costs a compilation and nothing else.
+
+    Args:
+        folder: where; "auto" for `default_cache`, "none" for no cache. What JAX's own settings
+            (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) say goes before "auto".
+
+    Returns:
+        The folder, None if there is no cache of ours.
+    """
+    if folder == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    own, enabled = (getattr(jax.config, f"jax_{name}") for name in _OF_THE_USER)
+    if folder == "auto" and (own or not enabled):
+        return None
+    path = default_cache() if folder == "auto" else Path(folder).expanduser()
+    warnings.filterwarnings("ignore", ".*persistent compilation cache.*", UserWarning)
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(path),
+        "jax_compilation_cache_max_size": _CACHE_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": _WORTH_KEEPING_SECONDS,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX may have found out before that there is none
+    _say_first_hit(path)
+    return path
+
+
+def _say_first_hit(path: Path) -> None:
+    said = threading.Event()
+
+    def on_event(event, **_):
+        if event == "/jax/compilation_cache/cache_hits" and not said.is_set():
+            said.set()
+            line = f"compiled programs come from {path} (--compile_cache=none compiles anew)"
+            print(line, file=sys.stderr, flush=True)
+
+    jax.monitoring.register_event_listener(on_event)
+
+
+def compile_side_by_side(
+    programs: Mapping[str, Callable[[], jax.stages.Lowered]],
+) -> dict[str, Future]:
+    """Compile programs in threads while the caller does something else.
+
+        compiled = compile_side_by_side({"step": lambda: jax.jit(step).lower(state, batch), ...})
+        ...
+        step = compiled["step"].result()  # waits for this one alone
+
+    Args:
+        programs: name -> a function that lowers; the one that takes longest first. Tracing and
+            lowering are Python, so they take turns in this order; XLA compiles outside of Python,
+            each program in a thread of its own.
+
+    Returns:
+        name -> future jax.stages.Compiled; its result() raises what lowering or compiling raised.
+    """
+    tracing = ThreadPoolExecutor(1, "lower")
+    compiling = ThreadPoolExecutor(max(len(programs), 1), "compile")
+
+    def start(lower):
+        result = Future()
+
+        def settle(work, then):
+            try:
+                then(work())
+            except BaseException as error:  # raised again where the result is asked for
+                result.set_exception(error)
+
+        def compile_(lowered):
+            compiling.submit(settle, lowered.compile, result.set_result)
+
+        tracing.submit(settle, lower, compile_)
+        return result
+
+    return {name: start(lower) for name, lower in programs.items()}
+
+
+def when_ready(program: Future) -> Callable:
+    """A function that waits for a future function at its first call."""
+    return lambda *args: program.result()(*args)

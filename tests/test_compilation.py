@@ -1,0 +1,101 @@
+"""Programs that compile side by side, and the cache that keeps them for the next process."""
+
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from gt_jax import compilation
+
+SETTINGS = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """JAX's settings as a fresh process has them, put back afterwards; every program is kept."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(compilation, "_WORTH_KEEPING_SECONDS", 0)
+    with warnings.catch_warnings():
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def run(factor):
+    """A program of its own for each factor, in a process that has compiled nothing yet."""
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    return float(jax.jit(lambda x: jnp.sin(x * factor).sum())(jnp.ones(7)))
+
+
+def test_second_process_takes_programs_from_the_cache_and_says_so_once(settings, tmp_path, capsys):
+    assert compilation.use_cache(str(tmp_path / "xla")) == tmp_path / "xla"
+    first = run(3)
+    assert capsys.readouterr().err == ""
+    assert run(3) == run(3) == first
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and str(tmp_path / "xla") in said[0] and "--compile_cache=none" in said[0]
+
+
+def test_damaged_cache_is_ignored_without_a_word(settings, tmp_path, recwarn, capsys):
+    compilation.use_cache(str(tmp_path / "xla"))
+    first = run(4)
+    kept = list((tmp_path / "xla").glob("*-cache"))
+    assert kept
+    for file in kept:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert run(4) == first
+    (tmp_path / "a file").write_text("in the folder's place")
+    compilation.use_cache(str(tmp_path / "a file"))
+    assert run(4) == first
+    assert not recwarn.list and capsys.readouterr().err == ""
+
+
+def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compilation.use_cache() == tmp_path / "gt_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert compilation.use_cache() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert compilation.use_cache(str(tmp_path / "other")) == tmp_path / "other"
+    assert compilation.use_cache("none") is None
+    assert not jax.config.jax_enable_compilation_cache
+    assert compilation.use_cache() is None
+
+
+def test_training_is_compiled_by_the_size_of_the_model_and_only_on_a_gpu(monkeypatch):
+    assert compilation.training_options(10) is None or jax.default_backend() == "gpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    small, large = (compilation.training_options(n) for n in (2_000_000, 154_000_000))
+    assert small == large | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    assert large["xla_gpu_enable_triton_gemm"] is False
+
+
+def test_programs_compile_side_by_side_and_errors_come_where_results_are_asked_for():
+    caller, seen = threading.current_thread(), []
+
+    def lower(factor):
+        seen.append((factor, threading.current_thread() is caller))
+        return jax.jit(lambda x: factor * x).lower(jnp.ones(3))
+
+    def fail():
+        raise ValueError("no such program")
+
+    programs = {"long": lambda: lower(2), "broken": fail, "short": lambda: lower(3)}
+    compiled = compilation.compile_side_by_side(programs)
+    assert compiled["short"].result()(jnp.ones(3)).tolist() == [3, 3, 3]
+    assert compiled["long"].result()(jnp.ones(3)).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="no such program"):
+        compiled["broken"].result()
+    assert seen == [(2, False), (3, False)]  # the first of them first
