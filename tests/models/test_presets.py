@@ -121,7 +121,7 @@ def test_overrides_and_nones():
         ("gf", {"dim": 130}, "model.dim=130 must be a multiple of model.heads=4"),
         ("gf", {"dim": 144}, "model.dim=144 must be a multiple of 32"),
         ("mamba2", {"dim": 144}, "model.dim=144 must be a multiple of 32"),
-        ("gf", {"layers": 0}, "model.layers=0 must be a whole number of at least 1"),
+        ("gf", {"layers": 0}, "model.layers=0 must be at least 1"),
         ("gf", {"heads": 4.0}, "model.heads=4.0 must be a whole number"),
         ("gf", {"gate_init": 1.0}, "model.gate_init=1.0 must lie between 0 and 1"),
         ("rf", {"gate_init": 0.3}, "model.gate_init=0.3 has no meaning for model.fusion='rf'"),
