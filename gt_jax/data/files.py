@@ -226,10 +226,8 @@ def text_field(where: str, row, field: str) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
-        names = list(row) if isinstance(row, dict) else []
-        has = ", ".join(one_line(name, 40) for name in names[:10]) + (
-            ", ..." if len(names) > 10 else ""
-        )
+        names = [one_line(name[:40]) for name in row] if isinstance(row, dict) else []
+        has = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise InputError(
             f"{where} has no text in data.field={field!r}; name one of its fields: {has or 'none'}"
         )

@@ -395,8 +395,8 @@ def test_a_folder_whose_names_leave_open_what_trains_is_refused(write, tmp_path,
 
 
 def test_names_that_only_begin_like_a_splits_are_texts(write, tmp_path):
-    names = ["test_of_time.txt", "stress-test.txt", "the-dev.txt", "trains.txt"]
-    for folder, names in (("one", names), ("two", ["train_by_night.txt", "planes.txt"])):
+    several = ["test_of_time.txt", "stress-test.txt", "the-dev.txt", "trains.txt"]
+    for folder, names in (("one", several), ("two", ["train_by_night.txt", "planes.txt"])):
         for name in names:
             write(f"{folder}/{name}", name)
         corpus = load_corpus(str(tmp_path / folder))
