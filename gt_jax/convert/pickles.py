@@ -176,9 +176,11 @@ def _set_items(target, values):
 
 
 def _known(module, name, kinds):
+    if type(module) is not str or type(name) is not str:  # Lists that share lists print for ever.
+        raise ValueError("its pickle imports something without a name")
     wanted = (module, name)
     if wanted not in (TENSOR, PARAMETER, ORDERED_DICT) and not (
-        module == "torch" and type(name) is str and name in kinds
+        module == "torch" and name in kinds
     ):
         raise ValueError(f"its pickle asks for {module}.{name}, which tensors do not need")
     return _Name(module, name)

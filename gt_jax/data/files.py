@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gt_jax.data.splits import named_splits
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
@@ -227,8 +227,8 @@ def text_field(where: str, row: object, field: str) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
-        names = list(row) if isinstance(row, dict) else []
-        has = ", ".join(name[:40] for name in names[:10]) + (", ..." if len(names) > 10 else "")
+        names = [one_line(name[:40]) for name in row] if isinstance(row, dict) else []
+        has = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise InputError(
             f"{where} has no text in data.field={field!r}; name one of its fields: {has or 'none'}"
         )

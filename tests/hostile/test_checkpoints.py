@@ -5,6 +5,7 @@ Building a model of 1000 blocks takes a minute, and its shapes alone can take al
 
 import json
 import logging
+import os
 import shutil
 import time
 
@@ -132,3 +133,17 @@ def test_weights_that_claim_a_great_width_are_refused(tmp_path, layout):
             lambda: import_model(tmp_path / "a", tmp_path / "new"),
             r"a model of vocabulary 1, dim 1,000,000 .* has over [\d,]+ numbers, and the tensors",
         )
+
+
+@pytest.mark.parametrize("name", ["files.json", "about/metadata", "params/extra"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(saved, tmp_path, name, kind):
+    """Reading them would never end, or take all memory."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    quickly_refused(lambda: gt_jax.load(folder), f"{name}.* is no regular file")
