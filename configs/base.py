@@ -2,8 +2,8 @@
 
     python -m gt_jax.train --config=base --config.optim.lr=3e-4
 
-The other files in this folder say only what differs, and any setting can follow on the command line
-as above. None means "as the preset says".
+The other files in this folder set only what differs. Any setting can also follow on the command
+line, as above. None means "as the preset says".
 """
 
 from gt_jax.config import default_config

@@ -1,8 +1,8 @@
-"""CP: both branches side by side through one projection. Otherwise as configs/gf_mh.py.
+"""CP: both branches side by side through one projection. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/cp.py
 
-Expected: validation loss 1.633 nats/character (one seed) in 3.5 minutes on an H100 which
+Expected: validation loss 1.633 nats/character (one seed) in 3.5 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

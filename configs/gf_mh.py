@@ -1,6 +1,6 @@
 """GF-MH, the main job: 8 hybrid blocks of width 128, a gate per position that begins at 30 % RWKV.
 
-500 steps of 64 x 64 characters of Shakespeare, as configs/base.py has it.
+A run takes 500 steps of 64 x 64 characters of Shakespeare, the defaults of configs/base.py.
 
     python -m gt_jax.train --config=configs/gf_mh.py
 

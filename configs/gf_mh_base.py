@@ -1,6 +1,7 @@
 """GF-MH at width 768: 12 blocks, 12 RWKV heads of 64, Mamba state 128, 16384 tokens; for a GPU.
 
-Of 154 M parameters; a step is 16 x 2048 tokens. Shakespeare is far too short for it: give it text.
+It has 154 M parameters and reads 16 x 2048 tokens a step. Shakespeare is too short for it: name a
+longer text.
 
     python -m gt_jax.train --config=configs/gf_mh_base.py --config.data.source=FOLDER
 

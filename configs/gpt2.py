@@ -1,8 +1,8 @@
-"""GPT-2: the attention baseline, trained like the hybrids. Otherwise as configs/gf_mh.py.
+"""GPT-2: the attention baseline, trained like the hybrids. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/gpt2.py
 
-Expected: validation loss 1.951 nats/character (one seed) in 2.3 minutes on an H100 which
+Expected: validation loss 1.951 nats/character (one seed) in 2.3 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

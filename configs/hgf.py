@@ -1,8 +1,8 @@
-"""HGF: one gate per position and channel. Otherwise as configs/gf_mh.py.
+"""HGF: one gate per position and channel. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/hgf.py
 
-Expected: validation loss 1.606 nats/character (one seed) in 3.3 minutes on an H100 which
+Expected: validation loss 1.606 nats/character (one seed) in 3.3 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

@@ -1,8 +1,8 @@
-"""HY: per-channel gains on normalised branches. Otherwise as configs/gf_mh.py.
+"""HY: per-channel gains on normalised branches. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/hy.py
 
-Expected: validation loss 1.625 nats/character (one seed) in 3.5 minutes on an H100 which
+Expected: validation loss 1.625 nats/character (one seed) in 3.5 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

@@ -1,8 +1,8 @@
-"""RF: the RWKV branch plus a projection of the Mamba branch. Otherwise as configs/gf_mh.py.
+"""RF: the RWKV branch plus a projection of the Mamba branch. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/rf.py
 
-Expected: validation loss 1.650 nats/character (one seed) in 3.3 minutes on an H100 which
+Expected: validation loss 1.650 nats/character (one seed) in 3.3 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

@@ -1,8 +1,8 @@
-"""RWKV-6: the pure recurrence, trained like the hybrids. Otherwise as configs/gf_mh.py.
+"""RWKV-6: the pure recurrence, trained like the hybrids. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/rwkv6.py
 
-Expected: validation loss 1.631 nats/character (one seed) in 3.4 minutes on an H100 which
+Expected: validation loss 1.631 nats/character (one seed) in 3.4 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

@@ -1,8 +1,8 @@
-"""WS: one learned weight per layer. Otherwise as configs/gf_mh.py.
+"""WS: one learned weight per layer. Otherwise like configs/gf_mh.py.
 
     python -m gt_jax.train --config=configs/ws.py
 
-Expected: validation loss 1.618 nats/character (one seed) in 3.4 minutes on an H100 which
+Expected: validation loss 1.618 nats/character (one seed) in 3.4 minutes on an H100 that
 trains twelve configs at once (`python -m experiments presets --jobs=12`), compilation included.
 """
 

@@ -1,9 +1,16 @@
 """Parallel RWKV-6 and Mamba-2 hybrid language models in JAX."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `import gt_jax` alone stays quick
+    from gt_jax.data.base import Tokenizer
+    from gt_jax.models import LanguageModel, Params
+
 __version__ = "0.1.0"
 
 
-def load(path):
+def load(path: str | Path) -> "tuple[LanguageModel, Params, Tokenizer]":
     """A trained model, ready to apply.
 
         model, params, tokenizer = gt_jax.load("runs/gf_mh")

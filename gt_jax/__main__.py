@@ -22,10 +22,13 @@ PROGRAMS = (
 def about(name: str) -> str:
     """First line of a program's docstring, read without importing it."""
     spec = importlib.util.find_spec(f"gt_jax.{name}")
+    assert spec is not None and spec.origin is not None, f"gt_jax.{name} has no file"
     path = Path(spec.origin)
     if path.name == "__init__.py":
         path = path.with_name("__main__.py")
-    return ast.get_docstring(ast.parse(path.read_text("utf-8"))).splitlines()[0]
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert docstring is not None, f"{path} has no docstring"
+    return docstring.splitlines()[0]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Zip archives from anywhere: opened only if all they hold is plain files inside their own bytes.
+"""Zip archives from untrusted sources: only plain files are read, and no more than the zip holds.
 
 A zip can claim files far larger than itself, millions of them, or the same bytes many times over.
-The ones here are written uncompressed, so a file can be held to the room that it takes.
+The archives read here are uncompressed, so a file can be compared with the room that it takes.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ def entries(path: Path) -> dict[str, zipfile.ZipInfo]:
     """The files in a zip archive by name.
 
     Raises:
-        ValueError: it is no such archive, or holds compressed files, two of one name, or more
-            bytes than it has itself.
-        zipfile.BadZipFile, OSError: it is damaged or cannot be read.
+        ValueError: the archive holds compressed files, two files of one name, or more bytes than
+            it has itself, or its list of files is too long.
+        zipfile.BadZipFile, OSError: it is damaged, no zip file, or cannot be read.
     """
     size = path.stat().st_size
     if not path.is_file():  # a device would never end
@@ -77,7 +77,7 @@ def arrays(path: Path) -> dict[str, StoredArray]:
     """The arrays of an .npz file that np.savez wrote, by name; each is as large as it claims.
 
     Raises:
-        ValueError, zipfile.BadZipFile, OSError: it is no such file, or damaged.
+        ValueError, zipfile.BadZipFile, OSError: it is damaged, or no .npz file.
     """
     found, files = {}, entries(path)
     with zipfile.ZipFile(path) as archive:

@@ -2,8 +2,8 @@
 
 FOLDER/params      the parameters, float32
        about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
-       training    of a run alone, see gt_jax.training.writer
-       files.json  size and CRC-32 of every file of these: a changed one is noticed
+       training    only in a run's checkpoints, see gt_jax.training.writer
+       files.json  size and CRC-32 of all these files, so that a changed one is noticed
 
 A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
 name is that number as Python writes it, and its `about` says the same step.
@@ -14,6 +14,7 @@ import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +22,29 @@ import orbax.checkpoint as ocp
 from etils import epath  # comes with orbax-checkpoint
 
 from gt_jax import stored
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 FOLDER = "checkpoints"
 FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
 _CHUNK = 1 << 22  # bytes read at once for a checksum
+_LARGEST_JSON = 1 << 28  # bytes; a tokenizer's vocabulary may have some 30 MB
 
 
 class Damaged(InputError):
     """A checkpoint is not as it was written."""
 
 
-def steps(workdir) -> list[int]:
+def steps(workdir: str | Path) -> list[int]:
     """The steps of a run's checkpoints by the names of their folders, newest first."""
     folders = [p for p in (Path(workdir) / FOLDER).glob("[0-9]*") if p.is_dir()]
     named = [p.name for p in folders if p.name.isascii() and p.name.isdigit()]
     return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
 
 
-def find(path) -> Path:
+def find(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the latest of the run whose workdir it is.
 
     Raises:
@@ -68,7 +71,7 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
         Damaged: a file is missing, cut off or has other bytes than were written.
     """
     try:
-        files = json.loads((folder / "files.json").read_text())
+        files = json.loads(_read_text(folder / "files.json"))
         # Before format 2, a size alone.
         sums = {n: v if isinstance(v, list) else [v, None] for n, v in files.items()}
     except FileNotFoundError:
@@ -76,6 +79,9 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"files.json: {one_line(error)}") from error
     sums = {n: v for n, v in sums.items() if parts is None or n.split("/")[0] in parts}
+    for path in folder.rglob("*"):  # Reading a pipe or device might never end.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise _damaged(folder, f"{path.relative_to(folder)} is no regular file")
     with ThreadPoolExecutor(4) as pool:  # zlib lets go of the GIL
         checks = [pool.submit(_check, folder / name, *entry) for name, entry in sums.items()]
         for name, check in zip(sums, checks):
@@ -95,7 +101,7 @@ def read_about(folder: Path) -> dict:
     """
     verify(folder, ("about",))
     try:
-        about = json.loads((folder / "about" / "metadata").read_text())
+        about = json.loads(_read_text(folder / "about" / "metadata"))
         if about.get("format", 1) >= FORMAT and not (folder / "files.json").is_file():
             raise _damaged(folder, "files.json is missing")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -111,7 +117,7 @@ def read_about(folder: Path) -> dict:
     return about
 
 
-def load(path):
+def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
     """A trained model, ready to apply.
 
     Args:
@@ -135,8 +141,8 @@ def load(path):
     return model, read_tree(folder, "params", like), tokenizer
 
 
-def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
-    """Write a model that no run trained here, for `load`; `folder` must not exist."""
+def save_model(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
+    """Write a model that was not trained by a run, for `load`; `folder` must not exist."""
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),
@@ -149,7 +155,7 @@ def save_model(folder: Path, config: ModelConfig, params, tokenizer) -> None:
     seal(folder)
 
 
-def read_tree(folder: Path, name: str, like):
+def read_tree(folder: Path, name: str, like: Any) -> Any:
     """The arrays of part `name` of a checkpoint folder, placed like `like`.
 
     Args:
@@ -193,6 +199,15 @@ def seal(folder: Path) -> None:
     replace_file(folder / "files.json", json.dumps(sums, indent=1).encode())
 
 
+def _read_text(file: Path) -> str:
+    """The text of a file; ValueError if it cannot be one of ours."""
+    if file.exists() and not file.is_file():
+        raise ValueError("is no regular file")
+    if file.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
+    return file.read_text()
+
+
 def _checksum(file: Path) -> list[int]:
     """[size in bytes, CRC-32] of a file."""
     crc, size = 0, 0
@@ -203,7 +218,7 @@ def _checksum(file: Path) -> list[int]:
 
 
 def _check(file: Path, size: int, crc: int | None) -> str | None:
-    """What is wrong with a file, None for nothing."""
+    """The fault of a file; None if it has none."""
     if not file.is_file():
         return "is missing"
     if (now := file.stat().st_size) != size:

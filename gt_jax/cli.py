@@ -8,6 +8,7 @@ import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -20,7 +21,7 @@ from gt_jax.errors import InputError, did_you_mean
 from gt_jax.suggestions import suggest_field
 
 
-def run(main, *, leave_threads: bool = False) -> None:
+def run(main: Callable[[list[str]], int | None], *, leave_threads: bool = False) -> None:
     """Call main(sys.argv) and exit with the status it returns, 0 for None.
 
     A mistake in the input prints as `error: ...` with exit status 1. Ctrl-C ends with 130 and a
@@ -83,7 +84,13 @@ def new_flags() -> absl_flags.FlagValues:
     return flags
 
 
-def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> bool:
+def parse(
+    flags: absl_flags.FlagValues,
+    argv: list[str],
+    *,
+    usage: str | None,
+    required: Sequence[str] = (),
+) -> bool:
     """Parse argv into flags and do what those of every program say.
 
     Returns False when --help was asked for and has been printed.
@@ -96,7 +103,7 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
     except absl_flags.Error as error:
         raise InputError(_unknown_flag(argv, flags) or str(error)) from error
     if flags.help:
-        print(usage.strip(), end="\n\n")
+        print((usage or "").strip(), end="\n\n")
         if "config" in flags:
             print(describe_settings(), end="\n\n")
         print("flags:")
@@ -121,7 +128,7 @@ def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
         The name; "" where --help is asked for instead.
 
     Raises:
-        InputError: --config is missing, or its file is not to be had, does not run, or returns
+        InputError: --config is missing, or its file does not exist, does not run or returns
             something else.
     """
     name = ""
@@ -168,7 +175,7 @@ def _unknown_field(argv) -> str | None:
 
 
 def _unknown_flag(argv, flags) -> str | None:
-    """Name a flag that is none, with the config field it may stand for; None if all are flags."""
+    """Name an unknown flag, with the config field it may stand for; None if all are known."""
     for argument in argv[1:]:
         name = argument.lstrip("-").split("=", 1)[0]
         if not argument.startswith("--") or "." in name or not name:

@@ -6,9 +6,10 @@ field, the value and the fix, before anything is loaded or compiled.
 """
 
 import dataclasses
-import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from ml_collections import config_dict
@@ -44,6 +45,7 @@ def _model_fields() -> list[tuple]:
             ),
         ),
     ]
+    kinds = typing.get_type_hints(ModelConfig)
     for field in dataclasses.fields(ModelConfig):
         about, choices = field.metadata["about"], field.metadata["choices"]
         within = field.metadata["within"]
@@ -56,7 +58,7 @@ def _model_fields() -> list[tuple]:
             continue
         else:
             default = None
-        kind = field.type if default is not None else field.type | None
+        kind = kinds[field.name] if default is not None else kinds[field.name] | None
         fields.append((field.name, kind, setting(default, about, within, choices=choices)))
     return fields
 
@@ -65,7 +67,7 @@ _ModelFields = dataclasses.make_dataclass("_ModelFields", _model_fields(), froze
 
 
 class Model(_ModelFields):
-    """model.*: a preset, what of it to change, and how it is computed."""
+    """model.*: a preset, changes to it, and how to compute it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Log:
-    """log.*: what is written down while a run goes."""
+    """log.*: what a run records."""
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
@@ -222,13 +224,13 @@ def default_config() -> config_dict.ConfigDict:
     return _placeholders(Config())
 
 
-def from_config_dict(config) -> Config:
+def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
     """Checked settings from an ml_collections ConfigDict or a plain (nested) dict.
 
     Raises:
         InputError: a field is unknown, missing, mistyped or out of range, or two fields disagree.
     """
-    plain = config.to_dict() if hasattr(config, "to_dict") else config
+    plain = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
     built = _build(Config, plain, "")
     check(built)
     _check_together(built)
@@ -236,9 +238,9 @@ def from_config_dict(config) -> Config:
 
 
 def from_stored(stored: dict) -> Config:
-    """As from_config_dict, of settings that an earlier version may have written.
+    """Like from_config_dict, for settings that an earlier version may have written.
 
-    Fields that did not exist then have their defaults, and moved ones are found.
+    Fields that did not exist then get their defaults; renamed fields are translated.
     """
     values = flatten(to_dict(Config()))
     for name, value in flatten(stored).items():
@@ -251,7 +253,7 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-def walk_fields(cls=Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+def walk_fields(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     """("seed", its dataclass field), ("model.preset", ...) and so on for every setting."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -293,7 +295,7 @@ def _placeholders(settings) -> config_dict.ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _placeholders(value)
         elif value is None:
-            [kind] = (k for k in accepted(field.type) if k is not types.NoneType)
+            [kind] = (k for k in accepted(field.type) if k is not type(None))
             value = config_dict.placeholder(kind)
         values[field.name] = value
     return config_dict.ConfigDict(values)

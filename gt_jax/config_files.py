@@ -9,7 +9,8 @@ from pathlib import Path
 from ml_collections import config_dict
 
 import gt_jax
-from gt_jax.errors import InputError, did_you_mean
+from gt_jax.config import walk_fields
+from gt_jax.errors import InputError, did_you_mean, one_line
 
 
 def folder() -> Path:
@@ -27,7 +28,7 @@ def find_config(name: str) -> Path:
             `configs/gf_mh.py` from any folder.
 
     Raises:
-        InputError: there is no such file; the nearest name is suggested.
+        InputError: the file does not exist; the message suggests the nearest name.
     """
     path = Path(name)
     if path.is_file():
@@ -45,7 +46,7 @@ def load_config(name: str) -> config_dict.ConfigDict:
     """What get_config() of a config file returns.
 
     Raises:
-        InputError: there is no such file, it does not run, or it returns something else.
+        InputError: the file does not exist, does not run, or returns something else.
     """
     path = find_config(name)
     spec = importlib.util.spec_from_file_location(f"gt_jax_config_{path.stem}", path)
@@ -55,20 +56,34 @@ def load_config(name: str) -> config_dict.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise InputError(f"--config={name}: {_where(error, path)}") from error
     if not isinstance(config, config_dict.ConfigDict):
         raise InputError(
             f"--config={name}: get_config() returned {type(config).__name__}; it must return the "
             "ConfigDict of gt_jax.config.default_config() with what differs"
         )
+    lacking = [field for field, _ in walk_fields() if not _has(config, field)]
+    if lacking:
+        raise InputError(
+            f"--config={name}: get_config() returned no {lacking[0]}; it must return the "
+            "ConfigDict of gt_jax.config.default_config() with what differs"
+        )
     return config
 
 
-def _where(error: Exception, path: Path) -> str:
+def _has(config, field: str) -> bool:
+    for part in field.split("."):
+        if not isinstance(config, config_dict.ConfigDict) or part not in config:
+            return False
+        config = config.get(part)
+    return True
+
+
+def _where(error: BaseException, path: Path) -> str:
     """The error in one line, with the line of the file at which it happened."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
+        return f"{f'line {error.lineno}: ' if error.lineno else ''}{error.msg}"
     line, step = None, error.__traceback__
     while step is not None:
         if Path(step.tb_frame.f_code.co_filename) == path:
@@ -77,5 +92,5 @@ def _where(error: Exception, path: Path) -> str:
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "it defines no get_config(); see configs/gf_mh.py for an example"
     # ml_collections says much more than the first line of its errors.
-    reason = str(error).splitlines()[0] if str(error) else ""
+    reason = one_line(str(error).strip().split("\n")[0])
     return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {reason}"

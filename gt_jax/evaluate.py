@@ -4,10 +4,9 @@
     python -m gt_jax.evaluate --checkpoint=runs/gf_mh --source=book.txt
     python -m gt_jax.evaluate --checkpoint=runs/gpt2 --source=book.txt --seq_len=1024 --stride=256
 
-Without --source: the validation split of the run's own text, read as in training. With it: the
-whole of that text, by recurrent models as one stream whose state is carried to the end of the
-document, by attention models in overlapping windows. --seq_len or --stride asks for windows of any
-model.
+Without --source, the program reads the validation split of the run's own text as in training. With
+--source, it reads the whole text: recurrent models carry their state to the end of each document,
+attention models read overlapping windows. --seq_len or --stride asks for windows in any model.
 """
 
 import functools
@@ -19,8 +18,9 @@ from absl import flags as absl_flags
 from gt_jax import checkpoint, cli
 from gt_jax.config import from_stored
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
-from gt_jax.scoring import check_ids, loss_unit, position_limit, score, windows
+from gt_jax.scoring import check_ids, loss_unit, score, windows
 from gt_jax.training.evaluation import describe, evaluate, measures_of
 from gt_jax.training.step import make_eval_step
 from gt_jax.training.text import read_text
@@ -30,12 +30,14 @@ def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
     """The documents of a source, as `load_corpus` takes it, training and validation together."""
     corpus = load_corpus(source, field=field, validation_fraction=1e-9)
     documents = corpus.train + corpus.validation
-    # Of a lone document so small a fraction cuts off one character.
+    # A fraction this small cuts one character off a lone document.
     lone = len(documents) == 2 and len(documents[1]) == 1
     return ("".join(documents),) if lone else documents
 
 
-def encode_documents(documents, tokenizer, name: str) -> tuple[np.ndarray, ...]:
+def encode_documents(
+    documents: tuple[str, ...], tokenizer: Tokenizer, name: str
+) -> tuple[np.ndarray, ...]:
     """Token ids [n] of each document, ended by the tokenizer's eos id where there are many.
 
     Raises:
@@ -51,7 +53,7 @@ def encode_documents(documents, tokenizer, name: str) -> tuple[np.ndarray, ...]:
 
 
 def _as_trained(model, params, documents, train):
-    """(nats, targets, what was done): as the run's own evaluations read text."""
+    """(nats, targets, description), reading text as the run's own evaluations do."""
     batches = evaluation_batches(
         documents,
         batch_size=train.batch_size,
@@ -63,12 +65,12 @@ def _as_trained(model, params, documents, train):
     how = f"windows of {train.seq_len}, each from the zero state"
     if train.carry_state:
         how = f"{train.batch_size} tracks side by side, state carried along each"
-    tokens = measured["validation_tokens"]
+    tokens = int(measured["validation_tokens"])
     return measured["validation_loss"] * tokens, tokens, how
 
 
 def _scored(model, params, documents, *, batch_size, seq_len, stride):
-    """(nats, targets, what was done): whole documents, or windows where seq_len is not None."""
+    """(nats, targets, description), of whole documents or, if seq_len is set, of windows."""
     if seq_len is None:
         pairs = [(ids[:1], ids[1:]) for ids in documents if len(ids) > 1]
         how = f"{len(pairs)} document{'s' * (len(pairs) > 1)}, state carried to the end of each"
@@ -82,7 +84,7 @@ def _scored(model, params, documents, *, batch_size, seq_len, stride):
 
 def _window(flags, model, train) -> tuple[int | None, int | None]:
     """(seq_len, stride) of the windows to read, None for none; InputError if they cannot be."""
-    limit = position_limit(model)
+    limit = model.config.position_limit
     if flags.seq_len is None and flags.stride is None and limit is None:
         return None, None
     seq_len = flags.seq_len or limit or (train.seq_len if train else 1024)
@@ -94,7 +96,7 @@ def _window(flags, model, train) -> tuple[int | None, int | None]:
     return seq_len, stride
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     define("checkpoint", None, "A run's workdir, one checkpoint folder, or a converted model.")
@@ -107,21 +109,22 @@ def main(argv):
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    config = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
-    config = from_stored(config) if "data" in config else None  # None: converted
+    stored = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
+    config = from_stored(stored) if "data" in stored else None  # None for a converted model
     if flags.source is None and config is None:
         raise InputError(
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "
             "own; name a file"
         )
     model, params, tokenizer = checkpoint.load(flags.checkpoint)
-    train = config and config.train
+    train = config.train if config else None
     seq_len, stride = _window(flags, model, train)
-    if flags.source is None:
+    if flags.source is None and config is not None:
         name = config.data.source
         tokens = read_text(config, tokenizer=tokenizer).tokens.validation
         documents = [tokenizer.decode(ids) for ids in tokens]
     else:
+        assert flags.source is not None, "a converted model without --source was refused above"
         name = flags.source
         documents = read_documents(name, flags.field or (config.data.field if config else "text"))
         tokens = encode_documents(documents, tokenizer, name)

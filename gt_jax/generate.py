@@ -6,9 +6,9 @@
 Without --prompt it asks for one, continues it, and asks again: each line you type continues the
 text so far, an empty one lets the model continue, Ctrl-C ends a reply and Ctrl-D the program.
 
-The prompt is read in parallel; after it each token costs the same however long the text has grown,
-because all the model remembers is its recurrent state. --save_state keeps that as a file and
---state continues from it without reading the text again.
+The prompt is read in parallel. After it every token costs the same, however long the text is,
+because the model remembers the text in a recurrent state of fixed size. --save_state writes that
+state to a file, and --state continues from the file without reading the text again.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import flags as absl_flags
@@ -26,7 +27,7 @@ from gt_jax.generation import Request, load_context, prefill, save_context, stre
 from gt_jax.generation.prompts import encode_prompt
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     whole = functools.partial(absl_flags.DEFINE_integer, flag_values=flags)
@@ -50,7 +51,8 @@ def main(argv):
     from gt_jax.checkpoint import load
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    settings = {name: flags[name].value for name in names} | {"stop": tuple(flags.stop)}
+    settings: dict[str, Any] = {name: flags[name].value for name in names}
+    settings["stop"] = tuple(flags.stop)
     Request([], seed=flags.seed, **settings)  # a mistake is found before the long load
     model, params, tokenizer = load(flags.checkpoint)
     settings["stop_ids"] = tokenizer.stop_ids

@@ -9,12 +9,17 @@ All arguments are the harness's own. From Python: `register()`, then its simple_
 import datetime
 import functools
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gt_jax import checkpoint, cli
+from gt_jax.data.base import Tokenizer
+from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.errors import InputError
-from gt_jax.scoring import continue_greedily, part, position_limit, score, windows
+from gt_jax.scoring import continue_greedily, part, score, windows
 
 _MAX_TOKENS = 256  # generated where a task does not say
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first counts
@@ -22,25 +27,24 @@ _USUAL = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "</s>")  # begin
 
 
 class Adapter:
-    """The harness's three questions, each a method of a list of requests with `.args`.
+    """The harness's three kinds of request; each method takes a list of requests with `.args`.
 
-    Texts become ids, and ids scores and texts, as in the harness's own HFLM, so that numbers
-    compare.
+    Encoding, scoring and decoding follow the harness's own HFLM, so that results are comparable.
     """
 
-    def __init__(self, checkpoint_path, *, batch_size=8):
+    def __init__(self, checkpoint_path: str | Path, *, batch_size: int = 8):
         self._model, self._params, self._tokenizer = checkpoint.load(checkpoint_path)
         self._batch_size = batch_size
         self._start = start_id(self._tokenizer)
         self._start_text = self._tokenizer.decode([self._start])
         self._name = str(checkpoint_path).replace("/", "__")
 
-    def loglikelihood(self, requests, **_) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """(log p in nats, whether greedy) of each (context, continuation); (0, True) of nothing."""
         pairs = [self._encode_pair(*request.args) for request in requests]
         scores = iter(self._score([pair for pair in pairs if len(pair[1])]))
         answers = []
-        for _, continuation in pairs:
+        for _context, continuation in pairs:
             if len(continuation):
                 found = next(scores)
                 answers.append((float(found.log_probs.sum()), found.greedy))
@@ -48,19 +52,19 @@ class Adapter:
                 answers.append((0.0, True))
         return answers
 
-    def loglikelihood_rolling(self, requests, **_) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """log p in nats of each (text,) after the start token.
 
         Recurrent models carry their state to its end, where HFLM reads windows of 2048 tokens;
         attention models read disjoint windows, the last one full.
         """
-        texts = [[self._start, *self._encode(request.args[0])] for request in requests]
-        size = position_limit(self._model) or max(map(len, texts), default=1)
+        texts = [np.array([self._start, *self._encode(r.args[0])], np.int32) for r in requests]
+        size = self._model.config.position_limit or max(map(len, texts), default=1)
         pairs = [windows([ids], seq_len=size, stride=size) for ids in texts]
         scores = iter(self._score([pair for of_text in pairs for pair in of_text]))
         return [float(sum(next(scores).log_probs.sum() for _ in of_text)) for of_text in pairs]
 
-    def generate_until(self, requests, **_) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """The greedy continuation of each (context, settings), without the string that ended it.
 
         Raises:
@@ -87,10 +91,10 @@ class Adapter:
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells the harness's caches of different checkpoints apart."""
+        """A name that differs between checkpoints, for the harness's caches."""
         return self._name
 
-    def chat_template(self, chat_template=False) -> str | None:
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The model's template of dialogues; None where none is asked for."""
         if not chat_template:
             return None
@@ -99,7 +103,9 @@ class Adapter:
             raise InputError("--apply_chat_template: the tokenizer of this model has no template")
         return template
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A dialogue, a list of {"role": ..., "content": ...}, as the text that a model reads."""
         return render_chat(self._tokenizer, chat_history, add_generation_prompt)
 
@@ -108,7 +114,7 @@ class Adapter:
 
     def _encode(self, text):
         """[n] ids with those that the tokenizer puts around a text, unless it begins with one."""
-        if self._tokenizer.kind != "huggingface":
+        if not isinstance(self._tokenizer, HuggingFaceTokenizer):
             return self._tokenizer.encode(text)
         begun = bool(self._start_text) and text.startswith(self._start_text)
         return self._tokenizer.encode(text, special=not begun)
@@ -130,10 +136,10 @@ class Adapter:
         return (before, after) if len(before) else (start, after)
 
     def _cut(self, ids, stops) -> tuple[str, bool]:
-        """The text before whatever ends it first, and whether anything does."""
+        """The text up to its first end, and whether it has an end."""
         ends = [n for n, i in enumerate(ids) if i in self._tokenizer.stop_ids]
         ids = ids[: ends[0]] if ends else ids
-        if self._tokenizer.kind == "huggingface":
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
             text = whole = self._tokenizer.decode(ids, special=False)
             if self._tokenizer.eos_id is not None:
                 stops = [*stops, self._tokenizer.decode([self._tokenizer.eos_id])]
@@ -144,10 +150,10 @@ class Adapter:
         return text, bool(ends) or text != whole
 
 
-def start_id(tokenizer) -> int:
-    """The token that stands before a text.
+def start_id(tokenizer: Tokenizer) -> int:
+    """The token to put before a text.
 
-    A published model's beginning or end of text; else a newline, as in texts of one's own.
+    A published model has a token for the beginning or end of a text; other models take a newline.
 
     Raises:
         InputError: the tokenizer has neither.
@@ -155,7 +161,7 @@ def start_id(tokenizer) -> int:
     candidates = []
     if tokenizer.kind in ("rwkv-world", "huggingface", "ids"):
         candidates = [tokenizer.special.bos, *tokenizer.start_ids, tokenizer.eos_id]
-    if tokenizer.kind == "huggingface":  # perhaps a tokenizer.json alone, which names none
+    if isinstance(tokenizer, HuggingFaceTokenizer):  # perhaps a tokenizer.json that names none
         candidates += map(tokenizer.token_id, _USUAL)
     for i in candidates:
         if i is not None:
@@ -173,7 +179,9 @@ def start_id(tokenizer) -> int:
     )
 
 
-def render_chat(tokenizer, messages, add_generation_prompt=True) -> str:
+def render_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
     """A dialogue in the form of the tokenizer's Jinja template, rendered in a sandbox.
 
     Raises:
@@ -183,7 +191,8 @@ def render_chat(tokenizer, messages, add_generation_prompt=True) -> str:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    if getattr(tokenizer, "chat_template", None) is None:
+    chat_template = getattr(tokenizer, "chat_template", None)
+    if chat_template is None:
         raise InputError("--apply_chat_template: the tokenizer of this model has no template")
 
     def refuse(message):
@@ -198,11 +207,11 @@ def render_chat(tokenizer, messages, add_generation_prompt=True) -> str:
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     names = {
-        f"{name}_token": tokenizer.token_text(i)
-        for name, i in zip(("bos", "eos", "pad"), tokenizer.special)
-        if i is not None
+        f"{name}_token": tokenizer.token_text(getattr(tokenizer.special, name))
+        for name in ("bos", "eos", "pad")
+        if getattr(tokenizer.special, name) is not None
     }
-    template = world.from_string(tokenizer.chat_template)
+    template = world.from_string(chat_template)
     render = lambda told: template.render(
         messages=told, add_generation_prompt=add_generation_prompt, **names
     )
@@ -216,7 +225,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=True) -> str:
 
 
 @functools.cache  # The harness refuses a name that it knows.
-def register():
+def register() -> type:
     """Make the harness know `model="gt_jax"`; returns the class, a subclass of its LM.
 
     Raises:
@@ -266,7 +275,7 @@ def _limit(settings, prompt_length) -> int:
     return limit
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     register()
     from lm_eval.__main__ import cli_evaluate
 

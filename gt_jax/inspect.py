@@ -11,21 +11,32 @@ import functools
 import importlib.resources
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import analysis, checkpoint, cli
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
-from gt_jax.models import count_parameters
-from gt_jax.scoring import loss_unit, position_limit
+from gt_jax.models import LanguageModel, ModelConfig, count_parameters
+from gt_jax.scoring import loss_unit
 
 PLACES = 12  # of least agreement, at least APART tokens from each other
 APART = 8
 
 
-def page(trace, ids, *, config, tokenizer, checkpoint, notes=()) -> str:
+def page(
+    trace: analysis.Trace,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    checkpoint: str,
+    notes: Sequence[str] = (),
+) -> str:
     """The HTML page of a text.
 
     Args:
@@ -66,7 +77,7 @@ def page(trace, ids, *, config, tokenizer, checkpoint, notes=()) -> str:
     return template.replace("DATA", text.replace("<", "\\u003c"), 1)
 
 
-def describe(config) -> str:
+def describe(config: ModelConfig) -> str:
     """A line that says what model this is."""
     kind = config.architecture
     if kind == "hybrid":
@@ -76,37 +87,37 @@ def describe(config) -> str:
     return f"{kind}, {config.layers} layers of width {config.dim}, {size:,} parameters"
 
 
-def summarise(trace, ids, tokenizer) -> str:
+def summarise(trace: analysis.Trace, ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:
     """A line of averages over the text."""
     loss = float(np.nanmean(trace.loss))
     return f"{len(ids):,} tokens, loss {loss:.4f} nats/{loss_unit(tokenizer)}"
 
 
-def spell(tokenizer, ids) -> list[str]:
-    """What each token adds to the text: [T] strings that join to all of it.
+def spell(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text that each token adds: [T] strings that join to the whole text.
 
-    Where a character takes several tokens the last has it and the others are empty.
+    Where a character takes several tokens, it belongs to the last one; the others are empty.
     """
-    pieces, start, shown = [], 0, ""
+    spelt, start, shown = [], 0, ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            pieces.append("")
+            spelt.append("")
             continue
-        pieces.append(text[len(shown) :])
+        spelt.append(text[len(shown) :])
         # The next is spelt after this one: some tokenizers drop a space in front of a text.
         start, shown = end - 1, tokenizer.decode(ids[end - 1 : end])
-    return pieces
+    return spelt
 
 
-def plain(values):
+def plain(values: Any) -> list | float | None:
     """An array as nested lists of numbers with four digits, None for what is not finite."""
     if np.ndim(values):
         return [plain(value) for value in values]
     return float(f"{values:.4g}") if math.isfinite(values) else None
 
 
-def read_text(flags) -> tuple[str, str]:
+def read_text(flags: absl_flags.FlagValues) -> tuple[str, str]:
     """The text that --text or --file gives, and which of them did.
 
     Raises:
@@ -129,9 +140,11 @@ def read_text(flags) -> tuple[str, str]:
     return name, text
 
 
-def cut(ids, model, max_tokens: int):
+def cut(
+    ids: Sequence[int] | np.ndarray, model: LanguageModel, max_tokens: int
+) -> tuple[Sequence[int] | np.ndarray, str]:
     """The ids to show, and a sentence on what was left out ("" if nothing)."""
-    kept = min(max_tokens, position_limit(model) or max_tokens)
+    kept = min(max_tokens, model.config.position_limit or max_tokens)
     if len(ids) <= kept:
         return ids, ""
     reason = f"--max_tokens={max_tokens}" if kept == max_tokens else "the positions this model has"
@@ -147,7 +160,7 @@ def default_out(checkpoint: str) -> Path:
     return Path("inspect.html")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     define("checkpoint", None, "A run's workdir, or one checkpoint folder.")

@@ -1,23 +1,27 @@
 """Log-likelihoods and greedy continuations of many texts side by side, for any model.
 
-Rows of different lengths are padded on the left, and where the padding ends a new segment begins:
-every row starts from the zero state and no padding changes its result. Long rows are read in pieces
-that hand the state on, so that memory does not grow with their length.
+Rows of different lengths are padded on the left. A new segment begins where the padding ends, so
+every row starts from the zero state and padding changes no result. Long rows are read in chunks
+that pass the state on, so memory does not grow with their length.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
+from gt_jax.models import LanguageModel, Params
 
-_PIECE = 4096  # tokens read in one call, over all rows
-_SHORTEST = 64  # columns of a piece, at least
+Ids = Sequence[int] | np.ndarray  # token ids [n]
+
+_CHUNK = 4096  # tokens read in one call, over all rows
+_SHORTEST = 64  # columns of a chunk, at least
 _DISPATCH = 16  # tokens generated between two looks at the text
 
 
@@ -28,8 +32,8 @@ class Score(NamedTuple):
     greedy: bool
 
 
-class _Piece(NamedTuple):
-    """What a call of the model says of its B rows of T tokens."""
+class _Chunk(NamedTuple):
+    """Results of one call of the model on B rows of T tokens."""
 
     log_probs: jax.Array  # [B, T] float32, of the targets
     hits: jax.Array  # [B, T] bool, the target is the likeliest token
@@ -37,18 +41,13 @@ class _Piece(NamedTuple):
     state: Any
 
 
-def position_limit(model) -> int | None:
-    """The tokens an attention model can read; None for recurrent models, which have no limit."""
-    return model.config.max_positions if "gpt" in model.config.architecture else None
-
-
-def loss_unit(tokenizer) -> str:
+def loss_unit(tokenizer: Tokenizer) -> str:
     """What a loss in nats is counted per: "character" or "token"."""
     return "character" if tokenizer.kind.startswith("char") else "token"
 
 
-def check_ids(model, texts) -> None:
-    """Raise InputError if an id of some texts, int arrays [n], is none of the model's."""
+def check_ids(model: LanguageModel, texts: Iterable[Ids]) -> None:
+    """Raise InputError if texts, int arrays [n], hold an id outside the model's vocabulary."""
     size = model.config.vocab_size
     for ids in texts:
         ids = np.asarray(ids)
@@ -60,7 +59,13 @@ def check_ids(model, texts) -> None:
             )
 
 
-def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
+def score(
+    model: LanguageModel,
+    params: Params,
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    batch_size: int = 8,
+) -> list[Score]:
     """Log-likelihood of continuations given the tokens before them.
 
     Args:
@@ -73,7 +78,7 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
         InputError: a continuation alone is longer than an attention model's positions; an id is
             outside the vocabulary.
     """
-    limit = position_limit(model)
+    limit = model.config.position_limit
     check_ids(model, itertools.chain.from_iterable(pairs))
     texts = []
     for context, continuation in pairs:
@@ -88,12 +93,11 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
     scores: list = [None] * len(texts)
     for rows in _batches(texts, batch_size):
         inputs = [texts[i][:-1] for i in rows]
-        pieces = [
+        chunks = [
             (p.log_probs, p.hits)
             for p in _read(model, params, inputs, [texts[i][1:] for i in rows], batch_size)
         ]
-        pieces = jax.device_get(pieces)
-        log_probs, hits = (np.concatenate(part, axis=1) for part in zip(*pieces))
+        log_probs, hits = (np.concatenate(x, axis=1) for x in zip(*jax.device_get(chunks)))
         for row, i in enumerate(rows):
             n = len(pairs[i][1])
             scores[i] = Score(log_probs[row, -n:], bool(hits[row, -n:].all()))
@@ -101,9 +105,9 @@ def score(model, params, pairs, *, batch_size: int = 8) -> list[Score]:
 
 
 def continue_greedily(
-    model,
-    params,
-    prompts,
+    model: LanguageModel,
+    params: Params,
+    prompts: Sequence[Ids],
     *,
     max_tokens: int,
     done: Callable[[int, list[int]], bool] = lambda row, ids: False,
@@ -113,18 +117,18 @@ def continue_greedily(
 
     Args:
         model, params: from `gt_jax.load`.
-        prompts: int arrays [n], n >= 1. Attention models see their last tokens, so many that
-            max_tokens have room after them.
+        prompts: int arrays [n], n >= 1. Attention models see the last tokens of each, as many as
+            leave room for max_tokens.
         max_tokens: per prompt, at most.
-        done: done(index of the prompt, ids so far) ends that one; asked every few tokens, so that
-            more may follow what it waits for.
+        done: done(index of the prompt, ids so far) says whether to end that prompt. It is asked
+            every few tokens, so some tokens may follow the end it looks for.
         batch_size: prompts continued side by side; the result does not depend on it.
 
     Raises:
         InputError: max_tokens leaves an attention model no position for a prompt; an id is outside
             the vocabulary.
     """
-    limit = position_limit(model)
+    limit = model.config.position_limit
     check_ids(model, prompts)
     if limit is not None and max_tokens >= limit:
         raise InputError(
@@ -150,8 +154,8 @@ def continue_greedily(
     return texts
 
 
-def part(before, whole) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a whole text, parted where they first differ from those of its beginning alone.
+def part(before: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split the ids of a whole text where they first differ from the ids of its beginning alone.
 
     A token across the border belongs to the second part, which is never empty.
     """
@@ -161,12 +165,14 @@ def part(before, whole) -> tuple[np.ndarray, np.ndarray]:
     return whole[:n], whole[n:]
 
 
-def windows(documents, *, seq_len: int, stride: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def windows(
+    documents: Iterable[np.ndarray], *, seq_len: int, stride: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(context, continuation) pairs for `score` that count each target of the documents once.
 
-    Windows of seq_len inputs begin every `stride` tokens, and a document's last ends with it. Each
-    counts the targets that the one before it did not reach; but in a document's first window, they
-    have more than seq_len - stride tokens before them.
+    Windows of seq_len inputs begin every `stride` tokens; the last one ends with the document. Each
+    window counts the targets that the window before did not reach. Except in the first window, a
+    target has more than seq_len - stride tokens before it.
     """
     pairs = []
     for ids in documents:
@@ -187,13 +193,14 @@ def _batches(texts, batch_size):
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _read(model, params, inputs, targets, batch_size) -> Iterator[_Piece]:
-    """Reads rows, each ending with the last column of the last piece.
+def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
+    """Read rows that all end with the last column of the last chunk.
 
-    Compiles for few shapes: `batch_size` rows; a power of two of columns, or pieces of one length.
+    Few shapes have to be compiled: `batch_size` rows, and chunks of one length or, for short rows,
+    of a power of two of columns.
     """
-    size = max(_PIECE >> (batch_size - 1).bit_length(), _SHORTEST)
-    size = min(size, position_limit(model) or size)
+    size = max(_CHUNK >> (batch_size - 1).bit_length(), _SHORTEST)
+    size = min(size, model.config.position_limit or size)
     longest = max(map(len, inputs))
     if longest <= size:
         size = min(1 << (longest - 1).bit_length(), size)
@@ -208,10 +215,10 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Piece]:
     state = _zero_state(model, batch_size)
     for start in range(0, columns, size):
         part = np.s_[:, start : start + size]
-        fresh = start <= pad  # So far the row was padding: what it left in the state goes.
-        piece = _step(model, params, *rows[:, *part], segments[part], fresh, state)
-        state = piece.state
-        yield piece
+        fresh = start <= pad  # The row was padding so far, so its state is reset.
+        chunk = _step(model, params, *rows[:, *part], segments[part], fresh, state)
+        state = chunk.state
+        yield chunk
 
 
 @functools.lru_cache(maxsize=4)
@@ -220,7 +227,7 @@ def _zero_state(model, batch_size):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _step(model, params, inputs, targets, segment_ids, fresh, state) -> _Piece:
+def _step(model, params, inputs, targets, segment_ids, fresh, state) -> _Chunk:
     state = jax.tree.map(
         lambda x: jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), 0, x).astype(x.dtype), state
     )
@@ -228,7 +235,7 @@ def _step(model, params, inputs, targets, segment_ids, fresh, state) -> _Piece:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
     log_probs = chosen - jax.nn.logsumexp(logits, -1)
-    return _Piece(log_probs, likeliest == targets, likeliest[:, -1], state)
+    return _Chunk(log_probs, likeliest == targets, likeliest[:, -1], state)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -24,10 +24,10 @@ from gt_jax import cli
 from gt_jax.errors import InputError
 from gt_jax.generation import Worker
 from gt_jax.server import make_app, make_server, parse
-from gt_jax.server.app import BODY_SECONDS
+from gt_jax.server.app import BODY_SECONDS, LOCAL_HOSTS
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     number = functools.partial(absl_flags.DEFINE_integer, flag_values=flags, lower_bound=1)
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
@@ -49,9 +49,9 @@ def main(argv):
 
     model, params, tokenizer = load(flags.checkpoint)
     read = functools.partial(parse, model=model, tokenizer=tokenizer, max_tokens=flags.max_tokens)
-    hosts = {"hosts": ["*"]} if flags.host != "127.0.0.1" else {}
+    hosts = LOCAL_HOSTS if flags.host == "127.0.0.1" else ("*",)
     worker, name = Worker(model, params, tokenizer, flags.rows), Path(flags.checkpoint).name
-    app = make_app(worker, read, name=name, seconds=flags.max_seconds, **hosts)
+    app = make_app(worker, read, name=name, seconds=flags.max_seconds, hosts=hosts)
     longest = BODY_SECONDS + flags.max_seconds + 10
     make_server(app, host=flags.host, port=flags.port, request_seconds=longest).run()
 

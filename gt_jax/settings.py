@@ -19,7 +19,7 @@ from gt_jax.errors import InputError, did_you_mean
 
 
 class Range(NamedTuple):
-    """Which numbers a setting takes: a test, and what it asks for in words."""
+    """The numbers that a setting accepts: a test, and the same in words."""
 
     test: Callable[[Any], bool]
     wanted: str
@@ -33,7 +33,9 @@ SHARE = Range(lambda v: 0 <= v <= 1, "between 0 and 1")
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
 
 
-def setting(default, about: str, within: Range | None = None, *, choices: Sequence[str] = ()):
+def setting(
+    default: Any, about: str, within: Range | None = None, *, choices: Sequence[str] = ()
+) -> Any:
     """A dataclass field with a default and its meaning in one line.
 
     Args:
@@ -48,7 +50,7 @@ def setting(default, about: str, within: Range | None = None, *, choices: Sequen
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check(settings, prefix: str = "") -> None:
+def check(settings: Any, prefix: str = "") -> None:
     """Raise InputError unless every field has its type and lies in its range or choices.
 
     Args:
@@ -65,12 +67,12 @@ def check(settings, prefix: str = "") -> None:
                 _check_value(value, field.metadata, name)
 
 
-def accepted(kind) -> tuple[type, ...]:
+def accepted(kind: Any) -> tuple[type, ...]:
     """The types of a field: (int, NoneType) of `int | None`."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-# Types as people say them, and what counts as one.
+# Types in the words of a message, and the values that count as one.
 _KINDS = {
     int: ("a whole number", numbers.Integral),
     float: ("a number", numbers.Real),
@@ -102,8 +104,8 @@ def _check_value(value, metadata, name: str) -> None:
         check_choice(name, value, choices)
 
 
-def check_choice(name: str, value, choices: Sequence[str]) -> None:
-    """Raise an InputError that names the nearest choice unless value is one of them."""
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise InputError, naming the nearest choice, unless `value` is one of the choices."""
     if value not in choices:
         raise InputError(
             f"{name}={value!r} must be one of {', '.join(choices)}" + did_you_mean(value, choices)

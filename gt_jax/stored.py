@@ -1,23 +1,28 @@
-"""What a stored model says of itself, held against its files before anything is built from it."""
+"""The description of a stored model, compared with its files before a model is built from it."""
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gt_jax.config import computation_dtype
 from gt_jax.data import tokenizer_from_dict
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError, one_line
 from gt_jax.models import ModelConfig
 
 LARGEST_SIZE = 1 << 31  # of any number in a model's configuration
-MOST_PACKED = 64  # times the bytes on disk that parameters may have; random numbers hardly shrink
-ALWAYS_FINE = 1 << 26  # bytes, whatever is on disk
+MOST_PACKED = 64  # parameters may have so many times their bytes on disk; real ones hardly shrink
+ALWAYS_FINE = 1 << 26  # bytes of parameters that are accepted without a look at the disk
 
 
-def describe(folder: Path, about, shapes: dict[str, tuple[int, ...]]):
+def describe(
+    folder: Path, about: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[ModelConfig, Tokenizer]:
     """The model and tokenizer of a checkpoint folder.
 
-    A model of 1000 blocks takes a minute to build, and one of a few files cannot be that.
+    Building a model of 1000 blocks takes a minute, so a small file must not be able to claim one.
 
     Args:
         folder: the checkpoint.
@@ -31,19 +36,20 @@ def describe(folder: Path, about, shapes: dict[str, tuple[int, ...]]):
         InputError: `about` is damaged, or says other sizes than the files have.
     """
     try:
-        fields = dict(about["model"])
+        fields: dict[str, Any] = dict(about["model"])
         if any(type(value) is int and value > LARGEST_SIZE for value in fields.values()):
             raise ValueError("a size of its model is out of all proportion")
         # Of this machine: the dtype if it was "auto", and always the implementation of recurrences.
         dtype = computation_dtype(about["config"]["model"]["dtype"])
-        config = ModelConfig(**fields | {"dtype": dtype, "impl": "auto"})
+        fields |= {"dtype": dtype, "impl": "auto"}
+        config = ModelConfig(**fields)
         _check_sizes(folder, config, shapes)
         tokenizer = tokenizer_from_dict(about["tokenizer"])
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"its tokenizer has {tokenizer.vocab_size} ids and its model {config.vocab_size}"
             )
-    except Exception as error:  # of many kinds, from packages that read tokenizers
+    except Exception as error:  # packages that read tokenizers raise many kinds
         said = error.args[0] if isinstance(error, KeyError) else error
         missing = f"{said} is missing" if isinstance(error, KeyError) else said
         raise InputError(f"{folder} is damaged: {one_line(missing)}") from error

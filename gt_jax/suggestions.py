@@ -1,4 +1,6 @@
-"""Which setting a misspelt name, or the name of another trainer, stands for."""
+"""The setting that a misspelt name, or the name in another trainer, stands for."""
+
+from collections.abc import Collection
 
 from gt_jax.errors import did_you_mean
 
@@ -42,8 +44,8 @@ ELSEWHERE = {
 }
 
 
-def suggest_field(name: str, known) -> str:
-    """`; did you mean 'optim.lr'?` to end a message about a field that is none, or "".
+def suggest_field(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown field, `; did you mean 'optim.lr'?` or "".
 
     Args:
         name: what was written, with or without its group.
@@ -51,7 +53,7 @@ def suggest_field(name: str, known) -> str:
     """
     group, _, last = name.rpartition(".")
     same = ELSEWHERE.get(last.lower().replace("-", "_"))
-    if same in known:
+    if same is not None and same in known:
         return f"; did you mean {same!r}?"
     ends = [field for field in known if field.rpartition(".")[2] == last]
     if ends:  # the right name in another group, or without one

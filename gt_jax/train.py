@@ -44,7 +44,7 @@ from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.writer import Writer, newest
 
 
-def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
+def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Progress:
     """Train until config.train.steps, or continue the run that workdir holds.
 
     Args:
@@ -65,7 +65,7 @@ def train(config: Config, workdir, stop: Stop | None = None) -> Progress:
     # The processes of a multi-host run share the lock of the first.
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         folder, about = newest(workdir) or (None, None)
-        start = int(folder.name) if about else 0
+        start = int(folder.name) if folder is not None else 0
         progress = Progress.of_checkpoint(about, start) if about else Progress()
         if about:
             check_same_run(about["config"], config, workdir)
@@ -296,7 +296,7 @@ def _conclude(job: Job, progress: Progress, step: int, stop: Stop, speed: Speed,
     )
 
 
-def main(argv):
+def main(argv: list[str]) -> int | None:
     stop = Stop()
     with stopping.program(stop):
         flags = cli.new_flags()

@@ -26,7 +26,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def run_train(workdir, text, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, text, compile_once):
+def finished(tmp_path_factory, text, compile_quickly):
     """The workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     run_train(workdir, text)

@@ -10,8 +10,8 @@ from gt_jax import generate as program
 from gt_jax.checkpoint import save_model
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.generate import encode_prompt, generate
-from gt_jax.generation import Request, complete
+from gt_jax.generation import Request, complete, generate
+from gt_jax.generation.prompts import encode_prompt
 from tests.models.small_models import random_tokens, small_model
 
 TOKENIZER = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmno\np"})

@@ -59,3 +59,19 @@ def test_a_program_by_name_is_the_module():
 
 def test_the_citation_names_the_version():
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_every_test_that_needs_more_than_the_requirements_runs_beside_other_libraries():
+    """Whatever one stage of .ci/run skips for want of a package, the stage that has it runs."""
+    name_of = lambda requirement: re.split(r"[\[<>=]", requirement)[0].lower().replace("-", "_")
+    base = set(map(name_of, in_file("requirements-cpu.txt")))
+    more = set(map(name_of, in_extra("interop-test"))) - base
+    comes_with = {"ipykernel": "nbformat", "tensorflow_datasets": "pyarrow"}
+    base |= {package for owner, package in comes_with.items() if owner in base}
+    wanted = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        asked = re.findall(r"(?:importorskip|find_spec)\(\"(\w+)", path.read_text("utf-8"))
+        if needed := set(asked) - base - {"tests"}:
+            wanted[str(path.relative_to(ROOT))] = needed
+    assert set(wanted) == set((ROOT / ".ci/with_other_libraries").read_text().split())
+    assert set().union(*wanted.values()) <= more

@@ -41,7 +41,7 @@ def plain_log_probs(small, ids):
 
 
 def test_padding_and_pieces_change_no_score(small, monkeypatch):
-    monkeypatch.setattr(scoring, "_PIECE", 32)
+    monkeypatch.setattr(scoring, "_CHUNK", 32)
     monkeypatch.setattr(scoring, "_SHORTEST", 8)
     pairs = [(ids[:1], ids[1:]) for ids in texts()]
     pairs.append((texts()[0][:20], texts()[0][20:]))

@@ -19,6 +19,7 @@ time against length beside it.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -38,6 +39,7 @@ from experiments.benchmarks.peers_jax import JAX_PEERS
 from experiments.lab import command, results
 from experiments.lab.timing import copy_bandwidth, timings, total_bytes
 from gt_jax.kernels import ssd, wkv6
+from gt_jax.kernels.pallas.architectures import OLDEST, lowered_for
 
 OPS = {"wkv6": wkv6, "ssd": ssd}
 HEAD_SIZE = 64  # V of WKV6, P of SSD
@@ -54,6 +56,7 @@ SWEEP = {
 ROTATED_BYTES = 2**28  # five times the second-level cache of an H100
 PER_TOKEN_AND_HEAD = ("o", "r", "k", "v", "w", "x", "dt")  # the output, and gradients
 TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-5}  # as in the tests
+OLDEST_PORTABLE = "portable_sm80"
 LONGEST_CHECKED = 32768  # the float64 gradient keeps the state of every token
 
 
@@ -62,7 +65,12 @@ def main(argv=None):
         prog="python -m experiments kernels", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--impls", nargs="+", default=["chunked", "mosaic"])
+    parser.add_argument(
+        "--impls",
+        nargs="+",
+        default=["chunked", "mosaic"],
+        help=f"{OLDEST_PORTABLE} is portable as lowered for the oldest GPU that it runs on",
+    )
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -173,7 +181,7 @@ def contenders(op, options):
 
 
 def run_ours(op, impl, **inputs):
-    return OPS[op](**inputs, impl=impl)[0]
+    return OPS[op](**inputs, impl="portable" if impl == OLDEST_PORTABLE else impl)[0]
 
 
 def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, check=True):
@@ -191,7 +199,9 @@ def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, chec
     known = exact(op, one_head(*sets[0], shape)) if check else {}
     for who, (function, same) in functions.items():
         try:
-            row, arrays = measure(function, sets, effort)
+            with lowered_for(OLDEST) if who == OLDEST_PORTABLE else contextlib.nullcontext():
+                jax.clear_caches()  # which do not tell architectures apart
+                row, arrays = measure(function, sets, effort)
             if same and known:
                 row["errors"] = errors(one_head(*arrays, shape), known)
         except Exception as reason:  # of a library that is not ours, it can be any

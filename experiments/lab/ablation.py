@@ -80,7 +80,7 @@ def contributions(model, params, batches):
 
 
 def losses(model, params, batches, keep, fill):
-    """Loss of a model some of whose parts are replaced: part -> keep part + fill.
+    """Loss of a model in which some parts are replaced: part -> keep part + fill.
 
     Args:
         batches: Batch of [N, B, T].

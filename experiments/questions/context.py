@@ -32,7 +32,6 @@ from experiments.lab.statistics import estimate, holm
 from gt_jax.analysis import memories, norm
 from gt_jax.errors import InputError
 from gt_jax.models import make_model
-from gt_jax.scoring import position_limit
 from gt_jax.training.text import read_text
 
 CARRIED = f"{HYBRID} carried"
@@ -77,7 +76,7 @@ def main(argv=None):
 
     def probe(name):
         mine, model = runs[name], make_model(runs[name].model_config)
-        known = [c for c in lengths if c <= (position_limit(model) or c)]
+        known = [c for c in lengths if c <= (model.config.position_limit or c)]
         last = {"rows": ends[:, -max(known) - 1 :], "lengths": known, "window": trained}
 
         def read(params):

@@ -28,7 +28,6 @@ from experiments.lab.families import HYBRID, match
 from experiments.lab.statistics import estimate
 from experiments.lab.training import TEST_BATCHES
 from gt_jax.models import make_model
-from gt_jax.scoring import position_limit
 from gt_jax.training.text import read_text
 
 FAMILIES = (HYBRID, "RWKV-6", "Mamba-2", "GPT-2")
@@ -154,7 +153,7 @@ def recalled(runs, generate, turns, *, quick):
     model = make_model(runs.model_config)
     rng = np.random.default_rng(turns)
     drawn = generate(rng, TRIALS, turns * TURN, asked=turns - 1)
-    tokens, targets = (x[:, -(position_limit(model) or x.shape[1]) :] for x in drawn)
+    tokens, targets = (x[:, -(model.config.position_limit or x.shape[1]) :] for x in drawn)
 
     def of_run(params):
         guesses = model.apply({"params": params}, tokens).logits.argmax(-1)

@@ -2,17 +2,18 @@
 
     fused = R + M       share = |R| / (|R| + |M|)       cosine = rwkv . mamba / (|rwkv| |mamba|)
 
-R is what the fusion takes from the RWKV branch: g rwkv under a gate g per position, else what the
-fusion makes of rwkv beside a zero mamba. M is the rest of the sum, Mamba's.
+R is RWKV's part: g rwkv if the fusion has one gate g per position, else the fusion's output for
+rwkv and a zero mamba. M is the rest of the sum, Mamba's part.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.models import FUSIONS
+from gt_jax.models import FUSIONS, ModelConfig, Params
 
 
 class BlockMeasures(NamedTuple):
@@ -31,7 +32,9 @@ class BlockMeasures(NamedTuple):
     mamba_norm: jax.Array
 
 
-def measure_block(config, fusion_params, activations):
+def measure_block(
+    config: ModelConfig, fusion_params: Params, activations: Mapping[str, Any]
+) -> BlockMeasures:
     """The BlockMeasures of a hybrid block.
 
     Args:
@@ -63,7 +66,7 @@ def measure_block(config, fusion_params, activations):
     )
 
 
-def lowest_places(values, *, count: int, apart: int) -> list[int]:
+def lowest_places(values: np.ndarray | Sequence[float], *, count: int, apart: int) -> list[int]:
     """Where values [T] are lowest, lowest first: at most `count` places, `apart` or more apart."""
     places = []
     for place in np.argsort(values, kind="stable"):

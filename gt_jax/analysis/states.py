@@ -1,17 +1,20 @@
 """A model's memory: the part of its recurrent state that sums over the past."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 
 
-def memories(block_state) -> dict:
+def memories(block_state: Any) -> dict:
     """The memories in a block's state by part, "rwkv", "mamba" or "fusion": arrays [B, ...].
 
-    Of two branches of one kind the second's is "rwkv_2" or "mamba_2".
+    If both branches are of one kind, the second one's memory is "rwkv_2" or "mamba_2".
 
-    The last inputs that token shift and convolution keep are left out, and so is the key-value
-    cache of attention, which sums up nothing.
+    Not included: the last inputs that token shift and convolution keep, and the key-value cache of
+    attention, which is no sum.
     """
     match block_state:
         case hybrid.BlockState(rwkv=rwkv, mamba=mamba, fusion=fusion):
@@ -29,6 +32,6 @@ def memories(block_state) -> dict:
     return {"rwkv": block_state}  # the legacy branch's matrix
 
 
-def norm(memory):
+def norm(memory: jax.Array) -> jax.Array:
     """Frobenius norm of each row's memory, [B, ...] -> [B] float32."""
     return jnp.sqrt(jnp.sum(jnp.square(memory), axis=tuple(range(1, memory.ndim))))

@@ -1,10 +1,11 @@
-"""Reads a text with a model and keeps what happened at every token.
+"""Read a text with a model and record measures at every token.
 
-The text goes through in chunks, each from the state the one before left: any length fits, and the
-states between chunks are the points at which the memories are measured.
+The model reads the text in chunks and carries its state along, so texts of any length fit. The
+memories are measured between chunks.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from gt_jax.analysis.contributions import measure_block
 from gt_jax.analysis.states import memories, norm
+from gt_jax.models import LanguageModel, Params
 
 
 class Trace(NamedTuple):
@@ -34,14 +36,16 @@ class Trace(NamedTuple):
     stride: int
 
 
-def trace(model, params, ids, *, points: int = 256) -> Trace:
+def trace(
+    model: LanguageModel, params: Params, ids: Sequence[int] | np.ndarray, *, points: int = 256
+) -> Trace:
     """Read ids [T] from the zero state; T at most model.config.max_positions for a GPT.
 
     Args:
         model, params: from `gt_jax.load`.
         ids: [T] int, at least one.
-        points: at how many places the states are measured, at most; a text with fewer tokens has
-            one a token.
+        points: the states are measured at this many places at most, and in a text with fewer
+            tokens after every token.
     """
     T = len(ids)
     stride = -(-T // points)
@@ -49,7 +53,7 @@ def trace(model, params, ids, *, points: int = 256) -> Trace:
     chunks = np.pad(np.asarray(ids, np.int32), (0, pad)).reshape(-1, stride)  # [M, stride]
     targets = np.pad(np.asarray(ids[1:], np.int32), (0, pad + 1)).reshape(-1, stride)
     tokens, states = jax.device_get(_read(model, params, chunks, targets))
-    # The padding comes last, so that no token saw it; a state that did is left out.
+    # The padding comes last, so no token sees it; a state that has seen padding is left out.
     whole = {name: norms[: T // stride].T for name, norms in states.items()}
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:T], tokens)  # [T, ...]
     # A prediction belongs to the token after.

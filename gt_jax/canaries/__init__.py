@@ -1,9 +1,9 @@
 """Behaviours worth watching as a language model grows: canaries C1 to C6, and checks of its state.
 
-A canary is scored by choice: of four endings of a prompt, the one the model finds likeliest must be
-the right one. So even a small model has a score, chance is 25 %, and nobody has to judge it. Where
-the right ending is one word, `said` is the share of prompts whose greedy continuation begins with
-it: far harder, and by chance about none.
+A canary is a choice between four endings of a prompt: the model must give the right one the highest
+likelihood. So even a small model has a score, chance is 25 %, and no judge is needed. Where the
+right ending is one word, `said` is the share of prompts whose greedy continuation begins with that
+word: far harder, with a chance of about zero.
 """
 
 import math
@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from gt_jax.canaries import texts
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
-from gt_jax.models import count_parameters
-from gt_jax.scoring import continue_greedily, part, position_limit, score
+from gt_jax.models import LanguageModel, Params, count_parameters
+from gt_jax.scoring import continue_greedily, part, score
 
 _LONG = 2000  # tokens over which C2a spreads its facts
 
@@ -77,10 +78,18 @@ REQUIRED = {
     125_000_000: {"minimal": 90, "standard": 90, "extended": 85},
 }
 _BANDS = ((90, "strong"), (70, "sound"), (50, "weak"), (0, "absent"))
-_STOP = 50  # percent: a category below it ends the matter
+_STOP = 50  # percent: a category below this fails the whole suite
 
 
-def run(model, params, tokenizer, *, suite: str, items: int = 20, batch_size: int = 8) -> dict:
+def run(
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    suite: str,
+    items: int = 20,
+    batch_size: int = 8,
+) -> dict:
     """Score a model.
 
     Args:
@@ -131,7 +140,7 @@ def run(model, params, tokenizer, *, suite: str, items: int = 20, batch_size: in
     return result | {"passed": reason is None, "reason": reason}
 
 
-def make_items(name: str, items: int, tokenizer) -> list[texts.Item]:
+def make_items(name: str, items: int, tokenizer: Tokenizer) -> list[texts.Item]:
     """The prompts of a canary; `tokenizer` only sets how many sentences _LONG tokens are."""
     canary, distance = CANARIES[name], CANARIES[name].distance
     if distance is None:
@@ -147,19 +156,19 @@ def required_average(suite: str, parameters: int) -> int | None:
     return REQUIRED[size].get(suite)
 
 
-def check_state(model, params) -> dict:
+def check_state(model: LanguageModel, params: Params) -> dict:
     """S0 to S4: whether the recurrent state is there, bounded, and moved by what is read.
 
-    Of a hybrid the branches are looked at apart, and in all models each block.
+    Every block is checked by itself, and so is each branch of a hybrid.
 
     Returns:
-        {id: {about, passed, found}}; empty for attention models, which have no such state.
+        {id: {about, passed, found}}; empty for attention models, which have no recurrent state.
     """
-    if position_limit(model) is not None:
+    if model.config.position_limit is not None:
         return {}
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, (2, 64), dtype=np.int32)
-    read = jax.jit(lambda ids: model.apply({"params": params}, ids).state)
+    read = jax.jit(lambda ids: model.apply({"params": params}, ids)[1])  # the state
     first, again = (_by_branch(read(tokens)) for _ in range(2))
     empty = _by_branch(model.init_state(2))
 

@@ -17,7 +17,7 @@ from gt_jax import checkpoint, cli
 from gt_jax.canaries import SUITES, describe, run
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define, integer = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     define("checkpoint", None, "A run, one checkpoint or a converted model.", flag_values=flags)

@@ -71,7 +71,7 @@ def filler(rng: Random, sentences: int) -> str:
     return "".join(f" {pick()}." for _ in range(sentences))
 
 
-def recall(rng, variant, sentences):
+def recall(rng: Random, variant: int, sentences: int) -> Item:
     """C1a, C1b, C1c: a fact, sentences about other things, the fact again."""
     statement, lead, values = FACTS[variant]
     name, right, *wrong = rng.choice(WOMEN), *rng.sample(values, 4)
@@ -79,8 +79,8 @@ def recall(rng, variant, sentences):
     return _item(f"{prompt} {lead.format(n=name)}", right, wrong)
 
 
-def recall_of_two(rng, variant, sentences):
-    """C1d: two facts of one kind; either is asked for, and the other is among the wrong."""
+def recall_of_two(rng: Random, variant: int, sentences: int) -> Item:
+    """C1d: two facts of one kind; one is asked for, and the other is among the wrong endings."""
     statement, lead, values = FACTS[variant]
     names, (right, other, *wrong) = rng.sample(WOMEN, 2), rng.sample(values, 4)
     facts = [statement.format(n=n, x=x) for n, x in zip(names, (right, other))]
@@ -89,8 +89,8 @@ def recall_of_two(rng, variant, sentences):
     return _item(f"{prompt} {lead.format(n=names[0])}", right, [other, *wrong])
 
 
-def combine(rng, variant, sentences):
-    """C2a: three facts far apart lead to the answer, and a fourth elsewhere."""
+def combine(rng: Random, variant: int, sentences: int) -> Item:
+    """C2a: three distant facts lead to the answer; a fourth one points to a wrong ending."""
     a, b = rng.sample(WOMEN, 2)
     chest, shelf = rng.sample(("chest", "basket", "cupboard", "barrel", "trunk"), 2)
     right, decoy, *wrong = rng.sample(PLACES, 4)
@@ -116,8 +116,8 @@ def combine(rng, variant, sentences):
     return _item(f"{text} {lead}", right, [decoy, *wrong])
 
 
-def infer(rng, variant, sentences):
-    """C2b: what nobody says follows from three hints."""
+def infer(rng: Random, variant: int, sentences: int) -> Item:
+    """C2b: the answer is never said and follows from three hints."""
     n = rng.choice(WOMEN)
     hints, lead, right, *wrong = (
         (
@@ -143,7 +143,7 @@ def infer(rng, variant, sentences):
     return _item(f"{text} {lead}", right, wrong)
 
 
-def prefer(rng, variant, turns):
+def prefer(rng: Random, variant: int, turns: int) -> Item:
     """C3a: what someone likes, and seven turns later what they order."""
     n, right, other, *wrong = rng.choice(WOMEN), *rng.sample(DRINKS, 4)
     said, asked, lead = (
@@ -158,7 +158,7 @@ def prefer(rng, variant, turns):
     return _item(f"{n}: {said}\n{talk}Host: {asked}\n{n}: {lead}", right, [other, *wrong])
 
 
-def resolve(rng, variant, _):
+def resolve(rng: Random, variant: int, _: int) -> Item:
     """C3b: who "she" and "he" were."""
     (she, other_she), (he, other_he) = rng.sample(WOMEN, 2), rng.sample(MEN, 2)
     about = (
@@ -176,7 +176,7 @@ def resolve(rng, variant, _):
     return _item(prompt, right, [wrong, other_she, other_he])
 
 
-def correct(rng, variant, turns):
+def correct(rng: Random, variant: int, turns: int) -> Item:
     """C3c: a fact, its correction, and which of the two is remembered."""
     n, old, right, *wrong = rng.choice(MEN), *rng.sample(NUMBERS, 4)
     first, second, lead = (
@@ -191,8 +191,8 @@ def correct(rng, variant, turns):
     return _item(f"{n}: {first}\n{a}{n}: {second}\n{b}Host: {lead}", right, [old, *wrong])
 
 
-def keep_format(rng, variant, _):
-    """C4a: the next line goes on in the form of the lines before it."""
+def keep_format(rng: Random, variant: int, _: int) -> Item:
+    """C4a: the next line keeps the form of the lines before it."""
     labels, values = (
         (("Price", "Worth", "Value", "Costs"), NUMBERS),
         (("Colour", "Shade", "Paint", "Looks"), COLOURS),
@@ -220,7 +220,7 @@ ROUGH = (
 )
 
 
-def keep_tone(rng, variant, _):
+def keep_tone(rng: Random, variant: int, _: int) -> Item:
     """C4b: a courtly or rough speaker stays so; the wrong endings are in the other tone."""
     tone, other = (COURTLY, ROUGH) if variant % 2 else (ROUGH, COURTLY)
     who = ("Servant", "Servant", "Porter", "Porter")[variant]
@@ -230,7 +230,7 @@ def keep_tone(rng, variant, _):
     return _item(f"{''.join(lines)}Guest: {asked[-1]}\n{who}:", right, rng.sample(other, 3))
 
 
-def keep_rules(rng, variant, turns):
+def keep_rules(rng: Random, variant: int, turns: int) -> Item:
     """C4c: three rules hold to the end; each wrong ending breaks one."""
     first, last = (("Yes", "my friend"), ("Hark", "so be it"), ("Well", "good sir"))[variant]
     animal, other = rng.sample(ANIMALS, 2)
@@ -250,12 +250,12 @@ def keep_rules(rng, variant, turns):
     )
 
 
-def persona(rng, variant, turns):
-    """C5a, C5b: a trade known by what someone tells of it, asked for some turns later."""
+def persona(rng: Random, variant: int, turns: int) -> Item:
+    """C5a, C5b: someone describes a trade without its name; some turns later it is asked for."""
     return _persona(rng, variant, turns, deny=False)
 
 
-def contradicted_persona(rng, variant, turns):
+def contradicted_persona(rng: Random, variant: int, turns: int) -> Item:
     """C5c: the same, though the other speaker says something else."""
     return _persona(rng, variant, turns, deny=True)
 
@@ -274,7 +274,7 @@ def _persona(rng, variant, turns, *, deny):
     return _item(f"{n}: {TRADES[right]}\n{talk}Guest: {asked}\n{n}: {lead}", right, wrong)
 
 
-def return_to(rng, variant, turns):
+def return_to(rng: Random, variant: int, turns: int) -> Item:
     """C6a: one conversation, another, and the first again."""
     (a, b), (right, other, *wrong) = rng.sample(WOMEN, 2), rng.sample(MEN, 4)
     lead = (
@@ -290,7 +290,7 @@ def return_to(rng, variant, turns):
     return _item(prompt, right, [other, *wrong])
 
 
-def separate(rng, variant, turns):
+def separate(rng: Random, variant: int, turns: int) -> Item:
     """C6b: two speakers take turns, and what belongs to one is not given to the other."""
     (a, b), (right, other, *wrong) = rng.sample(WOMEN, 2), rng.sample(NUMBERS, 4)
     say, lead = (

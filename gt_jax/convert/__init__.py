@@ -14,12 +14,14 @@ LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
 TOKENIZER_FILES = ("tokenizer.json", WORLD_FILE)
 
 
-def import_model(source, target, *, tokenizer=None) -> str:
+def import_model(
+    source: str | Path, target: str | Path, *, tokenizer: str | Path | None = None
+) -> str:
     """Write a model that another library stored as a folder for `gt_jax.load`.
 
     Args:
         source: a file of weights, or a folder of config.json and weights.
-        target: folder to be made.
+        target: folder to make.
         tokenizer: a tokenizer.json, an RWKV vocabulary file, or "ids" for none; None takes what
             lies beside the weights, else for RWKV's 65536 ids the World vocabulary if the rwkv
             package is installed, else none.
@@ -37,12 +39,12 @@ def import_model(source, target, *, tokenizer=None) -> str:
         params = read_params(LAYOUTS[name], config, found.tensors)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    tokenizer = _find_tokenizer(tokenizer, found.folder, config)
+    chosen = _find_tokenizer(tokenizer, found.folder, config)
     with files.new(target) as unfinished:
-        checkpoint.save_model(unfinished, config, params, tokenizer)
+        checkpoint.save_model(unfinished, config, params, chosen)
     return "\n".join(
         [
-            f"{_describe(config)}, read as {name} with tokenizer {tokenizer.kind}: {target}",
+            f"{_describe(config)}, read as {name} with tokenizer {chosen.kind}: {target}",
             *(
                 f"warning: config.json: {setting}=null is unknown and was left out"
                 for setting in unset
@@ -52,10 +54,10 @@ def import_model(source, target, *, tokenizer=None) -> str:
 
 
 def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
-    """The layout of what lies somewhere, its model, and unknown settings, all of them null.
+    """The name of a source's layout, its ModelConfig, and its unknown settings, all of them null.
 
     Raises:
-        InputError: it is of another model, or config.json and the tensors do not agree.
+        InputError: the source is another model, or config.json and the tensors do not agree.
     """
     foreign.refuse(found.tensors, found.config)
     name = _find_layout(found.tensors)
@@ -71,12 +73,12 @@ def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
     return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
-def export_model(source, target, *, layout: str) -> str:
+def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
     """Write one of our models as another library stores it, with its tokenizer if that has a file.
 
     Args:
         source: what `gt_jax.load` takes.
-        target: file or folder to be made, as the layout has it.
+        target: file or folder to make, whichever the layout uses.
         layout: a key of LAYOUTS.
 
     Returns:
@@ -91,8 +93,8 @@ def export_model(source, target, *, layout: str) -> str:
     config = model.config
     fitting = [name for name, other in LAYOUTS.items() if _fits(other, config)]
     if layout not in fitting:
-        mend = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
-        raise InputError(f"--format={layout} for {_describe(config)} {mend}")
+        fix = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
+        raise InputError(f"--format={layout} for {_describe(config)} {fix}")
     weights = LAYOUTS[layout].weights
     if weights is None and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")
@@ -103,7 +105,9 @@ def export_model(source, target, *, layout: str) -> str:
         if weights is None:
             files.write(unfinished, arrays)
         else:
-            theirs = LAYOUTS[layout].config(config)
+            to_config = LAYOUTS[layout].config
+            assert to_config is not None, f"{layout} is a folder and so has a config.json"
+            theirs = to_config(config)
             if "model_type" in theirs:  # read by transformers
                 theirs |= export_ids(tokenizer)
             files.write_folder(unfinished, weights, arrays, theirs)
@@ -143,7 +147,8 @@ def _find_tokenizer(wanted, folder: Path, config):
     path = Path(wanted) if wanted else next((p for p in beside if p.is_file()), None)
     if path is None and (config.architecture, config.vocab_size) == ("rwkv6", 65536):
         package = importlib.util.find_spec("rwkv")
-        path = package and Path(package.origin).parent / WORLD_FILE
+        if package is not None and package.origin is not None:
+            path = Path(package.origin).parent / WORLD_FILE
     if wanted == "ids":
         path = None
     tokenizer = read_tokenizer(path, folder, config.vocab_size)

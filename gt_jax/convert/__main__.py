@@ -22,7 +22,7 @@ from gt_jax import cli
 from gt_jax.errors import InputError
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     from gt_jax.convert import LAYOUTS, export_model, import_model
     from gt_jax.convert.expand import expand
     from gt_jax.convert.graft import graft
@@ -49,7 +49,7 @@ def main(argv):
     number("seed", 0, "graft, expand: of what is new.")
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]
-    if not cli.parse(flags, [argv[0], *options], usage=__doc__ + formats):
+    if not cli.parse(flags, [argv[0], *options], usage=f"{__doc__}{formats}"):
         return
     match words:
         case ["import", source, target]:
@@ -57,11 +57,19 @@ def main(argv):
         case ["export", source, target]:
             print(export_model(source, target, layout=flags.format))
         case ["graft", target] if flags.rwkv and flags.mamba:
-            choices = {name: flags[name].value for name in ("fusion", "gate", "rest", "seed")}
-            print(graft(flags.rwkv, flags.mamba, target, **choices))
+            print(
+                graft(
+                    flags.rwkv,
+                    flags.mamba,
+                    target,
+                    fusion=flags.fusion,
+                    gate=flags.gate,
+                    rest=flags.rest,
+                    seed=flags.seed,
+                )
+            )
         case ["expand", source, target]:
-            sizes = {name: flags[name].value for name in ("layers", "dim", "seed")}
-            print(expand(source, target, **sizes))
+            print(expand(source, target, layers=flags.layers, dim=flags.dim, seed=flags.seed))
         case _:
             raise InputError(
                 "say import SRC DST, or export SRC DST --format=NAME, "

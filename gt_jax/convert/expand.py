@@ -1,13 +1,14 @@
 """A larger model that computes what a smaller one does: more blocks, or a multiple of its width.
 
-Depth: blocks on top whose mixers and feed-forwards end in zero matrices and so add nothing yet.
-Width: every channel, head and hidden unit stands there several times. Norms see the same means and
-squares; a matrix divides what it made of a channel among the copies, in random shares that sum to
-one whole, because copies with equal shares would have equal gradients for ever.
+Depth: the new blocks on top end in zero matrices, so at first they add nothing. Width: every
+channel, head and hidden unit is copied several times. Norms see the same means and squares. A
+matrix splits its weight for a channel among the copies, in random shares that sum to one: copies
+with equal shares would have equal gradients for ever.
 """
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -16,13 +17,20 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
 
 
-def expand(source, target, *, layers=None, dim=None, seed=0) -> str:
+def expand(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layers: int | None = None,
+    dim: int | None = None,
+    seed: int = 0,
+) -> str:
     """Write a deeper or wider model of the same function as a folder for `gt_jax.load`.
 
     Args:
         source: what `gt_jax.load` takes, of any architecture.
-        target: folder to be made.
-        layers: blocks of the larger model; None for as many.
+        target: folder to make.
+        layers: blocks of the larger model; None for the same number.
         dim: its width, a multiple of the old one; None for the same. Heads keep their channels.
         seed: of new blocks and of the shares of copies.
 
@@ -71,20 +79,21 @@ def _larger(old: ModelConfig, layers: int, dim: int) -> ModelConfig:
 def _widen(weights, old: ModelConfig, new: ModelConfig, rng) -> dict[str, np.ndarray]:
     """Parameters of `new`, which is `old` with a multiple of its width."""
     times, shapes = new.dim // old.dim, params.shapes_of(new)
-    growing = {}  # path -> [(axis, its pieces)]
+    growing = {}  # path -> [(axis, the sections along it)]
     for path, x in weights.items():
         axes = [axis for axis in range(x.ndim) if x.shape[axis] != shapes[path][axis]]
-        growing[path] = [(axis, _pieces(path, x.shape[axis], old)) for axis in axes]
-        for axis, pieces in growing[path]:
-            if sum(size * (times if grows else 1) for size, grows in pieces) != shapes[path][axis]:
+        growing[path] = [(axis, _sections(path, x.shape[axis], old)) for axis in axes]
+        for axis, sections in growing[path]:
+            wider = sum(size * (times if grows else 1) for size, grows in sections)
+            if wider != shapes[path][axis]:
                 raise InputError(
                     f"--dim={new.dim} cannot keep the function: {path} {list(x.shape)} would have "
                     f"to be {list(shapes[path])}, which is not {times} times as wide"
                 )
     wide = {}
     for path, x in weights.items():
-        for axis, pieces in reversed(growing[path]):  # outputs first: each has shares of its own
-            x = _copy(x, axis, pieces, times, _sums(path, axis), rng)
+        for axis, sections in reversed(growing[path]):  # outputs first: each has shares of its own
+            x = _copy(x, axis, sections, times, _sums(path, axis), rng)
         wide[path] = x
     if old.tie_embeddings:  # the head sums over copies and cannot divide: it is the embedding
         wide |= {path: wide[path] / times for path in wide if path.startswith("final_norm/")}
@@ -96,8 +105,8 @@ def _sums(path: str, axis: int) -> bool:
     return axis == 0 and re.search(r"(kernel|head|_w1)$", path) is not None
 
 
-def _pieces(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
-    """What lies side by side along an axis that grows: sizes, and whether they grow."""
+def _sections(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
+    """The sections along an axis that grows: the size of each, and whether it grows."""
     per_group = [(c.state_size, False)] * 2  # Mamba's B and C, which its heads share
     if path.endswith("/in_proj/kernel") and size != c.dim:
         inner = (c.mamba_dim, True)
@@ -109,11 +118,11 @@ def _pieces(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
     return [(size, True)]
 
 
-def _copy(x, axis, pieces, times, summed, rng):
-    """`times` copies of the pieces that grow, along their axis; divided among them if summed."""
-    bounds = np.cumsum([size for size, _ in pieces])[:-1]
+def _copy(x, axis, sections, times, summed, rng):
+    """`times` copies of the sections that grow, along `axis`; if summed, each has a share."""
+    bounds = np.cumsum([size for size, _ in sections])[:-1]
     parts = []
-    for part, (_, grows) in zip(np.split(x, bounds, axis), pieces):
+    for part, (_, grows) in zip(np.split(x, bounds, axis), sections):
         copies = np.stack([part] * (times if grows else 1))
         if summed and grows:
             noise = rng.standard_normal(copies.shape, np.float32) * np.sqrt(np.square(part).mean())

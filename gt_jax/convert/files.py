@@ -8,7 +8,9 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import ml_dtypes
@@ -19,7 +21,7 @@ from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError, one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# How files begin that are given for weights by mistake, and what to do about it.
+# First bytes of files that users mistake for weights -> what the file is, and the fix.
 OTHERS = {
     b"GGUF": "it is a GGUF file, whose weights are rounded; give the model it was made of",
     b"version https://git-lfs": "it only points to the weights; get them with `git lfs pull`",
@@ -51,7 +53,7 @@ class Source(NamedTuple):
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def read(path) -> Source:
+def read(path: str | Path) -> Source:
     """Open a file of weights, or a folder of config.json and weights.
 
     Raises:
@@ -72,7 +74,7 @@ def read(path) -> Source:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; InputError if there is none or a key stands in it twice."""
+    """The object in a JSON file; InputError if there is none or a key occurs twice."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} cannot be read (it is no file)")
     try:
@@ -179,7 +181,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_free(path) -> None:
+def check_free(path: str | Path) -> None:
     """Raise InputError if there is something at `path`, or nothing can be made there."""
     if Path(path).exists():
         raise InputError(f"{path} exists; name another place, or remove it first")
@@ -189,8 +191,8 @@ def check_free(path) -> None:
 
 
 @contextlib.contextmanager
-def new(path):
-    """A path to write to that becomes `path` if all goes well, and else vanishes."""
+def new(path: str | Path) -> Iterator[Path]:
+    """A path to write to: it becomes `path` if all goes well and is removed if not."""
     path = Path(path)
     unfinished = path.parent / f".{path.stem}.unfinished{path.suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +211,7 @@ def _remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a file of weights: safetensors if its name ends so, else as torch.save does."""
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file
@@ -220,11 +222,13 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         pth.write(path, arrays)
 
 
-def write_folder(folder: Path, weights: str, arrays, config: dict) -> None:
+def write_folder(
+    folder: Path, weights: str, arrays: Mapping[str, np.ndarray], config: dict
+) -> None:
     """Write config.json and weights, with an index of shards past SHARD_BYTES.
 
     Args:
-        folder: to be made.
+        folder: to make.
         weights: file name, one of WEIGHTS.
         arrays: by name.
         config: content of config.json.
@@ -251,7 +255,7 @@ def write_folder(folder: Path, weights: str, arrays, config: dict) -> None:
     (folder / f"{weights}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def import_safetensors():
+def import_safetensors() -> ModuleType:
     """The safetensors package, or an InputError that says how to get it."""
     try:
         import safetensors

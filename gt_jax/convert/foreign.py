@@ -1,11 +1,14 @@
 """Models that are related to ours or famous, told by their tensors or their config.json."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from gt_jax.convert.settings import shown
+from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 
-# What tensors of other models are called, and of which model. The first that is found counts.
+# Names of tensors that give another model away, and that model. The first match counts.
 TENSORS = (
     (r"\.(att|attn|attention)\.(r_k|x_r|k_k|k_a|x_w)$", "RWKV-7"),
     (r"\.(att|attn|attention)\.time_first$", "RWKV-4"),
@@ -32,7 +35,7 @@ MODEL_TYPES = {
 OURS = ("rwkv6", "mamba2")
 
 
-def refuse(tensors, config) -> None:
+def refuse(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Raise InputError that names the model, if these are tensors or settings of one not ours."""
     for pattern, model in TENSORS:
         found = next(filter(re.compile(pattern).search, tensors), None)

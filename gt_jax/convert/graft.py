@@ -1,11 +1,13 @@
 """A hybrid out of two models: the time-mix of an RWKV-6, the mixer of a Mamba-2, a gate between.
 
-Each branch goes on reading what it read: the scale of the norm before it moves into its matrices,
-since a hybrid has one norm for both. What an official RWKV-6 has and a hybrid lacks is left behind:
-the biases of its norms, the subtracted means and its feed-forward.
+A hybrid has one norm for both branches. So each branch's matrices take over the scale of the norm
+that stood before it, and the branch reads the same input as before. A hybrid has no place for three
+parts of an official RWKV-6, which are dropped: the biases of the norms, the subtraction of means
+and the feed-forward.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +15,8 @@ from gt_jax.convert import files, params
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters, make_model
 
-# The matrices of a branch that its normalised input meets first; what stands between acts on each
-# channel alone and so lets a scale through.
+# The first matrices that a branch's normalised input reaches. Before them, every operation acts on
+# each channel alone, so a scale may move past it.
 READERS = {
     "rwkv": (
         *(f"/{name}/kernel" for name in ("receptance", "key", "value", "gate")),
@@ -25,7 +27,16 @@ READERS = {
 REST = ("rwkv", "mamba", "new")
 
 
-def graft(rwkv, mamba, target, *, fusion="gf", gate=None, rest="mamba", seed=0) -> str:
+def graft(
+    rwkv: str | Path,
+    mamba: str | Path,
+    target: str | Path,
+    *,
+    fusion: str = "gf",
+    gate: float | None = None,
+    rest: str = "mamba",
+    seed: int = 0,
+) -> str:
     """Write a hybrid of two models' branches as a folder for `gt_jax.load`.
 
     Args:
@@ -33,11 +44,11 @@ def graft(rwkv, mamba, target, *, fusion="gf", gate=None, rest="mamba", seed=0) 
         mamba: a Mamba-2 of the same width, depth, vocabulary and tokenizer.
         target: folder to be made.
         fusion: a key of `gt_jax.models.fusion.FUSIONS`.
-        gate: share of the RWKV branch, in (0, 1), the same whatever it reads; None takes the
-            fusion's own.
+        gate: share of the RWKV branch, in (0, 1), equal for all inputs; None takes the default of
+            the fusion.
         rest: whose embedding, head and final norm to take: "rwkv", "mamba", or "new" for random
             ones. Mamba-2's fit as they are. The feed-forwards are new and add nothing at first.
-        seed: of all that is new.
+        seed: of the new parameters.
 
     Returns:
         A table of what came from where.
@@ -94,7 +105,7 @@ def _config(paths, parents, fusion, gate, rest) -> ModelConfig:
         gate_init=gate,
         branch="official",
         init="official",
-        # An RWKV-6 norms its embedding, so that not even a shared one serves as the head as well.
+        # An RWKV-6 norms its embedding, so the embedding cannot serve as the head as well.
         tie_embeddings={"rwkv": False, "mamba": mamba.tie_embeddings, "new": True}[rest],
     )
     make_model(config)  # knows the fusions
@@ -107,7 +118,7 @@ def _part(path: str) -> str:
 
 
 def _branch(weights, branch) -> dict[str, np.ndarray]:
-    """A branch of every block, as it is when the norm before it has no scale."""
+    """A branch of every block, with the scale of the norm before it moved into its matrices."""
     taken = {path: x for path, x in weights.items() if _part(path) == branch}
     for path, x in taken.items():
         if path.endswith(READERS[branch]):
@@ -124,7 +135,7 @@ def _ends(weights, hybrid) -> dict[str, np.ndarray]:
         "final_norm/scale": weights["final_norm/scale"],
         "head": weights.get("head", embedding.T),
     }
-    if (norm := "blocks_0/embedding_norm") + "/scale" in weights:  # a table that is normed already
+    if (norm := "blocks_0/embedding_norm") + "/scale" in weights:  # store the embedding normed
         centred = embedding - embedding.mean(-1, keepdims=True)
         unit = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
         taken["embedding/embedding"] = unit * weights[f"{norm}/scale"] + weights[f"{norm}/bias"]

@@ -7,8 +7,8 @@ same table serves both ways and tells which tensors are missing, unknown or of t
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import ModelConfig, Params, make_model
 
 
 class Change(NamedTuple):
@@ -68,13 +68,13 @@ class Layout(NamedTuple):
     weights: str | None
 
 
-def count_blocks(tensors, pattern: str) -> int:
+def count_blocks(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers stand for the * of a pattern, such as "blocks.*.", in names."""
     number = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
     return len({match[1] for match in map(number.match, tensors) if match})
 
 
-def shape_of(tensors, name: str, rank: int) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that tells the model's sizes; InputError if it is not there."""
     if name not in tensors or len(tensors[name].shape) != rank:
         raise InputError(f"{name} is missing, or not of rank {rank}")
@@ -112,7 +112,9 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
     return unflatten_dict(params, sep="/")
 
 
-def write_arrays(layout: Layout, model_config: ModelConfig, params) -> dict[str, np.ndarray]:
+def write_arrays(
+    layout: Layout, model_config: ModelConfig, params: Params
+) -> dict[str, np.ndarray]:
     """Our parameters as their tensors, float32 by name; a tied head is written out."""
     rules = [
         _of_block(rule, number)
@@ -158,7 +160,8 @@ def _their_shapes(layout, model_config, tensors) -> dict[str, tuple[int, ...]]:
     model = make_model(dataclasses.replace(model_config, layers=1))
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, key, tokens)["params"]
-    shapes = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+    flat = cast(dict[str, Any], flatten_dict(params, sep="/"))
+    shapes = {path: x.shape for path, x in flat.items()}
     needed, held = (sum(map(math.prod, s)) for s in (shapes.values(), _shapes(tensors)))
     if needed > 8 * held + 1_000_000:
         raise InputError(

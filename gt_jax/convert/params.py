@@ -1,6 +1,8 @@
 """Parameters as {path: array}, the path such as "blocks_0/rwkv/key/kernel": read, new, written."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +22,13 @@ class Stored(NamedTuple):
     tokenizer: Any
 
 
-def read(path) -> Stored:
+def read(path: str | Path) -> Stored:
     """What `gt_jax.load` takes. Raises InputError as it does."""
     model, params, tokenizer = checkpoint.load(path)
     return Stored(model.config, _flat(jax.device_get(params)), tokenizer)
 
 
-def write(target, stored: Stored) -> None:
+def write(target: str | Path, stored: Stored) -> None:
     """Make the folder `target` for `gt_jax.load`, whole or not at all."""
     with files.new(target) as unfinished:
         params = unflatten_dict(stored.params, sep="/")
@@ -38,7 +40,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: x.shape for path, x in jax.eval_shape(_init(config), jax.random.key(0)).items()}
 
 
-def new(config: ModelConfig, seed: int, wanted) -> dict[str, np.ndarray]:
+def new(config: ModelConfig, seed: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
     """The parameters that a fresh model would have, where wanted(path); only they are made."""
 
     def init(key):
@@ -52,5 +54,5 @@ def _init(config):
     return lambda key: _flat(init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
-def _flat(params):
-    return flatten_dict(params, sep="/")
+def _flat(params) -> dict[str, Any]:
+    return cast(dict[str, Any], flatten_dict(params, sep="/"))

@@ -1,14 +1,14 @@
 """The pickle of a torch.save file, read as a description of tensors. It cannot run anything.
 
-A pickle is a program for a stack machine. The interpreter here has the operations that describe
-tensors by name, and values of its own for what they would build: no import, no call, no attribute
-is ever made. Keys are text and tuples nest once, so that every operation takes a bounded time;
-MOST_STEPS bounds how many there are.
+A pickle is a program for a stack machine. The interpreter here knows only the operations that
+describe tensors by name. It imports nothing, calls nothing and sets no attribute: values of its own
+stand for the objects. Keys are text and tuples nest once, so every operation takes a bounded time;
+MOST_STEPS bounds the number of operations.
 """
 
 import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 MOST_STEPS = 1_000_000  # operations; the largest models take some 50,000
@@ -43,7 +43,7 @@ class _Name(NamedTuple):
     name: str
 
 
-def load(program: bytes, kinds, make_tensor: Callable) -> Any:
+def load(program: bytes, kinds: Container[str], make_tensor: Callable) -> Any:
     """What a pickle describes: tensors by name in a dict, if it is one of torch.save's.
 
     Args:
@@ -99,13 +99,17 @@ def load(program: bytes, kinds, make_tensor: Callable) -> Any:
             values = pop_to_mark() if name == "APPENDS" else pop(1)
             _top(pop, stack, list).extend(values)
         elif name == "GLOBAL":
-            stack.append(_known(*argument.split(" ", 1), kinds))
+            module, attribute = argument.split(" ", 1)
+            stack.append(_known(module, attribute, kinds))
         elif name == "STACK_GLOBAL":
-            stack.append(_known(*pop(2), kinds))
+            module, attribute = pop(2)
+            stack.append(_known(module, attribute, kinds))
         elif name == "BINPERSID":
-            stack.append(_storage(*pop(1)))
+            (pid,) = pop(1)
+            stack.append(_storage(pid))
         elif name == "REDUCE":
-            stack.append(_call(*pop(2), make_tensor))
+            function, arguments = pop(2)
+            stack.append(_call(function, arguments, make_tensor))
         elif name == "BUILD":  # the attributes of a state_dict, such as its modules' versions
             pop(1)
             _top(pop, stack, dict)
@@ -114,13 +118,15 @@ def load(program: bytes, kinds, make_tensor: Callable) -> Any:
     return stack[0]
 
 
-def _operations(program: bytes):
+def _operations(program: bytes) -> list[tuple[str, Any]]:
     """The pickle's operations, (name, argument) each; ValueError if one is not needed."""
-    operations, file = [], io.BytesIO(program)
+    operations: list[tuple[str, Any]] = []
+    file = io.BytesIO(program)
     while not operations or operations[-1][0] != "STOP":
         code = file.read(1).decode("latin-1")
         if code not in BY_CODE:
             raise ValueError("its pickle is damaged: it ends early, or holds what no pickle does")
+        argument: Any
         opcode = BY_CODE[code]
         if opcode.name not in OPCODES:
             raise ValueError(f"its pickle holds {opcode.name}, which tensors do not need")
@@ -128,7 +134,7 @@ def _operations(program: bytes):
             argument = f"{_line(file)} {_line(file)}"
         else:
             argument = None if opcode.arg is None else opcode.arg.reader(file)
-        if opcode.name == "LONG_BINPUT" and argument > len(program):
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(program):
             raise ValueError("its pickle holds LONG_BINPUT of more than its own length")
         operations.append((opcode.name, argument))
         if len(operations) > MOST_STEPS:
@@ -170,9 +176,11 @@ def _set_items(target, values):
 
 
 def _known(module, name, kinds):
+    if type(module) is not str or type(name) is not str:  # Lists that share lists print for ever.
+        raise ValueError("its pickle imports something without a name")
     wanted = (module, name)
     if wanted not in (TENSOR, PARAMETER, ORDERED_DICT) and not (
-        module == "torch" and type(name) is str and name in kinds
+        module == "torch" and name in kinds
     ):
         raise ValueError(f"its pickle asks for {module}.{name}, which tensors do not need")
     return _Name(module, name)

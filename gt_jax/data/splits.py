@@ -1,5 +1,6 @@
 """Which files of a folder train, validate or test, where their names say so."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ _NAMES = {"train": "train", "training": "train", "test": "test", "testing": "tes
 _NAMES |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
 # A name of a split, a text's own before it ("ptb.train"), numbers of shards ("train-00001-of-8").
 _STEM = re.compile(rf"(.*[._-])?({'|'.join(_NAMES)})(?:[._-]?\d+)*(?:-of-\d+)?")
+# A name as a word among others: "train_en", "test-split", "split=train", "trainset".
+_WORD = re.compile(rf"(?<![^\W_])({'|'.join(_NAMES)})(?:set|split)?(?![^\W\d_])")
 
 
 class Splits(NamedTuple):
@@ -28,7 +31,9 @@ def named_splits(
 
     train.txt, train-00001-of-00008.jsonl or train/a.txt train; valid, validation, val or dev
     validate; test is never read. A text's own name may stand before, as in ptb.train.txt, if the
-    folder has a file to train on so named.
+    folder has a file to train on so named. Where no name is of these, one may also stand among
+    other words, as in train_en.txt and split=test/a.txt, if files to train on and others are so
+    named.
 
     Args:
         source: what `data.source` said.
@@ -38,11 +43,15 @@ def named_splits(
     Raises:
         InputError: the names leave open what a file is for.
     """
-    found = {file: _names_of(inside, stem_of, loose=False) for file, inside in files.items()}
-    if not any(found.values()):
-        found = {file: _names_of(inside, stem_of, loose=True) for file, inside in files.items()}
-        if not any(_NAMES[name] == "train" for names in found.values() for name in names):
-            return None
+    named = lambda read: {file: read(inside, stem_of) for file, inside in files.items()}
+    kinds = lambda found: {_NAMES[name] for names in found.values() for name in names}
+    found = named(_names_of)
+    if not kinds(found):
+        found = named(functools.partial(_names_of, loose=True))
+        if "train" not in kinds(found):
+            found = named(_words_of)
+            if "train" not in kinds(found) or len(kinds(found)) == 1:
+                return None
     where = f"data.source={source!r}"
     advice = "name the files or sub folders train, valid and test, or name one file"
     splits = {"train": {}, "validation": {}, "test": {}}  # split -> file -> name
@@ -78,13 +87,19 @@ def named_splits(
     return Splits(list(splits["train"]), list(held_out), note)
 
 
-def _names_of(inside, stem_of, *, loose):
+def _names_of(inside, stem_of, *, loose=False):
     """Names of splits in a file's path, from the outermost, each once."""
     names = [part.lower() for part in inside.parts[:-1] if part.lower() in _NAMES]
     stem = _STEM.fullmatch(stem_of(inside))
     if stem and (loose or not stem[1]):
         names.append(stem[2])
     return list(dict.fromkeys(names))
+
+
+def _words_of(inside, stem_of):
+    """Names of splits that are words in a file's path, each once."""
+    parts = [*map(str.lower, inside.parts[:-1]), stem_of(inside)]
+    return list(dict.fromkeys(name for part in parts for name in _WORD.findall(part)))
 
 
 def _named(files, found):

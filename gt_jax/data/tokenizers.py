@@ -15,13 +15,15 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
-from gt_jax.data.corpora import replace_file
+from gt_jax.data.corpora import Corpus, replace_file
 from gt_jax.data.pretrained import PRETRAINED
 from gt_jax.errors import InputError, did_you_mean
 
@@ -33,7 +35,9 @@ class CorpusTokens(NamedTuple):
     validation: tuple[np.ndarray, ...]
 
 
-def make_tokenizer(kind, corpus, *, vocab_size=None, cache_dir=None):
+def make_tokenizer(
+    kind: str, corpus: Corpus, *, vocab_size: int | None = None, cache_dir: str | Path | None = None
+) -> Tokenizer:
     """Builds the tokenizer of a corpus.
 
     Args:
@@ -47,19 +51,19 @@ def make_tokenizer(kind, corpus, *, vocab_size=None, cache_dir=None):
         A tokenizer.
 
     Raises:
-        InputError: no such kind, or the text cannot support vocab_size.
+        InputError: the kind is unknown, or the text cannot support vocab_size.
     """
     if kind == "sentencepiece":
         return _cached_sentencepiece(corpus.train, vocab_size, cache_dir)
     if kind in ("char", "char97"):
         alphabet = set().union(*corpus.train, *corpus.validation)
-        return _KINDS[kind](alphabet)
+        return CharTokenizer(alphabet) if kind == "char" else TaggedCharTokenizer(alphabet)
     raise InputError(
         f"data.tokenizer={kind!r} must be one of {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}"
     )
 
 
-def tokenizer_from_dict(d):
+def tokenizer_from_dict(d: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer whose `to_dict()` gave d."""
     kind, arguments = d["kind"], {k: v for k, v in d.items() if k != "kind"}
     if kind == "sentencepiece":
@@ -67,7 +71,7 @@ def tokenizer_from_dict(d):
     return (_KINDS | PRETRAINED)[kind](**arguments)
 
 
-def encode_corpus(corpus, tokenizer):
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> CorpusTokens:
     """The ids of every document, as CorpusTokens.
 
     Each begins with the tokenizer's start_ids, and in a corpus of many documents each ends with its
@@ -89,7 +93,7 @@ class CharTokenizer(Tokenizer):
     kind = "char"
     first_id = 0
 
-    def __init__(self, alphabet):
+    def __init__(self, alphabet: Iterable[str]):
         """Args: alphabet: the characters, in any order; repetitions are allowed."""
         self.alphabet = "".join(sorted(set(alphabet)))
         self.vocab_size = self.first_id + len(self.alphabet)
@@ -101,7 +105,7 @@ class CharTokenizer(Tokenizer):
         self._points = np.full(self.vocab_size + 1, ord("?"), np.uint32)
         self._points[self.first_id : -1] = points
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError where a character has none."""
         ids = self._look_up(text)
         if (ids < 0).any():
@@ -113,14 +117,14 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: ArrayLike) -> str:
         """Text of integer ids; "?" for an id without a character."""
         ids = np.asarray(ids, np.int64).ravel()
         known = (ids >= 0) & (ids < self.vocab_size)
         points = self._points[np.where(known, ids, self.vocab_size)]
         return points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "alphabet": self.alphabet}
 
     def _look_up(self, text):
@@ -139,17 +143,17 @@ class TaggedCharTokenizer(CharTokenizer):
     special = SpecialIds(bos=2, eos=3, pad=0)
     first_id = 32
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids; 1 for an unknown character."""
         if "<|" not in text:
             return self._encode_plain(text)
-        pieces = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)
+        runs = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)  # tags and text between
         tag_ids = {tag: np.array([i], np.int32) for i, tag in enumerate(self.tags)}
         return np.concatenate(
-            [tag_ids[p] if p in tag_ids else self._encode_plain(p) for p in pieces]
+            [tag_ids[run] if run in tag_ids else self._encode_plain(run) for run in runs]
         )
 
-    def decode(self, ids):
+    def decode(self, ids: ArrayLike) -> str:
         """Text of integer ids: tags as written, "?" for a reserved or unknown id."""
         ids = np.asarray(ids, np.int64).ravel()
         is_tag = (ids >= 0) & (ids < len(self.tags))
@@ -177,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
     special = SpecialIds(bos=2, eos=3, pad=0)
     byte_errors = "each"
 
-    def __init__(self, model):
+    def __init__(self, model: bytes):
         """Args: model: the serialised SentencePiece model, bytes."""
         import sentencepiece
 
@@ -185,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError for half a surrogate pair."""
         check_text(text)
         # In blocks of whole lines, which no token crosses: a long text needs less memory.
@@ -198,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
             start = end
         return np.concatenate(ids)
 
-    def decode(self, ids):
+    def decode(self, ids: ArrayLike) -> str:
         """Text of integer ids; bytes that are not UTF-8 and unknown ids become U+FFFD."""
         ids = np.asarray(ids, np.int64).ravel()
         known = (ids >= 0) & (ids < self.vocab_size)
@@ -210,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
             for run in np.split(ids, cuts)
         )
 
-    def token_bytes(self, i):
+    def token_bytes(self, i: int) -> bytes | None:
         if not self._is_known(i) or not self._processor.is_byte(i):
             return None
         return bytes([int(self._processor.id_to_piece(i)[3:5], 16)])
@@ -218,11 +222,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _is_known(self, i):
         return 0 <= i < self.vocab_size
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "model": base64.b64encode(self._model).decode()}
 
 
-def train_sentencepiece(documents, vocab_size):
+def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
     """Trains BPE on documents, the same model every time.
 
     Raises:
@@ -252,11 +256,11 @@ def train_sentencepiece(documents, vocab_size):
             minloglevel=4,
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"data.vocab_size={vocab_size} {_mend_of_vocab_size(error)}") from error
+        raise InputError(f"data.vocab_size={vocab_size} {_explain_vocab_size(error)}") from error
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _mend_of_vocab_size(error):
+def _explain_vocab_size(error):
     """What SentencePiece's message means for data.vocab_size."""
     if most := re.search(r"too high .* <= (\d+)", str(error)):
         return f"is more than this text supports; set at most {most[1]}"
@@ -279,7 +283,7 @@ def _cached_sentencepiece(documents, vocab_size, cache_dir):
         if cached["trained_on"] == trained_on:
             return tokenizer_from_dict(cached["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not one of ours: trained anew
+        pass  # there is none yet, or it is not one of ours: train below
     tokenizer = train_sentencepiece(documents, vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     cached = {"trained_on": trained_on, "tokenizer": tokenizer.to_dict()}

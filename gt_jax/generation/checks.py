@@ -1,8 +1,9 @@
-"""Checks of single values that a user gives, each an error naming the field, the value, the fix."""
+"""Checks of single values from a user; each error names the field, the value and the fix."""
 
 import math
 import numbers
 import reprlib
+from typing import Any
 
 import numpy as np
 
@@ -22,36 +23,40 @@ class SettingError(InputError):
         self.field = field
 
 
-def brief(value) -> str:
-    """repr(value) of at most about 200 characters, also for what repr itself would refuse."""
+def brief(value: Any) -> str:
+    """repr(value) of at most about 200 characters, even for numbers that repr itself refuses."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return f"<a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits>"
     return _BRIEF.repr(value)
 
 
-def check_whole(name: str, value, low: int, high: int) -> int:
+def check_whole(name: str, value: Any, low: int, high: int) -> int:
     """value as an int from low to high.
 
     Raises:
-        SettingError: it is no whole number, or out of the range; a bool is no number.
+        SettingError: the value is not a whole number (a bool is none), or is out of the range.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
+    if not whole or not _lies_within(value, low, high):
         raise SettingError(name, f"{name}={brief(value)} must be a whole number, {low} to {high}")
     return int(value)
 
 
-def check_real(name: str, value, low: float, high: float, *, above=False) -> float:
+def check_real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """value as a float from low (not low itself with `above`) to high.
 
     Raises:
-        SettingError: it is no number, not finite, or out of the range; a bool is no number.
+        SettingError: the value is not a finite number (a bool is none), or is out of the range.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not low <= value <= high or (above and value == low):
+    if not real or not _lies_within(value, low, high) or (above and value == low):
         wanted = f"above {low:g}, at most {high:g}" if above else f"from {low:g} to {high:g}"
         raise SettingError(name, f"{name}={brief(value)} must be a number {wanted}")
     return float(value)
+
+
+def _lies_within(value: Any, low: float, high: float) -> bool:
+    return low <= value <= high
 
 
 def check_surrogates(name: str, text: str) -> None:
@@ -66,7 +71,7 @@ def check_surrogates(name: str, text: str) -> None:
         ) from error
 
 
-def token_ids(name: str, tokens) -> np.ndarray:
+def token_ids(name: str, tokens: Any) -> np.ndarray:
     """[T] int64 of a list or an array of whole numbers.
 
     Raises:

@@ -1,8 +1,9 @@
-"""What a model remembers of a text it has read: made in chunks, kept as a file, continued from.
+"""A model's memory of a text: made in chunks, saved to a file, continued by requests.
 
 Prefill reads a text in whole chunks of a few sizes, without any padding, each one call of the
 model. The last tokens, at most as many as the smallest chunk, wait for the decoding loop, which
-reads them one by one: it needs the logits of the last, and no other shape has to be compiled.
+reads them one by one: the loop needs the logits of the last one, and this way no other shape has to
+be compiled.
 """
 
 import functools
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gt_jax import archives
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
 from gt_jax.generation.checks import check_ids, token_ids
+from gt_jax.models import LanguageModel, Params
 
 PREFILL_CHUNKS = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
 LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
@@ -41,17 +44,19 @@ class Context(NamedTuple):
     length: int
 
 
-def prefill(model, params, tokens, after: Context | None = None) -> Context:
-    """Read a text of any length, in memory that depends only on the largest chunk.
+def prefill(
+    model: LanguageModel, params: Params, tokens: ArrayLike, after: Context | None = None
+) -> Context:
+    """Read a text of any length; the largest chunk alone decides how much memory that takes.
 
     Args:
         model, params: from `gt_jax.load`.
         tokens: [T] ids; may be empty where `after` is given.
-        after: what comes before; stays as it is, so that other texts can continue it too.
+        after: the context of the text before; it does not change, so other texts can continue it.
 
     Raises:
-        InputError: no tokens at all, what is no id or outside the vocabulary, more tokens than a
-            GPT has positions.
+        InputError: there are no tokens, a token is no id of the vocabulary, or an attention model
+            has too few positions.
     """
     context = start_prefill(model, params, tokens, after)
     while next_chunk(context):
@@ -59,7 +64,9 @@ def prefill(model, params, tokens, after: Context | None = None) -> Context:
     return context
 
 
-def start_prefill(model, params, tokens, after: Context | None = None) -> Context:
+def start_prefill(
+    model: LanguageModel, params: Params, tokens: ArrayLike, after: Context | None = None
+) -> Context:
     """The Context of `prefill` with all its chunks still among the waiting tokens."""
     config = model.config
     new = token_ids("prompt", tokens)
@@ -69,9 +76,9 @@ def start_prefill(model, params, tokens, after: Context | None = None) -> Contex
     length = after.length + len(new)
     if length == 0:
         raise InputError("prompt is empty; give it at least one token")
-    if "gpt" in config.architecture and length > config.max_positions:
+    if config.position_limit is not None and length > config.position_limit:
         raise InputError(
-            f"prompt of {length} tokens exceeds the {config.max_positions} positions of this model"
+            f"prompt of {length} tokens exceeds the {config.position_limit} positions of this model"
         )
     seen = after.seen.copy()
     seen[new] = True
@@ -85,7 +92,7 @@ def next_chunk(context: Context) -> int:
     return max((size for size in PREFILL_CHUNKS if size < len(context.waiting)), default=0)
 
 
-def prefill_chunk(model, params, context: Context) -> Context:
+def prefill_chunk(model: LanguageModel, params: Params, context: Context) -> Context:
     """The context with its next chunk read."""
     size, waiting = next_chunk(context), context.waiting
     state = _prefill_chunk(model, params, waiting[None, :size], context.state)
@@ -93,11 +100,11 @@ def prefill_chunk(model, params, context: Context) -> Context:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
-def zero_state(model, params, rows=1):
+def zero_state(model: LanguageModel, params: Params, rows: int = 1) -> Any:
     """The model's state before any token, for this many rows.
 
-    It is put where `params` are: elsewhere, all that it enters would be compiled for the first call
-    and again for those that follow.
+    It lives on the device of `params`. Anywhere else, every function that takes it would be
+    compiled twice: for the first call, and for later ones with a state that has moved.
     """
     del params
     return model.init_state(rows)
@@ -105,11 +112,11 @@ def zero_state(model, params, rows=1):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _prefill_chunk(model, params, tokens, state):
-    # Without its logits: the output head is never computed.
-    return model.apply({"params": params}, tokens, state).state
+    _, after = model.apply({"params": params}, tokens, state)
+    return after  # XLA drops the output head, since nobody reads the logits
 
 
-def save_context(path, model, params, context: Context) -> None:
+def save_context(path: str | Path, model: LanguageModel, params: Params, context: Context) -> None:
     """Write a context to the file `path`, for `load_context`; an old file there is replaced."""
     leaves = jax.device_get(_named(context.state))
     arrays = {
@@ -122,7 +129,7 @@ def save_context(path, model, params, context: Context) -> None:
     replace_file(Path(path), file.getvalue())
 
 
-def load_context(path, model, params) -> Context:
+def load_context(path: str | Path, model: LanguageModel, params: Params) -> Context:
     """The context that `save_context` wrote for this model, its dtype aside.
 
     Raises:
@@ -176,7 +183,7 @@ def _restore(stored, length, like, config) -> Context:
     waiting, seen = tokens.read(), stored["seen"].read()
     if not 0 <= waiting.min() <= waiting.max() < config.vocab_size:
         raise ValueError("its arrays have other shapes or ids than this model's state")
-    most = config.max_positions if "gpt" in config.architecture else 2**62
+    most = 2**62 if config.position_limit is None else config.position_limit
     if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
         raise ValueError("its length and the tokens it has seen do not fit together")
     leaves = [jnp.asarray(stored[name].read(), leaf.dtype) for name, leaf in named.items()]
@@ -190,7 +197,7 @@ def _stored_dtype(leaf):
     return np.dtype(np.float32) if floating else np.dtype(leaf.dtype)
 
 
-def fingerprint(params) -> str:
+def fingerprint(params: Params) -> str:
     """A digest of parameters, the same on every device; reads them once, where they are."""
     sums = jax.device_get(_weighted_bits(params))
     lines = [f"{name} {int(total)}" for name, total in _named(sums).items()]
@@ -216,6 +223,6 @@ def _named(tree):
 
 
 def _function(model):
-    """The fields of a model's config that decide what it computes."""
+    """The fields of a model's config that change its results."""
     fields = vars(model.config)
     return {name: fields[name] for name in fields if name not in NOT_OF_THE_FUNCTION}

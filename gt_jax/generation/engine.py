@@ -1,15 +1,18 @@
-"""Many requests through a few slots of a batch, many tokens to a call of the device.
+"""Many requests share a few slots of a batch; one call of the device draws many tokens.
 
-A finished request leaves its slot to the next one. Long prompts are read a chunk at a time in turns
-with decoding. Which chunks depends on the prompt alone, so that it gives the same bits in any
-company.
+A finished request leaves its slot to the next one. Prefill of long prompts alternates with
+decoding, one chunk at a time. The prompt alone decides its chunks, so a request gives the same bits
+whichever other requests run beside it.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+from numpy.typing import ArrayLike
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import check_whole
 from gt_jax.generation.contexts import (
     PREFILL_CHUNKS,
@@ -22,17 +25,18 @@ from gt_jax.generation.requests import Completion, Delta, Failure, Request, chec
 from gt_jax.generation.slots import advance, empty_slots, fill_slot, one_slot, rows_of_batch
 from gt_jax.generation.text import TextOut
 from gt_jax.generation.weights import prepare_weights
+from gt_jax.models import LanguageModel, Params
 
 ROWS, MAX_ROWS = 8, 65536
-TURN = PREFILL_CHUNKS[-1]  # prompt tokens that are read between two bursts of decoding, at most
+TURN = PREFILL_CHUNKS[-1]  # most prompt tokens that are prefilled between two bursts of decoding
 
 
 def complete(
-    model,
-    params,
+    model: LanguageModel,
+    params: Params,
     requests: Iterable[Request],
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     rows: int = ROWS,
     on_delta: Callable[[Delta], None] | None = None,
 ) -> list[Completion]:
@@ -57,7 +61,9 @@ def complete(
     ]
 
 
-def generate(model, params, prompt, **settings) -> Iterator[int]:
+def generate(
+    model: LanguageModel, params: Params, prompt: ArrayLike | Context, **settings: Any
+) -> Iterator[int]:
     """Token ids that continue one prompt, as they come.
 
     Args:
@@ -74,16 +80,21 @@ def generate(model, params, prompt, **settings) -> Iterator[int]:
 
 
 def stream(
-    model, params, requests: Iterable[Request], *, tokenizer=None, rows: int = ROWS
+    model: LanguageModel,
+    params: Params,
+    requests: Iterable[Request],
+    *,
+    tokenizer: Tokenizer | None = None,
+    rows: int = ROWS,
 ) -> Iterator[Delta]:
-    """Work through requests, yielding what each burst added to each.
+    """Complete requests and yield the delta of each request after every burst.
 
     Args:
         model, params: from `gt_jax.load`.
         requests: any number.
         tokenizer: makes text; needed for stop strings.
-        rows: requests under way at once. It is part of what a float32 result depends on: other
-            batch sizes round matrix products otherwise.
+        rows: requests under way at once. Results may differ between numbers of rows by float32
+            rounding: matrix products of other batch sizes round differently.
 
     Raises:
         InputError: at once, if rows or a request is impossible for this model.
@@ -105,11 +116,11 @@ def _raise_failures(news):
 
 
 def run_queue(
-    model,
-    params,
+    model: LanguageModel,
+    params: Params,
     queue: deque[tuple[int, Request]],
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     rows: int = ROWS,
     wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Delta | Failure]:
@@ -117,13 +128,13 @@ def run_queue(
 
     Args:
         queue: (index, request) pairs, each request a checked one; emptied.
-        wanted: whether anybody still waits for the request of an index. One that nobody wants
-            gives up its slot before the next burst.
+        wanted: whether a client still waits for the request of an index. A request without a
+            client gives up its slot before the next burst.
 
     Returns:
-        An iterator that ends when the queue is empty and every request is done. A request that
-        raises an error ends with a Failure, alone; when the step that all rows share raises one,
-        those that were drawing do, and the others continue.
+        An iterator that ends when the queue is empty and every request is done. An error of one
+        request ends that request with a Failure. An error of the step that all rows share ends
+        every request that was drawing; the others continue.
     """
     weights = prepare_weights(model, params, rows_of_batch(rows))
     slots = empty_slots(model, params, rows_of_batch(rows))
@@ -190,7 +201,7 @@ def _take_turns(model, params, slots, jobs, turns, failures):
     for row in whole:
         job = jobs[row]
         try:
-            # What went wrong on the device must show here, where it is this request's alone.
+            # Wait here for errors of the device, while they belong to this request alone.
             jax.block_until_ready(job.context.state)
             slots = fill_slot(slots, row, one_slot(job.request, job.context))
             job.draws = True
@@ -200,7 +211,7 @@ def _take_turns(model, params, slots, jobs, turns, failures):
 
 
 class _Job:
-    """The host's side of a request in a slot: its prompt, how much was drawn, the text, the end.
+    """The host's side of a request in a slot: the prompt, the tokens left to draw, and the text.
 
     draws: whether the prompt is in the slot.
     """
@@ -211,7 +222,7 @@ class _Job:
         if not isinstance(self.context, Context):
             self.context = start_prefill(model, params, self.context)
         self.left = request.max_tokens
-        prompt = request.prompt  # More of it tells whether it ends inside a character.
+        prompt = request.prompt  # TextOut sees its end, which may cut a character in two.
         before = prompt.waiting if isinstance(prompt, Context) else prompt[-PREFILL_CHUNKS[0] :]
         self.out = tokenizer and TextOut(tokenizer, before, request.stop)
 

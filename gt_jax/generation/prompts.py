@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.generation.checks import brief, check_surrogates
 
 
-def encode_prompt(tokenizer, text: str, name: str, *, after: str | None = None) -> np.ndarray:
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, name: str, *, after: str | None = None
+) -> np.ndarray:
     """Token ids [T] of a prompt, int32.
 
     Args:

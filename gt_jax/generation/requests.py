@@ -1,7 +1,7 @@
-"""What a user may ask of a model: Request, and the one place that checks its fields.
+"""Requests to a model, and the only checks of their fields.
 
-The server, the generate program and the Python API all make Requests, so that a number of a wrong
-type or size is the same named error in each of them.
+The server, the generate program and the Python API all make Requests, so a number of a wrong type
+or size raises the same named error in each of them.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import (
     INT32,
     SettingError,
@@ -20,6 +21,7 @@ from gt_jax.generation.checks import (
     token_ids,
 )
 from gt_jax.generation.contexts import Context
+from gt_jax.models import LanguageModel
 
 STOP_CHARACTERS = 1024  # of one stop string, at most
 
@@ -33,9 +35,9 @@ class Request:
             share.
         max_tokens: how many to draw at most, 1 to 2^31 - 1.
         temperature: 0 to 100; top_k: 0 to 2^31 - 1; top_p: above 0, at most 1; min_p: 0 to 1;
-            repetition_penalty: 0.01 to 100: see `sampling.Settings`. The penalty is for tokens of
-            the prompt and of what was drawn.
-        seed: same seed, same tokens, in any company; 32 bits with sign.
+            repetition_penalty: 0.01 to 100: see `sampling.Settings`. The penalty applies to tokens
+            of the prompt and to drawn ones.
+        seed: the same seed gives the same tokens whatever other requests run; 32 bits with sign.
         stop: strings that end the text, each of 1 to 1024 characters; they need a tokenizer and are
             left out of the text, while the tokens end with the one that completes the string.
         stop_ids: token ids that end the text and are left out.
@@ -107,7 +109,7 @@ def _iterable(value):
 
 
 class Delta(NamedTuple):
-    """What one burst added to one request.
+    """The tokens and the text that one burst added to one request.
 
     index: of the request. tokens: ids. log_probabilities: of each under the model, before any
     setting. text: "" without a tokenizer. reason: None while more will come, else "stop" or
@@ -137,7 +139,7 @@ class Completion(NamedTuple):
     reason: str
 
 
-def check_request(model, request: Request, tokenizer) -> None:
+def check_request(model: LanguageModel, request: Request, tokenizer: Tokenizer | None) -> None:
     """Raise InputError for a request that is impossible for this model."""
     config = model.config
     if request.stop and tokenizer is None:
@@ -157,10 +159,11 @@ def check_request(model, request: Request, tokenizer) -> None:
         check_ids("prompt", prompt, config.vocab_size)
     if length == 0:
         raise SettingError("prompt", "prompt is empty; give it at least one token")
-    # The last token drawn is not read.
-    if "gpt" in config.architecture and length + request.max_tokens - 1 > config.max_positions:
+    limit = config.position_limit
+    # The model never reads the last token drawn.
+    if limit is not None and length + request.max_tokens - 1 > limit:
         raise SettingError(
             "max_tokens",
             f"max_tokens={request.max_tokens} after a prompt of {length} tokens exceeds the "
-            f"{config.max_positions} positions of this model; ask for fewer",
+            f"{limit} positions of this model; ask for fewer",
         )

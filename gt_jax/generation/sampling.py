@@ -1,4 +1,4 @@
-"""How a next token is chosen, every row of a batch by its own settings.
+"""The choice of the next token; every row of a batch has its own settings.
 
 penalise what was seen -> divide by the temperature -> top-k -> top-p -> min-p -> draw
 """
@@ -28,11 +28,13 @@ class Settings(NamedTuple):
     repetition_penalty: jax.Array | np.ndarray | float = 1.0
 
 
-def choose(keys, logits, seen, settings, *, narrows=True):
+def choose(
+    keys: jax.Array, logits: jax.Array, seen: jax.Array, settings: Settings, *, narrows: bool = True
+) -> jax.Array:
     """The next token of every row.
 
     Args:
-        keys: [B] random keys; a row's draw depends on nothing of another row.
+        keys: [B] random keys; no row's draw depends on another row.
         logits: [B, vocab] float32.
         seen: [B, vocab] bool, tokens that the repetition penalty is for.
         settings: Settings of [B] arrays.
@@ -42,24 +44,26 @@ def choose(keys, logits, seen, settings, *, narrows=True):
     Returns:
         [B] int32.
     """
-    logits = penalize(logits, seen, settings.repetition_penalty)
-    scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    logits = penalize(logits, seen, jnp.asarray(settings.repetition_penalty))
+    temperature = jnp.asarray(settings.temperature)
+    scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
     if narrows:
         scaled = keep_likeliest(scaled, settings)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    greedy = (settings.temperature == 0)[:, None]
+    greedy = (temperature == 0)[:, None]
     return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
 
 
-def penalize(logits, seen, penalty):
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Less likely tokens where `seen`: [B, vocab] float32, [B, vocab] bool, [B] -> [B, vocab]."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_likeliest(logits, settings):
+def keep_likeliest(logits: jax.Array, settings: Settings) -> jax.Array:
     """Logits [B, vocab] outside a row's top-k, top-p or min-p become -inf; ties stay together."""
-    top_k, top_p, min_p = (x[:, None] for x in (settings.top_k, settings.top_p, settings.min_p))
+    values = (settings.top_k, settings.top_p, settings.min_p)
+    top_k, top_p, min_p = (jnp.asarray(x)[:, None] for x in values)  # [B, 1]
     vocab = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
     last = jnp.clip(jnp.where(top_k == 0, vocab, top_k) - 1, 0, vocab - 1)

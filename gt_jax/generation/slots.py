@@ -1,9 +1,8 @@
 """The batch on the device: its slots, and the burst of decode steps that advances them all.
 
-A slot is one row of the batch, somewhere in its own text: it reads what waits of its prompt, a
-token a step, then draws and reads what it has drawn. No row is ever padded and the batch always has
-the same number of rows, so the tokens of a request are the same to the last bit whatever its
-neighbours are and whether it has any.
+A slot is one row of the batch. Every step it reads one token: first the waiting tokens of its
+prompt, then the token that it drew last. No row is ever padded and the batch always has the same
+number of rows, so the tokens of a request do not depend on its neighbours, to the last bit.
 """
 
 import functools
@@ -14,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax import compilation
-from gt_jax.generation.contexts import PREFILL_CHUNKS, zero_state
+from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, zero_state
+from gt_jax.generation.requests import Request
 from gt_jax.generation.sampling import Settings, choose
 from gt_jax.generation.weights import decode_step
+from gt_jax.models import LanguageModel, Params
 
 BURST = 32  # steps in one call of the device
 STRIDE = 8  # steps between looks at whether any row has something to do; divides BURST
@@ -40,17 +41,17 @@ class Slots(NamedTuple):
     settings: Settings
 
 
-def rows_of_batch(rows):
-    """Rows that the device works on where `rows` are wanted.
+def rows_of_batch(rows: int) -> int:
+    """The number of rows on the device for `rows` requests at once.
 
-    XLA's GPU backend multiplies a matrix and a single row element by element, writes that out and
-    sums it; an idle second row costs less.
+    For a single row, XLA's GPU backend writes out all the element-wise products of a matrix before
+    it sums them; an idle second row costs less.
     """
     return rows if jax.default_backend() == "cpu" else max(rows, 2)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
-def empty_slots(model, params, rows):
+def empty_slots(model: LanguageModel, params: Params, rows: int) -> Slots:
     """Slots whose rows have nothing to do."""
     full = lambda value: jnp.full(rows, value, jnp.result_type(value))
     return Slots(
@@ -65,29 +66,32 @@ def empty_slots(model, params, rows):
     )
 
 
-def one_slot(request, context):
+def one_slot(request: Request, context: Context) -> Slots:
     """Slots of one row, for `fill_slot`."""
     queue = np.zeros((1, PREFILL_CHUNKS[0]), np.int32)
     queue[0, : len(context.waiting)] = context.waiting
-    return Slots(
-        context.state,
-        queue=queue,
-        waiting=np.int32([len(context.waiting)]),
-        seen=context.seen[None],
-        key=jax.random.key(request.seed)[None],
-        drawn=np.int32([0]),
-        limit=np.int32([request.max_tokens]),
-        settings=Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
-    )
+    row: dict[str, Any] = {  # NumPy arrays: `fill_slot` moves them to the device in one call
+        "state": context.state,
+        "queue": queue,
+        "waiting": np.array([len(context.waiting)], np.int32),
+        "seen": context.seen[None],
+        "key": jax.random.key(request.seed)[None],
+        "drawn": np.array([0], np.int32),
+        "limit": np.array([request.max_tokens], np.int32),
+        "settings": Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
+    }
+    return Slots(**row)
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def fill_slot(slots, row, one):
+def fill_slot(slots: Slots, row: int, one: Slots) -> Slots:
     """`slots` with the row of `one` at index `row`."""
     return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
 
 
-def advance(model, weights, slots, *, narrows):
+def advance(
+    model: LanguageModel, weights: list[jax.Array], slots: Slots, *, narrows: bool
+) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
     """BURST steps, or fewer if every row reaches its limit.
 
     Args:
@@ -140,8 +144,8 @@ def _burst(model, weights, slots, *, narrows):
         log_probabilities = log_probabilities.at[steps].set(log_probability)
         return steps + 1, slots, (tokens, log_probabilities)
 
-    # A GPU waits for the host to see the condition of a while loop, but not in a known number of
-    # steps.
+    # A GPU waits for the host at every condition of a while loop, but not inside a loop of a known
+    # length: so the condition is only checked once per STRIDE.
     stride = lambda carry: jax.lax.fori_loop(0, STRIDE, advance_one, carry)
     start = (0, slots, (tokens, log_probabilities))
     _, slots, drawn = jax.lax.while_loop(busy, stride, start)

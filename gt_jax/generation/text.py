@@ -1,16 +1,20 @@
-"""Text out of token ids that come a few at a time.
+"""Text from token ids that arrive a few at a time.
 
-The text is what decoding all ids at once gives, however they are cut into bursts: a token's text is
-decoded after the tokens before it, and bytes become characters once no later byte can change them.
+The result equals decoding all ids at once, whichever bursts they arrive in. A token is decoded with
+the tokens before it, and bytes become characters once no later byte can change them.
 """
 
 import codecs
 import itertools
 from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.hugging_face import clean_up
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_UNCOUNTED = -1  # characters of the window's text are counted once they are needed
 
 
 class TextOut:
@@ -19,7 +23,7 @@ class TextOut:
     stopped: True once a stop string is complete; nothing can be added then.
     """
 
-    def __init__(self, tokenizer, before, stop=()):
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int], stop: Iterable[str] = ()):
         """Args: before: ids the text follows; stop: strings that end it, none empty."""
         self._reader = _Reader(tokenizer, before)
         self._stops = [_Stop(text) for text in stop]
@@ -29,12 +33,12 @@ class TextOut:
         self._shown = self._length = 0  # characters shown, characters settled
         self.stopped = False
 
-    def add(self, ids) -> tuple[str, int]:
-        """The text that ids add, and how many of them it took.
+    def add(self, ids: Iterable[int]) -> tuple[str, int]:
+        """The text that ids add, and how many of them were used.
 
-        Held back are characters that later ids may change and what may become a stop string. With
-        the first id after which the text holds a stop string, the text ends before it; of several
-        stop strings, before the one that begins first.
+        Characters that later ids may change are held back, and so is a possible beginning of a stop
+        string. As soon as the text holds a stop string, the text ends before it; if it holds
+        several, before the one that begins first.
         """
         ids = [int(i) for i in ids]
         if self._stops and len(ids) > 1:
@@ -51,7 +55,7 @@ class TextOut:
         return self._take(self._reader.read(ids)), len(ids)
 
     def end(self) -> str:
-        """What was held back, when no more ids will come."""
+        """The text that was held back; call it after the last ids."""
         if self.stopped:
             return ""
         shown = self._take(self._reader.end())
@@ -143,8 +147,8 @@ class _Stop:
 class _Reader:
     """Decodes ids in order; `read` and `end` give events (is_open, text).
 
-    An open event's text may still change: the next event that is not open has it again, or what
-    became of it.
+    The text of an open event may still change. The next event that is not open repeats it in its
+    final form.
 
     A tokenizer says with `byte_errors` how its byte tokens, those with `token_bytes`, join:
     "replace" and "each" as `bytes.decode` does, with U+FFFD for a broken sequence or for each of
@@ -155,8 +159,11 @@ class _Reader:
 
     def __init__(self, tokenizer, before):
         self._decode = getattr(tokenizer, "decode_as_is", tokenizer.decode)
-        self._bytes = getattr(tokenizer, "token_bytes", lambda i: None)
-        self._errors = getattr(tokenizer, "byte_errors", "unknown")
+        self._bytes: Callable[[int], bytes | None] = getattr(
+            tokenizer, "token_bytes", lambda i: None
+        )
+        self._errors: Any = getattr(tokenizer, "byte_errors", "unknown")
+        self._has_bytes = self._errors not in (None, "unknown")
         self._cleans = getattr(tokenizer, "cleans_up", False)
         self._window, self._done = [], 0  # the last ids, and characters of their text dealt with
         self._since = []  # ids since a character last ended, where that has to be found out
@@ -184,7 +191,7 @@ class _Reader:
 
     def read(self, ids):
         events = []
-        if self._errors in (None, "unknown"):
+        if not self._has_bytes:
             events.append((False, self._text(ids)))
             ids = []
         for has_bytes, group in itertools.groupby(ids, lambda i: self._bytes(i) is not None):
@@ -195,10 +202,10 @@ class _Reader:
             elif self._errors == "whole":
                 events += self._lengthen_run(group)
             else:
-                data = self._pending + b"".join(map(self._bytes, group))
+                data = self._pending + self._joined(group)
                 text, used = codecs.utf_8_decode(data, _HANDLERS[self._errors], False)
                 self._pending = data[used:]
-                self._window, self._done = group, None  # found out where it is needed
+                self._window, self._done = group, _UNCOUNTED
                 events.append((False, text))
         return self._clean(events) if self._cleans else events
 
@@ -210,6 +217,10 @@ class _Reader:
             events = self._clean(events)
             events.append((False, clean_up(self._unclean)[self._cleaned :]))
         return events
+
+    def _joined(self, ids) -> bytes:
+        """The bytes of tokens that have some."""
+        return b"".join(self._bytes(i) or b"" for i in ids)
 
     def _flush(self):
         """The events of the end of a run of bytes."""
@@ -230,7 +241,7 @@ class _Reader:
         if not self._run and self._window and self._bytes(self._window[-1]):
             self._window, self._done = [], 0  # the half character at the context's beginning
         self._run.extend(ids)
-        data = self._pending + b"".join(map(self._bytes, ids))
+        data = self._pending + self._joined(ids)
         if self._broken:
             return []
         text = self._characters(data)
@@ -258,7 +269,7 @@ class _Reader:
 
     def _text(self, ids):
         """What ids without bytes add."""
-        if self._done is None:
+        if self._done == _UNCOUNTED:
             self._window_of(self._window)
         ids = [*self._window, *ids]
         text = self._decode(ids)

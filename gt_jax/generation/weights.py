@@ -1,7 +1,7 @@
-"""A model's step in two parts: what follows from parameters alone, and the rest.
+"""Partial evaluation of a decode step: the part that depends on parameters alone runs once.
 
-The first part runs once, before the loop of steps: casts to the computation dtype, the transpose of
-a tied head, matrices put side by side. The values a step computes with are the same either way.
+That part holds the casts to the computation dtype, the transpose of a tied head and the stacking of
+matrices. It runs before the loop of steps and changes no value that a step computes with.
 """
 
 import dataclasses
@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from gt_jax.models import ModelConfig, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"))
-def prepare_weights(model, params, rows):
-    """What `decode_step` reads of parameters, for batches of `rows`: a list of arrays."""
-    split = _split(model, rows)
+def prepare_weights(model: LanguageModel, params: Params, rows: int) -> list[jax.Array]:
+    """The arrays that `decode_step` needs of the parameters, for batches of `rows`."""
+    split = _split(model.config, rows)
     values = split.constants | dict(zip(split.params, jax.tree.leaves(params)))
     _run(split.of_params, values)
     return [values[variable] for variable in split.weights]
 
 
-def decode_step(model, weights, tokens, state):
+def decode_step(
+    model: LanguageModel, weights: list[jax.Array], tokens: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
     """One token of every row.
 
     Args:
@@ -35,7 +37,7 @@ def decode_step(model, weights, tokens, state):
     Returns:
         logits [B, vocab] float32, and the state after the tokens.
     """
-    split = _split(model, len(tokens))
+    split = _split(model.config, len(tokens))
     values = dict(zip(split.weights, weights))
     values.update(zip(split.inputs, [tokens, *jax.tree.leaves(state)]))
     _run(split.rest, values)
@@ -44,7 +46,7 @@ def decode_step(model, weights, tokens, state):
 
 
 class _Split(NamedTuple):
-    """The equations of a step, those of parameters alone and the rest, and variables by role."""
+    """The equations of a step (those of parameters alone, and the rest) and variables by role."""
 
     of_params: list[Any]
     rest: list[Any]
@@ -56,13 +58,13 @@ class _Split(NamedTuple):
 
 
 @functools.cache
-def _split(model, rows):
+def _split(config: ModelConfig, rows: int) -> _Split:
     # Without rematerialisation, which is for gradients and would hide the equations.
-    model = make_model(dataclasses.replace(model.config, remat=ModelConfig.remat))
+    model = make_model(dataclasses.replace(config, remat=ModelConfig.remat))
 
     def whole(params, tokens, state):
-        output = model.apply({"params": params}, tokens[:, None], state)
-        return output.logits[:, 0], output.state
+        logits, after = model.apply({"params": params}, tokens[:, None], state)
+        return logits[:, 0], after
 
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
     state = jax.eval_shape(lambda: model.init_state(rows))
@@ -73,7 +75,7 @@ def _split(model, rows):
     known, of_params, rest, read = {*constants, *jaxpr.invars[:n]}, [], [], []
     for equation in jaxpr.eqns:
         inputs = [x for x in equation.invars if not isinstance(x, Literal)]
-        # What grows, as a bias repeated for every row, costs less to compute than to read.
+        # A result larger than its inputs, such as a repeated bias, is cheaper to compute than read.
         grows = _bytes(equation.outvars) > _bytes(inputs)
         if known.issuperset(inputs) and not grows:
             of_params.append(equation)

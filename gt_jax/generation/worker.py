@@ -1,4 +1,4 @@
-"""Requests of many clients that come at any time, drawn in one batch by a thread of its own."""
+"""A thread that answers the requests of many clients in one batch, whenever they arrive."""
 
 import asyncio
 import contextlib
@@ -7,18 +7,20 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import check_whole
 from gt_jax.generation.engine import MAX_ROWS, run_queue
 from gt_jax.generation.requests import Delta, Failure, Request
+from gt_jax.models import LanguageModel, Params
 
 
 class Worker:
     """Works through requests of asyncio clients.
 
-    clients: number -> those it has. tokenizer: which makes their text.
+    clients: request number -> the client's event loop and queue. tokenizer: makes the text.
     """
 
-    def __init__(self, model, params, tokenizer, rows: int):
+    def __init__(self, model: LanguageModel, params: Params, tokenizer: Tokenizer, rows: int):
         """Args as in `stream`."""
         rows = check_whole("rows", rows, 1, MAX_ROWS)
         self.tokenizer = tokenizer
@@ -28,7 +30,7 @@ class Worker:
         threading.Thread(target=self._run, daemon=True).start()
 
     @contextlib.asynccontextmanager
-    async def deltas(self, request: Request, seconds: float):
+    async def deltas(self, request: Request, seconds: float) -> AsyncIterator[AsyncIterator[Delta]]:
         """A context with an iterator of the Deltas of one checked request, as they come.
 
         Leaving the context drops the request: its slot goes to another before the next burst.
@@ -63,7 +65,7 @@ class Worker:
                     *self._model, self._queue, wanted=self.clients.__contains__, **self._options
                 ):
                     self._tell(news)
-            except Exception as error:  # whatever it is, nobody shall wait in vain
+            except Exception as error:  # tell every client, so that none waits for ever
                 self._queue.clear()
                 for number in list(self.clients):
                     self._tell(Failure(number, error))

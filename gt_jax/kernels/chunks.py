@@ -122,8 +122,8 @@ def _round_to_bfloat16(x):
 def exact(equation: str, *operands: jax.Array | np.ndarray) -> jax.Array:
     """einsum in the dtype of the last operand, at full precision; masks may be bool."""
     # Converted in the program, so that a mask enters it with a byte an element.
-    operands = [jnp.asarray(x).astype(operands[-1].dtype) for x in operands]
-    return _einsum(equation, *operands)
+    converted = [jnp.asarray(x).astype(operands[-1].dtype) for x in operands]
+    return _einsum(equation, *converted)
 
 
 def _einsum(equation, *operands, **options):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gt_jax.kernels.pallas.devices import hopper_unsupported
+from gt_jax.kernels.pallas.devices import hopper_unsupported, portable_unsupported
 
 
 class Implementation(NamedTuple):
@@ -26,6 +26,11 @@ IMPLEMENTATIONS = {
     op: {
         "mosaic": Implementation(
             f"gt_jax.kernels.{op}.hopper", "Pallas kernels for Hopper GPUs", hopper_unsupported
+        ),
+        "portable": Implementation(
+            f"gt_jax.kernels.{op}.portable",
+            "Pallas kernels for NVIDIA GPUs since compute capability 8.0",
+            portable_unsupported,
         ),
         "chunked": Implementation(f"gt_jax.kernels.{op}.chunked", "matmuls over chunks"),
         "reference": Implementation(f"gt_jax.kernels.{op}.reference", "token by token"),
@@ -93,7 +98,8 @@ def choose_impl(op: str) -> tuple[str, str]:
     known = IMPLEMENTATIONS[op]
     name, *others = [name for name, found in known.items() if found.unsupported() is None]
     reason = f"{known[name].what}, on {jax.devices()[0].device_kind}"
-    takes = importlib.import_module(known[name].module).TAKES
-    if takes is not None:
-        reason += f": {takes}; other calls take {others[0]}"
+    takes = lambda name: importlib.import_module(known[name].module).TAKES
+    if takes(name) is not None:
+        last = next(n for n, other in enumerate(others) if takes(other) is None)
+        reason += f": {takes(name)}; other calls take {' or '.join(others[: last + 1])}"
     return name, reason

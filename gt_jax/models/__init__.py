@@ -1,10 +1,11 @@
-"""Hybrids of RWKV-6 and Mamba-2, their parts and their baselines, as Flax modules."""
+"""Hybrids of RWKV-6 and Mamba-2, their branches alone and their baselines, as Flax modules."""
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS
 from gt_jax.models.language_model import (
     LanguageModel,
     Output,
+    Params,
     count_parameters,
     make_model,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "Output",
+    "Params",
     "count_parameters",
     "make_config",
     "make_model",

@@ -1,11 +1,13 @@
 """`python -m gt_jax.models` prints every preset with its exact parameter counts."""
 
+from collections.abc import Iterator
+
 from gt_jax.models.language_model import count_parameters
 from gt_jax.models.presets import ALIASES, PRESETS, make_config
 
 
-def rows():
-    """One tuple of strings per preset, after a header."""
+def rows() -> Iterator[tuple[str, ...]]:
+    """A header, then the cells of one preset's line at a time."""
     yield (
         *("preset", "architecture", "fusion", "dim", "layers", "heads", "vocab"),
         *("parameters", "legacy", "embedding", "other", "about"),
@@ -30,7 +32,8 @@ def rows():
         )
 
 
-def main():
+def main() -> None:
+    """Print the table of all presets."""
     table = list(rows())
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     text_columns = (0, 1, 2, len(widths) - 1)

@@ -23,7 +23,13 @@ class GRU(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """rwkv, mamba [B, T, D]; state [B, D] float32, zeros if None -> fused [B, T, D], state."""
         c = self.config
         B, T, D = rwkv.shape

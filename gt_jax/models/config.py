@@ -73,7 +73,7 @@ class ModelConfig:
     impl: str = setting(
         "auto",
         "implementation of the recurrences; auto takes the fastest that runs here",
-        choices=("auto", "reference", "chunked", "mosaic"),
+        choices=("auto", "reference", "chunked", "portable", "mosaic"),
     )
     remat: str = setting(
         "none",
@@ -105,21 +105,27 @@ class ModelConfig:
             raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
 
     @property
-    def branch_names(self):
+    def position_limit(self) -> int | None:
+        """Tokens an attention model can attend over; None for recurrent models: no limit."""
+        return self.max_positions if self.architecture in ("gpt2", "gpt1") else None
+
+    @property
+    def branch_names(self) -> tuple[str, str]:
         """Names of a hybrid's branches in parameter paths: the second of a kind ends in _2."""
         first, second = self.branches.split("+")
         return first, second if second != first else f"{second}_2"
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         """Channels of an RWKV or attention head."""
         return self.dim // self.heads
 
     @property
-    def mamba_dim(self):
+    def mamba_dim(self) -> int:
         """Inner width of the Mamba-2 mixer."""
         return MAMBA_EXPAND * self.dim
 
     @property
-    def mamba_heads(self):
+    def mamba_heads(self) -> int:
+        """Heads of the Mamba-2 mixer."""
         return self.mamba_dim // MAMBA_HEAD_DIM

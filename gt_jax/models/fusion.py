@@ -1,9 +1,9 @@
 """How a hybrid block joins its two branches; FUSIONS at the bottom names every way.
 
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
-fused [B, T, D]. These ones keep no state; `arbiter.py` has those that do. To add one, write the
-module and put it into FUSIONS; nothing else names a fusion. A fusion that weighs the RWKV branch
-records that weight as "gate" and starts it at initial_share(self). Its class may say
+fused [B, T, D]. The fusions here keep no state; `arbiter.py` has those that do. To add one, write
+the module and put it into FUSIONS; nothing else names a fusion. A fusion that weighs the RWKV
+branch records that weight as "gate" and starts it at initial_share(self). Its class may say
 
     default_share   RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
 
@@ -17,12 +17,14 @@ at zero, so at step 0 all of the update is Mamba's, whatever gate_init says.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
@@ -45,7 +47,13 @@ class Gains(nn.Module):
     default_share = 0.7
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         c = self.config
         share = initial_share(self)
         gain_r = self.param("rwkv_gain", initializers.constant(share), (c.dim,))
@@ -62,7 +70,13 @@ class Gate(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         D = self.config.dim
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D,))
         bias = self.param("bias", initializers.constant(logit(initial_share(self))), (1,))
@@ -74,12 +88,18 @@ class Gate(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """HGF: as GF with one gate per position and channel."""
+    """HGF: like GF, with one gate per position and channel."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         D = self.config.dim
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D, D))
         bias = self.param("bias", initializers.constant(logit(initial_share(self))), (D,))
@@ -94,7 +114,13 @@ class WeightedSum(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         alpha = self.param("alpha", initializers.constant(initial_share(self)), (1,))
         record(self, gate=alpha)
         return alpha * rwkv + (1 - alpha) * mamba, state
@@ -107,7 +133,13 @@ class Residual(nn.Module):
     default_share = None
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         c = self.config
         init = normal if reproduces_reference(c) else initializers.normal(0.01)
         kernel = self.param("kernel", init, (c.dim, c.dim))
@@ -121,23 +153,31 @@ class Concat(nn.Module):
     default_share = None
 
     @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         D = self.config.dim
         kernel = self.param("kernel", normal, (2 * D, D))
         return project_pair(rwkv, mamba, kernel), state
 
 
-def project_pair(rwkv, mamba, kernel):
+def project_pair(rwkv: jax.Array, mamba: jax.Array, kernel: jax.Array) -> jax.Array:
     """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
     D = rwkv.shape[-1]
     return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
 
 
-def reproduces_reference(config):
+def reproduces_reference(config: ModelConfig) -> bool:
+    """Whether every initialiser is the reference repository's."""
     return config.branch == "legacy" and config.init == "normal"
 
 
-def gate_kernel_init(config):
+def gate_kernel_init(config: ModelConfig) -> Initializer:
+    """Zero, so that a gate starts at its bias; N(0, 0.02) where the reference had it."""
     return normal if reproduces_reference(config) else initializers.zeros
 
 
@@ -152,12 +192,12 @@ FUSIONS = {
 }
 
 
-def default_share(name):
+def default_share(name: str) -> float | None:
     """RWKV's share where a fusion starts if model.gate_init is None; None if it has no gate."""
     return getattr(FUSIONS[name], "default_share", 0.5)
 
 
-def check_gate(config):
+def check_gate(config: ModelConfig) -> None:
     """Raises InputError if gate_init is set for a fusion without a gate."""
     if config.gate_init is not None and default_share(config.fusion) is None:
         gated = ", ".join(name for name in FUSIONS if default_share(name) is not None)
@@ -167,18 +207,18 @@ def check_gate(config):
         )
 
 
-def gate_parameters(config, share):
+def gate_parameters(config: ModelConfig, share: float) -> dict[tuple[str, ...], np.ndarray]:
     """The parameters of a fusion that model.gate_init decides, as they are at initialisation.
 
-    Found by making the fusion with this share and with another one, so that they are named nowhere
-    but in the fusion itself.
+    They are found by initialising the fusion with this share and with another one: only the fusion
+    itself has to know their names.
 
     Args:
         config: the ModelConfig of a hybrid; its gate_init does not matter.
         share: RWKV's share, in (0, 1).
 
     Returns:
-        Path in the fusion's parameters -> NumPy array; none if nothing depends on gate_init.
+        Path in the fusion's parameters -> NumPy array; empty if nothing depends on gate_init.
 
     Raises:
         InputError: a parameter depends on gate_init and on the random key, so the share alone does
@@ -200,7 +240,7 @@ def gate_parameters(config, share):
 
 
 @functools.cache
-def _parameters(module, config, seed):
+def _parameters(module, config, seed) -> dict[tuple[str, ...], Any]:
     """Path -> NumPy array of a fusion's parameters at initialisation."""
     branch = jnp.zeros((1, 1, config.dim))
     params = jax.jit(module(config).init)(jax.random.key(seed), branch, branch).get("params", {})

@@ -34,7 +34,9 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def positions(shape, state, segment_ids):
+def positions(
+    shape: tuple[int, int], state: Cache | None, segment_ids: jax.Array | None
+) -> jax.Array:
     """Position of each token in its document.
 
     Args:
@@ -60,7 +62,9 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, state=None, *, segment_ids=None):
+    def __call__(
+        self, x: jax.Array, state: Cache | None = None, *, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """x [B, T, D], Cache or None (empty) -> y [B, T, D] and the Cache after the last token."""
         c = self.config
         B, T, D = x.shape
@@ -90,13 +94,14 @@ class Attention(nn.Module):
         c = self.config
         B, _, H, K = k.shape
         if state is None:
-            empty = jnp.zeros((B, c.max_positions, H, K), k.dtype)
-            state = Cache(empty, empty, None)
+            keys = values = jnp.zeros((B, c.max_positions, H, K), k.dtype)
+        else:
+            keys, values = state.key, state.value
         rows = jnp.arange(B)[:, None]
         slots = jnp.where(index == index[:, -1:], place, c.max_positions)
         return Cache(
-            state.key.at[rows, slots].set(k, mode="drop"),
-            state.value.at[rows, slots].set(v, mode="drop"),
+            keys.at[rows, slots].set(k, mode="drop"),
+            values.at[rows, slots].set(v, mode="drop"),
             place[:, -1] + 1,
         )
 
@@ -108,8 +113,14 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state, segment_ids, rwkv_drop):
-        del rwkv_drop  # of hybrids
+    def __call__(
+        self,
+        x: jax.Array,
+        state: Cache | None,
+        segment_ids: jax.Array | None,
+        rwkv_drop: float | jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        del rwkv_drop  # only hybrids use it
         c = self.config
         norm = layer_norm if c.architecture == "gpt2" else rms_norm
         mixed, state = Attention(c, name="attention")(

@@ -35,7 +35,13 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state, segment_ids, rwkv_drop):
+    def __call__(
+        self,
+        x: jax.Array,
+        state: BlockState | None,
+        segment_ids: jax.Array | None,
+        rwkv_drop: float | jax.Array | None,
+    ) -> tuple[jax.Array, BlockState]:
         c = self.config
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
@@ -61,7 +67,7 @@ class Block(nn.Module):
         return TimeMix(self.config, self.layer, name=name)
 
 
-def drop_branch(branch, probability, key):
+def drop_branch(branch: jax.Array, probability: float | jax.Array, key: jax.Array) -> jax.Array:
     """Zeroes the whole branch with this probability, else divides it by the chance of staying."""
     keep = jax.random.bernoulli(key, 1 - probability)
     scale = jnp.where(keep, 1 / jnp.maximum(1 - probability, 1e-6), 0)

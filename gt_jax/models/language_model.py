@@ -1,5 +1,6 @@
 """The language model around every kind of block: embedding, blocks, norm, output head."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -7,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Initializer
+from jax.core import Tracer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
@@ -25,7 +28,10 @@ from gt_jax.models.layers import (
 from gt_jax.models.lookup import lookup
 from gt_jax.settings import check_choice
 
-# What of a block is stored under each choice of ModelConfig.remat but "none".
+# A model's parameters as `model.init` nests them: names -> arrays [...] float32.
+Params = Mapping[str, Any]
+
+# What the forward pass stores of a block, by ModelConfig.remat; "none" stores everything.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names("dense", "recurrence"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -51,7 +57,14 @@ class LanguageModel(nn.Module):
 
     config: ModelConfig
 
-    def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        state: Any = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        rwkv_drop: float | jax.Array | None = None,
+    ) -> Output:
         """Applies the model.
 
         Args:
@@ -99,12 +112,12 @@ class LanguageModel(nn.Module):
                 "train.rwkv_dropout_start and train.rwkv_dropout_end need "
                 f"model.architecture='hybrid' with RWKV beside Mamba, not {found!r}"
             )
-        block, norm, embed_init, head_init = anatomy(c)
+        block, norm, embed_init, head_init = _block_and_inits(c)
 
         # The residual stream is a long sum: float32 whatever the blocks compute in.
         embedding = nn.Embed(c.vocab_size, c.dim, embedding_init=embed_init, name="embedding")
         x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
-        if c.architecture in ("gpt2", "gpt1"):
+        if c.position_limit is not None:
             x = x + self._positions(tokens.shape, state, segment_ids)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
@@ -129,7 +142,7 @@ class LanguageModel(nn.Module):
         cache = None if state is None else state[0]
         if segment_ids is None:
             used = 0 if cache is None else cache.length
-            known = not isinstance(used, jax.core.Tracer)
+            known = not isinstance(used, Tracer)
             needed = shape[1] + (int(np.max(used)) if known else 0)
             if needed > c.max_positions:
                 raise InputError(
@@ -139,14 +152,14 @@ class LanguageModel(nn.Module):
         place = gpt2.positions(shape, cache, segment_ids)
         return lookup(table, place)
 
-    def init_state(self, batch_size):
-        """The state before any token, for a state of static structure: zeros."""
+    def init_state(self, batch_size: int) -> Any:
+        """The state before any token: a pytree of zeros with the structure of `Output.state`."""
         key, tokens = jax.random.key(0), jnp.zeros((batch_size, 1), jnp.int32)
         output, _ = jax.eval_shape(self.init_with_output, key, tokens)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output.state)
 
 
-def anatomy(config):
+def _block_and_inits(config) -> tuple[Any, Any, Initializer, Initializer]:
     """The block, final norm, embedding initialiser and head initialiser of an architecture."""
     if config.architecture == "rwkv6" and config.branch == "official":
         gain = 0.5 * max(config.vocab_size / config.dim, 1) ** 0.5
@@ -159,12 +172,12 @@ def anatomy(config):
         "gpt2": (gpt2.Block, layer_norm),
         "gpt1": (gpt2.Block, rms_norm),
     }[config.architecture]
-    official = normal if config.architecture in ("gpt2", "gpt1") else None
+    official = None if config.position_limit is None else normal
     embed = embedding_init(config, official)
     return block, norm, embed, embed
 
 
-def make_model(config):
+def make_model(config: ModelConfig) -> LanguageModel:
     """The Flax module of a configuration.
 
     Raises:
@@ -179,8 +192,8 @@ def make_model(config):
 PARTS = ("embedding", "positions", "head", "rwkv", "mamba", "attention", "fusion", "ffn")
 
 
-def count_parameters(config):
-    """Number of parameters by part, "norms" being what no other part holds, and their "total".
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by part; "norms" counts what no other part holds, "total" all of them.
 
     Nothing is allocated.
     """

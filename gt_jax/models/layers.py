@@ -3,10 +3,14 @@
 import functools
 import itertools
 import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
@@ -17,7 +21,7 @@ from gt_jax.models.config import ModelConfig
 normal = initializers.normal(0.02)
 
 
-def symmetric_uniform(bound):
+def symmetric_uniform(bound: float) -> Initializer:
     """Initialiser U(-bound, bound)."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -26,7 +30,7 @@ def symmetric_uniform(bound):
     return init
 
 
-def fan_in_uniform(scale=1.0):
+def fan_in_uniform(scale: float = 1.0) -> Initializer:
     """Initialiser U(+-scale / sqrt(in)) of an [in, out] kernel, PyTorch's default for Linear."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -35,31 +39,31 @@ def fan_in_uniform(scale=1.0):
     return init
 
 
-def kernel_init(config, official):
+def kernel_init(config: ModelConfig, official: Initializer) -> Initializer:
     """Initialiser of a dense kernel whose source uses `official`."""
     return normal if config.init == "normal" else official
 
 
-def output_init(config, official):
-    """As kernel_init, for the kernel that ends a mixer or feed-forward."""
+def output_init(config: ModelConfig, official: Initializer) -> Initializer:
+    """Like kernel_init, for the kernel that ends a mixer or feed-forward."""
     return initializers.zeros if config.init == "blinkdl" else kernel_init(config, official)
 
 
-def embedding_init(config, official=None):
+def embedding_init(config: ModelConfig, official: Initializer | None = None) -> Initializer:
     """Initialiser of an embedding whose source uses `official`, by default N(0, 1/dim).
 
-    A tied head then starts with logits of unit variance; from N(0, 0.02) small hybrids and Mamba-2
+    The default gives a tied head logits of unit variance; with N(0, 0.02) small hybrids and Mamba-2
     models learn far slower.
     """
     official = official or initializers.normal(config.dim**-0.5)
     return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
 
 
-# Numbers in what a GPU multiplies in the time it takes to start: some 3 µs of an H100's bandwidth.
-_QUICK = 2**22
+# An H100 takes about as long to start a product as to read this many numbers: some 3 µs.
+_LAUNCH_BOUND = 2**22
 
 
-def project(x, kernel):
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., in] @ kernel [in, out] in the dtype of x.
 
     Tokens are flattened to one axis for the backward pass: XLA's CPU backend transposes [B, T, D]
@@ -74,19 +78,19 @@ class Dense(nn.Module):
 
     features: int
     dtype: str
-    kernel_init: initializers.Initializer
+    kernel_init: Initializer
 
     @nn.compact
-    def kernel(self, width):
+    def kernel(self, width: int) -> jax.Array:
         return self.param("kernel", self.kernel_init, (width, self.features))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return _dense(project(x.astype(self.dtype), self.kernel(x.shape[-1])))
 
-    def parts(self, x, widths):
+    def parts(self, x: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
         """Its result cut into parts of some widths, which add up to its features."""
         x, kernel = x.astype(self.dtype), self.kernel(x.shape[-1])
-        if not quickly_done(x):
+        if not is_launch_bound(x):
             return project_and_split(x, kernel, widths)
         cuts = list(itertools.accumulate(widths[:-1]))
         return jnp.split(_dense(project(x, kernel)), cuts, axis=-1)
@@ -118,7 +122,7 @@ def _project_and_split_backward(widths, residuals, grads):
     grads = [g.reshape(-1, g.shape[-1]) for g in grads]
     ends = list(itertools.accumulate(widths))
     parts = [kernel[:, end - width : end].astype(x.dtype) for end, width in zip(ends, widths)]
-    dx = sum(g @ part.T for g, part in zip(grads, parts))
+    dx = functools.reduce(operator.add, (g @ part.T for g, part in zip(grads, parts)))
     d_kernel = jnp.concatenate([tokens.T @ g for g in grads], axis=-1)
     return dx.reshape(x.shape), d_kernel.astype(kernel.dtype)
 
@@ -126,31 +130,31 @@ def _project_and_split_backward(widths, residuals, grads):
 project_and_split.defvjp(_project_and_split_forward, _project_and_split_backward)
 
 
-def dense(config, features, name, init):
+def dense(config: ModelConfig, features: int, name: str, init: Initializer) -> Dense:
     """A Dense in the computation dtype."""
     return Dense(features, config.dtype, init, name=name)
 
 
-def quickly_done(x):
-    """Whether a GPU takes as long to start a product with x [B, T, D] as to do it.
+def is_launch_bound(x: jax.Array) -> bool:
+    """Whether a GPU takes as long to start a product with x [B, T, D] as to compute it.
 
-    Then one of matrices put side by side is better than many; XLA's CPU backend is several times
-    slower on it, but for a single token.
+    One product of stacked matrices then beats several products. XLA's CPU backend is several times
+    slower on stacked matrices, except for a single token.
     """
-    return x.shape[1] == 1 or (jax.default_backend() == "gpu" and x.size <= _QUICK)
+    return x.shape[1] == 1 or (jax.default_backend() == "gpu" and x.size <= _LAUNCH_BOUND)
 
 
-def apply_each(layers, inputs):
-    """[layer(x) for every Dense layer and its x], of equal shapes [B, T, D]."""
+def apply_each(layers: Sequence[Dense], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """[layer(x) for every Dense layer and its x]: layers of one shape, all x [B, T, D]."""
     shape = inputs[0].shape
-    if not quickly_done(inputs[0]) or layers[0].is_initializing():
+    if not is_launch_bound(inputs[0]) or layers[0].is_initializing():
         return [layer(x) for layer, x in zip(layers, inputs)]
     x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
     kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
     return list(_dense(x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
-def rms_norm(config, name):
+def rms_norm(config: ModelConfig, name: str) -> "RMSNorm":
     """RMSNorm with a scale; statistics in float32, result in the computation dtype.
 
     eps is 1e-6, and 1e-5 in a pure Mamba-2 model, as in published ones.
@@ -166,7 +170,7 @@ class RMSNorm(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", initializers.ones, (x.shape[-1],))
         return _scaled_to_unit(x, scale, self.epsilon, self.dtype)
 
@@ -197,7 +201,7 @@ def _scaled_to_unit_backward(epsilon, dtype, residuals, g):
 _scaled_to_unit.defvjp(_scaled_to_unit_forward, _scaled_to_unit_backward)
 
 
-def layer_norm(config, name):
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     """LayerNorm with scale and bias, eps 1e-5; statistics in float32."""
     return nn.LayerNorm(epsilon=1e-5, dtype=config.dtype, use_fast_variance=False, name=name)
 
@@ -206,16 +210,16 @@ class FeedForward(nn.Module):
     """x [B, T, D] -> W_down gelu(W_up x), four times as wide inside, no bias, exact GELU."""
 
     config: ModelConfig
-    down_init: initializers.Initializer = normal
+    down_init: Initializer = normal
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
         return dense(c, c.dim, "down", output_init(c, self.down_init))(gelu(hidden))
 
 
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, in float32 through erf: twice as fast on CPUs as jax.nn.gelu through erfc."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -224,8 +228,8 @@ def gelu(x):
 def sums_over_tokens(*arrays):
     """n arrays [..., T, C] of one shape -> [n, C]: sums of some tokens, then the sum of those.
 
-    In one step a GPU has too few columns to sum in parallel; the barrier keeps XLA from joining the
-    two.
+    A single sum has too few columns for a GPU to compute in parallel; the barrier keeps XLA from
+    joining the two steps.
     """
     *tokens, channels = arrays[0].shape
     group = math.gcd(math.prod(tokens), 128)
@@ -233,11 +237,13 @@ def sums_over_tokens(*arrays):
     return jnp.sum(jnp.stack(jax.lax.optimization_barrier(sums)), axis=1)
 
 
-def recurrence(op, config, *arrays, **options):
-    """op(*arrays, **options), of `gt_jax.kernels`, by config.impl.
+def recurrence(
+    op: Callable, config: ModelConfig, *arrays: jax.Array, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """op(*arrays, **options) for a recurrence `op` of `gt_jax.kernels`, run by config.impl.
 
     Raises:
-        InputError: config.impl cannot run here, for the reason that op gives.
+        InputError: config.impl cannot run here; the message has the reason that op gives.
     """
     try:
         return op(*arrays, impl=config.impl, **options)
@@ -249,19 +255,21 @@ def recurrence(op, config, *arrays, **options):
         ) from error
 
 
-def record(module, **activations):
-    """Offers named activations of a module to `mutable=["activations"]`; free when not asked."""
+def record(module: nn.Module, **activations: jax.Array) -> None:
+    """Offer named activations of a module to `mutable=["activations"]`; free when nobody asks."""
     if not module.is_initializing():
         for name, value in activations.items():
             module.sow("activations", name, value)
 
 
-def segment_index(segment_ids, shape):
-    """[B, T] int32: 0 for the row's first segment, one more at every start."""
+def segment_index(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+    """[B, T] int32: 0 in a row's first segment, 1 in the next and so on."""
     return jnp.cumsum(resets(segment_ids, shape), axis=1, dtype=jnp.int32)
 
 
-def previous_token(x, last, segment_ids):
+def previous_token(
+    x: jax.Array, last: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
     """The input one token earlier, zero where a segment starts.
 
     Args:
@@ -269,9 +277,10 @@ def previous_token(x, last, segment_ids):
         last: [B, D] input before the first token, of the first segment; zeros if None.
         segment_ids: [B, T] int or None.
     """
+    B, T, _ = x.shape
     if last is None:
         last = jnp.zeros_like(x[:, 0])
     before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], axis=1)
     if segment_ids is None:
         return before
-    return jnp.where(resets(segment_ids, x.shape[:2])[..., None], 0, before)
+    return jnp.where(resets(segment_ids, (B, T))[..., None], 0, before)

@@ -9,6 +9,7 @@ input; four recurrences went by the same name:
     c    b2 with k in [-10, 10], and the mixer alone: no norm, feed-forward or residual
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -33,8 +34,8 @@ from gt_jax.models.layers import (
 class VectorState(NamedTuple):
     """State of variants b1, b2 and c, float32, [B, D] but for `started`.
 
-    numerator and denominator are the two decayed sums (b1 leaves the denominator at zero); started
-    [B] is one once the document has had a token, because its first one is special, else zero.
+    numerator and denominator are the two decayed sums (b1 leaves the denominator at zero). started
+    [B] is zero before the first token of a document, which is special, and one after it.
     """
 
     numerator: jax.Array
@@ -47,14 +48,20 @@ class LegacyBranch(nn.Module):
 
     Variant c is W_o (sigmoid(r) wkv(k, v)) of n itself.
 
-    For its CUDA kernel (a) the reference rounded r, k, v, w and u to bfloat16 whatever the rest ran
-    in. Here r, k and v have the model's computation dtype, and w and u stay float32.
+    The CUDA kernel of the reference (a) took r, k, v, w and u rounded to bfloat16, whatever dtype
+    the rest used. Here r, k and v have the model's computation dtype, and w and u stay float32.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, state=None, *, segment_ids=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        state: jax.Array | VectorState | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | VectorState]:
         """x [B, T, D], state or None -> y [B, T, D] and the state; see rwkv6.TimeMix.
 
         The state is the WKV6 state [B, H, K, K] for variant a, else a VectorState.
@@ -71,38 +78,56 @@ class LegacyBranch(nn.Module):
         )
         decay = self.param("time_decay", initializers.constant(-5.0), (c.heads, c.head_dim))
         bonus = self.param("time_first", initializers.zeros, (c.heads, c.head_dim))
-        recur = matrix_wkv if c.legacy_wkv == "a" else vector_wkv
-        y, state = recur(c, r, k, v, -jnp.exp(decay), bonus, state, segment_ids)
+        recur: Callable = matrix_wkv if c.legacy_wkv == "a" else vector_wkv
+        y, after = recur(c, r, k, v, -jnp.exp(decay), bonus, state, segment_ids)
         y = (jax.nn.sigmoid(r.astype(jnp.float32)) * y).astype(c.dtype)
         y = dense(c, c.dim, "output", output_init(c, matrix))(y)
         if plain:
-            return y, state
+            return y, after
 
         x = x + y
         hidden = dense(c, 4 * c.dim, "ffn_key", kernel_init(c, matrix))(
             layer_norm(c, "ffn_norm")(x)
         )
         hidden = jnp.square(jax.nn.relu(hidden))
-        return x + dense(c, c.dim, "ffn_value", output_init(c, matrix))(hidden), state
+        return x + dense(c, c.dim, "ffn_value", output_init(c, matrix))(hidden), after
 
 
-def matrix_wkv(config, r, k, v, log_w, u, state, segment_ids):
+def matrix_wkv(
+    config: ModelConfig,
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_w: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """Variant a: r, k, v [B, T, D], log_w, u [H, K], state [B, H, K, K] -> y [B, T, D], state."""
     B, T, D = r.shape
     r, k, v = (z.reshape(B, T, *u.shape) for z in (r, k, v))
     log_w = jnp.broadcast_to(log_w, r.shape)
     if state is not None and T == 1:
-        y, state = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state)
+        y, after = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state)
     else:
-        y, state = recurrence(
+        y, after = recurrence(
             wkv6, config, r, k, v, log_w, u, initial_state=state, segment_ids=segment_ids
         )
-    return y.reshape(B, T, D), state
+    return y.reshape(B, T, D), after
 
 
-def vector_wkv(config, r, k, v, log_w, u, state, segment_ids):
+def vector_wkv(
+    config: ModelConfig,
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_w: jax.Array,
+    u: jax.Array,
+    state: VectorState | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, VectorState]:
     """Variants b1, b2 and c: arguments as matrix_wkv, state VectorState -> y [B, T, D], state."""
-    del r  # enters only outside
+    del r  # the receptance acts outside the recurrence alone
     B, T, D = k.shape
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     k = jnp.clip(k, *{"b1": (None, None), "b2": (None, 30), "c": (-10, 10)}[config.legacy_wkv])
@@ -126,7 +151,7 @@ def vector_wkv(config, r, k, v, log_w, u, state, segment_ids):
     return y, VectorState(numerator[:, -1], denominator[:, -1], jnp.ones(B))
 
 
-def decayed_sum(decay, x, state):
+def decayed_sum(decay: jax.Array, x: jax.Array, state: jax.Array) -> jax.Array:
     """s_t = decay_t s_{t-1} + x_t over axis 1; decay and x [B, T, D], state [B, D] -> [B, T, D]."""
     x = x.at[:, 0].add(decay[:, 0] * state)
 
@@ -143,8 +168,14 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state, segment_ids, rwkv_drop):
-        del rwkv_drop  # of hybrids
+    def __call__(
+        self,
+        x: jax.Array,
+        state: jax.Array | VectorState | None,
+        segment_ids: jax.Array | None,
+        rwkv_drop: float | jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | VectorState]:
+        del rwkv_drop  # only hybrids use it
         c = self.config
         mixed, state = LegacyBranch(c, name="rwkv")(
             rms_norm(c, "mixer_norm")(x), state, segment_ids=segment_ids

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.typing import DTypeLike
 
 from gt_jax.kernels import ssd, ssd_step
 from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
@@ -48,7 +49,9 @@ class Mamba2(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, state=None, *, segment_ids=None):
+    def __call__(
+        self, x: jax.Array, state: MambaState | None = None, *, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, MambaState]:
         """Mixes over time.
 
         Args:
@@ -69,7 +72,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = in_proj.parts(x, widths)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
-        if T == 1:  # or XLA would convolve for each of the three
+        if T == 1:  # without the barrier, XLA convolves once for each of the three
             xBC = jax.lax.optimization_barrier(xBC)
         values, B, C = jnp.split(xBC, [E, E + N], axis=-1)
         values = values.reshape(batch, T, H, MAMBA_HEAD_DIM)
@@ -100,7 +103,9 @@ class CausalConv(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x, tail, segment_ids):
+    def __call__(
+        self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Convolves in float32.
 
         Args:
@@ -159,15 +164,15 @@ def _silu_of_conv_forward(window, weight, bias, same):
 
 
 def _silu_of_conv_backward(residuals, g):
-    # The barriers: computed again here rather than kept in float32, and in the dtype of its inputs
-    # where it is read several times.
+    # The first barrier makes XLA compute the convolution again instead of keeping it in float32;
+    # the second makes it store g in the dtype of the inputs, since g is read several times.
     *arrays, same = residuals
     (window, weight, bias), g = jax.lax.optimization_barrier((tuple(arrays), g))
     width = len(weight)
     y, slope = jax.vjp(jax.nn.silu, _conv(window, weight, bias, same))
     (g,) = slope(g.astype(y.dtype))
     g = jax.lax.optimization_barrier(g.astype(window.dtype))
-    d_window, terms = 0, []
+    d_window, terms = jnp.zeros((), jnp.float32), []
     for i, seen in enumerate(_tokens_by_tap(window, same, width)):
         terms.append(g.astype(jnp.float32) * seen)
         back = g if same is None else jnp.where(same[:, i], g, 0)
@@ -186,7 +191,7 @@ class GatedNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, y, z):
+    def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         scale = self.param("scale", initializers.ones, (y.shape[-1],))
         return _gated_norm(y, z, scale, self.epsilon)
 
@@ -204,7 +209,7 @@ def _gated_norm_forward(y, z, scale, epsilon):
 
 def _gated_norm_backward(epsilon, residuals, g):
     *arrays, scale, inverse = residuals
-    (y, z), g = jax.lax.optimization_barrier((tuple(arrays), g))  # as above
+    (y, z), g = jax.lax.optimization_barrier((tuple(arrays), g))  # as in _silu_of_conv_backward
     y_, z_ = y.astype(jnp.float32), z.astype(jnp.float32)
     share = jax.nn.sigmoid(z_)
     x, g = y_ * z_ * share, g.astype(jnp.float32) * inverse
@@ -226,20 +231,30 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state, segment_ids, rwkv_drop):
-        del rwkv_drop  # of hybrids
+    def __call__(
+        self,
+        x: jax.Array,
+        state: MambaState | None,
+        segment_ids: jax.Array | None,
+        rwkv_drop: float | jax.Array | None,
+    ) -> tuple[jax.Array, MambaState]:
+        del rwkv_drop  # only hybrids use it
         y, state = Mamba2(self.config, name="mamba")(
             rms_norm(self.config, "mixer_norm")(x), state, segment_ids=segment_ids
         )
         return x + y, state
 
 
-def log_decay_rate_init(key, shape, dtype=jnp.float32):
+def log_decay_rate_init(
+    key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """log A for A from U(1, 16)."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
 
 
-def step_bias_init(key, shape, dtype=jnp.float32):
+def step_bias_init(
+    key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """The bias whose softplus is a step size, log-uniform in [0.001, 0.1]."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(0.1)))
     return step + jnp.log(-jnp.expm1(-step))  # softplus inverse

@@ -1,7 +1,7 @@
 """Named models: `make_config("gf-mh", vocab_size=97)`."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gt_jax.errors import InputError, did_you_mean
 from gt_jax.models.config import ModelConfig
@@ -9,7 +9,7 @@ from gt_jax.models.fusion import FUSIONS, default_share
 
 
 class Preset(NamedTuple):
-    """What a name stands for: a line of description, ModelConfig fields, its usual vocabulary."""
+    """A named model: a line of description, ModelConfig fields, the usual size of vocabulary."""
 
     about: str
     fields: dict
@@ -70,8 +70,12 @@ PRESETS = {
 ALIASES = {"1m": "tiny", "5m": "hy", "small": "hy", "8m": "medium", "gf-mh-8m": "medium"}
 
 
-def find_preset(name):
-    """The Preset of a name or alias in any case; InputError with the nearest name if none."""
+def find_preset(name: str) -> Preset:
+    """The Preset of a name or alias in any case.
+
+    Raises:
+        InputError: there is no preset of this name; the message has the nearest one.
+    """
     key = str(name).lower()
     key = ALIASES.get(key, key)
     if key not in PRESETS:
@@ -82,7 +86,7 @@ def find_preset(name):
     return PRESETS[key]
 
 
-def make_config(preset, *, vocab_size, **overrides):
+def make_config(preset: str, *, vocab_size: int, **overrides: Any) -> ModelConfig:
     """A preset's ModelConfig.
 
     Args:
@@ -100,7 +104,7 @@ def make_config(preset, *, vocab_size, **overrides):
     fields = dict(find_preset(preset).fields)
     fusion = overrides.get("fusion")
     if fusion in FUSIONS and default_share(fusion) is None:
-        fields.pop("gate_init", None)  # the preset's gate has no place in this fusion
+        fields.pop("gate_init", None)  # this fusion has no gate
     # The reference tied the embeddings of its RWKV model; official RWKV-6 does not.
     if overrides.get("branch") == "legacy":
         fields.pop("tie_embeddings", None)

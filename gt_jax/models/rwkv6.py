@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.kernels import wkv6, wkv6_step
@@ -17,12 +18,12 @@ from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     apply_each,
     dense,
+    is_launch_bound,
     kernel_init,
     layer_norm,
     output_init,
     previous_token,
     project,
-    quickly_done,
     recurrence,
     sums_over_tokens,
     symmetric_uniform,
@@ -52,7 +53,13 @@ class TimeMix(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state=None, *, segment_ids=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        state: TimeMixState | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, TimeMixState]:
         """Mixes over time.
 
         Args:
@@ -103,9 +110,9 @@ class TimeMix(nn.Module):
 
         delta = previous_token(x, None if state is None else state.last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
-        if quickly_done(x):
-            parts = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
-            products = (parts @ w2.astype(x.dtype)).reshape(5, *x.shape)
+        if is_launch_bound(x):
+            stacked = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
+            products = (stacked @ w2.astype(x.dtype)).reshape(5, *x.shape)
         else:
             products = list(map(project, jnp.split(hidden, 5, axis=-1), w2))
         # One gradient of all five, which reads theirs once, is slower: XLA makes one fusion of it,
@@ -137,7 +144,7 @@ class GatedHeadNorm(nn.Module):
     layers: int
 
     @nn.compact
-    def __call__(self, y, gate):
+    def __call__(self, y: jax.Array, gate: jax.Array) -> jax.Array:
         width = gate.shape[-1]
         scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
         scale = self.param("scale", scale_at_start, (width,))
@@ -192,7 +199,9 @@ class ChannelMix(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, last=None, *, segment_ids=None):
+    def __call__(
+        self, x: jax.Array, last: jax.Array | None = None, *, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], last input [B, D] or None -> y [B, T, D] and the new last input [B, D]."""
         c = self.config
         D = c.dim
@@ -211,11 +220,11 @@ class ChannelMix(nn.Module):
 class BlockState(NamedTuple):
     """State of an RWKV-6 block: its TimeMixState, and the channel-mix's last input [B, D].
 
-    Without a channel-mix that is None.
+    Before the first token both are None; without a channel-mix, `ffn` stays None.
     """
 
-    rwkv: TimeMixState
-    ffn: jax.Array
+    rwkv: TimeMixState | None
+    ffn: jax.Array | None
 
 
 class Block(nn.Module):
@@ -225,8 +234,14 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, state, segment_ids, rwkv_drop):
-        del rwkv_drop  # of hybrids
+    def __call__(
+        self,
+        x: jax.Array,
+        state: BlockState | None,
+        segment_ids: jax.Array | None,
+        rwkv_drop: float | jax.Array | None,
+    ) -> tuple[jax.Array, BlockState]:
+        del rwkv_drop  # only hybrids use it
         c = self.config
         state = BlockState(None, None) if state is None else state
         if self.layer == 0:
@@ -243,17 +258,17 @@ class Block(nn.Module):
         return x + mixed, BlockState(time_state, last)
 
 
-def hidden_dim(dim):
+def hidden_dim(dim: int) -> int:
     """Inner width of the channel-mix: 3.5 dim, rounded down to a multiple of 32."""
     return int(3.5 * dim) // 32 * 32
 
 
-def mix_rank(dim):
+def mix_rank(dim: int) -> int:
     """Rank of each input's blend; the decay's is twice that. The official 7B model doubles both."""
     return 64 if dim >= 4096 else 32
 
 
-def shift_init(layer, layers, name):
+def shift_init(layer: int, layers: int, name: str) -> Initializer:
     """Share of the token before, per channel i: 1 - (i/D)^a, less 0.3 depth for values.
 
     Early channels and early layers look further back. `name` is x w k v r g or "channel".
@@ -269,7 +284,7 @@ def shift_init(layer, layers, name):
     return init
 
 
-def decay_init(layer, layers):
+def decay_init(layer: int, layers: int) -> Initializer:
     """Raw decay omega per channel, from -6 (remembers ~400 tokens) to -1, more slow ones deeper."""
     power = 0.7 + 1.3 * layer / max(layers - 1, 1)
 
@@ -280,7 +295,7 @@ def decay_init(layer, layers):
     return init
 
 
-def bonus_init(layer, layers):
+def bonus_init(layer: int, layers: int) -> Initializer:
     """Bonus of the present token: falls along the channels with depth, with a zigzag of 0.1."""
     depth = layer / max(layers - 1, 1)
 

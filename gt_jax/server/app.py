@@ -1,22 +1,35 @@
 """The ASGI application: a body becomes an Ask, and a Worker's deltas become OpenAI's JSON.
 
-Every request has limits of its own, and one that fails, or whose client leaves, ends alone.
+Every request has its own limits. When a request fails or its client leaves, the others continue.
 """
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gt_jax.errors import InputError
-from gt_jax.server.completions import Answer
+from gt_jax.generation import Worker
+from gt_jax.server.completions import Answer, Ask
 
+if TYPE_CHECKING:  # the package serves alone need
+    from starlette.applications import Starlette
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
 BODY_BYTES, CLIENTS = 2**20, 256  # at most
 BODY_SECONDS = 20  # for a body to arrive
 TYPES = {429: "rate_limit_error", 408: "timeout_error", 504: "timeout_error"}
 
 
 def make_app(
-    worker, parse, *, name: str, seconds: float, hosts=("127.0.0.1", "localhost"), body_seconds=None
-):
+    worker: Worker,
+    parse: Callable[[bytes], Ask],
+    *,
+    name: str,
+    seconds: float,
+    hosts: Sequence[str] = LOCAL_HOSTS,
+    body_seconds: float | None = None,
+) -> "Starlette":
     """The ASGI application that answers /v1/completions.
 
     Args:
@@ -117,7 +130,7 @@ async def _whole(objects, deltas):
 
 
 async def _events(objects, deltas, explain):
-    """Server-sent events of a stream; an error is the last but one."""
+    """Server-sent events of a stream; an error comes just before [DONE]."""
     say = lambda content: f"data: {json.dumps(content)}\n\n"
     try:
         async for delta in deltas:
@@ -129,7 +142,7 @@ async def _events(objects, deltas, explain):
 
 
 async def _while_connected(work, receive):
-    """The result of a coroutine; None if the client leaves before, and then it is cancelled."""
+    """The result of a coroutine; None if the client leaves first, which cancels the coroutine."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

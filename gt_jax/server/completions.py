@@ -4,19 +4,22 @@ import json
 import math
 import secrets
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError, did_you_mean
 from gt_jax.generation import Request
 from gt_jax.generation.checks import SettingError, brief, check_surrogates
 from gt_jax.generation.prompts import encode_prompt
-from gt_jax.generation.requests import check_request
+from gt_jax.generation.requests import Delta, check_request
 from gt_jax.generation.text import TextOut
+from gt_jax.models import LanguageModel
 
 PROMPT_TOKENS, STOPS, NAME_CHARACTERS = 2**16, 4, 1000  # at most
 SETTINGS = {"max_tokens": (int,), "top_k": (int,), "seed": (int,), "stop": (str, list)}
 SETTINGS |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))
-# Fields of OpenAI's that are taken where they change nothing: their types and that value.
+# Fields of OpenAI's API that are accepted at their neutral value alone: types and that value.
 NEUTRAL = {
     "n": ((int,), 1),
     "best_of": ((int,), 1),
@@ -43,14 +46,14 @@ class Ask(NamedTuple):
     include_usage: bool
 
 
-def parse(data: bytes, model, tokenizer, max_tokens: int) -> Ask:
+def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: int) -> Ask:
     """The Ask in the bytes of a body.
 
     Args:
         max_tokens: that a request may ask for.
 
     Raises:
-        InputError: what is wrong with it; a SettingError where one field is.
+        InputError: the body is invalid; a SettingError if one field is at fault.
     """
     body = {name: value for name, value in _json_object(data).items() if value is not None}
     for name, value in body.items():
@@ -187,17 +190,17 @@ def _include_usage(options, streams):
 class Answer:
     """The objects of one answer: `choice` of a Delta, `whole` of all, `usage`, `chunk` of a stream.
 
-    The log-probability of a token stands beside the text that it completed; `text_offset` counts
-    the characters of the answer before that.
+    The log-probability of a token belongs to the text that the token completed; `text_offset` is
+    the number of characters of the answer before that text.
     """
 
-    def __init__(self, ask, tokenizer, name):
+    def __init__(self, ask: Ask, tokenizer: Tokenizer, name: str):
         self._ask, self._drawn, self._offset = ask, 0, 0
         self._texts = TextOut(tokenizer, ask.request.prompt)
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": name}
 
-    def choice(self, delta):
+    def choice(self, delta: Delta) -> dict[str, Any]:
         """The choice object of one Delta, or of several joined."""
         self._drawn += len(delta.tokens)
         logprobs = self._logprobs(delta) if self._ask.logprobs else None
@@ -217,13 +220,13 @@ class Answer:
             "text_offset": offsets,
         }
 
-    def usage(self):
+    def usage(self) -> dict[str, int]:
         """What was read and drawn so far."""
         read = len(self._ask.request.prompt)
         total = {"total_tokens": read + self._drawn}
         return {"prompt_tokens": read, "completion_tokens": self._drawn} | total
 
-    def whole(self, deltas):
+    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
         """The object of a whole answer."""
         tokens = [token for delta in deltas for token in delta.tokens]
         values = [value for delta in deltas for value in delta.log_probabilities]
@@ -231,7 +234,7 @@ class Answer:
         joined = deltas[-1]._replace(tokens=tokens, log_probabilities=values, text=text)
         return self._head | {"choices": [self.choice(joined)], "usage": self.usage()}
 
-    def chunks(self, delta):
+    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """The objects of a stream for one Delta: two for the last one where usage is wanted."""
         absent = {"usage": None} if self._ask.include_usage else {}
         yield self._head | {"choices": [self.choice(delta)]} | absent

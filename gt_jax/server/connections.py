@@ -1,25 +1,31 @@
 """A uvicorn server that closes connections on which nothing arrives, or nothing leaves, in time."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # an optional package, imported by who serves
+    import uvicorn
+
 HEAD_SECONDS = 10  # for a request's headers to arrive, from the connection or the answer before on
 
 
 def make_server(
-    app,
+    app: Callable,
     *,
     host: str,
     port: int,
     request_seconds: float,
     head_seconds: float = HEAD_SECONDS,
-    **options,
-):
+    **options: Any,
+) -> "uvicorn.Server":
     """A uvicorn.Server for `app`, ready to `run()`.
 
     Args:
         app: of `make_app`.
         host, port: where to listen.
-        request_seconds: from a request's headers to the end of its answer, at most; above the time
-            that the application itself gives body and answer. A client that does not read its
-            answer is cut off then.
+        request_seconds: the longest time from a request's headers to the end of its answer; it
+            must exceed the application's own limits for body and answer. A client that does not
+            read its answer is cut off after it.
         head_seconds: for a request's headers to arrive.
         **options: of uvicorn.Config.
     """

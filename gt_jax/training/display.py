@@ -7,7 +7,9 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -128,14 +130,14 @@ class Speed:
         self._seconds = self._seconds_before = 0.0
         self._since = None
 
-    def begin(self, numbers) -> None:
+    def begin(self, numbers: Mapping[str, Any]) -> None:
         """A step is on its way. If it is the first, wait for its numbers and start the clock."""
         if self._since is None:
             jax.block_until_ready(numbers)
             self._since = time.perf_counter()
 
     @contextlib.contextmanager
-    def paused(self, pending):
+    def paused(self, pending: Any) -> Iterator[None]:
         """Stop the clock once `pending` arrays are computed, for as long as the context lasts."""
         jax.block_until_ready(pending)
         self._read()

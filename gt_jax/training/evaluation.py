@@ -1,11 +1,23 @@
 """The loss of a model on held-out batches, in every unit, and as one line of text."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
+from gt_jax.data import Batch
+from gt_jax.models import Params
 
-def evaluate(eval_step, params, batches, *, carry=None, per_token=1.0) -> dict[str, float]:
+
+def evaluate(
+    eval_step: Callable,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    carry: Any = None,
+    per_token: float = 1.0,
+) -> dict[str, float]:
     """Mean cross-entropy over every counted target of some batches.
 
     Args:

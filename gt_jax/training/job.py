@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
@@ -17,7 +18,7 @@ from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_eval_step, make_train_step
+from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
 from gt_jax.training.writer import restore
 
@@ -49,7 +50,7 @@ class Job(NamedTuple):
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
 
 
-def prepare(config: Config, workdir: Path, mesh, about: dict | None) -> Job:
+def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
     """Read the text, make the model, and begin to compile its steps in threads.
 
     Nothing large is allocated.
@@ -64,7 +65,9 @@ def prepare(config: Config, workdir: Path, mesh, about: dict | None) -> Job:
     """
     # Text, in the tokens of the model that the run began with if there is one.
     stored = about or _stored(config)
-    tokenizer = tokenizer_from_dict(stored["tokenizer"]) if config.model.init_from else None
+    tokenizer = None
+    if stored is not None and config.model.init_from:
+        tokenizer = tokenizer_from_dict(stored["tokenizer"])
     text = read_text(config, tokenizer=tokenizer, cache_dir=workdir)
     hashed = fingerprint(text.tokens)
     if about:
@@ -100,7 +103,9 @@ def prepare(config: Config, workdir: Path, mesh, about: dict | None) -> Job:
     )
 
 
-def _programs(config: Config, mesh, model, parameters, batches, held_out, *, resumes: bool) -> dict:
+def _programs(
+    config: Config, mesh: Mesh, model, parameters: int, batches, held_out, *, resumes: bool
+) -> dict[str, Any]:
     """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
@@ -140,13 +145,13 @@ def _programs(config: Config, mesh, model, parameters, batches, held_out, *, res
     }
 
 
-def first_state(job: Job, folder: Path | None, about: dict | None):
+def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState:
     """The TrainState of a checkpoint and its place in job.batches; a fresh one without any.
 
     Fresh parameters are those of model.init_from where that is set.
     """
     key = jax.random.key(job.config.seed)
-    if about:
+    if about is not None and folder is not None:
         state = restore(folder, jax.eval_shape(job.make_state, key))
         job.batches.restore(about["batches"])
         return state

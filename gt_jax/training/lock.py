@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from gt_jax.errors import InputError
@@ -21,7 +22,7 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def hold(workdir):
+def hold(workdir: str | Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is made if need be.
 
     Raises:

@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
-    def after(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration" and seconds > 1:
+    def after(event: str, duration_secs: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration" and duration_secs > 1:
             malloc_trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after)

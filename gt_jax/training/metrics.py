@@ -15,7 +15,7 @@ class Metrics:
     Lines of steps after `start` are dropped: a resumed run writes them again.
     """
 
-    def __init__(self, workdir, *, start: int, tensorboard: bool):
+    def __init__(self, workdir: str | Path, *, start: int, tensorboard: bool):
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(workdir) if row["step"] <= start]
         self._begin_with(kept)
@@ -37,7 +37,9 @@ class Metrics:
         self._last = row["step"]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items() if self._board else ():
+        if self._board is None:
+            return
+        for name, value in row.items():
             values = (
                 {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else None
             )
@@ -56,7 +58,7 @@ class Metrics:
             self._board.close()
 
 
-def read(workdir) -> list[dict]:
+def read(workdir: str | Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, oldest first, without lines that a crash damaged."""
     path = Path(workdir) / "metrics.jsonl"
     rows = []

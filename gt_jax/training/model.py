@@ -23,6 +23,7 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
     fields["dtype"] = computation_dtype(config.model.dtype)
     if init_from:
         of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
+        assert stored is not None, "model.init_from is set, so its checkpoint has been read"
         its = ModelConfig(**stored["model"])
         for name, value in fields.items():
             if value not in (None, getattr(its, name)):
@@ -34,9 +35,9 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
         preset = model_config.architecture
     else:
         model_config = make_config(preset, vocab_size=vocab_size, **fields)
-    if config.train.carry_state and model_config.architecture.startswith("gpt"):
+    if config.train.carry_state and model_config.position_limit is not None:
         raise InputError(
             f"train.carry_state=True needs a recurrent model, and model.preset={preset} attends "
-            f"over at most {model_config.max_positions} tokens; set train.carry_state=False"
+            f"over at most {model_config.position_limit} tokens; set train.carry_state=False"
         )
     return model_config

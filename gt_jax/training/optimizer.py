@@ -1,5 +1,7 @@
 """AdamW: warm-up and cosine, decay on weight matrices alone, a learning rate for each part."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,13 +21,13 @@ NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
 _LARGE = 2**18
 
 
-def label(path) -> str:
+def label(path: tuple[Any, ...]) -> str:
     """The part of the model a parameter path belongs to: "rwkv", "mamba", "gate" or "rest"."""
     pieces = [piece.removesuffix("_2") for piece in _pieces(path)]  # a second branch of the kind
     return next((LABELS[piece] for piece in pieces if piece in LABELS), "rest")
 
 
-def is_decayed(path, value) -> bool:
+def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
     """Whether weight decay acts on a parameter: on matrices, unless a piece of its name says no."""
     return value.ndim >= 2 and not any(
         name in piece for piece in _pieces(path) for name in NOT_DECAYED
@@ -136,7 +138,7 @@ def norms_by_label(tree) -> dict[str, jax.Array]:
     return norms(join(tree))
 
 
-def clip(grads, norm, limit: float):
+def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
     """Gradients of global norm `norm`, scaled to `limit` where they exceed it; 0 is no limit."""
     if not limit:
         return grads

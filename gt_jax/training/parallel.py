@@ -6,12 +6,18 @@ a step by itself, but not the Pallas kernels in it: it would gather their inputs
 Every process of a multi-host run makes the whole batch and hands its devices their rows of it.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gt_jax import compilation
+from gt_jax.data import Batch
+from gt_jax.data.batches import Batches
 from gt_jax.training.step import TrainState
 
 
@@ -26,7 +32,7 @@ def state_sharding(mesh: Mesh) -> TrainState:
     return _by_part(copied, carry=NamedSharding(mesh, P("batch")))
 
 
-def compile_train_step(make_step, mesh: Mesh, mode: str, *, parameters: int):
+def compile_train_step(make_step: Callable, mesh: Mesh, mode: str, *, parameters: int) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
     Args:
@@ -58,12 +64,12 @@ def compile_train_step(make_step, mesh: Mesh, mode: str, *, parameters: int):
     return lambda state, batch: _pmapped(mapped, state, batch, mesh)
 
 
-def compile_eval_step(eval_step, mesh: Mesh):
+def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
     """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
     return put_batches(_jit_eval_step(eval_step, mesh), mesh)
 
 
-def put_batches(eval_step, mesh: Mesh):
+def put_batches(eval_step: Callable, mesh: Mesh) -> Callable:
     """The eval step of `lower_programs`, compiled, with the batch as NumPy rows of all devices."""
     return lambda params, batch, carry: eval_step(params, put_batch(batch, mesh), carry)
 
@@ -119,7 +125,9 @@ def _jit_eval_step(eval_step, mesh: Mesh):
     )
 
 
-def prefetch(batches, mesh: Mesh, mode: str, size: int = 16):
+def prefetch(
+    batches: Batches, mesh: Mesh, mode: str, size: int = 16
+) -> Iterator[tuple[Batch, dict]]:
     """Training batches where the step wants them, each with the loader's position after it.
 
     A transfer begins when the device has finished all it was given before; one ahead of every step
@@ -132,7 +140,7 @@ def prefetch(batches, mesh: Mesh, mode: str, size: int = 16):
         yield from burst
 
 
-def put_batch(batch, mesh: Mesh):
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """A batch of NumPy arrays [B, ...] on the devices, rows spread over them."""
     sharding = NamedSharding(mesh, P("batch"))
     return jax.tree.map(
@@ -140,7 +148,7 @@ def put_batch(batch, mesh: Mesh):
     )
 
 
-def put_rows(tree, mesh: Mesh):
+def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays [B, ...] of the whole batch on the devices, rows spread over them."""
     return jax.device_put(tree, NamedSharding(mesh, P("batch")))
 
@@ -164,9 +172,13 @@ def _pmapped(mapped, state: TrainState, batch, mesh: Mesh):
         return x.reshape(devices, -1, *x.shape[1:])
 
     batch = jax.tree.map(lambda x: by_device(_own_rows(x)), batch)
-    state, metrics = mapped(state.replace(carry=jax.tree.map(by_device, state.carry)), batch)
+    state, metrics = mapped(
+        dataclasses.replace(state, carry=jax.tree.map(by_device, state.carry)), batch
+    )
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.carry)
-    return state.replace(carry=jax.device_put(joined, NamedSharding(mesh, P("batch")))), metrics
+    return dataclasses.replace(
+        state, carry=jax.device_put(joined, NamedSharding(mesh, P("batch")))
+    ), metrics
 
 
 def _by_part(copied, carry) -> TrainState:

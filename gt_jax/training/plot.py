@@ -5,7 +5,7 @@ from pathlib import Path
 from gt_jax.training import metrics
 
 
-def draw_curve(workdir, *, title: str, unit: str) -> None:
+def draw_curve(workdir: str | Path, *, title: str, unit: str) -> None:
     """Draw WORKDIR/curve.png from WORKDIR/metrics.jsonl.
 
     Args:

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import math
 
+import jax
+
 from gt_jax.config import Config
 from gt_jax.errors import InputError
 
@@ -51,7 +53,7 @@ class FiniteWatch:
         self._config = config
         self._counts = collections.deque()
 
-    def add(self, skipped_in_a_row) -> None:
+    def add(self, skipped_in_a_row: jax.Array) -> None:
         """Take in the count [] int32 after a step that may still be running.
 
         Raises:

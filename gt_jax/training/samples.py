@@ -15,7 +15,7 @@ class Samples:
         last: step of the newest sample, 0 without any.
     """
 
-    def __init__(self, workdir, *, start: int):
+    def __init__(self, workdir: str | Path, *, start: int):
         """Samples of steps after `start` are dropped: a resumed run writes them again."""
         self._path = Path(workdir) / "samples.txt"
         written = self._path.read_bytes() if self._path.exists() else b""

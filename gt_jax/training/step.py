@@ -6,6 +6,8 @@ Gradients are of this loss exactly, however the batch is cut into microbatches o
 devices: each part divides its sum by the whole batch's n, and parts add up.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gt_jax.config import Config
+from gt_jax.models import LanguageModel
 from gt_jax.training import optimizer
 
 
@@ -37,7 +40,9 @@ class Evaluation(NamedTuple):
     tokens: jax.Array  # [] int32
 
 
-def init_state(model, tx, config: Config, key) -> TrainState:
+def init_state(
+    model: LanguageModel, tx: optax.GradientTransformationExtraArgs, config: Config, key: jax.Array
+) -> TrainState:
     """A fresh TrainState: parameters from the random key, zero carried state if there is one.
 
     Under jit the key must be an argument: XLA spends minutes folding parameters that are constants.
@@ -55,7 +60,13 @@ def init_state(model, tx, config: Config, key) -> TrainState:
     )
 
 
-def make_train_step(model, tx, schedule, config: Config, axis_name: str | None = None):
+def make_train_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    config: Config,
+    axis_name: str | None = None,
+) -> Callable:
     """train_step(state, batch) -> (state, metrics).
 
     Args:
@@ -122,7 +133,8 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
         carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), _join(carry), state.carry
         )
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -148,11 +160,11 @@ def make_train_step(model, tx, schedule, config: Config, axis_name: str | None =
     return train_step
 
 
-def make_eval_step(model):
+def make_eval_step(model: LanguageModel) -> Callable:
     """eval_step(params, batch, carry) -> (Evaluation, carry); no carry: rows start from zero."""
 
     def eval_step(params, batch, carry):
-        output = model.apply(
+        found: Any = model.apply(
             {"params": params},
             batch.inputs,
             batch.targets,
@@ -160,24 +172,24 @@ def make_eval_step(model):
             segment_ids=batch.segment_ids,
             method="loss",
         )
-        sums = Evaluation(output.nats, jnp.sum(batch.targets >= 0))
-        return sums, None if carry is None else output.state
+        sums = Evaluation(found.nats, jnp.sum(batch.targets >= 0))
+        return sums, None if carry is None else found.state
 
     return eval_step
 
 
-def mean_gates(sown) -> jax.Array | None:
+def mean_gates(sown: Any) -> jax.Array | None:
     """[layers] float32 mean gate of each block in depth order, None where no block has a gate."""
     gates = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
-        pieces = [getattr(key, "key", None) for key in path]
+        pieces = [str(getattr(key, "key", "")) for key in path]
         if "gate" in pieces:
-            block = next(piece for piece in pieces if str(piece).startswith("blocks_"))
+            block = next(piece for piece in pieces if piece.startswith("blocks_"))
             gates[int(block.removeprefix("blocks_"))] = jnp.mean(leaf, dtype=jnp.float32)
     return jnp.stack([gates[layer] for layer in sorted(gates)]) if gates else None
 
 
-def summed_loss(logits, targets):
+def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Summed cross-entropy, [] float32 nats.
 
     Args:

@@ -51,7 +51,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def signals(stop: Stop, *, once: bool = True):
+def signals(stop: Stop, *, once: bool = True) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP ask for a stop.
 
     Signals that the process was started to ignore (nohup) stay ignored.
@@ -79,7 +79,7 @@ def signals(stop: Stop, *, once: bool = True):
 
 
 @contextlib.contextmanager
-def program(stop: Stop):
+def program(stop: Stop) -> Iterator[None]:
     """`signals` for a program, which may end at once: without work to lose, or the second time.
 
     A thread sees to that, as Python's own handlers wait for a compilation to return.

@@ -1,6 +1,8 @@
 """From a run's config to its token ids."""
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from gt_jax.data import (
     make_tokenizer,
     track_split,
 )
+from gt_jax.data.base import Tokenizer
 
 
 class Text(NamedTuple):
@@ -24,7 +27,9 @@ class Text(NamedTuple):
     tokens: CorpusTokens
 
 
-def read_text(config: Config, *, tokenizer=None, cache_dir=None) -> Text:
+def read_text(
+    config: Config, *, tokenizer: Tokenizer | None = None, cache_dir: str | Path | None = None
+) -> Text:
     """The text that config.data names.
 
     Args:
@@ -49,7 +54,7 @@ def read_text(config: Config, *, tokenizer=None, cache_dir=None) -> Text:
     return Text(corpus, tokenizer, tokens)
 
 
-def characters_per_token(tokenizer, documents) -> float:
+def characters_per_token(tokenizer: Tokenizer, documents: Sequence[np.ndarray]) -> float:
     """How much text an id of these documents stands for; 1.0 for character tokenizers."""
     if tokenizer.kind.startswith("char"):
         return 1.0
@@ -60,7 +65,7 @@ def fingerprint(tokens: CorpusTokens) -> str:
     """A hash of all token ids and of where documents end: another text has another one."""
     sums = hashlib.sha256()
     for documents in tokens:
-        sums.update(np.array([len(documents), *map(len, documents)], "<i8"))
+        sums.update(np.array([len(documents), *map(len, documents)], "<i8").data)
         for ids in documents:
-            sums.update(np.ascontiguousarray(ids, "<i4"))
+            sums.update(np.ascontiguousarray(ids, "<i4").data)
     return sums.hexdigest()

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -31,7 +32,7 @@ class Writer:
     be.
     """
 
-    def __init__(self, workdir, *, keep: int):
+    def __init__(self, workdir: str | Path, *, keep: int):
         self.folder = Path(workdir).absolute() / FOLDER
         self._keep = keep
         self._saving = None  # the step under way
@@ -70,7 +71,7 @@ class Writer:
         """
         self.finish(best_step=best_step)
         parts, step = _parts(state), int(state.step)
-        items = {name: ocp.args.StandardSave(parts[name]) for name in parts}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(parts[name]) for name in parts}
         items["about"] = ocp.args.JsonSave({"format": FORMAT, "step": step, **about})
         self._saving = step
         args = ocp.args.Composite(**items)
@@ -114,7 +115,7 @@ class Writer:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def newest(workdir) -> tuple[Path, dict] | None:
+def newest(workdir: str | Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint of a run and its `about`; None where there is no checkpoint.
 
     Newer ones that are damaged are set aside: renamed to STEP.damaged, with a line that says so.

@@ -17,7 +17,7 @@ from gt_jax.data.pretrained import (
 )
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
-from gt_jax.generate import encode_prompt
+from gt_jax.generation.prompts import encode_prompt
 from gt_jax.harness import render_chat, start_id
 
 small_tokenizers = pytest.importorskip("tests.data.small_tokenizers")

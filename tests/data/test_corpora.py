@@ -340,6 +340,15 @@ def test_parquet_is_a_document_a_row(write, monkeypatch):
             ["train-00000-of-00002.txt", "train-00001-of-00002.txt"],
             ["validation-00000-of-1.txt"],
         ),
+        (["train_en.txt", "test_en.txt", "valid_en.txt"], ["train_en.txt"], ["valid_en.txt"]),
+        (["train.en.txt", "dev.en.txt"], ["train.en.txt"], ["dev.en.txt"]),
+        (["Train split.txt", "Valid split.txt"], ["Train split.txt"], ["Valid split.txt"]),
+        (["trainset.txt", "testset.txt", "devset.txt"], ["trainset.txt"], ["devset.txt"]),
+        (
+            ["split=train/a.txt", "split=test/a.txt", "split=validation/a.txt"],
+            ["split=train/a.txt"],
+            ["split=validation/a.txt"],
+        ),
     ],
 )
 def test_a_folders_named_splits_are_kept_and_test_is_never_read(
@@ -386,10 +395,18 @@ def test_a_folder_whose_names_leave_open_what_trains_is_refused(write, tmp_path,
 
 
 def test_names_that_only_begin_like_a_splits_are_texts(write, tmp_path):
-    for name in ("test_of_time.txt", "stress-test.txt", "the-dev.txt", "trains.txt"):
-        write(f"set/{name}", name)
-    corpus = load_corpus(str(tmp_path / "set"))
-    assert len(corpus.train + corpus.validation) == 4 and corpus.note is None
+    several = ["test_of_time.txt", "stress-test.txt", "the-dev.txt", "trains.txt"]
+    for folder, names in (("one", several), ("two", ["train_by_night.txt", "planes.txt"])):
+        for name in names:
+            write(f"{folder}/{name}", name)
+        corpus = load_corpus(str(tmp_path / folder))
+        assert len(corpus.train + corpus.validation) == len(names) and corpus.note is None
+
+
+def test_names_of_fields_in_messages_are_one_line_that_prints(write):
+    path = write("a.jsonl", json.dumps({"a\nb\x1b[31m\ud83d": "x"}))
+    with pytest.raises(InputError, match=r"name one of its fields: a b\\x1b\[31m\\ud83d$"):
+        load_corpus(path)
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_name():

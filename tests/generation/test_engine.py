@@ -110,7 +110,7 @@ def test_request_that_fails_ends_alone(gf, monkeypatch):
             return original(*args)
 
         if function == "TextOut":
-            fail = failing_text(original)
+            fail = failing_text(original, bad.prompt)
         with monkeypatch.context() as patch:
             patch.setattr(engine, function, fail)
             news, _ = run_once(enumerate([good[0], bad, *good[1:]]))
@@ -118,12 +118,12 @@ def test_request_that_fails_ends_alone(gf, monkeypatch):
         assert [tokens_of(news[i]) for i in (0, 2, 3)] == [c.tokens for c in expected]
 
 
-def failing_text(original):
-    """A TextOut that fails at the first token after a prompt of 71."""
+def failing_text(original, prompt):
+    """A TextOut that fails at the first token after this prompt, whose last tokens it is given."""
 
     def make(tokenizer, before, stop):
         out = original(tokenizer, before, stop)
-        if len(before) == 71:
+        if np.array_equal(before, prompt[-len(before) :]):
             out.add = lambda ids: (_ for _ in ()).throw(MemoryError("no room"))
         return out
 

@@ -5,6 +5,7 @@ Building a model of 1000 blocks takes a minute, and its shapes alone can take al
 
 import json
 import logging
+import os
 import shutil
 import time
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import gt_jax
+from gt_jax import checkpoint
 from gt_jax.convert import files, import_model
 from gt_jax.errors import InputError
 from tests.convert import small
@@ -27,11 +29,11 @@ def saved(tmp_path_factory):
 def damaged(saved, tmp_path):
     """change(about) -> a copy of the folder whose description says what it returns."""
     shutil.copytree(saved, tmp_path / "copy")
-    (tmp_path / "copy" / "files.json").unlink()  # as after a kill: sizes of files tell nothing
     path = tmp_path / "copy" / "about" / "metadata"
 
     def write(change):
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        checkpoint.seal(tmp_path / "copy")  # whoever forges a folder forges its checksums
         return tmp_path / "copy"
 
     return write
@@ -88,10 +90,9 @@ def test_description_of_another_form_is_refused(damaged, change, message):
 def test_text_that_is_no_json_is_refused(damaged, name, text):
     folder = damaged(lambda about: about)
     (folder / name).write_bytes(text)
-    if name == "files.json":  # only a list of sizes, which a killed run lacks as well
-        gt_jax.load(folder)
-    else:
-        quickly_refused(lambda: gt_jax.load(folder), "is damaged")
+    if name != "files.json":
+        checkpoint.seal(folder)
+    quickly_refused(lambda: gt_jax.load(folder), "is damaged")
 
 
 def test_loading_a_converted_model_prints_nothing(saved, caplog, capfd):
@@ -132,3 +133,17 @@ def test_weights_that_claim_a_great_width_are_refused(tmp_path, layout):
             lambda: import_model(tmp_path / "a", tmp_path / "new"),
             r"a model of vocabulary 1, dim 1,000,000 .* has over [\d,]+ numbers, and the tensors",
         )
+
+
+@pytest.mark.parametrize("name", ["files.json", "about/metadata", "params/extra"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(saved, tmp_path, name, kind):
+    """Reading them would never end, or take all memory."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    quickly_refused(lambda: gt_jax.load(folder), f"{name}.* is no regular file")

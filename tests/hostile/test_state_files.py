@@ -10,7 +10,7 @@ import pytest
 
 from gt_jax import archives
 from gt_jax.errors import InputError
-from gt_jax.generation import contexts, load_context, read, save_context
+from gt_jax.generation import contexts, load_context, prefill, save_context
 from tests.hostile.mutations import ODD_VALUES, bounded, mutate, mutate_json
 from tests.models.small_models import random_tokens, small_model
 
@@ -23,7 +23,7 @@ def saved(tmp_path_factory):
     small = small_model("gf")
     path = tmp_path_factory.mktemp("saved") / "state"
     tokens = np.asarray(random_tokens(1, 30)[0])
-    save_context(path, small.model, small.params, read(small.model, small.params, tokens))
+    save_context(path, small.model, small.params, prefill(small.model, small.params, tokens))
     return small.model, small.params, path.read_bytes()
 
 

@@ -124,6 +124,7 @@ def operations(program):
 
 
 REPEAT = 1 << 20
+SHARING = b"]q\0" + b"](h\0h\0eq\0" * 60  # lists that print as 2^60 of them
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,12 @@ REPEAT = 1 << 20
         b"\x8a\xff" + b"\x7f" * 255 + b".",  # a number of 2040 bits
         b"X\xff\xff\xff\xff",  # text of 4 GB, none of it there
         b"}X\1\0\0\0k}X\1\0\0\0j}ssc__builtin__\neval\n.",
+        SHARING + b"h\0h\0\x93.",  # to be imported
+        SHARING + b"h\0Q.",  # for a storage
+        SHARING + b"}h\0h\0s.",  # for a name
+        SHARING + b"ctorch._utils\n_rebuild_tensor_v2\n(h\0h\0h\0h\0tR.",
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_programs_out_of_proportion_end_quickly(tmp_path, program):
     path = tmp_path / "a.pth"

@@ -18,7 +18,11 @@ def float64_in_every_thread():
     jax.config.update("jax_enable_x64", False)
 
 
+UNSUPPORTED = {"mosaic": devices.hopper_unsupported, "portable": devices.portable_unsupported}
+
+
 @pytest.fixture
-def needs_hopper():
-    if devices.hopper_unsupported():
-        pytest.skip(devices.hopper_unsupported())
+def needs_gpu(request):
+    """Skips where the kernels of the test's parameter `impl` do not run."""
+    if reason := UNSUPPORTED[request.node.callspec.params["impl"]]():
+        pytest.skip(reason)

@@ -1,6 +1,7 @@
-"""The two Hopper kernels as their tests call them."""
+"""The Pallas kernels of both recurrences as their tests call them."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ with devices.simulated("lower"):
     )
 
 
+def _portable(op):
+    """The implementation, loaded when called: an older JAX has not what its module needs."""
+    load = lambda: importlib.import_module(f"gt_jax.kernels.{op}.portable")
+    return lambda *arguments: getattr(load(), f"{op}_portable")(*arguments)
+
+
 class Kernel(NamedTuple):
     """An operation, its kernel beside its reference, and inputs for both."""
 
@@ -30,7 +37,7 @@ class Kernel(NamedTuple):
     of_heads: tuple[str, ...]  # arguments that have neither a batch nor tokens
     operation: Callable
     implementations: dict[str, Callable]
-    dtypes: tuple[str, ...]  # that it takes, for what it multiplies
+    dtypes: dict[str, tuple[str, ...]]  # implementation -> those of what it multiplies
     make: Callable  # inputs of the operation, those of products of one of them, others float32
     per_token: Callable  # them -> inputs of an implementation
     released: dict[str, int]  # sizes that released models have, where they are not those of `make`
@@ -78,8 +85,8 @@ WKV6 = Kernel(
     ("r", "k", "v", "w", "u", "initial_state"),
     ("u",),
     wkv6,
-    {"mosaic": wkv6_mosaic, "reference": wkv6_reference},
-    ("bfloat16", "float32"),
+    {"mosaic": wkv6_mosaic, "portable": _portable("wkv6"), "reference": wkv6_reference},
+    {"mosaic": ("bfloat16", "float32"), "portable": ("bfloat16",)},
     _make_wkv6,
     lambda inputs: inputs,
     {},
@@ -89,10 +96,34 @@ SSD = Kernel(
     ("x", "dt", "A", "B", "C", "D", "initial_state"),
     ("A", "D"),
     ssd,
-    {"mosaic": ssd_mosaic, "reference": ssd_reference},
-    ("bfloat16", "float32"),
+    {"mosaic": ssd_mosaic, "portable": _portable("ssd"), "reference": ssd_reference},
+    {"mosaic": ("bfloat16", "float32"), "portable": ("bfloat16",)},
     _make_ssd,
     # The log decay of each token in place of the rate of each head, of which there are few.
     lambda inputs: (*inputs[:2], inputs[1] * inputs[2], *inputs[3:]),
     {"N": 128},
 )
+
+each_kernel_and_dtype = pytest.mark.parametrize(
+    "kernel, impl, dtype",
+    [
+        pytest.param(kernel, impl, dtype, id=f"{kernel.name}-{impl}-{dtype}")
+        for kernel in (WKV6, SSD)
+        for impl, dtypes in kernel.dtypes.items()
+        for dtype in dtypes
+    ],
+)
+each_kernel = pytest.mark.parametrize(
+    "kernel, impl",
+    [
+        pytest.param(kernel, impl, id=f"{kernel.name}-{impl}")
+        for kernel in (WKV6, SSD)
+        for impl in kernel.dtypes
+    ],
+)
+
+
+def each_dtype(kernel):
+    """Marks a test of every implementation of a kernel with every type that it takes."""
+    pairs = [(impl, dtype) for impl, dtypes in kernel.dtypes.items() for dtype in dtypes]
+    return pytest.mark.parametrize("impl, dtype", pairs)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def test_on_a_hopper_gpu_the_reason_names_every_dtype_the_kernel_takes(kernel):
     with devices.simulated("lower"):
         name, reason = choose_impl(kernel.name)
         assert name == "mosaic"
-        assert reason.endswith("; other calls take chunked")
-        for dtype in kernel.dtypes:
+        assert reason.endswith("; other calls take portable or chunked")
+        for dtype in kernel.dtypes["mosaic"]:
             assert dtype in reason
             inputs = kernel.make(length=8, dtype=dtype)
             outputs = jax.eval_shape(kernel.call("mosaic"), *inputs)  # and does take it
@@ -53,10 +54,39 @@ def test_on_a_hopper_gpu_the_reason_names_sizes(op, sizes):
         assert f"bfloat16 or float32, {sizes};" in choose_impl(op)[1]
 
 
+@too_old
 @each_kernel
-def test_elsewhere_the_reason_names_the_device(kernel):
+def test_on_another_new_gpu_the_reason_names_what_portable_takes(kernel, monkeypatch):
+    portable = IMPLEMENTATIONS[kernel.name]["portable"]
+    unsupported = portable._replace(unsupported=lambda: None)
+    monkeypatch.setitem(IMPLEMENTATIONS[kernel.name], "portable", unsupported)
     if not devices.hopper_unsupported():
         pytest.skip("this is a Hopper GPU")
+    name, reason = choose_impl(kernel.name)
+    assert name == "portable"
+    assert "bfloat16, " in reason and reason.endswith("; other calls take chunked")
+
+
+@pytest.mark.parametrize(
+    "capability, hopper, portable",
+    [("7.5", False, False), ("8.0", False, True), ("9.0", True, True), ("12.0", False, True)],
+)
+def test_each_gpu_runs_the_kernels_that_its_capability_allows(
+    monkeypatch, capability, hopper, portable
+):
+    device = SimpleNamespace(platform="gpu", device_kind="Some GPU", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(devices, "OLDEST_JAX", (0, 1))
+    found = devices.hopper_unsupported(), devices.portable_unsupported()
+    for reason, runs in zip(found, (hopper, portable)):
+        assert (reason is None) == runs
+        assert runs or f"this is Some GPU ({capability}) under JAX" in reason
+
+
+@each_kernel
+def test_elsewhere_the_reason_names_the_device(kernel):
+    if not devices.portable_unsupported():
+        pytest.skip("the Pallas kernels run on this GPU")
     device = jax.devices()[0].device_kind
     assert choose_impl(kernel.name) == ("chunked", f"matmuls over chunks, on {device}")
 

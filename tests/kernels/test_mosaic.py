@@ -1,4 +1,4 @@
-"""What both Hopper kernels do alike: segments, splits, transformations, and being chosen."""
+"""What all Pallas kernels do alike: segments, splits, transformations, and being chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,10 @@ from jax.sharding import PartitionSpec as P
 from gt_jax.kernels import choose_impl
 from gt_jax.kernels.cases import segments
 from gt_jax.kernels.pallas import devices, launch, splits
+from gt_jax.kernels.pallas.architectures import OLDEST, lowered_for
 from tests.kernels.accuracy import assert_accurate, values_and_gradients
-from tests.kernels.hopper_kernels import SSD, WKV6, too_old
-
-each_kernel = pytest.mark.parametrize("kernel", (WKV6, SSD), ids=lambda kernel: kernel.name)
-each_kernel_and_dtype = pytest.mark.parametrize(
-    "kernel, dtype",
-    [
-        pytest.param(kernel, dtype, id=f"{kernel.name}-{dtype}")
-        for kernel in (WKV6, SSD)
-        for dtype in kernel.dtypes
-    ],
-)
+from tests.kernels.conftest import UNSUPPORTED
+from tests.kernels.hopper_kernels import each_kernel, each_kernel_and_dtype, too_old
 
 
 def lower(function, *inputs):
@@ -29,43 +21,43 @@ def lower(function, *inputs):
         jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
-def assert_starts_segments_from_zero(kernel, dtype, length, **shape):
+def assert_starts_segments_from_zero(kernel, impl, dtype, length, **shape):
     batch = shape.get("batch", 1)
     resets = jnp.asarray(np.diff(segments(batch, length), axis=1, prepend=0) > 0)
     inputs = kernel.per_token(kernel.make(length=length, dtype=dtype, **shape))
-    candidate, reference = (kernel.run(impl, resets) for impl in ("mosaic", "reference"))
+    candidate, reference = (kernel.run(name, resets) for name in (impl, "reference"))
     assert_accurate(candidate, reference, inputs, kernel.arguments, dtype)
 
 
 @too_old
 @each_kernel_and_dtype
-def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel, dtype):
+def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, kernel, impl, dtype):
     with devices.simulated("interpret"):
-        assert_starts_segments_from_zero(kernel, dtype, 130)
+        assert_starts_segments_from_zero(kernel, impl, dtype, 130)
 
 
 @too_old
 @each_kernel_and_dtype
 def test_interpreted_splits_of_a_sequence_join_exactly(
-    float64_in_every_thread, monkeypatch, kernel, dtype
+    float64_in_every_thread, monkeypatch, kernel, impl, dtype
 ):
     monkeypatch.setattr(splits, "LEAST_CHUNKS", 1)
     monkeypatch.setattr(launch, "MULTIPROCESSORS", 4)
     # Splits of two chunks, the second one of the last padded.
     inputs = kernel.per_token(kernel.make(length=180, dtype=dtype))
     with devices.simulated("interpret"):
-        candidate, reference = kernel.run("mosaic"), kernel.run("reference")
+        candidate, reference = kernel.run(impl), kernel.run("reference")
         assert_accurate(candidate, reference, inputs, kernel.arguments, dtype)
 
 
 @too_old
 @each_kernel_and_dtype
-def test_kernels_lower_under_vmap_remat_and_scan(kernel, dtype):
+def test_kernels_lower_under_vmap_remat_and_scan(kernel, impl, dtype):
     inputs = kernel.per_token(kernel.make(length=64, dtype=dtype))
 
     def layers(*arrays):
         def layer(x, _):
-            return jax.checkpoint(kernel.run("mosaic"))(x, *arrays[1:])[0], None
+            return jax.checkpoint(kernel.run(impl))(x, *arrays[1:])[0], None
 
         return jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32).sum()
 
@@ -75,47 +67,65 @@ def test_kernels_lower_under_vmap_remat_and_scan(kernel, dtype):
 
 @too_old
 @each_kernel_and_dtype
-def test_kernels_lower_under_shard_map(kernel, dtype):
+def test_kernels_lower_under_shard_map(kernel, impl, dtype):
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     rows = P("batch")
     inputs = kernel.make(batch=2, length=64, dtype=dtype)
     specs = tuple(P() if name in kernel.of_heads else rows for name in kernel.arguments)
     shard = jax.shard_map(
-        kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
+        kernel.call(impl), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
     )
     lower(shard, *inputs)
 
 
 @each_kernel
-def test_without_a_hopper_gpu_auto_is_chunked_and_mosaic_says_why(kernel):
-    if not devices.hopper_unsupported():
-        pytest.skip("this is a Hopper GPU")
+def test_without_its_gpu_a_kernel_says_why_and_auto_takes_another(kernel, impl):
+    if not UNSUPPORTED[impl]():
+        pytest.skip("it runs on this GPU")
     inputs = kernel.make(length=70)
-    assert choose_impl(kernel.name)[0] == "chunked"
-    outputs = (kernel.public(impl)(*inputs) for impl in ("auto", "chunked"))
+    taken = choose_impl(kernel.name)[0]
+    assert taken == ("chunked" if UNSUPPORTED["portable"]() else "portable")
+    outputs = (kernel.public(name)(*inputs) for name in ("auto", taken))
     jax.tree.map(np.testing.assert_array_equal, *outputs)
     with pytest.raises(ValueError, match=rf"cannot run here: .*JAX {jax.__version__}"):
-        kernel.public("mosaic")(*inputs)
+        kernel.public(impl)(*inputs)
 
 
 @pytest.mark.gpu
 @each_kernel_and_dtype
-def test_auto_takes_the_kernel(needs_hopper, kernel, dtype):
+def test_auto_takes_the_fastest_kernel(needs_gpu, kernel, impl, dtype):
+    fastest = "portable" if UNSUPPORTED["mosaic"]() else "mosaic"
+    assert choose_impl(kernel.name)[0] == fastest
     inputs = kernel.make(length=70, dtype=dtype)
-    assert choose_impl(kernel.name)[0] == "mosaic"
-    outputs = (kernel.public(impl)(*inputs) for impl in ("auto", "mosaic"))
+    outputs = (kernel.public(name)(*inputs) for name in ("auto", fastest))
     jax.tree.map(np.testing.assert_array_equal, *outputs)
 
 
 @pytest.mark.gpu
-@each_kernel_and_dtype
-def test_kernel_starts_segments_from_zero(needs_hopper, kernel, dtype):
-    assert_starts_segments_from_zero(kernel, dtype, 300, batch=2, heads=8, **kernel.released)
+@each_kernel
+def test_portable_kernel_lowered_for_the_oldest_gpu_gives_the_same_bits(needs_gpu, kernel, impl):
+    if impl != "portable":
+        pytest.skip("Hopper kernels need a Hopper GPU")
+    inputs = kernel.make(batch=2, length=300, heads=8, **kernel.released)
+    like_output = kernel.arguments.index("v" if "v" in kernel.arguments else "x")
+    cotangents = (inputs[like_output], inputs[-1])
+    both = lambda *z: values_and_gradients(kernel.call(impl), *z)
+    found = jax.jit(both)(inputs, cotangents)
+    jax.clear_caches()
+    with lowered_for(OLDEST):
+        older = jax.jit(both).lower(inputs, cotangents).compile()
+    jax.tree.map(np.testing.assert_array_equal, found, older(inputs, cotangents))
 
 
 @pytest.mark.gpu
 @each_kernel_and_dtype
-def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtype):
+def test_kernel_starts_segments_from_zero(needs_gpu, kernel, impl, dtype):
+    assert_starts_segments_from_zero(kernel, impl, dtype, 300, batch=2, heads=8, **kernel.released)
+
+
+@pytest.mark.gpu
+@each_kernel_and_dtype
+def test_state_carries_over_a_split_with_its_gradient(needs_gpu, kernel, impl, dtype):
     whole = (*kernel.of_heads, "initial_state")
 
     def in_two(*inputs):
@@ -124,7 +134,7 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtyp
             some = [
                 z if name in whole else z[:, tokens] for name, z in zip(kernel.arguments, inputs)
             ]
-            y, state = kernel.public("mosaic")(*some[:-1], state)
+            y, state = kernel.public(impl)(*some[:-1], state)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
 
@@ -134,61 +144,61 @@ def test_state_carries_over_a_split_with_its_gradient(needs_hopper, kernel, dtyp
 
 @pytest.mark.gpu
 @each_kernel_and_dtype
-def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_hopper, kernel, dtype):
+def test_kernel_gives_the_same_bits_alone_again_and_in_a_batch(needs_gpu, kernel, impl, dtype):
     # Too short for splits, even alone.
     inputs = kernel.make(batch=4, length=900, heads=64, dtype=dtype, **kernel.released)
     like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
     cotangents = (like_output, inputs[-1])
-    both = lambda z: values_and_gradients(kernel.public("mosaic"), z, cotangents)
+    both = lambda z: values_and_gradients(kernel.public(impl), z, cotangents)
     first = both(inputs)
     for _ in range(20):
         jax.tree.map(np.testing.assert_array_equal, first, both(inputs))
     one = [z if n in kernel.of_heads else z[1:2] for n, z in zip(kernel.arguments, inputs)]
-    for alone, among in zip(kernel.public("mosaic")(*one), first[0]):
+    for alone, among in zip(kernel.public(impl)(*one), first[0]):
         np.testing.assert_array_equal(alone, among[1:2])
 
 
 @pytest.mark.gpu
 @each_kernel_and_dtype
-def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_hopper, kernel, dtype):
+def test_kernel_keeps_nan_of_another_row_or_a_later_chunk_there(needs_gpu, kernel, impl, dtype):
     inputs = kernel.make(batch=2, length=130, heads=4, dtype=dtype)
     clean = (*kernel.of_heads, "initial_state")
     poisoned = [
         z if name in clean else z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
         for name, z in zip(kernel.arguments, inputs)
     ]
-    found, _ = kernel.public("mosaic")(*poisoned)
-    expected, _ = kernel.public("mosaic")(*inputs)
+    found, _ = kernel.public(impl)(*poisoned)
+    expected, _ = kernel.public(impl)(*inputs)
     np.testing.assert_array_equal(found[0, :128], expected[0, :128])
 
 
 @pytest.mark.gpu
 @each_kernel_and_dtype
-def test_kernel_under_vmap_equals_a_loop(needs_hopper, kernel, dtype):
+def test_kernel_under_vmap_equals_a_loop(needs_gpu, kernel, impl, dtype):
     inputs = [kernel.make(heads=4, seed=seed, dtype=dtype) for seed in range(2)]
-    together = jax.vmap(kernel.public("mosaic"))(*(jnp.stack(z) for z in zip(*inputs)))
+    together = jax.vmap(kernel.public(impl))(*(jnp.stack(z) for z in zip(*inputs)))
     for n in range(2):
-        apart = kernel.public("mosaic")(*inputs[n])
+        apart = kernel.public(impl)(*inputs[n])
         jax.tree.map(np.testing.assert_array_equal, [z[n] for z in together], list(apart))
 
 
 @pytest.mark.gpu
 @each_kernel
-def test_kernel_spread_over_devices_equals_one(needs_hopper, kernel):
+def test_kernel_spread_over_devices_equals_one(needs_gpu, kernel, impl):
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
     inputs = kernel.make(batch=2 * devices, length=130, heads=64)  # too many heads for splits
     specs = tuple(P() if name in kernel.of_heads else P("batch") for name in kernel.arguments)
     spread = jax.shard_map(
-        kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False
+        kernel.call(impl), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False
     )
-    found, expected = jax.jit(spread)(*inputs), kernel.public("mosaic")(*inputs)
+    found, expected = jax.jit(spread)(*inputs), kernel.public(impl)(*inputs)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.gpu
 @each_kernel
-def test_kernel_reaches_elements_beyond_two_to_the_31(needs_hopper, kernel):
+def test_kernel_reaches_elements_beyond_two_to_the_31(needs_gpu, kernel, impl):
     memory = jax.devices()[0].memory_stats()["bytes_limit"]
     if memory < 100e9:
         pytest.skip(f"needs 100 GB of GPU memory; this process may have {memory / 1e9:.0f} GB")
@@ -203,7 +213,7 @@ def test_kernel_reaches_elements_beyond_two_to_the_31(needs_hopper, kernel):
 
     def both(inputs):
         like_output = inputs[kernel.arguments.index("v" if "v" in kernel.arguments else "x")]
-        return values_and_gradients(kernel.public("mosaic"), inputs, (like_output, inputs[-1]))
+        return values_and_gradients(kernel.public(impl), inputs, (like_output, inputs[-1]))
 
     few = [repeat(name, z, 3, 64) for name, z in zip(kernel.arguments, some)]
     values, gradients = both(few)
@@ -219,15 +229,15 @@ def test_kernel_reaches_elements_beyond_two_to_the_31(needs_hopper, kernel):
 
 @pytest.mark.gpu
 @each_kernel
-def test_kernel_takes_more_rows_than_an_axis_of_a_grid_has(needs_hopper, kernel):
+def test_kernel_takes_more_rows_than_an_axis_of_a_grid_has(needs_gpu, kernel, impl):
     inputs = kernel.make(batch=65540, length=8, heads=2)
     last = [z if n in kernel.of_heads else z[-3:] for n, z in zip(kernel.arguments, inputs)]
     like_output = kernel.arguments.index("v" if "v" in kernel.arguments else "x")
     values, gradients = values_and_gradients(
-        kernel.public("mosaic"), inputs, (inputs[like_output], inputs[-1])
+        kernel.public(impl), inputs, (inputs[like_output], inputs[-1])
     )
     expected, of_last = values_and_gradients(
-        kernel.public("mosaic"), last, (last[like_output], last[-1])
+        kernel.public(impl), last, (last[like_output], last[-1])
     )
     jax.tree.map(lambda z, y: np.testing.assert_array_equal(z[-3:], y), values, expected)
     for name, z, y in zip(kernel.arguments, gradients, of_last):

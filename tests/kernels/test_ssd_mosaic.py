@@ -10,11 +10,13 @@ import pytest
 from gt_jax.kernels import ssd
 from gt_jax.kernels.cases import SSD_REGIMES
 from gt_jax.kernels.pallas import devices
+from tests.kernels import hopper_kernels
 from tests.kernels.accuracy import TOLERANCE, assert_accurate, errors
 from tests.kernels.hopper_kernels import SSD, too_old
 
 make, run, public = SSD.make, SSD.run, SSD.public
-each_dtype = pytest.mark.parametrize("dtype", SSD.dtypes)
+each_dtype = pytest.mark.parametrize("dtype", SSD.dtypes["mosaic"])
+each = hopper_kernels.each_dtype(SSD)
 
 
 @too_old
@@ -94,37 +96,37 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
         ssd(x, dt, A, B, C, **options)
 
 
-def assert_kernel_matches_reference(dtype, *case, **shape):
+def assert_kernel_matches_reference(impl, dtype, *case, **shape):
     inputs = make(*case, **shape, dtype=dtype)
-    assert_accurate(public("mosaic"), public("reference"), inputs, SSD.arguments, dtype)
+    assert_accurate(public(impl), public("reference"), inputs, SSD.arguments, dtype)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("N", (64, 128))
 @pytest.mark.parametrize("regime", SSD_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, N, dtype):
+def test_kernel_matches_reference_in_every_decay_regime(needs_gpu, regime, N, impl, dtype):
     shape = {"batch": 2, "length": 150, "heads": 32, "groups": 2, "N": N}
-    assert_kernel_matches_reference(dtype, regime, **shape)
+    assert_kernel_matches_reference(impl, dtype, regime, **shape)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("length", (1, 2, 15, 63, 64, 65, 127, 1000))
-def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
-    assert_kernel_matches_reference(dtype, batch=2, length=length, heads=32, N=128)
+def test_kernel_matches_reference_at_every_length(needs_gpu, length, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, batch=2, length=length, heads=32, N=128)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 24)])
-def test_few_heads_in_splits_match_reference(needs_hopper, batch, length, heads, dtype):
+def test_few_heads_in_splits_match_reference(needs_gpu, batch, length, heads, impl, dtype):
     inputs = SSD.per_token(make(batch=batch, length=length, heads=heads, N=128, dtype=dtype))
-    assert_accurate(run("mosaic"), run("reference"), inputs, SSD.arguments, dtype)
+    assert_accurate(run(impl), run("reference"), inputs, SSD.arguments, dtype)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("heads, groups", [(24, 1), (24, 24), (33, 11), (132, 2), (260, 1)])
-def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, groups, dtype):
-    assert_kernel_matches_reference(dtype, heads=heads, groups=groups, N=64)
+def test_kernel_matches_reference_for_any_number_of_heads(needs_gpu, heads, groups, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, heads=heads, groups=groups, N=64)

@@ -11,11 +11,13 @@ import pytest
 from gt_jax.kernels import wkv6
 from gt_jax.kernels.cases import LENGTHS, WKV6_REGIMES
 from gt_jax.kernels.pallas import devices
+from tests.kernels import hopper_kernels
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.hopper_kernels import WKV6, too_old
 
 make, run, public = WKV6.make, WKV6.run, WKV6.public
-each_dtype = pytest.mark.parametrize("dtype", WKV6.dtypes)
+each_dtype = pytest.mark.parametrize("dtype", WKV6.dtypes["mosaic"])
+each = hopper_kernels.each_dtype(WKV6)
 
 
 @too_old
@@ -84,41 +86,41 @@ def test_what_the_kernel_does_not_do_is_named(change, message):
         wkv6(r, k, v, w, u, **options)
 
 
-def assert_kernel_matches_reference(dtype, *case, **shape):
+def assert_kernel_matches_reference(impl, dtype, *case, **shape):
     inputs = make(*case, **shape, dtype=dtype)
-    assert_accurate(public("mosaic"), public("reference"), inputs, WKV6.arguments, dtype)
+    assert_accurate(public(impl), public("reference"), inputs, WKV6.arguments, dtype)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("K", (32, 64))
 @pytest.mark.parametrize("regime", WKV6_REGIMES)
-def test_kernel_matches_reference_in_every_decay_regime(needs_hopper, regime, K, dtype):
-    assert_kernel_matches_reference(dtype, regime, batch=2, length=150, heads=32, K=K, V=K)
+def test_kernel_matches_reference_in_every_decay_regime(needs_gpu, regime, K, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, regime, batch=2, length=150, heads=32, K=K, V=K)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("length", LENGTHS)
-def test_kernel_matches_reference_at_every_length(needs_hopper, length, dtype):
-    assert_kernel_matches_reference(dtype, batch=2, length=length, heads=32)
+def test_kernel_matches_reference_at_every_length(needs_gpu, length, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, batch=2, length=length, heads=32)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("batch, length, heads", [(1, 4096, 16), (1, 5000, 2), (2, 2048, 12)])
-def test_few_heads_in_splits_match_reference(needs_hopper, batch, length, heads, dtype):
-    assert_kernel_matches_reference(dtype, batch=batch, length=length, heads=heads)
+def test_few_heads_in_splits_match_reference(needs_gpu, batch, length, heads, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, batch=batch, length=length, heads=heads)
 
 
 @pytest.mark.gpu
-@each_dtype
+@each
 @pytest.mark.parametrize("heads", (1, 3, 132, 257))
-def test_kernel_matches_reference_for_any_number_of_heads(needs_hopper, heads, dtype):
-    assert_kernel_matches_reference(dtype, heads=heads)
+def test_kernel_matches_reference_for_any_number_of_heads(needs_gpu, heads, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, heads=heads)
 
 
 @pytest.mark.gpu
-@each_dtype
-def test_kernel_keeps_slow_channels_over_a_long_sequence(needs_hopper, dtype):
-    assert_kernel_matches_reference(dtype, "near_one", length=16384, heads=4)
+@each
+def test_kernel_keeps_slow_channels_over_a_long_sequence(needs_gpu, impl, dtype):
+    assert_kernel_matches_reference(impl, dtype, "near_one", length=16384, heads=4)

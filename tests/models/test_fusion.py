@@ -152,8 +152,8 @@ def test_a_new_fusion_trains_once_it_is_in_the_dict(monkeypatch):
 
 @pytest.fixture
 def documented(monkeypatch):
-    """The fusion that CONTRIBUTING.md shows, registered as it says."""
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
+    """The fusion that docs/add_a_fusion.md shows, registered as it says."""
+    text = (Path(__file__).parents[2] / "docs" / "add_a_fusion.md").read_text("utf-8")
     code = re.search(r"```python\n(class MambaGate.*?)```", text, re.DOTALL)[1]
     namespace = dict(vars(fusion))
     exec(code, namespace)

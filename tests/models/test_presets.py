@@ -94,6 +94,13 @@ def test_two_alike_branches_count_twice():
         assert rwkv[part] == mamba[part] == hybrid[part]
 
 
+@pytest.mark.parametrize("name", ["gf", "rwkv6", "mamba2", "gpt2", "gpt1"])
+def test_position_limit_is_the_length_of_the_position_table(name):
+    config = make_config(name, vocab_size=97, layers=1)
+    table = count_parameters(config).get("positions", 0)  # recurrent models have none
+    assert config.position_limit == (table // config.dim or None)
+
+
 def test_names_ignore_case_and_have_aliases():
     assert make_config("GF-MH", vocab_size=97) == make_config("gf-mh", vocab_size=97)
     assert make_config("8M", vocab_size=97) == make_config("medium", vocab_size=97)
@@ -114,7 +121,7 @@ def test_overrides_and_nones():
         ("gf", {"dim": 130}, "model.dim=130 must be a multiple of model.heads=4"),
         ("gf", {"dim": 144}, "model.dim=144 must be a multiple of 32"),
         ("mamba2", {"dim": 144}, "model.dim=144 must be a multiple of 32"),
-        ("gf", {"layers": 0}, "model.layers=0 must be a whole number of at least 1"),
+        ("gf", {"layers": 0}, "model.layers=0 must be at least 1"),
         ("gf", {"heads": 4.0}, "model.heads=4.0 must be a whole number"),
         ("gf", {"gate_init": 1.0}, "model.gate_init=1.0 must lie between 0 and 1"),
         ("rf", {"gate_init": 0.3}, "model.gate_init=0.3 has no meaning for model.fusion='rf'"),

@@ -71,7 +71,7 @@ def layer_norm(p, x):
 @pytest.mark.parametrize(("T", "quick"), [(1, True), (19, False), (19, True)])
 def test_time_mix_matches_the_formulas(monkeypatch, T, quick):
     for module in (layers, rwkv6):
-        monkeypatch.setattr(module, "quickly_done", lambda x: quick)
+        monkeypatch.setattr(module, "is_launch_bound", lambda x: quick)
     config = small_config(heads=4)
     x, wkv, last = (
         jax.random.normal(jax.random.key(i), shape)

@@ -1,6 +1,6 @@
 """Where the Pallas kernels can run; loads no Pallas itself.
 
-A kernel is written once. On an H100 or H200 it is compiled; inside `simulated("interpret")` it runs
+A kernel is written once. On its GPU it is compiled; inside `simulated("interpret")` it runs
 on any machine in JAX's interpreter, which checks values and races; inside `simulated("lower")` it
 may be traced and lowered for a GPU that is not there, which checks what the compiler accepts.
 """
@@ -47,15 +47,37 @@ def hopper_unsupported() -> str | None:
 
     The reason names the device, the JAX version and what is needed.
     """
-    if jax.__version_info__ < OLDEST_JAX:
-        needed = ".".join(map(str, OLDEST_JAX))
-        return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
+    return _too_old() or _other_device(
+        lambda capability: capability == (9, 0),
+        "the Hopper kernels need an H100 or H200 (compute capability 9.0)",
+    )
+
+
+def portable_unsupported() -> str | None:
+    """Why no portable kernel can run here, or None; as hopper_unsupported."""
+    return _too_old() or _other_device(
+        lambda capability: capability >= (8, 0),
+        "the portable kernels need an NVIDIA GPU since compute capability 8.0 (A100, A10, L4, RTX "
+        "30 and newer), others take impl='chunked'",
+    )
+
+
+def _too_old():
+    if jax.__version_info__ >= OLDEST_JAX:
+        return None
+    needed = ".".join(map(str, OLDEST_JAX))
+    return f"the Pallas kernels need JAX {needed} or newer; this is JAX {jax.__version__}"
+
+
+def _other_device(serves, needed):
     if simulation():
         return None
     device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        return (
-            "the Pallas kernels need a Hopper GPU (H100, H200; compute capability 9.0); "
-            f"this is {device.device_kind} under JAX {jax.__version__}"
-        )
-    return None
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability is not None:
+        if serves(tuple(map(int, capability.split(".")))):
+            return None
+        found = f"{device.device_kind} ({capability})"
+    else:
+        found = device.device_kind
+    return f"{needed}; this is {found} under JAX {jax.__version__}"

@@ -10,15 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.chunks import carry_state
-from gt_jax.kernels.pallas import launch
 
 LEAST_CHUNKS = 8  # of a split
 
 
-def choose_splits(blocks: int, chunks: int) -> int:
-    """Into how many splits each row of `chunks` chunks is cut: 1 where `blocks` fill the GPU."""
+def choose_splits(blocks: int, chunks: int, *, running: int) -> int:
+    """Into how many splits each row of `chunks` chunks is cut: 1 where `blocks` fill the GPU.
+
+    Args:
+        blocks: of the grid, of a call without splits.
+        chunks: of a row.
+        running: blocks that the GPU runs at a time.
+    """
     splits = 1
-    while 2 * splits * blocks <= launch.MULTIPROCESSORS and chunks >= 2 * splits * LEAST_CHUNKS:
+    while 2 * splits * blocks <= running and chunks >= 2 * splits * LEAST_CHUNKS:
         splits *= 2
     return splits
 

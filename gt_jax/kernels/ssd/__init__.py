@@ -47,7 +47,8 @@ def ssd(
             float32, which "mosaic" takes as sums of bfloat16 terms: good to 1e-5); "highest"
             multiplies in true float32 whatever the inputs.
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, P = 64, N = 64
-            or 128), "chunked" or "reference".
+            or 128), "portable" (the same for NVIDIA GPUs since compute capability 8.0: bfloat16,
+            any P and N), "chunked" or "reference".
 
     Returns:
         y [B, T, H, P] in x.dtype, and the state after the last token [B, H, P, N] in float32

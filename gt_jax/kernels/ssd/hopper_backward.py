@@ -24,8 +24,6 @@ from gt_jax.kernels.ssd import hopper_backward_bfloat16, hopper_backward_float32
 from gt_jax.kernels.ssd.hopper_gradients import ROWS
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 
-__all__ = ["ROWS", "backward"]
-
 
 def backward(
     size: Sizes,
@@ -55,8 +53,9 @@ def backward(
         of_start: whether the gradient of the initial state is asked for.
 
     Returns:
-        dx; dB and dC [B, chunks * CHUNK, chains, N] float32; rows [B, H, chunks, 2, CHUNK] as named
-        in ROWS; dD [B, H, CHUNK]; with of_start the gradient of the initial state.
+        dx; dB and dC [B, chunks * CHUNK, chains, N] float32; the gradients of the step size and of
+        the log decay [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the
+        initial state.
     """
     D = jnp.broadcast_to(D, (size.batch, size.heads))
 
@@ -64,7 +63,9 @@ def backward(
     def rows(x, *arrays):
         return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
 
-    return rows(x, B, C, g, dt, D, states, dy, dstate)
+    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D, states, dy, dstate)
+    of_tokens = dict(zip(ROWS, jnp.moveaxis(of_tokens, -2, 0)))
+    return dx, dB, dC, of_tokens["ddt"], of_tokens["da"], *others
 
 
 @lowered_once("size", "of_start")

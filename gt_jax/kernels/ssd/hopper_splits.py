@@ -25,7 +25,6 @@ from gt_jax.kernels.pallas.launch import (
     release_registers,
 )
 from gt_jax.kernels.pallas.products import matmul
-from gt_jax.kernels.pallas.splits import states_of_splits
 from gt_jax.kernels.pallas.terms import (
     difference,
     input_tiles_in_place,
@@ -35,6 +34,7 @@ from gt_jax.kernels.pallas.terms import (
     whole_and_terms,
 )
 from gt_jax.kernels.pallas.tiles import full, load_columns, tokens
+from gt_jax.kernels.ssd.fused import states_between
 from gt_jax.kernels.ssd.hopper_decays import decay_to_end, decays, weighed
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 
@@ -63,16 +63,7 @@ def split_states(
     Returns:
         [batch * splits, H, P, N] float32.
     """
-    if state is None:
-        state = jnp.zeros((size.batch // splits, size.heads, size.P, size.N), jnp.float32)
-    decay = jnp.exp2(jnp.sum(g[..., -1], axis=(-2, -1)))  # [batch * splits, H]
-    others = slice(1, None) if reverse else slice(-1)  # nothing follows the last split
-    decay = decay.reshape(-1, splits, size.heads)[:, others]
-    update = _additions(size, splits, x, B, g, dt, reverse)
-    update = update.reshape(-1, splits - 1, *update.shape[1:])
-    return states_of_splits(
-        decay.swapaxes(1, 2)[..., None, None], update.swapaxes(1, 2), state, reverse=reverse
-    )
+    return states_between(size, splits, _additions, x, B, g, dt, state, reverse=reverse)
 
 
 @lowered_once("size", "splits", "reverse")

@@ -42,7 +42,8 @@ def wkv6(
             float32, which "mosaic" takes as sums of two bfloat16 terms: good to 1e-5); "highest"
             multiplies in true float32 whatever the inputs.
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, K and V up to
-            64), "chunked" or "reference".
+            64), "portable" (the same for NVIDIA GPUs since compute capability 8.0: bfloat16, K and
+            V up to 64), "chunked" or "reference".
 
     Returns:
         o [B, T, H, V] in v.dtype, and the state after the last token [B, H, K, V] in float32

@@ -1,0 +1,243 @@
+"""Compiles every Pallas kernel to machine code for GPUs that are not there, on any machine.
+
+    pip install --no-deps --target FOLDER jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX \
+        nvidia-cuda-nvcc-cu12==12.9.86
+    python .ci/cross_compile.py --wheels FOLDER [--gpus 8.0 9.0] [--write TABLE.md]
+
+with the version of JAX that is installed; needs a C compiler. JAX's CUDA plugin exports
+MosaicGpuCompile, for its own bridge to PyTorch, which asks the driver for the compute capability
+and nothing else: stub_libcuda.c answers. NVIDIA's assembler refuses what a GPU has not, and reports
+registers and spills. Prints a table; fails where a kernel does not compile, spills more bytes a
+thread than MOST_SPILLED, or takes more shared memory than a block may have.
+"""
+
+import argparse
+import concurrent.futures
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+GPUS = {
+    "8.0": "A100",
+    "8.6": "A10, RTX 30",
+    "8.9": "L4, RTX 40",
+    "9.0": "H100, H200",
+    "10.0": "B200",
+    "12.0": "RTX 50",
+}
+SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
+# Bytes a thread, on the GPU where it is most; a few percent above what was found.
+MOST_SPILLED = {}
+
+# name -> (operation, implementation, dtype); the Hopper kernels are for 9.0 alone
+VARIANTS = {
+    "WKV6 portable": ("wkv6", "portable", "bfloat16"),
+    "SSD portable": ("ssd", "portable", "bfloat16"),
+    "WKV6 Hopper": ("wkv6", "mosaic", "bfloat16"),
+    "SSD Hopper": ("ssd", "mosaic", "bfloat16"),
+    "WKV6 Hopper, float32": ("wkv6", "mosaic", "float32"),
+    "SSD Hopper, float32": ("ssd", "mosaic", "float32"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--wheels", type=Path, required=True, help="where the wheels are unpacked")
+    parser.add_argument("--gpus", nargs="+", default=list(GPUS), choices=GPUS)
+    parser.add_argument("--write", type=Path, help="file that gets the table")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a process serves one GPU
+    options = parser.parse_args()
+    if options.one:
+        json.dump(compile_all(options.one, options.wheels), sys.stdout)
+        return 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for of_gpu in pool.map(lambda g: run_for(g, options), options.gpus)
+                for row in of_gpu]  # fmt: skip
+    table = as_table(rows)
+    print(table)
+    if options.write:
+        options.write.write_text(table + "\n")
+    faults = [fault for row in rows for fault in faults_of(row)]
+    print("\n".join(faults))
+    return bool(faults)
+
+
+def run_for(gpu, options):
+    command = [sys.executable, __file__, "--one", gpu, "--wheels", str(options.wheels.resolve())]
+    environment = os.environ | {"COMPUTE_CAPABILITY": gpu.replace(".", ""), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+def compile_all(gpu, wheels):
+    """Rows of the table of one GPU."""
+    compiler = prepare(wheels)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    rows = []
+    for variant, (op, impl, dtype) in VARIANTS.items():
+        if impl == "portable" or gpu == "9.0":
+            for kernel, module in kernels(op, impl, dtype, tuple(map(int, gpu.split(".")))):
+                row = {"gpu": gpu, "kernel": f"{variant}, {kernel}"} | compiled(compiler, module)
+                print(row, file=sys.stderr)
+                rows.append(row)
+    return rows
+
+
+def prepare(wheels):
+    """The plugin's compile function, with a stub driver beneath."""
+    assembler = wheels / "nvidia/cuda_nvcc/bin"
+    runtime = wheels / "jax_cuda12_plugin/libmosaic_gpu_runtime.so"
+    os.environ |= {
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_RUNTIME_LIB_PATH": str(runtime),
+        "PATH": f"{assembler}:{os.environ['PATH']}",
+    }
+    stub = Path(tempfile.mkdtemp()) / "libcuda.so.1"
+    source = Path(__file__).parent / "stub_libcuda.c"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, source], check=True
+    )
+    ctypes.CDLL(str(stub), mode=ctypes.RTLD_GLOBAL)
+    plugin = ctypes.CDLL(str(wheels / "jax_plugins/xla_cuda12/xla_cuda_plugin.so"))
+    compiler = plugin.MosaicGpuCompile
+    compiler.argtypes, compiler.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    return compiler
+
+
+def kernels(op, impl, dtype, capability):
+    """(name, serialised kernel) of everything that an implementation may launch."""
+    many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
+    yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
+    saving, backward = lowered(op, impl, dtype, capability, many)
+    yield "forward that saves", saving
+    yield "backward", backward
+    forwards, _, backwards, _ = lowered(op, impl, dtype, capability, few)
+    yield "splits, forward", forwards
+    yield "splits, backward", backwards
+
+
+def lowered(op, impl, dtype, capability, shape, *, gradient=True):
+    """Serialised kernels of one call in the order they run."""
+    import jax
+    import jax.numpy as jnp
+    from jaxlib.mlir import ir
+
+    from gt_jax import kernels
+    from gt_jax.kernels.pallas import devices
+    from gt_jax.kernels.pallas.architectures import lowered_for
+
+    B, T, H = shape
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    wide = array(B, T, H, 64, dtype=dtype)
+    if op == "wkv6":
+        inputs = [wide, wide, wide, array(B, T, H, 64), array(H, 64)]
+    else:
+        shared = array(B, T, 1, 128, dtype=dtype)
+        inputs = [wide, array(B, T, H), array(H), shared, shared]
+    function = lambda *inputs: getattr(kernels, op)(*inputs, impl=impl)
+
+    def gradients(*inputs):
+        outputs, pull_back = jax.vjp(function, *inputs)
+        return outputs, pull_back(outputs)
+
+    jax.clear_caches()
+    with devices.simulated("lower"), lowered_for(capability):
+        traced = jax.jit(gradients if gradient else function).trace(*inputs)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    found, calls = {}, []
+
+    def visit(operation):
+        if operation.name == "func.func":
+            name = ir.StringAttr(operation.attributes["sym_name"]).value
+            found[name] = operation
+        return ir.WalkResult.ADVANCE
+
+    def follow(operation):
+        """Kernels in the order of their calls; a function may be called more than once."""
+        if operation.name == "stablehlo.custom_call":
+            target = ir.StringAttr(operation.attributes["call_target_name"]).value
+            if "mosaic_gpu" in target:
+                backend = operation.attributes["mhlo.backend_config"]
+                calls.append(backend["module"].value_bytes)
+        if operation.name == "func.call":
+            callee = ir.FlatSymbolRefAttr(operation.attributes["callee"]).value
+            found[callee].walk(follow)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    found["main"].walk(follow)
+    return calls
+
+
+def compiled(compiler, module):
+    """What the assembler says of one kernel."""
+    with tempfile.TemporaryFile() as log:  # it and the stub write to the file descriptors
+        kept = os.dup(1), os.dup(2)
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+        done = compiler(module, len(module))
+        for descriptor, copy in zip((1, 2), kept):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    if done is None:
+        return {"error": "\n".join(text.splitlines()[-5:])}
+    number = lambda pattern: int((re.findall(pattern, text) or [-1])[-1])
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spilled": number(r"(\d+) bytes spill stores"),
+        "shared": number(r"(\d+) bytes of shared memory"),
+    }
+
+
+def faults_of(row):
+    who = f"{row['kernel']} for compute capability {row['gpu']}"
+    if "error" in row:
+        yield f"{who} does not compile:\n{row['error']}"
+        return
+    most = MOST_SPILLED.get(row["kernel"], 0)
+    if not 0 <= row["spilled"] <= most:
+        yield f"{who} spills {row['spilled']} bytes; MOST_SPILLED allows {most}"
+    allowed = SHARED_MEMORY[row["gpu"]] * 1024
+    if not 0 <= row["shared"] <= allowed:
+        yield f"{who} takes {row['shared']} bytes of shared memory of {allowed}"
+
+
+def as_table(rows):
+    """Markdown: a row a kernel, registers / spilled bytes of each GPU."""
+    import jax
+
+    gpus = list(dict.fromkeys(row["gpu"] for row in rows))
+    lines = [
+        "# Kernels compiled for GPUs that were not there",
+        "",
+        f"JAX {jax.__version__}; registers / bytes spilled, both of a thread, and KiB of shared "
+        "memory of a block. `python .ci/cross_compile.py` repeats it.",
+        "",
+        "| | " + " | ".join(f"{gpu} ({GPUS[gpu]})" for gpu in gpus) + " | shared memory |",
+        "|---" * (len(gpus) + 2) + "|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        of_kernel = {row["gpu"]: row for row in rows if row["kernel"] == kernel}
+        cells = []
+        for gpu in gpus:
+            row = of_kernel.get(gpu)
+            if row is None:
+                cells.append("")
+            else:
+                cells.append(
+                    "fails" if "error" in row else f"{row['registers']} / {row['spilled']}"
+                )
+        shared = max(row.get("shared", -1) for row in of_kernel.values())
+        lines.append(f"| {kernel} | " + " | ".join(cells) + f" | {shared / 1024:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

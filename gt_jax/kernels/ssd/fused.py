@@ -1,0 +1,139 @@
+"""What is alike around all fused SSD kernels: padding, splits, the gradient."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gt_jax.kernels.pallas.launch import CHUNK, keep
+from gt_jax.kernels.pallas.splits import states_of_splits
+from gt_jax.kernels.ssd.hopper_decays import by_chunk, by_token, log2_decays
+from gt_jax.kernels.ssd.hopper_sizes import Sizes, sizes_of
+
+_P, _N = 64, (64, 128)
+SIZES = f"P={_P} and N={' or '.join(map(str, _N))}"
+
+
+class Kernels(NamedTuple):
+    """The kernels for one kind of GPU, and what they ask of a call."""
+
+    forward: Callable[..., Any]  # (x, B, C, g, dt, D, state, save=) -> (y, final state, *saved)
+    backward: Callable[..., Any]  # (size, x, B, C, g, dt, D, *saved, dy, dstate, of_start=)
+    split_states: Callable[..., Any]  # (size, splits, x, B, g, dt, state, reverse=) -> states
+    dtypes: tuple[jnp.dtype, ...]  # of x, B and C
+    tokens: int  # their number is a multiple of it
+    splits: Callable[[Sizes], int]  # of a sequence
+
+
+def call(
+    kernels: Kernels,
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array | None,
+    resets: jax.Array | None,
+    precision: str,
+) -> tuple[jax.Array, jax.Array]:
+    """SSD by fused kernels; arguments and results as of `ssd_reference`.
+
+    Raises:
+        NotImplementedError: a dtype or a size is not supported (says which).
+    """
+    reason = _refusal(kernels, x, dt, B, precision)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    if resets is not None:
+        a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
+    D = jnp.zeros(x.shape[2], jnp.float32) if D is None else D.astype(jnp.float32)
+    length = x.shape[1]
+    size = sizes_of(x, B)
+    splits = kernels.splits(size)
+    # Splits are whole chunks.
+    end = (0, -length % (kernels.tokens if splits == 1 else splits * max(CHUNK, kernels.tokens)))
+    x, dt, a, B, C = (_as_rows(z, end, splits) for z in (x, dt, a, B, C))
+    y, final_state = _ssd(kernels, splits, x, dt, a, B, C, D, initial_state)
+    return y.reshape(-1, length + end[1], *y.shape[2:])[:, :length], final_state
+
+
+def _as_rows(z, end, splits):
+    """[B, T, ...] -> [B * splits, T / splits, ...] after padding."""
+    if end != (0, 0):
+        z = jnp.pad(z, ((0, 0), end) + ((0, 0),) * (z.ndim - 2))
+    return z.reshape(z.shape[0] * splits, -1, *z.shape[2:])
+
+
+def _refusal(kernels, x, dt, B, precision):
+    """What of a call the kernel does not do, or None; states have the dtype of dt."""
+    P, N = x.shape[-1], B.shape[-1]
+    if x.dtype not in kernels.dtypes or dt.dtype != jnp.float32:
+        dtypes = " or ".join(map(str, kernels.dtypes))
+        return f"the kernel is for {dtypes} x with a float32 state; these are {x.dtype}, {dt.dtype}"
+    if precision == "highest":
+        return "the kernel multiplies bfloat16 terms; precision='highest' asks for float32"
+    if P != _P or N not in _N:
+        return f"the kernel is for {SIZES}; this call has P={P}, N={N}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ssd(kernels, splits, x, dt, a, B, C, D, state):
+    """y and final state; x, dt, a, B and C have the splits as rows of the batch."""
+    return _ssd_forward(kernels, splits, x, dt, a, B, C, D, state, save=False)[0]
+
+
+def _ssd_forward(kernels, splits, x, dt, a, B, C, D, state, *, save=True):
+    size = sizes_of(x, B)
+    g, dt = log2_decays(a, size), by_chunk(dt, size)
+    start = state
+    if splits > 1:
+        start = kernels.split_states(size, splits, x, B, g, dt, start)
+    y, final, *states = keep(kernels.forward(x, B, C, g, dt, D, start, save=save))
+    wanted = None if state is None else ()  # residuals tell apart by structure what is not traced
+    return (y, final[splits - 1 :: splits]), (x, B, C, g, dt, D, wanted, states)
+
+
+def _ssd_backward(kernels, splits, residuals, cotangents):
+    x, B, C, g, dt, D, wanted, states = residuals
+    size = sizes_of(x, B)
+    dy, dstate = cotangents
+    if splits > 1:
+        dstate = kernels.split_states(size, splits, dy, C, g, None, dstate, reverse=True)
+    dx, dB, dC, ddt, da, dD, *dstart = kernels.backward(
+        size, x, B, C, g, dt, D, *states, dy, dstate, of_start=wanted is not None
+    )
+    dB, dC = (_sum_chains(z, size).astype(B.dtype) for z in (dB, dC))
+    ddt, da = by_token(ddt, size), by_token(da, size)
+    dstate = dstart[0][::splits] if dstart else None
+    return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
+
+
+def _sum_chains(z, size):
+    """[B, T, chains, N] -> [B, T, G, N], summed over the chains of a group."""
+    z = z[:, : size.length].reshape(size.batch, size.length, size.groups, -1, size.N)
+    return jnp.sum(z, axis=3)
+
+
+def states_between(size, splits, additions, x, B, g, dt, state, *, reverse):
+    """The state that each split starts from (ends with if reverse); see hopper_splits.py.
+
+    additions: (size, splits, x, B, g, dt, reverse) -> what all splits but the last (first if
+        reverse) add to their states, [rows, H, P, N] float32.
+    """
+    if state is None:
+        state = jnp.zeros((size.batch // splits, size.heads, size.P, size.N), jnp.float32)
+    decay = jnp.exp2(jnp.sum(g[..., -1], axis=(-2, -1)))  # [batch * splits, H]
+    others = slice(1, None) if reverse else slice(-1)  # nothing follows the last split
+    decay = decay.reshape(-1, splits, size.heads)[:, others]
+    update = additions(size, splits, x, B, g, dt, reverse)
+    update = update.reshape(-1, splits - 1, *update.shape[1:])
+    return states_of_splits(
+        decay.swapaxes(1, 2)[..., None, None], update.swapaxes(1, 2), state, reverse=reverse
+    )

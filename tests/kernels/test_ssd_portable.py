@@ -1,0 +1,83 @@
+"""The portable kernels of SSD: right in the interpreter, lowered for every kind of GPU.
+
+What all Pallas kernels do alike is in test_mosaic.py, how they do on a GPU in test_ssd_mosaic.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.kernels import ssd
+from gt_jax.kernels.cases import SSD_REGIMES, ssd_inputs
+from gt_jax.kernels.pallas import devices
+from gt_jax.kernels.pallas.architectures import lowered_for
+from tests.kernels.accuracy import assert_accurate
+from tests.kernels.hopper_kernels import SSD, too_old
+
+pytestmark = too_old
+# One function for all tests, so that the same shapes are compiled once.
+portable, reference = SSD.run("portable"), SSD.run("reference")
+
+
+def make(regime="typical", length=100, heads=2, groups=1, P=64, N=64):
+    arrays = ssd_inputs(regime, 1, length, heads, groups, P, N)
+    types = {0: "bfloat16", 3: "bfloat16", 4: "bfloat16"}
+    return SSD.per_token([jnp.asarray(z, types.get(n, "float32")) for n, z in enumerate(arrays)])
+
+
+@pytest.mark.parametrize("regime", SSD_REGIMES)
+def test_interpreted_kernel_matches_reference_in_every_decay_regime(
+    float64_in_every_thread, regime
+):
+    with devices.simulated("interpret"):
+        assert_accurate(portable, reference, make(regime), SSD.arguments, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "length, heads, groups, P, N",
+    [(1, 1, 1, 64, 128), (130, 2, 2, 32, 16), (64, 2, 1, 128, 64), (65, 2, 1, 64, 256)],
+)
+def test_interpreted_kernel_matches_reference_for_every_size(
+    float64_in_every_thread, length, heads, groups, P, N
+):
+    with devices.simulated("interpret"):
+        inputs = make("wide", length, heads, groups, P, N)
+        assert_accurate(portable, reference, inputs, SSD.arguments, "bfloat16")
+
+
+def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_in_every_thread):
+    x, dt, a, B, C, D, state = make(length=65)
+    with devices.simulated("interpret"):
+        _, final_state = portable(0 * x, dt, 0 * a, B, C, D, state)
+    np.testing.assert_array_equal(final_state, state)
+
+
+# .ci/cross_compile.py compiles for all of them.
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+def test_kernels_lower_for_every_kind_of_gpu(capability):
+    inputs = make(length=1024, heads=4, groups=2, N=128)  # in splits
+
+    def gradients(*arrays):
+        outputs, pull_back = jax.vjp(portable, *arrays)
+        return outputs, pull_back(outputs)
+
+    jax.clear_caches()
+    with devices.simulated("lower"), lowered_for(capability):
+        jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": jnp.float32}, "for bfloat16 x with a float32 state; these are float32, float32"),
+        ({"dtype": jnp.float16}, "for bfloat16 x with a float32 state; these are float16, float32"),
+        ({"precision": "highest"}, "precision='highest'"),
+    ],
+)
+def test_what_the_kernel_does_not_do_is_named(change, message):
+    x, dt, A, B, C, *_ = SSD.make(length=8)
+    x, B, C = (z.astype(change.get("dtype", z.dtype)) for z in (x, B, C))
+    options = {"precision": change.get("precision", "default"), "impl": "portable"}
+    with devices.simulated("lower"), pytest.raises(ValueError, match=message):
+        ssd(x, dt, A, B, C, **options)
