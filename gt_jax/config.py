@@ -119,9 +119,7 @@ class Optim:
     b1: float = setting(0.9, "decay of the mean of gradients", BELOW_ONE)
     b2: float = setting(0.95, "decay of the mean of their squares", BELOW_ONE)
     eps: float = setting(1e-8, "added to the root of that mean", ABOVE_ZERO)
-    moments_dtype: str = setting(
-        "float32", "of Adam's two moments at rest", choices=("float32", "bfloat16")
-    )
+    moments_dtype: str = setting("float32", "of AdamW's two", choices=("float32", "bfloat16"))
     clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)
     lr_multipliers: Multipliers = setting(Multipliers, "of the learning rate, by part of the model")
     grad_accumulation: int = setting(
@@ -145,9 +143,7 @@ class Train:
     rwkv_dropout_start: float = setting(
         0.0, "chance that a block drops its RWKV branch, at step 0", BELOW_ONE
     )
-    rwkv_dropout_end: float = setting(
-        0.0, "the same at the last step; linear in between", BELOW_ONE
-    )
+    rwkv_dropout_end: float = setting(0.0, "at the last step; linear in between", BELOW_ONE)
     eval_every: int = setting(
         100, "steps between evaluations; 0 for none before the end", NOT_NEGATIVE
     )

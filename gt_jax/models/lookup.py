@@ -60,7 +60,7 @@ def sum_by_index(rows, index, size):
     # Sums inside a block, [M, C, D]: each stands where its index first occurs there.
     equal = blocks[:, :, None] == blocks[:, None, :]
     sums = _product("mij,mjd->mid", equal, rows)
-    # An index that goes on into other blocks is what they begin with: for each block, [M, D], the
+    # An index that continues into other blocks is what they begin with: for each block, [M, D], the
     # sum of what it and all blocks before it hold of its first index, if they begin with it too.
     begins = blocks[:, 0]
     before = jnp.tri(len(begins), dtype=bool) & (begins[:, None] == begins)
