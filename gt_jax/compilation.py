@@ -1,5 +1,6 @@
 """How programs are compiled: options of XLA with their reasons, a cache on disk, threads."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -103,7 +104,8 @@ def _say_first_hit(path: Path) -> None:
         if event == "/jax/compilation_cache/cache_hits" and not said.is_set():
             said.set()
             line = f"compiled programs come from {path} (--compile_cache=none compiles anew)"
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody may be reading
+                print(line, file=sys.stderr, flush=True)
 
     jax.monitoring.register_event_listener(on_event)
 

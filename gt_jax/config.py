@@ -120,9 +120,7 @@ class Optim:
     b2: float = setting(0.95, "decay of the mean of their squares", BELOW_ONE)
     eps: float = setting(1e-8, "added to the root of that mean", ABOVE_ZERO)
     moments_dtype: str = setting(
-        "float32",
-        "of Adam's moments at rest; bfloat16 halves them",
-        choices=("float32", "bfloat16"),
+        "float32", "of Adam's two moments at rest", choices=("float32", "bfloat16")
     )
     clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)
     lr_multipliers: Multipliers = setting(Multipliers, "of the learning rate, by part of the model")

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
         if config.train.sample_prompt:
             named = "train.sample_prompt"
             prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
-        state = first_state(job, folder, about)
+        make_state = functools.partial(first_state, job, folder, about)
         _introduce(job, start)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
@@ -91,15 +92,16 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
         else:
             listening = contextlib.nullcontext()
         with listening, Writer(workdir, keep=config.checkpoint.keep) as writer:
-            step = _loop(job, state, prompt, progress, start, stop, writer, speed, began)
+            step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
             writer.finish(best_step=progress.best_step)
             _draw(job)
         stop.work_to_lose = False
         _conclude(job, progress, step, stop, speed, time.perf_counter() - began)
+        wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
 
 
-def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) -> int:
+def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, began) -> int:
     """Train from step `start` until the last one or a stop. Returns the steps done.
 
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
@@ -107,12 +109,11 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
     """
     config, workdir, steps = job.config, job.workdir, job.config.train.steps
     numbers = next((row for row in read_metrics(workdir) if row["step"] == start), {})
-    metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
-    samples = Samples(workdir, start=start)
-    carry = job.model.init_state(config.train.batch_size) if config.train.carry_state else None
+    carry = None
+    if config.train.carry_state:
+        carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
     finite = FiniteWatch(config)
-    report = functools.partial(_report, job, speed, metrics)
     row = None
 
     def save():
@@ -127,7 +128,15 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
         }
         writer.save(state, about, best_step=progress.best_step)
 
-    with contextlib.closing(metrics), Display(start=start, steps=steps) as display:
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(start=start, steps=steps))
+        state = make_state()  # before anything is cut off behind `start`
+        metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
+        stack.enter_context(contextlib.closing(metrics))
+        samples = Samples(workdir, start=start)
+        report = functools.partial(_report, job, speed, metrics)
+        if job.compiling:
+            display.wait_for(job.compiling["train"], began)
         for step in range(start or 1, steps + 1):
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start

@@ -8,11 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _closed = None  # the standard output whose reader has left
 
@@ -49,7 +56,10 @@ def _dropping():
 
 
 class Display:
-    """A progress bar on a terminal, plain lines everywhere else; a context manager."""
+    """A progress bar on a terminal, plain lines everywhere else; a context manager.
+
+    Begins with "compiling", on a terminal with the seconds since.
+    """
 
     def __init__(self, *, start: int, steps: int):
         self._steps = steps
@@ -59,6 +69,7 @@ class Display:
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
                 TextColumn("{task.description}"),
+                TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=Console(highlight=False))
@@ -68,12 +79,31 @@ class Display:
         if self._progress:
             with _dropping():
                 self._progress.start()
+        else:
+            say("compiling")
         return self
 
     def __exit__(self, *_):
         if self._progress:
             with _dropping():
                 self._progress.stop()
+
+    def wait_for(self, program: Future, began: float) -> None:
+        """Say "compiling" until a program is ready, then after how long it was.
+
+        Args:
+            program: from `gt_jax.compilation.compile_side_by_side`.
+            began: when the run did, as time.perf_counter() gives it.
+
+        Raises:
+            Exception: what lowering or compiling raised.
+        """
+        program.result()
+        ready = f"compiled {time.perf_counter() - began:.0f} s after the start"
+        if self._progress:
+            self._progress.update(self._task, description=ready)
+        else:
+            say(ready)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from gt_jax import checkpoint
+from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
@@ -42,13 +43,17 @@ class Job(NamedTuple):
     model: Any
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
-    make_state: Callable  # random key -> TrainState
+    make_state: Callable  # random key -> TrainState, to be traced
+    fresh_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
+    compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
 
 
 def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
-    """Read the text, make the model and its steps; nothing large is allocated or compiled.
+    """Read the text, make the model, and begin to compile its steps in threads.
+
+    Nothing large is allocated.
 
     Args:
         config, workdir: of the run.
@@ -76,15 +81,12 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         **shape,
     )
 
-    # Model, optimizer, steps to compile.
+    # Model and programs.
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
     model = make_model(model_config)
-    schedule = make_schedule(config.optim, config.train.steps)
-    tx = make_optimizer(config.optim, schedule)
-    make_step = functools.partial(make_train_step, model, tx, schedule, config)
     return Job(
         config=config,
         workdir=workdir,
@@ -97,15 +99,48 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
-        make_state=jax.jit(
-            functools.partial(init_state, model, tx, config),
-            out_shardings=parallel.state_sharding(mesh),
-        ),
-        train_step=parallel.compile_train_step(
-            make_step, mesh, config.parallel.mode, parameters=counts["total"]
-        ),
-        eval_step=parallel.compile_eval_step(make_eval_step(model), mesh),
+        **_programs(config, mesh, model, counts["total"], batches, held_out, resumes=bool(about)),
     )
+
+
+def _programs(config: Config, mesh, model, parameters, batches, held_out, *, resumes: bool) -> dict:
+    """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    make_step = functools.partial(make_train_step, model, tx, schedule, config)
+    mode = config.parallel.mode
+    train_step = parallel.compile_train_step(make_step, mesh, mode, parameters=parameters)
+    make_state = jax.jit(
+        functools.partial(init_state, model, tx, config),
+        out_shardings=parallel.state_sharding(mesh),
+    )
+    eval_step = make_eval_step(model)
+    if mode != "jit":
+        return {
+            "make_state": make_state,
+            "fresh_state": make_state,
+            "train_step": train_step,
+            "eval_step": parallel.compile_eval_step(eval_step, mesh),
+            "compiling": {},
+        }
+    start, example = batches.state(), next(batches)
+    batches.restore(start)
+    carry = None
+    if config.train.carry_state:
+        carry = jax.eval_shape(lambda: model.init_state(config.train.batch_size))
+    examples = example, held_out[0]
+    programs = parallel.lower_programs(make_state, train_step, eval_step, mesh, examples, carry)
+    if resumes:
+        del programs["init"]
+    compiling = compilation.compile_side_by_side(programs)
+    ready = {name: compilation.when_ready(program) for name, program in compiling.items()}
+    return {
+        "make_state": make_state,
+        "fresh_state": ready.get("init"),
+        "train_step": ready["train"],
+        "eval_step": parallel.put_batches(ready["evaluate"], mesh),
+        "compiling": compiling,
+    }
 
 
 def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState:
@@ -118,7 +153,8 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
         state = restore(folder, jax.eval_shape(job.make_state, key))
         job.batches.restore(about["batches"])
         return state
-    state = job.make_state(key)
+    assert job.fresh_state
+    state = job.fresh_state(key)
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from)
         sharding = parallel.state_sharding(job.mesh).params

@@ -65,8 +65,12 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str, *, parameters
 
 def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
     """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
-    jitted = _jit_eval_step(eval_step, mesh)
-    return lambda params, batch, carry: jitted(params, put_batch(batch, mesh), carry)
+    return put_batches(_jit_eval_step(eval_step, mesh), mesh)
+
+
+def put_batches(eval_step, mesh: Mesh):
+    """The eval step of `lower_programs`, compiled, with the batch as NumPy rows of all devices."""
+    return lambda params, batch, carry: eval_step(params, put_batch(batch, mesh), carry)
 
 
 def lower_programs(make_state, train_step, eval_step, mesh: Mesh, batches, carry) -> dict:
@@ -114,7 +118,10 @@ def _jit_eval_step(eval_step, mesh: Mesh):
         sums, carry = eval_step(params, batch, carry)
         return jax.lax.psum(sums, "batch"), carry
 
-    return jax.jit(_by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)))
+    return jax.jit(
+        _by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)),
+        out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)),
+    )
 
 
 def prefetch(
@@ -138,6 +145,11 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, _own_rows(x), x.shape), batch
     )
+
+
+def put_rows(tree, mesh: Mesh):
+    """Arrays [B, ...] of the whole batch on the devices, rows spread over them."""
+    return jax.device_put(tree, NamedSharding(mesh, P("batch")))
 
 
 def _by_rows(step, mesh: Mesh, in_specs, out_specs):

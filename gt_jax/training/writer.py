@@ -150,8 +150,18 @@ def restore(folder: Path, like: TrainState) -> TrainState:
     Raises:
         InputError: the checkpoint is damaged, or of a model or optimizer of another shape.
     """
-    parts = {name: read_tree(folder, name, part) for name, part in _parts(like).items()}
-    state = TrainState(params=parts["params"], **parts["training"])
+    parts = _parts(like)
+    params = read_tree(folder, "params", parts["params"])
+    try:
+        training = read_tree(folder, "training", parts["training"])
+    except Damaged:
+        raise
+    except InputError as error:  # of other shapes, though the parameters and the config are alike
+        raise InputError(
+            f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
+            f"begin another run with its weights: --config.model.init_from={folder}"
+        ) from error
+    state = TrainState(params=params, **training)
     if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
         raise InputError(
             f"{folder} holds the state of step {int(state.step)}: a copy under another number; "

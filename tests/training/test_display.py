@@ -1,4 +1,11 @@
+import io
+import re
+import sys
+import threading
 import time
+from concurrent.futures import Future
+
+import pytest
 
 from gt_jax.training.display import Display, Speed
 
@@ -25,4 +32,40 @@ def test_lines_and_numbers_are_plain_text_off_a_terminal(capsys):
     with Display(start=0, steps=9) as display:
         display.numbers(3, "loss 1.0")
         display.line("[a] note")
-    assert capsys.readouterr().out == "step 3/9  loss 1.0\n[a] note\n"
+    assert capsys.readouterr().out == "compiling\nstep 3/9  loss 1.0\n[a] note\n"
+
+
+def clean(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_display_says_compiling_and_for_how_long_until_the_program_is_there(
+    terminal, monkeypatch, capsys
+):
+    if terminal:
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+    program = Future()
+    threading.Timer(1.6, program.set_result, [print]).start()
+    with Display(start=0, steps=9) as display:
+        display.wait_for(program, time.perf_counter() - 40)
+    said = sys.stdout.getvalue() if terminal else capsys.readouterr().out
+    if terminal:
+        assert re.search(
+            r"compiling\S* 0:00:01.*compiled 4[1-9] s after the start", clean(said), re.S
+        )
+    else:
+        assert re.fullmatch(r"compiling\ncompiled 4[1-9] s after the start\n", said)
+
+
+def test_display_raises_what_compiling_raised():
+    program = Future()
+    program.set_exception(ValueError("no such program"))
+    with Display(start=0, steps=9) as display, pytest.raises(ValueError, match="no such program"):
+        display.wait_for(program, time.perf_counter())

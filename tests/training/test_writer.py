@@ -159,6 +159,17 @@ def test_run_that_breaks_down_finishes_the_checkpoint_under_way(tmp_path, state)
     assert not list(tmp_path.rglob("*tmp*"))
 
 
+def test_optimizer_of_an_earlier_version_is_no_damage_and_named(tmp_path, state, capsys):
+    joined = lambda groups: {name: group["joined"] for name, group in groups.items()}
+    mu, nu = joined(state.opt_state.mu), joined(state.opt_state.nu)
+    save(tmp_path, state.replace(opt_state=state.opt_state._replace(mu=mu, nu=nu)), [3, 7])
+    folder, _ = newest(tmp_path)
+    with pytest.raises(InputError, match=r"earlier version.*--config\.model\.init_from=") as error:
+        restore(folder, state)
+    assert not isinstance(error.value, checkpoint.Damaged) and "\n" not in str(error.value)
+    assert kept(tmp_path) == [3, 7] and capsys.readouterr().out == ""
+
+
 def test_checkpoint_of_another_model_is_refused(tmp_path, state):
     save(tmp_path, state, [1])
     folder = checkpoint.find(tmp_path)
