@@ -103,9 +103,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     )
 
 
-def _programs(
-    config: Config, mesh: Mesh, model, parameters: int, batches, held_out, *, resumes: bool
-) -> dict[str, Any]:
+def _programs(config: Config, mesh, model, parameters, batches, held_out, *, resumes: bool) -> dict:
     """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
