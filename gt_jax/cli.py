@@ -64,11 +64,14 @@ def _status(main, verbose: bool) -> int | None:
         with contextlib.suppress(OSError, ValueError):  # else Python flushes at exit, and fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         if verbose:
             raise
+        said = " ".join(str(error).split())
+        if isinstance(error, MemoryError):
+            said = f"this machine's memory is full ({said or 'no more'}); lower sizes or batch_size"
         with contextlib.suppress(OSError):
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", said, file=sys.stderr)
         return 1
 
 

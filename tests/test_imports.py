@@ -23,7 +23,7 @@ ALLOWED = {
     "suggestions": set(),
     "models": {"kernels", "settings"},
     "config": {"models", "settings", "suggestions"},
-    "config_files": set(),
+    "config_files": {"config"},
     "cli": {"config", "config_files", "suggestions"},
     "__main__": set(),
     "stored": {"config", "data", "models"},
@@ -39,7 +39,7 @@ ALLOWED = {
     "evaluate": {"checkpoint", "cli", "config", "data", "scoring", "training"},
     "harness": {"checkpoint", "cli", "scoring"},
     "canaries": {"checkpoint", "cli", "models", "scoring"},
-    "inspect": {"analysis", "checkpoint", "cli", "models", "scoring"},
+    "inspect": {"analysis", "checkpoint", "cli", "data", "models", "scoring"},
     "train": {
         "checkpoint",
         "cli",
