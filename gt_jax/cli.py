@@ -102,7 +102,11 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
             print(f"  --{name}: {flags[name].help}")
         return False
     if rest:
-        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
+        is_config = "config" in flags and rest[0].endswith(".py")
+        hint = (
+            f"did you mean --config={rest[0]}?" if is_config else "flags are written --name=value"
+        )
+        raise InputError(f"{rest[0]} is not a flag; {hint}")
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
