@@ -52,6 +52,8 @@ def check_ids(model, texts) -> None:
     size = model.config.vocab_size
     for ids in texts:
         ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"token ids must be whole numbers, not {ids.dtype}")
         outside = ids[(ids < 0) | (ids >= size)]
         if outside.size:
             raise InputError(
