@@ -24,13 +24,13 @@ from etils import epath  # comes with orbax-checkpoint
 from gt_jax import stored
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
+from gt_jax.data.files import small
 from gt_jax.errors import InputError, one_line
 from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 FOLDER = "checkpoints"
 FORMAT = 2  # In `about`: files.json belongs to it and has checksums. Older ones do not say.
 _CHUNK = 1 << 22  # bytes read at once for a checksum
-_LARGEST_JSON = 1 << 28  # bytes; a tokenizer's vocabulary may have some 30 MB
 
 
 class Damaged(InputError):
@@ -71,13 +71,15 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:
         Damaged: a file is missing, cut off or has other bytes than were written.
     """
     try:
-        files = json.loads(_read_text(folder / "files.json"))
+        files = json.loads(small(folder / "files.json").read_text())
         # Before format 2, a size alone.
         sums = {n: v if isinstance(v, list) else [v, None] for n, v in files.items()}
     except FileNotFoundError:
         sums = {}  # `read_about` knows whether there should be one.
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(folder, f"files.json: {one_line(error)}") from error
+        raise _damaged(
+            folder, f"files.json: {one_line(getattr(error, 'strerror', None) or error)}"
+        ) from error
     sums = {n: v for n, v in sums.items() if parts is None or n.split("/")[0] in parts}
     for path in folder.rglob("*"):  # Reading a pipe or device might never end.
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -101,13 +103,15 @@ def read_about(folder: Path) -> dict:
     """
     verify(folder, ("about",))
     try:
-        about = json.loads(_read_text(folder / "about" / "metadata"))
+        about = json.loads(small(folder / "about" / "metadata").read_text())
         if about.get("format", 1) >= FORMAT and not (folder / "files.json").is_file():
             raise _damaged(folder, "files.json is missing")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
-        raise _damaged(folder, f"about/metadata: {one_line(error)}") from error
+        raise _damaged(
+            folder, f"about/metadata: {one_line(getattr(error, 'strerror', None) or error)}"
+        ) from error
     step = about.get("step")
     if folder.parent.name == FOLDER and step is not None and folder.name != str(step):
         raise Damaged(
@@ -197,15 +201,6 @@ def seal(folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         sums = dict(zip(files, pool.map(_checksum, files.values())))
     replace_file(folder / "files.json", json.dumps(sums, indent=1).encode())
-
-
-def _read_text(file: Path) -> str:
-    """The text of a file; ValueError if it cannot be one of ours."""
-    if file.exists() and not file.is_file():
-        raise ValueError("is no regular file")
-    if file.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
-    return file.read_text()
 
 
 def _checksum(file: Path) -> list[int]:

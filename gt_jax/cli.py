@@ -66,11 +66,14 @@ def _status(main, verbose: bool) -> int | None:
         with contextlib.suppress(OSError, ValueError):  # else Python flushes at exit, and fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         if verbose:
             raise
+        said = " ".join(str(error).split())
+        if isinstance(error, MemoryError):
+            said = f"this machine's memory is full ({said or 'no more'}); lower sizes or batch_size"
         with contextlib.suppress(OSError):
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", said, file=sys.stderr)
         return 1
 
 
@@ -111,7 +114,11 @@ def parse(
             print(f"  --{name}: {flags[name].help}")
         return False
     if rest:
-        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
+        is_config = "config" in flags and rest[0].endswith(".py")
+        hint = (
+            f"did you mean --config={rest[0]}?" if is_config else "flags are written --name=value"
+        )
+        raise InputError(f"{rest[0]} is not a flag; {hint}")
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")

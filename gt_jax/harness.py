@@ -251,7 +251,10 @@ def register() -> type:
 
 def _stops(settings) -> list[str]:
     until = settings.get("until") or []
-    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list | tuple) or not all(isinstance(s, str | None) for s in until):
+        raise InputError(f"until={until!r} must be strings; correct the task or --gen_kwargs")
+    return [stop for stop in until if stop]
 
 
 def _limit(settings, prompt_length) -> int:
@@ -259,20 +262,33 @@ def _limit(settings, prompt_length) -> int:
     sampled, temperature = settings.get("do_sample"), settings.get("temperature")
     if sampled is None:
         sampled = bool(temperature)
-    if sampled and (temperature is None or float(temperature) > 0):
+    if sampled and (temperature is None or _number("temperature", temperature, float) > 0):
         raise InputError("this adapter generates greedily; run with --gen_kwargs do_sample=False")
     if settings.get("max_length") is not None:  # of prompt and continuation
-        limit, name = int(settings["max_length"]) - prompt_length, "max_length"
+        name = "max_length"
+        limit = _number(name, settings[name], int) - prompt_length
     else:
         given = [name for name in _LIMITS if settings.get(name) is not None]
         name = given[0] if given else _LIMITS[0]
-        limit = int(settings.get(name) if given else _MAX_TOKENS)
+        limit = _number(name, settings[name], int) if given else _MAX_TOKENS
     if limit < 1:
         raise InputError(
             f"{name}={settings[name]} leaves no token to generate after a prompt of "
             f"{prompt_length}; raise it"
         )
     return limit
+
+
+def _number(name, value, kind):
+    """value as a number of a kind; a text may hold it, as on the command line."""
+    try:
+        number = kind(value)
+        if number == float(value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    wanted = "a whole number" if kind is int else "a number"
+    raise InputError(f"{name}={value!r} must be {wanted}; correct the task or --gen_kwargs")
 
 
 def main(argv: list[str]) -> None:

@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 
 from gt_jax import analysis, checkpoint, cli
 from gt_jax.data.base import Tokenizer
+from gt_jax.data.files import small
 from gt_jax.errors import InputError
 from gt_jax.models import LanguageModel, ModelConfig, count_parameters
 from gt_jax.scoring import loss_unit
@@ -130,7 +131,7 @@ def read_text(flags: absl_flags.FlagValues) -> tuple[str, str]:
     else:
         name = f"--file={flags.file}"
         try:
-            text = Path(flags.file).read_text("utf-8")
+            text = small(Path(flags.file)).read_text("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{name} is not UTF-8 text; convert it first") from error
         except OSError as error:

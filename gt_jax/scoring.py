@@ -51,6 +51,8 @@ def check_ids(model: LanguageModel, texts: Iterable[Ids]) -> None:
     size = model.config.vocab_size
     for ids in texts:
         ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"token ids must be whole numbers, not {ids.dtype}")
         outside = ids[(ids < 0) | (ids >= size)]
         if outside.size:
             raise InputError(

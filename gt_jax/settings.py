@@ -30,6 +30,7 @@ NOT_NEGATIVE = Range(lambda v: v >= 0, "0 or more")
 ABOVE_ZERO = Range(lambda v: v > 0, "above 0")
 FRACTION = Range(lambda v: 0 < v < 1, "above 0 and below 1")
 SHARE = Range(lambda v: 0 <= v <= 1, "between 0 and 1")
+LARGEST = 2**31 - 1  # of whole numbers: they become int32 on the device
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
 
 
@@ -100,6 +101,8 @@ def _check_value(value, metadata, name: str) -> None:
     within, choices = metadata.get("within"), metadata.get("choices")
     if within and not within.test(value):
         raise InputError(f"{name}={value} must be {within.wanted}")
+    if within in (POSITIVE, NOT_NEGATIVE) and isinstance(value, int) and value > LARGEST:
+        raise InputError(f"{name}={value} must be at most {LARGEST}")
     if choices:
         check_choice(name, value, choices)
 

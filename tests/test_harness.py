@@ -126,6 +126,26 @@ def test_what_it_cannot_do_is_said(folder, adapter):
         harness.start_id(IdTokenizer(29))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"until": 3},
+        {"until": [b"x"]},
+        {"max_gen_toks": "x"},
+        {"max_gen_toks": float("nan")},
+        {"max_gen_toks": 2.5},
+        {"max_new_tokens": [1]},
+        {"max_length": "x"},
+        {"temperature": "x"},
+    ],
+)
+def test_settings_of_another_type_name_field_and_value(settings, adapter):
+    [(name, value)] = settings.items()
+    with pytest.raises(InputError) as error:
+        adapter.generate_until(requests(("a", settings)))
+    assert str(error.value).startswith(f"{name}={value!r} must be ")
+
+
 def test_harness_that_is_missing_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)

@@ -24,7 +24,7 @@ ALLOWED = {
     "suggestions": set(),
     "models": {"kernels", "settings"},
     "config": {"models", "settings", "suggestions"},
-    "config_files": set(),
+    "config_files": {"config"},
     "cli": {"compilation", "config", "config_files", "suggestions"},
     "__main__": set(),
     "stored": {"config", "data", "models"},

@@ -1,10 +1,12 @@
 """The page as a user gets it: what is in it, that it stands alone, that it draws, and mistakes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +159,10 @@ def test_the_page_of_a_run_lies_in_its_folder(tmp_path, monkeypatch):
     assert inspect.default_out("run") == Path("run/inspect.html")
     assert inspect.default_out("run/checkpoints/5") == Path("run/inspect.html")
     assert inspect.default_out("converted") == Path("inspect.html")
+
+
+def test_a_device_or_pipe_for_a_file_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(InputError, match=r"cannot be read \(it is no regular file"):
+            inspect.read_text(SimpleNamespace(text=None, file=str(path)))

@@ -1,5 +1,7 @@
 """Scores and continuations against one plain call of the model."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from gt_jax import scoring
 from gt_jax.data import evaluation_batches
 from gt_jax.errors import InputError
-from gt_jax.scoring import continue_greedily, score, windows
+from gt_jax.scoring import check_ids, continue_greedily, score, windows
 from gt_jax.training.evaluation import evaluate
 from gt_jax.training.step import make_eval_step
 from tests.models.small_models import random_tokens, small_model
@@ -122,3 +124,11 @@ def test_id_outside_the_vocabulary_is_named(wrong):
         score(small.model, small.params, [(ids[:1], ids[1:])])
     with pytest.raises(InputError, match=message):
         continue_greedily(small.model, small.params, [ids], max_tokens=3)
+
+
+@pytest.mark.parametrize("wrong", [[1.5], [True], ["1"], [None]])
+def test_ids_of_another_type_are_an_error(wrong):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=10))
+    with pytest.raises(InputError, match="token ids must be whole numbers, not "):
+        check_ids(model, [np.array([1]), wrong])
+    check_ids(model, [[], [0, 9]])

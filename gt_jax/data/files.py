@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import errno
 import gzip
 import hashlib
 import json
@@ -57,6 +58,22 @@ def read_path(source: str, field: str, *, unknown: str) -> Texts:
         )
     documents, note = _read_file(path, field)
     return Texts(documents, None, note)
+
+
+def small(path: Path, most: int = 1 << 28) -> Path:
+    """`path` itself, if it is a file to read at once: a device or pipe might never end.
+
+    Raises:
+        OSError: it is not there, cannot be read, is no regular file, or has more bytes than `most`.
+    """
+    about = path.stat()
+    if stat.S_ISDIR(about.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if about.st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return path
 
 
 def _read_folder(folder, source, field):

@@ -130,9 +130,9 @@ class HuggingFaceTokenizer(Tokenizer):
         known = {str(token.content): token for token in made.get_added_tokens_decoder().values()}
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
         named = [settings.get(name) for name in _SPECIAL]
-        named += extra if isinstance(extra, list) else list((extra or {}).values())
         listed = settings.get("added_tokens_decoder") or {}
         try:
+            named += extra if isinstance(extra, list) else list((extra or {}).values())
             listed = [AddedToken(**listed[i]) for i in sorted(listed, key=int)]
             known |= {token.content: token for token in listed}
             special = []

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.data.files import small
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.errors import InputError, one_line
 
@@ -150,7 +151,7 @@ def read_tokenizer(path: str | Path | None, folder: str | Path, vocab_size: int)
     if path is None:
         return IdTokenizer(vocab_size, of_model)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = small(Path(path)).read_text(encoding="utf-8")
         if Path(path).suffix != ".json":
             return WorldTokenizer(WorldTokenizer.pack(text), of_model)
         return _read_hugging_face(text, tokenizer_settings(Path(path).parent), of_model, vocab_size)
@@ -217,7 +218,7 @@ def tokenizer_settings(folder: str | Path) -> dict:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+        template = small(folder / "chat_template.jinja").read_text("utf-8", "replace")
     return settings | {"chat_template": template if isinstance(template, str) else None}
 
 
@@ -268,7 +269,7 @@ def _content(token):
 def _read_object(path) -> dict:
     """The object in a JSON file; {} if there is no file."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(small(path).read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

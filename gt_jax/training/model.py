@@ -3,8 +3,8 @@
 import dataclasses
 
 from gt_jax.config import Config, computation_dtype
-from gt_jax.errors import InputError
-from gt_jax.models import ModelConfig, make_config
+from gt_jax.errors import InputError, did_you_mean
+from gt_jax.models import FUSIONS, ModelConfig, make_config
 
 
 def make_model_config(config: Config, vocab_size: int, stored: dict | None = None) -> ModelConfig:
@@ -19,6 +19,12 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
         InputError: an impossible value, or one that differs from the stored model.
     """
     fields = dataclasses.asdict(config.model)
+    fusion = config.model.fusion
+    if fusion not in (None, *FUSIONS):  # also where the preset has no use for it
+        raise InputError(
+            f"model.fusion={fusion!r} must be one of {', '.join(FUSIONS)}"
+            + did_you_mean(fusion, FUSIONS)
+        )
     preset, init_from = fields.pop("preset"), fields.pop("init_from")
     fields["dtype"] = computation_dtype(config.model.dtype)
     if init_from:

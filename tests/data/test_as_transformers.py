@@ -115,6 +115,24 @@ def test_damaged_settings_are_an_error(name, text, tmp_path):
         read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": 5},
+        {"extra_special_tokens": "<x>"},
+        {"extra_special_tokens": [3]},
+        {"added_tokens_decoder": [1, 2]},
+        {"added_tokens_decoder": {"a": 3}},
+        {"eos_token": {"content": 3}},
+        {"bos_token": 7},
+    ],
+)
+def test_tokens_that_are_none_are_an_error(settings, tmp_path):
+    folder_of(tmp_path, small_tokenizers.byte_level(), settings)
+    with pytest.raises(InputError, match=r"tokenizer_config.json describes no token"):
+        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
+
+
 def test_tokenizers_of_llama_begin_texts_and_part_documents(tmp_path):
     made = small_tokenizers.byte_fallback(start=True)
     folder = folder_of(tmp_path, made, {"bos_token": "<s>", "eos_token": "</s>"})

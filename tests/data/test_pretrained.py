@@ -2,13 +2,20 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gt_jax.data import tokenizer_from_dict
-from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
+from gt_jax.data.pretrained import (
+    HuggingFaceTokenizer,
+    IdTokenizer,
+    WorldTokenizer,
+    read_tokenizer,
+    tokenizer_settings,
+)
 from gt_jax.errors import InputError
 
 TEXTS = ["", "To be, or not to be", " 今天天气很好\n\n", "naïve café 🙂🙂", "\0\x85\u2028\x1c"]
@@ -82,3 +89,17 @@ def test_ids_stand_for_themselves():
     for text in ("29", "-1", "ROMEO:", "1.5"):
         with pytest.raises(InputError, match="write ids from 0 to 28"):
             tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"]
+)
+def test_devices_in_a_models_folder_are_refused_unread(name, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name == "chat_template.jinja":  # no file, as if there were none
+        assert tokenizer_settings(tmp_path)["chat_template"] is None
+        return
+    with pytest.raises(InputError, match="it is no regular file"):
+        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 10)

@@ -31,6 +31,8 @@ def test_every_config_file_is_valid_and_survives_json(name):
         ("optim.lr_multipliers.mamba", -0.5, "optim.lr_multipliers.mamba=-0.5 must be 0 or more"),
         ("train.seq_len", 1, "train.seq_len=1 must be at least 2"),
         ("train.steps", 0, "train.steps=0 must be at least 1"),
+        ("train.steps", 10**20, f"train.steps={10**20} must be at most 2147483647"),
+        ("checkpoint.every", 2**31, "checkpoint.every=2147483648 must be at most 2147483647"),
         ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1"),
         ("data.order", "track", "must be one of windows, tracks; did you mean 'tracks'?"),
         ("parallel.mode", "xmap", "parallel.mode='xmap' must be one of jit, pmap; did you mean"),
