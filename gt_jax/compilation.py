@@ -14,24 +14,17 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # XLA's options on a GPU, by kind of program.
 #
-# Training, without two things that XLA tries out while it compiles. It would compile each fusion in
-# several ways and time them, a sixth of the seconds to the first step, and train no faster (H100,
-# configs/gf_mh_base.py). And it would time Triton's products beside cuBLAS's: without them a step
-# takes 135.0 ms instead of 139.5 and compiles in 39 s instead of 53 (H200, the same config). With
-# nothing tried out at all (xla_gpu_autotune_level=0) it takes 138.5 ms and compiles in 36 s.
-_TRAINING = {
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-    "xla_gpu_enable_triton_gemm": False,
-}
-# A small model's step is hundreds of small kernels; side by side, where one does not need another's
-# result, they take 3.67 ms instead of 4.25 and compile in 20 s instead of 29 (H200,
-# configs/gf_mh.py). What runs at once shares no memory: 858 MiB of temporaries instead of 505.
-# Kernels of larger models fill a GPU one by one, and their temporaries are gigabytes.
-_SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-_SMALL_MODEL = 32_000_000  # parameters, fewer than which are small
+# Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
+# the first step, and train no faster (H100, configs/gf_mh_base.py). Kernels of both branches side
+# by side, as in decoding, make a small step faster (gf_mh at 64 x 64: 3.67 ms instead of 4.25), but
+# what runs at once shares no memory, and at 8 x 2048 a step was slower in 2.6 times the memory.
+TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
 # it sums, since summing the parts takes longer than is saved.
-DECODING = _SIDE_BY_SIDE | {"xla_gpu_experimental_force_split_k": 1}
+DECODING = {
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_experimental_force_split_k": 1,
+}
 # The laboratory: nothing is tried out on the device while programs compile. That was most of
 # compiling, and waits for the program that runs meanwhile.
 LABORATORY = {
@@ -51,11 +44,6 @@ _WORTH_KEEPING_SECONDS = 0.2
 def options(on_gpu: dict) -> dict | None:
     """Compiler options for jax.jit: `on_gpu`, as DECODING, on a GPU and None elsewhere."""
     return on_gpu if jax.default_backend() == "gpu" else None
-
-
-def training_options(parameters: int) -> dict | None:
-    """Compiler options of a training step for jax.jit, by the number of the model's parameters."""
-    return options(_TRAINING | (_SIDE_BY_SIDE if parameters < _SMALL_MODEL else {}))
 
 
 def default_cache() -> Path:

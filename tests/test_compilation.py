@@ -74,12 +74,10 @@ def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_pa
     assert compilation.use_cache() is None
 
 
-def test_training_is_compiled_by_the_size_of_the_model_and_only_on_a_gpu(monkeypatch):
-    assert compilation.training_options(10) is None or jax.default_backend() == "gpu"
+def test_options_of_a_gpu_are_for_a_gpu_alone(monkeypatch):
+    assert compilation.options(compilation.TRAINING) is None or jax.default_backend() == "gpu"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    small, large = (compilation.training_options(n) for n in (2_000_000, 154_000_000))
-    assert small == large | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    assert large["xla_gpu_enable_triton_gemm"] is False
+    assert compilation.options(compilation.TRAINING) == compilation.TRAINING
 
 
 def test_programs_compile_side_by_side_and_errors_come_where_results_are_asked_for():

@@ -43,8 +43,7 @@ class Trainer:
 
         began = time.perf_counter()
         make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
-        parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        train_step = parallel.compile_train_step(make_step, mesh, "jit", parameters=parameters)
+        train_step = parallel.compile_train_step(make_step, mesh, "jit")
         with LOWERING:
             lowered = train_step.lower(self.state, next(self.feed)[0])
         self.compiled = lowered.compile()

@@ -33,7 +33,10 @@ Params = Mapping[str, Any]
 
 # What the forward pass stores of a block, by ModelConfig.remat; "none" stores everything.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names("dense", "recurrence"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("recurrence"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

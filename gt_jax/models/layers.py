@@ -1,9 +1,6 @@
 """Small parts that several models share: dense layers, norms, the feed-forward, document bounds."""
 
-import functools
-import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
@@ -85,49 +81,7 @@ class Dense(nn.Module):
         return self.param("kernel", self.kernel_init, (width, self.features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _dense(project(x.astype(self.dtype), self.kernel(x.shape[-1])))
-
-    def parts(self, x: jax.Array, widths: Sequence[int]) -> Sequence[jax.Array]:
-        """Its result cut into parts of some widths, which add up to its features."""
-        x, kernel = x.astype(self.dtype), self.kernel(x.shape[-1])
-        if not is_launch_bound(x):
-            return project_and_split(x, kernel, widths)
-        cuts = list(itertools.accumulate(widths[:-1]))
-        return jnp.split(_dense(project(x, kernel)), cuts, axis=-1)
-
-
-def _dense(y):
-    """Names a dense layer's result "dense", for policies of jax.checkpoint to store."""
-    return checkpoint_name(y, "dense")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project_and_split(x, kernel, widths):
-    """project(x, kernel) cut into parts of some widths along the last axis.
-
-    x [..., in], kernel [in, sum of widths]. One product; its gradient takes one for each part, so
-    that the gradients of the parts need not be copied into one array.
-    """
-    return _project_and_split_forward(x, kernel, widths)[0]
-
-
-def _project_and_split_forward(x, kernel, widths):
-    cuts = list(itertools.accumulate(widths[:-1]))
-    return tuple(jnp.split(_dense(project(x, kernel)), cuts, axis=-1)), (x, kernel)
-
-
-def _project_and_split_backward(widths, residuals, grads):
-    x, kernel = residuals
-    tokens = x.reshape(-1, x.shape[-1])
-    grads = [g.reshape(-1, g.shape[-1]) for g in grads]
-    ends = list(itertools.accumulate(widths))
-    parts = [kernel[:, end - width : end].astype(x.dtype) for end, width in zip(ends, widths)]
-    dx = functools.reduce(operator.add, (g @ part.T for g, part in zip(grads, parts)))
-    d_kernel = jnp.concatenate([tokens.T @ g for g in grads], axis=-1)
-    return dx.reshape(x.shape), d_kernel.astype(kernel.dtype)
-
-
-project_and_split.defvjp(_project_and_split_forward, _project_and_split_backward)
+        return project(x.astype(self.dtype), self.kernel(x.shape[-1]))
 
 
 def dense(config: ModelConfig, features: int, name: str, init: Initializer) -> Dense:
@@ -151,7 +105,7 @@ def apply_each(layers: Sequence[Dense], inputs: Sequence[jax.Array]) -> list[jax
         return [layer(x) for layer, x in zip(layers, inputs)]
     x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
     kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
-    return list(_dense(x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
+    return list((x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
 def rms_norm(config: ModelConfig, name: str) -> "RMSNorm":
@@ -172,32 +126,31 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", initializers.ones, (x.shape[-1],))
-        return _scaled_to_unit(x, scale, self.epsilon, self.dtype)
+        return _scaled_to_unit(x, scale, self.epsilon).astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _scaled_to_unit(x, scale, epsilon, dtype):
-    """x [..., D] in any dtype, scale [D] -> dtype."""
-    return _scaled_to_unit_forward(x, scale, epsilon, dtype)[0]
+def _scaled_to_unit_value(x, scale, epsilon) -> jax.Array:
+    return _scaled_to_unit_forward(x, scale, epsilon)[0]
 
 
-def _scaled_to_unit_forward(x, scale, epsilon, dtype):
+def _scaled_to_unit_forward(x, scale, epsilon):
+    """x [..., D] in any dtype, scale [D] -> float32, and what the backward pass needs."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * (inverse * scale)).astype(dtype), (x, inverse, scale)
+    return wide * (inverse * scale), (x, inverse, scale)
 
 
-def _scaled_to_unit_backward(epsilon, dtype, residuals, g):
-    # The barrier: g, a sum over all that read the norm, is added up once and read in its dtype; and
-    # products of x are computed again here instead of being kept from the forward pass.
+def _scaled_to_unit_backward(epsilon, residuals, g):
+    # No product here repeats one of the forward pass: on CPUs, XLA would compute it once and keep
+    # it, with broadcasts of `scale`, which costs a tenth of a step's memory.
     x, inverse, scale = residuals
-    x, g = jax.lax.optimization_barrier((x, g))
-    wide, g = x.astype(jnp.float32), g.astype(jnp.float32) * inverse
-    (d_scale,) = sums_over_tokens(g * wide)
-    along = jnp.mean(g * wide * scale, axis=-1, keepdims=True)
+    wide, g = x.astype(jnp.float32), g * inverse
+    d_scale = jnp.sum(g * wide, axis=tuple(range(g.ndim - 1)))
+    along = jnp.matmul(g * wide, scale, precision="highest")[..., None] / x.shape[-1]
     return (g * scale - wide * (jnp.square(inverse) * along)).astype(x.dtype), d_scale
 
 
+_scaled_to_unit = jax.custom_vjp(_scaled_to_unit_value, nondiff_argnums=(2,))
 _scaled_to_unit.defvjp(_scaled_to_unit_forward, _scaled_to_unit_backward)
 
 
@@ -225,8 +178,26 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-def sums_over_tokens(*arrays):
-    """n arrays [..., T, C] of one shape -> [n, C]: sums of some tokens, then the sum of those.
+def per_row(param: jax.Array, rows: int) -> jax.Array:
+    """A parameter [...] repeated for every row of a batch, [rows, ...].
+
+    The gradient sums over time first and over rows in a second step: a single sum over both has too
+    few columns for a GPU to compute in parallel.
+    """
+    return _per_row(param, rows)
+
+
+_per_row = jax.custom_vjp(
+    lambda param, rows: jnp.broadcast_to(param, (rows, *param.shape)), nondiff_argnums=(1,)
+)
+_per_row.defvjp(
+    lambda param, rows: (_per_row(param, rows), None),
+    lambda rows, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=0),),
+)
+
+
+def sums_over_tokens(*arrays: jax.Array) -> jax.Array:
+    """n arrays [..., T, C] of one shape -> [n, C]: sums of groups of tokens, then their sum.
 
     A single sum has too few columns for a GPU to compute in parallel; the barrier keeps XLA from
     joining the two steps.

@@ -67,9 +67,8 @@ class Mamba2(nn.Module):
         E, N, H = c.mamba_dim, c.state_size, c.mamba_heads
         batch, T, _ = x.shape
 
-        widths = (E, E + 2 * N, H)
-        in_proj = dense(c, sum(widths), "in_proj", kernel_init(c, fan_in_uniform()))
-        z, xBC, dt = in_proj.parts(x, widths)
+        projected = dense(c, 2 * E + 2 * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
+        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
         if T == 1:  # without the barrier, XLA convolves once for each of the three
@@ -172,14 +171,20 @@ def _silu_of_conv_backward(residuals, g):
     y, slope = jax.vjp(jax.nn.silu, _conv(window, weight, bias, same))
     (g,) = slope(g.astype(y.dtype))
     g = jax.lax.optimization_barrier(g.astype(window.dtype))
-    d_window, terms = jnp.zeros((), jnp.float32), []
-    for i, seen in enumerate(_tokens_by_tap(window, same, width)):
-        terms.append(g.astype(jnp.float32) * seen)
-        back = g if same is None else jnp.where(same[:, i], g, 0)
-        back = jnp.pad(back, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
-        d_window += back.astype(jnp.float32) * weight[i]
+    T = g.shape[1]
+    d_window, terms, last_terms = jnp.zeros((), jnp.float32), [], []
+    for i in range(width):
+        # Shifts g, not the window: slices of the window would be kept from the forward pass.
+        shifted = g if same is None else jnp.where(same[:, i], g, 0)
+        shifted = jnp.pad(shifted, ((0, 0), (i, width - 1 - i), (0, 0)))  # as window
+        shifted = shifted.astype(jnp.float32)
+        d_window += shifted * weight[i]
+        # The last taps are summed apart: T alone splits into rounder groups of tokens.
+        terms.append((shifted * window)[:, :T])
+        last_terms.append((shifted * window)[:, T:])
     *d_weight, d_bias = sums_over_tokens(*terms, g.astype(jnp.float32))
-    return d_window.astype(window.dtype), jnp.stack(d_weight), d_bias, None
+    d_weight = jnp.stack(d_weight) + jnp.sum(jnp.stack(last_terms), axis=(1, 2))
+    return d_window.astype(window.dtype), d_weight, d_bias, None
 
 
 _silu_of_conv.defvjp(_silu_of_conv_forward, _silu_of_conv_backward)

@@ -22,10 +22,10 @@ from gt_jax.models.layers import (
     kernel_init,
     layer_norm,
     output_init,
+    per_row,
     previous_token,
     project,
     recurrence,
-    sums_over_tokens,
     symmetric_uniform,
 )
 
@@ -91,7 +91,8 @@ class TimeMix(nn.Module):
             y, wkv = recurrence(
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
-        y = GatedHeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y, g)  # [B, T, D]
+        y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
+        y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
         y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
         return y, TimeMixState(wkv, x[:, -1])
 
@@ -115,8 +116,6 @@ class TimeMix(nn.Module):
             products = (stacked @ w2.astype(x.dtype)).reshape(5, *x.shape)
         else:
             products = list(map(project, jnp.split(hidden, 5, axis=-1), w2))
-        # One gradient of all five, which reads theirs once, is slower: XLA makes one fusion of it,
-        # of 1.18 ms on an H200 and 14.1 ms in a step of 12 layers (configs/gf_mh_base.py).
         w, k, v, r, g = (
             x + delta * (shares[name].astype(x.dtype) + product)
             for name, product in zip("wkvrg", products)
@@ -134,62 +133,23 @@ class TimeMix(nn.Module):
         return -jnp.exp(base + change.astype(jnp.float32))
 
 
-class GatedHeadNorm(nn.Module):
-    """GroupNorm of y with one group per head, times silu(gate): [B, T, H, V] -> [B, T, H V].
-
-    Computes in float32; the result has the dtype of the gate.
-    """
+class HeadNorm(nn.Module):
+    """GroupNorm with one group per head, [B, T, H, V] -> [B, T, H V] in float32."""
 
     layer: int
     layers: int
 
     @nn.compact
-    def __call__(self, y: jax.Array, gate: jax.Array) -> jax.Array:
-        width = gate.shape[-1]
+    def __call__(self, y: jax.Array) -> jax.Array:
+        B, T, H, V = y.shape
+        y = y.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = (y * jax.lax.rsqrt(variance + 64e-5)).reshape(B, T, H * V)
         scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
-        scale = self.param("scale", scale_at_start, (width,))
-        bias = self.param("bias", initializers.zeros, (width,))
-        return _gated_head_norm(y, gate, scale, bias)
-
-
-@jax.custom_vjp
-def _gated_head_norm(y, gate, scale, bias):
-    """y [B, T, H, V]; gate [B, T, H V]; scale, bias [H V] -> [B, T, H V]."""
-    return _gated_head_norm_forward(y, gate, scale, bias)[0]
-
-
-def _gated_head_norm_forward(y, gate, scale, bias):
-    unit, _ = _to_unit(y)
-    gate_ = gate.astype(jnp.float32)
-    normed = unit.reshape(gate.shape) * scale + bias
-    return (normed * jax.nn.silu(gate_)).astype(gate.dtype), (y, gate, scale, bias)
-
-
-def _gated_head_norm_backward(residuals, g):
-    *arrays, scale, bias = residuals
-    # The barrier: all of this is computed again rather than kept from the forward pass in float32.
-    (y, gate), g = jax.lax.optimization_barrier((tuple(arrays), g))
-    unit, inverse = _to_unit(y)
-    flat, gate_, g = unit.reshape(gate.shape), gate.astype(jnp.float32), g.astype(jnp.float32)
-    share = jax.nn.sigmoid(gate_)
-    d_normed = g * gate_ * share
-    d_gate = g * (flat * scale + bias) * share * (1 + gate_ * (1 - share))
-    d_scale, d_bias = sums_over_tokens(d_normed * flat, d_normed)
-    d_unit = (d_normed * scale).reshape(y.shape)
-    along = jnp.mean(d_unit * unit, axis=-1, keepdims=True)
-    dy = inverse * (d_unit - jnp.mean(d_unit, axis=-1, keepdims=True) - unit * along)
-    return dy.astype(y.dtype), d_gate.astype(gate.dtype), d_scale, d_bias
-
-
-_gated_head_norm.defvjp(_gated_head_norm_forward, _gated_head_norm_backward)
-
-
-def _to_unit(y):
-    """y of mean 0 and variance 1 over the last axis, float32, and what it was multiplied by."""
-    y = y.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 64e-5)
-    return y * inverse, inverse
+        scale = self.param("scale", scale_at_start, (H * V,))
+        bias = self.param("bias", initializers.zeros, (H * V,))
+        return y * per_row(scale, B)[:, None] + per_row(bias, B)[:, None]
 
 
 class ChannelMix(nn.Module):

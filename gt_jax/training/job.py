@@ -102,17 +102,17 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
-        **_programs(config, mesh, model, counts["total"], batches, held_out, resumes=bool(about)),
+        **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
 
-def _programs(config: Config, mesh, model, parameters, batches, held_out, *, resumes: bool) -> dict:
+def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) -> dict:
     """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     mode = config.parallel.mode
-    train_step = parallel.compile_train_step(make_step, mesh, mode, parameters=parameters)
+    train_step = parallel.compile_train_step(make_step, mesh, mode)
     make_state = jax.jit(
         functools.partial(init_state, model, tx, config),
         out_shardings=parallel.state_sharding(mesh),

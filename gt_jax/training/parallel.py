@@ -32,14 +32,13 @@ def state_sharding(mesh: Mesh) -> TrainState:
     return _by_part(copied, carry=NamedSharding(mesh, P("batch")))
 
 
-def compile_train_step(make_step: Callable, mesh: Mesh, mode: str, *, parameters: int) -> Callable:
+def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
     Args:
         make_step: axis_name -> train_step(state, batch), see gt_jax.training.step.
         mesh: from `make_mesh`.
         mode: "jit" or "pmap".
-        parameters: how many the model has, which decides how it is compiled.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
@@ -54,7 +53,7 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str, *, parameters
             in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
-            compiler_options=compilation.training_options(parameters),
+            compiler_options=compilation.options(compilation.TRAINING),
         )
 
     axes = _by_part(None, carry=0)

@@ -46,7 +46,7 @@ for mode in ("single", "jit", "pmap"):
         state, step = jax.jit(init)(), jax.jit(make_step(None))
     else:
         state = jax.jit(init, out_shardings=parallel.state_sharding(mesh))()
-        step = parallel.compile_train_step(make_step, mesh, mode, parameters=0)
+        step = parallel.compile_train_step(make_step, mesh, mode)
     rows = []
     for _ in range(4):
         state, numbers = step(state, next(batches))
@@ -100,7 +100,7 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
         functools.partial(init_state, toy, tx, config), out_shardings=parallel.state_sharding(mesh)
     )
     make_step = functools.partial(make_train_step, toy, tx, schedule, config)
-    step = parallel.compile_train_step(make_step, mesh, "jit", parameters=0)
+    step = parallel.compile_train_step(make_step, mesh, "jit")
     measure = make_eval_step(toy)
     batch, carry = make_batch(0), toy.init_state(8)
     lower = parallel.lower_programs(make_state, step, measure, mesh, (batch, batch), carry)
