@@ -116,8 +116,6 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
         group = h // (size.heads // size.groups)
         chain, link = divide(h, links)
         D_h = refs.D_gmem[b, h]
-        refs.zero[0] = jnp.int32(0)
-        warps.sync()
         if links > 1:
             turns = pl.get_global(plgpu.SemaphoreType.REGULAR((size.batch * chains * size.chunks,)))
 
@@ -182,7 +180,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
                     warps.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
             BC = warps.dot(zeros(*square), load_left(B_s), C_s.T)
             dM = warps.dot(zeros(*square), load_left(x_s), dy_s.T)
-            i = tiles.iota(square, 1) + refs.zero[0] * CHUNK
+            i = tiles.iota(square, 1)
             passed = over_rows(load_columns(g_m), square) - over_columns(g_rows, square)
             L = jnp.exp2(jnp.where(i >= tiles.iota(square, 0), passed, -jnp.inf))
             by_step = over_columns(dt_j, square)
@@ -210,7 +208,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             x_s[...] = Z[1]
             warps.sync()
 
-            t = tiles.iota(square, 0) + refs.zero[0] * CHUNK
+            t = tiles.iota(square, 0)
             ones = jnp.where(tiles.iota(square, 1) < t, 1.0, 0.0).astype(bf16)
             between = warps.dot(zeros(*square), left(ones), x_s)  # [t, i]: sum over j < t
             between = warps.dot(between, left(ones), Z_s)
@@ -260,7 +258,6 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             "dS": tiles.tile(P, N),
             "Z": tiles.tile(*square),
             "dCB": tiles.tile(*square),
-            "zero": plgpu.SMEM((1,), jnp.int32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,

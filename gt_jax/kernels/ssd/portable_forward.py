@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
@@ -57,8 +56,6 @@ def forward(
         b, h = divide(lax.axis_index("heads"), size.heads)
         group = h // (size.heads // size.groups)
         D_h = refs.D_gmem[h]
-        refs.zero[0] = jnp.int32(0)
-        warps.sync()
 
         def step(m, S):
             at = (b, tiles.tokens(m), h)
@@ -83,7 +80,7 @@ def forward(
                 for source in (refs.B_gmem, refs.C_gmem):
                     warps.prefetch(source.at[b, following, group])
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
-            i = tiles.iota(square, 0) + refs.zero[0] * CHUNK
+            i = tiles.iota(square, 0)
             passed = over_columns(g_i, square) - over_rows(g_j, square)
             passed = jnp.exp2(jnp.where(i >= tiles.iota(square, 1), passed, -jnp.inf))
             M = (passed * CB * over_rows(dt_j, square)).astype(bf16)
@@ -122,7 +119,6 @@ def forward(
             "B": tiles.tile(CHUNK, N),
             "C": tiles.tile(CHUNK, N),  # then y
             "S": tiles.tile(P, N),
-            "zero": plgpu.SMEM((1,), jnp.int32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,
