@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import (
     CHUNK,
@@ -123,7 +123,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             for name in names:
                 source = getattr(refs, f"{name}_gmem")
                 source = source.at[b, tiles.tokens(m), h if name in ("x", "dy") else group]
-                warps.copy_in(source, getattr(refs, name))
+                copies.copy_in(source, getattr(refs, name))
 
         def add_in_turn(m, sums):
             """Adds to the sums of a chain, behind the blocks before."""
@@ -148,7 +148,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
         def fetch_state(m):
             """The state that chunk m starts from, into S_s; no warp reads any tile any more."""
             pair, odd = divide(m, 2)
-            pl.when(odd == 0)(lambda: warps.copy_in(refs.states_gmem.at[b, h, pair], S_s))
+            pl.when(odd == 0)(lambda: copies.copy_in(refs.states_gmem.at[b, h, pair], S_s))
 
             @pl.when(odd == 1)
             def _():
@@ -177,7 +177,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             if portable_sizes.TUNING.prefetch:
                 earlier = tiles.tokens(jnp.maximum(m - 1, 0))
                 for name, head in (("x", h), ("dy", h), ("B", group), ("C", group)):
-                    warps.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
+                    copies.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
             BC = warps.dot(zeros(*square), load_left(B_s), C_s.T)
             dM = warps.dot(zeros(*square), load_left(x_s), dy_s.T)
             i = tiles.iota(square, 1)
@@ -216,7 +216,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             warps.sync()
             x_s[...] = dx
             warps.sync_warp()
-            warps.copy_out(x_s, refs.dx_gmem.at[b, tiles.tokens(m), h])
+            copies.copy_out(x_s, refs.dx_gmem.at[b, tiles.tokens(m), h])
             carried = jnp.sum(load(S_s) * dS, axis=1) * jnp.exp2(g_end)
             dC = warps.dot(zeros(*wide), load_left(dy_s), S_s)
             dC *= over_columns(from_start, wide)
