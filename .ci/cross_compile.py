@@ -32,7 +32,26 @@ GPUS = {
 }
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
-MOST_SPILLED = {}
+MOST_SPILLED = {
+    "WKV6 portable, forward": 40,
+    "WKV6 portable, forward that saves": 40,
+    "WKV6 portable, backward": 1180,
+    "SSD portable, forward": 420,
+    "SSD portable, forward that saves": 420,
+    "SSD portable, backward": 1240,
+    "SSD portable, splits, forward": 60,
+    "WKV6 Hopper, forward": 60,
+    "WKV6 Hopper, forward that saves": 80,
+    "WKV6 Hopper, backward": 500,
+    "SSD Hopper, backward": 220,
+    "SSD Hopper, splits, forward": 20,
+    "WKV6 Hopper, float32, forward": 180,
+    "WKV6 Hopper, float32, forward that saves": 180,
+    "WKV6 Hopper, float32, backward": 340,
+    "SSD Hopper, float32, forward that saves": 20,
+    "SSD Hopper, float32, backward": 980,
+    "SSD Hopper, float32, splits, forward": 20,
+}
 
 # name -> (operation, implementation, dtype); the Hopper kernels are for 9.0 alone
 VARIANTS = {
@@ -204,7 +223,7 @@ def faults_of(row):
     most = MOST_SPILLED.get(row["kernel"], 0)
     if not 0 <= row["spilled"] <= most:
         yield f"{who} spills {row['spilled']} bytes; MOST_SPILLED allows {most}"
-    allowed = SHARED_MEMORY[row["gpu"]] * 1024
+    allowed = SHARED_MEMORY[row["gpu"]] * 1024 - 16  # for what is not dynamic
     if not 0 <= row["shared"] <= allowed:
         yield f"{who} takes {row['shared']} bytes of shared memory of {allowed}"
 
@@ -218,7 +237,8 @@ def as_table(rows):
         "# Kernels compiled for GPUs that were not there",
         "",
         f"JAX {jax.__version__}; registers / bytes spilled, both of a thread, and KiB of shared "
-        "memory of a block. `python .ci/cross_compile.py` repeats it.",
+        "memory of a block. `python .ci/cross_compile.py --wheels FOLDER --write "
+        "gt_jax/kernels/COMPILED.md` repeats it.",
         "",
         "| | " + " | ".join(f"{gpu} ({GPUS[gpu]})" for gpu in gpus) + " | shared memory |",
         "|---" * (len(gpus) + 2) + "|",

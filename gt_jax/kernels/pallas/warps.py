@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import launch, splits, tiles
@@ -36,28 +35,6 @@ _ACC = plgpu.Layout.WGMMA  # the layout of accumulators, also of plgpu.mma
 
 BLOCKS_AT_ONCE = 2  # blocks of the grid that one multiprocessor holds
 
-# Where each warp copies the 16 rows it owns, 16 bytes a thread.
-_OWN_ROWS = plgpu.Layout.TILED(
-    fragmented_array.Tiling(((64, 64), (16, 64), (4, 64), (8,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
-
-
-_OWN_NARROW_ROWS = plgpu.Layout.TILED(
-    fragmented_array.Tiling(((64, 16), (16, 16), (8,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
-
-
-def narrow_tile(*shape):
-    """Shared memory for matrices [..., rows, columns] of which 16 columns are taken at a time."""
-    transforms = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(32))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
 
 def choose_splits(blocks, chunks):
     """Into how many splits a sequence is cut, on the GPU that is there."""
@@ -65,7 +42,7 @@ def choose_splits(blocks, chunks):
     return splits.choose_splits(blocks, chunks, running=BLOCKS_AT_ONCE * count)
 
 
-def _inline(arguments, result):
+def inline(arguments, result):
     """Decorates a function of FragmentedArrays and memrefs, after the launch context."""
     return plgpu.inline_mgpu(arg_types=arguments, return_type=result)
 
@@ -85,13 +62,13 @@ def _right_layout(dtype):
 def sync():
     """What any warp wrote to shared memory before is there for all warps behind."""
     if not interpreting():
-        _inline((), None)(lambda _: mgpu.utils.warpgroup_barrier())()
+        inline((), None)(lambda _: mgpu.utils.warpgroup_barrier())()
 
 
 def sync_warp():
     """What any thread wrote before is there for the threads of its warp behind."""
     if not interpreting():
-        _inline((), None)(lambda _: mgpu.utils.warp_barrier())()
+        inline((), None)(lambda _: mgpu.utils.warp_barrier())()
 
 
 def _registers(x, rows):
@@ -111,7 +88,7 @@ def left(x):
         return x
     layout = _left_layout(x.dtype)
 
-    @_inline((_ACC,), _result(x.shape, x.dtype, layout))
+    @inline((_ACC,), _result(x.shape, x.dtype, layout))
     def regroup(_, z):
         return _array(z, z.registers, layout, x.shape)
 
@@ -127,7 +104,7 @@ def rounded(x):
     if interpreting():
         return x
 
-    @_inline((_ACC,), _result(x.shape, x.dtype, _ACC))
+    @inline((_ACC,), _result(x.shape, x.dtype, _ACC))
     def keep(_, z):
         kept = np.empty_like(z.registers)
         for at, register in np.ndenumerate(z.registers):
@@ -144,7 +121,7 @@ def right_transposed(x):
         return x
     layout, shape = _right_layout(x.dtype), (x.shape[1], BLOCK)
 
-    @_inline((_ACC,), _result(shape, x.dtype, layout))
+    @inline((_ACC,), _result(shape, x.dtype, layout))
     def regroup(_, z):
         registers = _registers(z, 2)  # [columns / 8, halves of the rows]
         registers = registers.reshape(-1, 2, 2).transpose(0, 2, 1)  # [k / 16, n / 8, k / 8 % 2]
@@ -159,7 +136,7 @@ def right(x):
         return x
     layout, shape = _right_layout(x.dtype), (BLOCK, x.shape[1])
 
-    @_inline((_ACC,), _result(shape, x.dtype, layout))
+    @inline((_ACC,), _result(shape, x.dtype, layout))
     def transpose(_, z):
         moved = np.empty_like(z.registers)
         for at, register in np.ndenumerate(z.registers):
@@ -187,7 +164,7 @@ def beside(*blocks):
         return jnp.concatenate(blocks, axis=1)
     shape = (CHUNK, sum(z.shape[1] for z in blocks))
 
-    @_inline((_ACC,) * len(blocks), _result(shape, blocks[0].dtype, _ACC))
+    @inline((_ACC,) * len(blocks), _result(shape, blocks[0].dtype, _ACC))
     def join(_, *z):
         return _array(z[0], np.concatenate([_registers(x, 2) for x in z]), _ACC, shape)
 
@@ -197,7 +174,7 @@ def beside(*blocks):
 def _block(shift):
     """Index of the block that a warp reads."""
 
-    @_inline((), _result((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    @inline((), _result((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
     def index(_):
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm
@@ -264,61 +241,6 @@ def load_columns(ref):
     return plgpu.load(ref, layout=_ACC.reduce(0), optimized=False)
 
 
-def copy_in(source, tile):
-    """Each warp copies its own rows of 16-bit numbers into a tile; see sync_warp."""
-    if interpreting():
-        tile[...] = source[...]
-    else:
-        tile[...] = plgpu.load(source, layout=_OWN_ROWS, optimized=False)
-
-
-def copy_in_narrow(source, tile):
-    """copy_in for a narrow tile."""
-    for column in range(0, tile.shape[1], BLOCK):
-        columns = slice(column, column + BLOCK)
-        z = source.at[:, columns]
-        if interpreting():
-            tile[:, columns] = z[...]
-        else:
-            z = plgpu.load(z, layout=_OWN_NARROW_ROWS, optimized=False)
-            tile.at[:, columns][...] = z
-
-
-def prefetch(ref):
-    """Asks for a tile [64, columns] of global memory to be in the second-level cache soon."""
-    if interpreting():
-        return
-
-    @_inline((plgpu.RefType(),), None)
-    def ask(_, source):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith
-
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        memref = ir.MemRefType(source.type)
-        line = 128 * 8 // mgpu.utils.bitwidth(memref.element_type)  # elements of a cache line
-        lines = memref.shape[1] // line  # of a row
-        for first in range(0, memref.shape[0] * lines, mgpu.utils.WARPGROUP_SIZE):
-            n = arith.addi(mgpu.utils.thread_idx(), mgpu.utils.c(first, i32))
-            # With fewer lines than threads, two threads ask for the same.
-            row = arith.remui(n, mgpu.utils.c(memref.shape[0], i32))
-            column = arith.remui(
-                arith.divui(n, mgpu.utils.c(memref.shape[0], i32)), mgpu.utils.c(lines, i32)
-            )
-            at = [arith.index_cast(index, z) for z in (row, column)]
-            at[1] = arith.muli(at[1], mgpu.utils.c(line, index))
-            element = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], line)))
-            pointer = mgpu.utils.memref_ptr(element)
-            mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", pointer, has_side_effects=True)
-
-    ask(ref)
-
-
-def copy_out(tile, target):
-    """Each warp copies its own rows out of a tile, behind a sync_warp."""
-    target[...] = tile[...] if interpreting() else plgpu.load(tile, layout=_OWN_ROWS)
-
-
 def zeros(*shape):
     """An accumulator."""
     return tiles.full(shape, 0.0, jnp.float32)
@@ -362,7 +284,7 @@ def transposed_block(ref, shift):
         return z.reshape(BLOCKS, BLOCK, BLOCK).swapaxes(1, 2).reshape(CHUNK, BLOCK)
     layout, shape = _left_layout(ref.dtype), (CHUNK, BLOCK)
 
-    @_inline((_right_layout(ref.dtype),), _result(shape, ref.dtype, layout))
+    @inline((_right_layout(ref.dtype),), _result(shape, ref.dtype, layout))
     def regroup(_, z):
         return _array(z, z.registers.reshape(2, 2).T, layout, shape)
 
@@ -375,7 +297,7 @@ def put_block_rows(ref, x, first):
         ref[pl.ds(first, BLOCKS)] = x[::BLOCK]
         return
 
-    @_inline((plgpu.RefType(), _ACC), None)
+    @inline((plgpu.RefType(), _ACC), None)
     def store(_, to, z):
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, vector

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import (
     CHUNK,
@@ -116,8 +116,6 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
         group = h // (size.heads // size.groups)
         chain, link = divide(h, links)
         D_h = refs.D_gmem[b, h]
-        refs.zero[0] = jnp.int32(0)
-        warps.sync()
         if links > 1:
             turns = pl.get_global(plgpu.SemaphoreType.REGULAR((size.batch * chains * size.chunks,)))
 
@@ -125,7 +123,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             for name in names:
                 source = getattr(refs, f"{name}_gmem")
                 source = source.at[b, tiles.tokens(m), h if name in ("x", "dy") else group]
-                warps.copy_in(source, getattr(refs, name))
+                copies.copy_in(source, getattr(refs, name))
 
         def add_in_turn(m, sums):
             """Adds to the sums of a chain, behind the blocks before."""
@@ -150,7 +148,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
         def fetch_state(m):
             """The state that chunk m starts from, into S_s; no warp reads any tile any more."""
             pair, odd = divide(m, 2)
-            pl.when(odd == 0)(lambda: warps.copy_in(refs.states_gmem.at[b, h, pair], S_s))
+            pl.when(odd == 0)(lambda: copies.copy_in(refs.states_gmem.at[b, h, pair], S_s))
 
             @pl.when(odd == 1)
             def _():
@@ -179,10 +177,10 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             if portable_sizes.TUNING.prefetch:
                 earlier = tiles.tokens(jnp.maximum(m - 1, 0))
                 for name, head in (("x", h), ("dy", h), ("B", group), ("C", group)):
-                    warps.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
+                    copies.prefetch(getattr(refs, f"{name}_gmem").at[b, earlier, head])
             BC = warps.dot(zeros(*square), load_left(B_s), C_s.T)
             dM = warps.dot(zeros(*square), load_left(x_s), dy_s.T)
-            i = tiles.iota(square, 1) + refs.zero[0] * CHUNK
+            i = tiles.iota(square, 1)
             passed = over_rows(load_columns(g_m), square) - over_columns(g_rows, square)
             L = jnp.exp2(jnp.where(i >= tiles.iota(square, 0), passed, -jnp.inf))
             by_step = over_columns(dt_j, square)
@@ -210,7 +208,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             x_s[...] = Z[1]
             warps.sync()
 
-            t = tiles.iota(square, 0) + refs.zero[0] * CHUNK
+            t = tiles.iota(square, 0)
             ones = jnp.where(tiles.iota(square, 1) < t, 1.0, 0.0).astype(bf16)
             between = warps.dot(zeros(*square), left(ones), x_s)  # [t, i]: sum over j < t
             between = warps.dot(between, left(ones), Z_s)
@@ -218,7 +216,7 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             warps.sync()
             x_s[...] = dx
             warps.sync_warp()
-            warps.copy_out(x_s, refs.dx_gmem.at[b, tiles.tokens(m), h])
+            copies.copy_out(x_s, refs.dx_gmem.at[b, tiles.tokens(m), h])
             carried = jnp.sum(load(S_s) * dS, axis=1) * jnp.exp2(g_end)
             dC = warps.dot(zeros(*wide), load_left(dy_s), S_s)
             dC *= over_columns(from_start, wide)
@@ -260,7 +258,6 @@ def _backward(size, x, B, C, g, dt, D, states, dy, dstate):
             "dS": tiles.tile(P, N),
             "Z": tiles.tile(*square),
             "dCB": tiles.tile(*square),
-            "zero": plgpu.SMEM((1,), jnp.int32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,

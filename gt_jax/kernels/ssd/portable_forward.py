@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import load_columns, load_rows
@@ -57,14 +56,12 @@ def forward(
         b, h = divide(lax.axis_index("heads"), size.heads)
         group = h // (size.heads // size.groups)
         D_h = refs.D_gmem[h]
-        refs.zero[0] = jnp.int32(0)
-        warps.sync()
 
         def step(m, S):
             at = (b, tiles.tokens(m), h)
-            warps.copy_in(refs.x_gmem.at[at], x_s)
-            warps.copy_in(refs.B_gmem.at[b, tiles.tokens(m), group], B_s)
-            warps.copy_in(refs.C_gmem.at[b, tiles.tokens(m), group], C_s)
+            copies.copy_in(refs.x_gmem.at[at], x_s)
+            copies.copy_in(refs.B_gmem.at[b, tiles.tokens(m), group], B_s)
+            copies.copy_in(refs.C_gmem.at[b, tiles.tokens(m), group], C_s)
             g_m, dt_m = refs.g_gmem.at[b, h, m, 0], refs.dt_gmem.at[b, h, m]
             g_i, g_j, dt_j = load_rows(g_m), load_columns(g_m), load_columns(dt_m)
             g_end = refs.g_gmem[b, h, m, 0, CHUNK - 1]
@@ -74,16 +71,16 @@ def forward(
 
                 @pl.when(lax.rem(m, jnp.int32(2)) == 0)
                 def _():
-                    warps.copy_out(S_s, refs.states_gmem.at[b, h, lax.div(m, jnp.int32(2))])
+                    copies.copy_out(S_s, refs.states_gmem.at[b, h, lax.div(m, jnp.int32(2))])
 
             warps.sync()
             if portable_sizes.TUNING.prefetch:
                 following = tiles.tokens(jnp.minimum(m + 1, size.chunks - 1))
-                warps.prefetch(refs.x_gmem.at[b, following, h])
+                copies.prefetch(refs.x_gmem.at[b, following, h])
                 for source in (refs.B_gmem, refs.C_gmem):
-                    warps.prefetch(source.at[b, following, group])
+                    copies.prefetch(source.at[b, following, group])
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
-            i = tiles.iota(square, 0) + refs.zero[0] * CHUNK
+            i = tiles.iota(square, 0)
             passed = over_columns(g_i, square) - over_rows(g_j, square)
             passed = jnp.exp2(jnp.where(i >= tiles.iota(square, 1), passed, -jnp.inf))
             M = (passed * CB * over_rows(dt_j, square)).astype(bf16)
@@ -97,7 +94,7 @@ def forward(
             y_s = C_s.at[:, :P]
             y_s[...] = y.astype(bf16)
             warps.sync_warp()
-            warps.copy_out(y_s, refs.y_gmem.at[at])
+            copies.copy_out(y_s, refs.y_gmem.at[at])
             warps.sync()
             return S
 
@@ -122,7 +119,6 @@ def forward(
             "B": tiles.tile(CHUNK, N),
             "C": tiles.tile(CHUNK, N),  # then y
             "S": tiles.tile(P, N),
-            "zero": plgpu.SMEM((1,), jnp.int32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,

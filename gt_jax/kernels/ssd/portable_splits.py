@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_rows
@@ -70,8 +70,8 @@ def _additions(size, splits, x, B, g, dt, reverse):
 
         def step(n, U):
             m = size.chunks - 1 - n if reverse else n
-            warps.copy_in(refs.x_gmem.at[source, tiles.tokens(m), h], x_s)
-            warps.copy_in(refs.B_gmem.at[source, tiles.tokens(m), group], B_s)
+            copies.copy_in(refs.x_gmem.at[source, tiles.tokens(m), h], x_s)
+            copies.copy_in(refs.B_gmem.at[source, tiles.tokens(m), group], B_s)
             g_m = load_columns(refs.g_gmem.at[source, h, m, 0])
             g_end = refs.g_gmem[source, h, m, 0, CHUNK - 1]
             warps.sync()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import (
@@ -135,8 +135,8 @@ def backward(
                 ),
                 (refs.states_gmem.at[b, m, h], S_s),
             ):
-                warps.copy_in(source, tile)
-            warps.copy_in_narrow(refs.scores_gmem.at[b, m, h], A_s)
+                copies.copy_in(source, tile)
+            copies.copy_in_narrow(refs.scores_gmem.at[b, m, h], A_s)
             dS_s[...] = dS.astype(bf16)
             warps.sync_warp()
             sums = summed_within(refs.patterns_gmem, masks, g)
@@ -149,9 +149,9 @@ def backward(
                 earlier = jnp.maximum(m - 1, 0)
                 for name in ("r", "k", "v", "do", "w"):
                     source = getattr(refs, f"{name}_gmem")
-                    warps.prefetch(source.at[b, tiles.tokens(earlier), h])
+                    copies.prefetch(source.at[b, tiles.tokens(earlier), h])
                 for source in (refs.states_gmem, refs.scores_gmem):
-                    warps.prefetch(source.at[b, earlier, h])
+                    copies.prefetch(source.at[b, earlier, h])
             dQ = warps.dot(zeros(*square), warps.load_left(do_s), S_s)
             for back in reversed(range(1, BLOCKS)):
                 dQ *= warps.block_row(E_s, FIRST, -back, SIZE)
@@ -204,7 +204,7 @@ def backward(
             parked_s[...] = dS
             v_s[...] = dv
             warps.sync_warp()
-            warps.copy_out(v_s, refs.dv_gmem.at[at])
+            copies.copy_out(v_s, refs.dv_gmem.at[at])
             for level in range(LEVELS):
                 query = masks.query(level, SIZE)
                 Y = jnp.where(query, load(r_s), load(k_s))
@@ -236,7 +236,7 @@ def backward(
             ):
                 tile[...] = z.astype(bf16)
                 warps.sync_warp()
-                warps.copy_out(tile, target.at[at])
+                copies.copy_out(tile, target.at[at])
             dS = load(parked_s)
             warps.sync()
             return dS
@@ -260,7 +260,7 @@ def backward(
         },
         scratch={
             **{name: tiles.tile(*square) for name in ("r", "k", "v", "do", "S")},
-            "A": warps.narrow_tile(CHUNK, CHUNK),
+            "A": copies.narrow_tile(CHUNK, CHUNK),
             "dS": tiles.tile(*square),
             "Q_K_or_dS": tiles.overlay(tiles.tile(2, *square), tiles.tile(*square, dtype=f32)),
             "E": plgpu.SMEM((E_ROWS, SIZE), f32),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS, block_dot, left
@@ -77,11 +77,11 @@ def forward(
             at = (b, tiles.tokens(m), h)
             (g,) = log2_decay(tiles.load_from_gmem(refs.w_gmem.at[at]), 1)
             for source, tile in ((refs.r_gmem, r_s), (refs.k_gmem, k_s), (refs.v_gmem, v_s)):
-                warps.copy_in(source.at[at], tile)
+                copies.copy_in(source.at[at], tile)
             S_s[...] = S.astype(bf16)
             warps.sync_warp()
             if save:
-                warps.copy_out(S_s, refs.states_gmem.at[b, m, h])
+                copies.copy_out(S_s, refs.states_gmem.at[b, m, h])
             sums = summed_within(refs.patterns_gmem, masks, g)
             warps.put_block_rows(E_s, jnp.exp2(sums(WHOLE)), FIRST)
 
@@ -103,7 +103,7 @@ def forward(
             if portable_levels.TUNING.prefetch:
                 following = (b, tiles.tokens(jnp.minimum(m + 1, chunks - 1)), h)
                 for source in (refs.r_gmem, refs.k_gmem, refs.v_gmem, refs.w_gmem):
-                    warps.prefetch(source.at[following])
+                    copies.prefetch(source.at[following])
             o = block_dot(warps.zeros(*square), left(A[0]), warps.rows_right(v_s, 0))
             for back in range(1, BLOCKS):
                 met = warps.block_dot_transposed(
@@ -118,11 +118,11 @@ def forward(
             if save:
                 r_s[...] = warps.beside(*A)
                 warps.sync_warp()
-                warps.copy_out(r_s, refs.scores_gmem.at[b, m, h])
+                copies.copy_out(r_s, refs.scores_gmem.at[b, m, h])
                 warps.sync_warp()
             r_s[...] = o.astype(bf16)
             warps.sync_warp()
-            warps.copy_out(r_s, refs.o_gmem.at[at])
+            copies.copy_out(r_s, refs.o_gmem.at[at])
             for x in range(BLOCKS):
                 S *= over_rows(tiles.load_columns(E_s.at[FIRST + x]), S.shape)
                 rows = slice(x * BLOCK, (x + 1) * BLOCK)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.splits import states_of_splits
 from gt_jax.kernels.pallas.tiles import over_rows
@@ -70,8 +70,8 @@ def _maps(splits, x, v, w, reverse):
             d, U = carry
             at = (source, tiles.tokens(chunks - 1 - n if reverse else n), h)
             (g,) = log2_decay(tiles.load_from_gmem(refs.w_gmem.at[at]), 1)
-            warps.copy_in(refs.x_gmem.at[at], x_s)
-            warps.copy_in(refs.v_gmem.at[at], v_s)
+            copies.copy_in(refs.x_gmem.at[at], x_s)
+            copies.copy_in(refs.v_gmem.at[at], v_s)
             warps.sync_warp()
             sums = summed_within(refs.patterns_gmem, masks, g)
             warps.put_block_rows(E_s, jnp.exp2(sums(WHOLE)), 0)

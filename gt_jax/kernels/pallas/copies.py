@@ -1,0 +1,86 @@
+"""Moving tiles between memories by the warps that own their rows; see warps.py."""
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels.pallas.devices import interpreting
+from gt_jax.kernels.pallas.warps import BLOCK, inline
+
+# Where each warp copies the 16 rows it owns, 16 bytes a thread.
+_OWN_ROWS = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((64, 64), (16, 64), (4, 64), (8,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+
+
+_OWN_NARROW_ROWS = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((64, 16), (16, 16), (8,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+
+
+def narrow_tile(*shape):
+    """Shared memory for matrices [..., rows, columns] of which 16 columns are taken at a time."""
+    transforms = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(32))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def copy_in(source, tile):
+    """Each warp copies its own rows of 16-bit numbers into a tile; see sync_warp."""
+    if interpreting():
+        tile[...] = source[...]
+    else:
+        tile[...] = plgpu.load(source, layout=_OWN_ROWS, optimized=False)
+
+
+def copy_in_narrow(source, tile):
+    """copy_in for a narrow tile."""
+    for column in range(0, tile.shape[1], BLOCK):
+        columns = slice(column, column + BLOCK)
+        z = source.at[:, columns]
+        if interpreting():
+            tile[:, columns] = z[...]
+        else:
+            z = plgpu.load(z, layout=_OWN_NARROW_ROWS, optimized=False)
+            tile.at[:, columns][...] = z
+
+
+def prefetch(ref):
+    """Asks for a tile [64, columns] of global memory to be in the second-level cache soon."""
+    if interpreting():
+        return
+
+    @inline((plgpu.RefType(),), None)
+    def ask(_, source):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        memref = ir.MemRefType(source.type)
+        line = 128 * 8 // mgpu.utils.bitwidth(memref.element_type)  # elements of a cache line
+        lines = memref.shape[1] // line  # of a row
+        for first in range(0, memref.shape[0] * lines, mgpu.utils.WARPGROUP_SIZE):
+            n = arith.addi(mgpu.utils.thread_idx(), mgpu.utils.c(first, i32))
+            # With fewer lines than threads, two threads ask for the same.
+            row = arith.remui(n, mgpu.utils.c(memref.shape[0], i32))
+            column = arith.remui(
+                arith.divui(n, mgpu.utils.c(memref.shape[0], i32)), mgpu.utils.c(lines, i32)
+            )
+            at = [arith.index_cast(index, z) for z in (row, column)]
+            at[1] = arith.muli(at[1], mgpu.utils.c(line, index))
+            element = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], line)))
+            pointer = mgpu.utils.memref_ptr(element)
+            mgpu.utils.inline_ptx("prefetch.global.L2 [$0];", pointer, has_side_effects=True)
+
+    ask(ref)
+
+
+def copy_out(tile, target):
+    """Each warp copies its own rows out of a tile, behind a sync_warp."""
+    target[...] = tile[...] if interpreting() else plgpu.load(tile, layout=_OWN_ROWS)
