@@ -15,7 +15,7 @@ _CHUNK = 2**26
 
 
 @jax.custom_vjp
-def head_cross_entropy(x, head, targets):
+def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
     """Summed cross-entropy of softmax(x head).
 
     Products, those of the gradient included, take operands in the dtype of x and accumulate in

@@ -91,7 +91,15 @@ class LanguageModel(nn.Module):
         logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         return Output(logits.reshape(*tokens.shape, -1), state)
 
-    def loss(self, tokens, targets, state=None, *, segment_ids=None, rwkv_drop=None):
+    def loss(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        state: Any = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        rwkv_drop: float | jax.Array | None = None,
+    ) -> Loss:
         """The model's loss on a text, without [B, T, vocab] logits in memory.
 
         Args:

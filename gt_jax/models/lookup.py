@@ -12,7 +12,7 @@ _BLOCK = 128
 
 
 @jax.custom_vjp
-def lookup(table, index):
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index], NaN where there is no row.
 
     Args:
@@ -38,7 +38,7 @@ def _backward(residuals, g):
 lookup.defvjp(_forward, _backward)
 
 
-def sum_by_index(rows, index, size):
+def sum_by_index(rows: jax.Array, index: jax.Array, size: int) -> jax.Array:
     """out[v] = sum of the rows n with index_n = v, in an order that N and the indices fix.
 
     Args:

@@ -94,7 +94,7 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def join(tree) -> dict[str, dict[str, jax.Array]]:
+def join(tree: Any) -> dict[str, dict[str, jax.Array]]:
     """Label -> {"joined": a vector of all small leaves that bear it, path: a large leaf, ...}.
 
     What is done to hundreds of gradients and moments alike then takes a few large operations.
@@ -113,7 +113,7 @@ def join(tree) -> dict[str, dict[str, jax.Array]]:
     return groups
 
 
-def split(groups: dict[str, dict[str, jax.Array]], like):
+def split(groups: dict[str, dict[str, jax.Array]], like: Any) -> Any:
     """Undo `join` of a tree like `like`."""
     starts = dict.fromkeys(groups, 0)
 
@@ -133,7 +133,7 @@ def norms(groups: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return {name: optax.tree.norm(arrays) for name, arrays in groups.items()}
 
 
-def norms_by_label(tree) -> dict[str, jax.Array]:
+def norms_by_label(tree: Any) -> dict[str, jax.Array]:
     """Global norm of the leaves of each label that occurs."""
     return norms(join(tree))
 

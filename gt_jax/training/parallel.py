@@ -73,7 +73,14 @@ def put_batches(eval_step: Callable, mesh: Mesh) -> Callable:
     return lambda params, batch, carry: eval_step(params, put_batch(batch, mesh), carry)
 
 
-def lower_programs(make_state, train_step, eval_step, mesh: Mesh, batches, carry) -> dict:
+def lower_programs(
+    make_state: Any,
+    train_step: Any,
+    eval_step: Callable,
+    mesh: Mesh,
+    batches: tuple[Batch, Batch],
+    carry: Any,
+) -> dict[str, Callable]:
     """What a run compiles, for `gt_jax.compilation.compile_side_by_side`, the longest first.
 
     Args:

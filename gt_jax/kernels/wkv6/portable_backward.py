@@ -12,6 +12,8 @@ and the E still to come; then those of Kh times its part of dKh from dS, and of 
 products, in which nothing cancels.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,6 +52,28 @@ from gt_jax.kernels.wkv6.portable_levels import (
 _GROUP = 2 * BLOCKS - 1
 _OF_Q, _OF_K, _OF_STATE = 0, (BLOCKS - 1) * _GROUP, BLOCKS * _GROUP
 _SUM_ROWS = _OF_STATE + BLOCKS
+
+
+def _gather(refs, masks, start, place, Z):
+    """start + the transposed pattern times Z, block by block."""
+    pattern = warps.load_left(refs.transposed_gmem.at[place + masks.zero()], optimized=False)
+    return block_dot(start, pattern, warps.right(Z.astype(jnp.bfloat16)))
+
+
+def _column_sums(Z):
+    """Sums over the rows of each block, the same in all of them."""
+    ones = warps.constant_left((CHUNK, BLOCK), 1.0, jnp.bfloat16)
+    return block_dot(warps.zeros(CHUNK, SIZE), ones, warps.right(Z.astype(jnp.bfloat16)))
+
+
+def _cross_block(masks, dY, a, b_s, partner_s, shift):
+    """Adds to dQ or dKh, which E has multiplied, what its block has with that at `shift`.
+
+    a, b_s: operands of dM, of the row's and of the other token; partner_s: Kh or Q.
+    """
+    dM = block_dot_transposed(warps.zeros(CHUNK, BLOCK), a, rows_right_transposed(b_s, shift))
+    dM = (dM * masks.has_block(shift)).astype(jnp.bfloat16)
+    return block_dot(dY, left(dM), rows_right(partner_s, shift))
 
 
 @lowered_once()
@@ -98,44 +122,16 @@ def backward(
             warps.put_block_rows(sums_s, zeros(*square), first)
         warps.sync()
 
-        def gather(start, place, Z):
-            """start + the transposed pattern times Z, block by block."""
-            pattern = warps.load_left(
-                refs.transposed_gmem.at[place + masks.zero()], optimized=False
-            )
-            return block_dot(start, pattern, warps.right(Z.astype(bf16)))
-
-        def column_sums(Z):
-            """Sums over the rows of each block, the same in all of them."""
-            ones = warps.constant_left((CHUNK, BLOCK), 1.0, bf16)
-            return block_dot(zeros(*square), ones, warps.right(Z.astype(bf16)))
-
-        def cross_block(dY, a, b_s, partner_s, shift):
-            """Adds to dQ or dKh, which E has multiplied, what its block has with that at `shift`.
-
-            a, b_s: operands of dM, of the row's and of the other token; partner_s: Kh or Q.
-            """
-            dM = block_dot_transposed(zeros(CHUNK, BLOCK), a, rows_right_transposed(b_s, shift))
-            dM = (dM * masks.has_block(shift)).astype(bf16)
-            return block_dot(dY, left(dM), rows_right(partner_s, shift))
+        gather = functools.partial(_gather, refs, masks)
+        cross_block = functools.partial(_cross_block, masks)
 
         def step(back, dS):
             m = chunks - 1 - back
             at = (b, tiles.tokens(m), h)
             (g,) = log2_decay(tiles.load_from_gmem(refs.w_gmem.at[at]), 1)
-            for source, tile in (
-                *(
-                    (z.at[at], tile)
-                    for z, tile in (
-                        (refs.r_gmem, r_s),
-                        (refs.k_gmem, k_s),
-                        (refs.v_gmem, v_s),
-                        (refs.do_gmem, do_s),
-                    )
-                ),
-                (refs.states_gmem.at[b, m, h], S_s),
-            ):
-                copies.copy_in(source, tile)
+            for name, tile in (("r", r_s), ("k", k_s), ("v", v_s), ("do", do_s)):
+                copies.copy_in(getattr(refs, f"{name}_gmem").at[at], tile)
+            copies.copy_in(refs.states_gmem.at[b, m, h], S_s)
             copies.copy_in_narrow(refs.scores_gmem.at[b, m, h], A_s)
             dS_s[...] = dS.astype(bf16)
             warps.sync_warp()
@@ -159,7 +155,7 @@ def backward(
                 for nearer in range(1, back):  # what still multiplies dQ
                     passed *= warps.block_row(E_s, FIRST, -nearer, SIZE)
                 rows = _OF_Q + (back - 1) * _GROUP
-                warps.put_block_rows(sums_s, column_sums(passed), rows)
+                warps.put_block_rows(sums_s, _column_sums(passed), rows)
                 dQ = cross_block(dQ, warps.load_left(do_s), v_s, K_s, -back)
             dr = dQ * jnp.exp2(sums(FROM_START))
             dw = gather(zeros(*square), FROM_START, dQ * load(Q_s))
@@ -168,7 +164,7 @@ def backward(
             for ahead in range(1, BLOCKS):
                 Kh_end *= warps.block_row(E_s, FIRST, ahead, SIZE)
             dK = warps.dot(zeros(*square), warps.load_left(v_s), dS_s)
-            warps.put_block_rows(sums_s, column_sums(dK * Kh_end), _OF_K)
+            warps.put_block_rows(sums_s, _column_sums(dK * Kh_end), _OF_K)
             dv = warps.dot(zeros(*square), left(Kh_end.astype(bf16)), dS_s.T)
             for ahead in range(BLOCKS):
                 A = A_s.at[:, ahead * BLOCK : (ahead + 1) * BLOCK]
@@ -185,7 +181,7 @@ def backward(
                 over_rows(tiles.load_columns(E_s.at[FIRST + x]), square) for x in range(BLOCKS)
             ]
             through = decays[0] * decays[1] * decays[2] * decays[3]
-            warps.put_block_rows(sums_s, column_sums(dS * load(S_s) * through), _OF_STATE)
+            warps.put_block_rows(sums_s, _column_sums(dS * load(S_s) * through), _OF_STATE)
             for x in reversed(range(BLOCKS)):
                 rows = slice(x * BLOCK, (x + 1) * BLOCK)
                 dS = warps.dot(dS * decays[x], warps.load_left(do_s.at[rows].T), Q_s.at[rows])
@@ -226,7 +222,7 @@ def backward(
             refs.dw_gmem.at[at][...] = dw + of_block
 
             r, k, own = load(r_s), load(k_s), over_columns(own, square)
-            du = warps.block_row(du_s, 0, 0, SIZE) + column_sums(own * r * k)
+            du = warps.block_row(du_s, 0, 0, SIZE) + _column_sums(own * r * k)
             u = over_rows(tiles.load_columns(u_s), square)
             warps.sync_warp()
             warps.put_block_rows(du_s, du, 0)
