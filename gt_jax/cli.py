@@ -99,8 +99,7 @@ def parse(flags: absl_flags.FlagValues, argv, *, usage: str, required=()) -> boo
             print(f"  --{name}: {flags[name].help}")
         return False
     if rest:
-        hint = _config_meant(rest) if "config" in flags else ""
-        raise InputError(f"{rest[0]} is not a flag; {hint or 'flags are written --name=value'}")
+        raise InputError(f"{rest[0]} is not a flag; flags are written --name=value")
     for name in required:
         if not flags[name].present:
             raise InputError(f"--{name} is missing; see --help")
@@ -128,18 +127,14 @@ def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
             name, argv[i : i + 1] = argument.removeprefix("--config="), []
             break
     if not name and not {"--help", "--helpfull", "-h"} & set(argv):
-        raise InputError(f"--config is missing; {_config_meant(argv[1:]) or 'see --help'}")
+        paths = [a for a in argv[1:] if a.endswith(".py") or Path(a).is_file()]
+        hint = f"did you mean --config={paths[0]}?" if paths else "see --help"
+        raise InputError(f"--config is missing; {hint}")
     config = load_config(name) if name else default_config()
     if unknown := _unknown_field(argv):
         raise InputError(unknown)
     config_flags.DEFINE_config_dict("config", config, flag_values=flags, sys_argv=argv)
     return name
-
-
-def _config_meant(arguments) -> str:
-    """A hint where an argument without `--config=` is a config's file, "" where none is."""
-    paths = [a for a in arguments if a.endswith(".py") or Path(a).is_file()]
-    return f"did you mean --config={paths[0]}?" if paths else ""
 
 
 def describe_settings() -> str:
