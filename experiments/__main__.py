@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent
 
 def main(argv):
     known = experiments()
-    if argv in (["--help"], ["-h"]):
+    if argv in ([], ["--help"], ["-h"]):
         print(usage(known))
         return None
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))

@@ -333,12 +333,21 @@ def _build(cls, values, prefix: str):
     return cls(**built)
 
 
+_MOST_TOKENS = 2**31 - 1  # of a step: indices are int32
+
+
 def _check_together(config: Config) -> None:
     train, accumulation = config.train, config.optim.grad_accumulation
     if train.batch_size % accumulation:
         raise InputError(
             f"train.batch_size={train.batch_size} must be a multiple of "
             f"optim.grad_accumulation={accumulation}"
+        )
+    tokens = train.batch_size * train.seq_len
+    if tokens > _MOST_TOKENS:  # the host would fill its memory with batches before a device says so
+        raise InputError(
+            f"train.batch_size={train.batch_size} with train.seq_len={train.seq_len} makes "
+            f"{tokens:,} tokens a step, more than {_MOST_TOKENS:,}; lower one"
         )
     if train.carry_state and config.data.order != "tracks":
         raise InputError(

@@ -257,7 +257,7 @@ def test_loading_a_damaged_or_foreign_checkpoint_is_one_line_and_nothing_is_lost
     about.write_text(about.read_text().replace('"dim": 32', '"dim": 64'))
     checkpoint.seal(folder)
     error = error_of(generate, f"--checkpoint={workdir}", "--prompt=a", capsys=capsys)
-    assert "is a checkpoint of another model" in error
+    assert "model.dim=64, and its files hold an embedding [13, 32]" in error
     assert (workdir / "metrics.jsonl").read_text() == before
 
 

@@ -220,7 +220,9 @@ def profile(model, params, tokens):
     blocks = [kept[f"blocks_{layer}"] for layer in range(model.config.layers)]
     std = lambda x: jnp.std(x.astype(jnp.float32))
     # What the residual stream begins with; RWKV-6 normalises the embedding first.
-    start = blocks[0].get("embedding_norm", kept["embedding"])["__call__"][0]
+    start = params["embedding"]["embedding"][tokens]  # [B, T, D]
+    if "embedding_norm" in blocks[0]:
+        start = blocks[0]["embedding_norm"]["__call__"][0]
     # A block and a mixer return (output, state).
     found = {
         "embedding_std": std(start),
@@ -247,12 +249,7 @@ def profile(model, params, tokens):
 
 def _is_measured(module, method):
     name = module.name or ""
-    measured = name.startswith("blocks_") or name in (
-        "embedding",
-        "embedding_norm",
-        "mixer_norm",
-        *MIXERS,
-    )
+    measured = name.startswith("blocks_") or name in ("embedding_norm", "mixer_norm", *MIXERS)
     return measured and method == "__call__"
 
 

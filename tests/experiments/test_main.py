@@ -42,8 +42,9 @@ def test_status_of_an_experiment_is_passed_on(monkeypatch):
     assert together.main(["gates", "--checkpoint=runs/x"]) == 1
 
 
-def test_help_lists_every_question_and_benchmark(capsys):
-    together.main(["--help"])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_every_question_and_benchmark(argv, capsys):
+    together.main(argv)
     lines = capsys.readouterr().out.splitlines()
     named = {line.split()[0] for line in lines if line.startswith("  ") and line.strip()}
     folder = Path(together.__file__).parent

@@ -38,6 +38,7 @@ def test_every_config_file_is_valid_and_survives_json(name):
         ("parallel.mode", "xmap", "parallel.mode='xmap' must be one of jit, pmap; did you mean"),
         ("train.carry_state", True, "train.carry_state=True needs text that continues"),
         ("optim.grad_accumulation", 3, "must be a multiple of optim.grad_accumulation=3"),
+        ("train.batch_size", 2**31 - 1, "tokens a step, more than 2,147,483,647; lower one"),
     ],
 )
 def test_impossible_value_is_refused_with_its_field_value_and_mend(field, value, message):

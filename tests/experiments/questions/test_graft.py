@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.lab.jobs import run
 from experiments.questions import graft
 
 
@@ -11,7 +12,7 @@ def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys, compile
     (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 100)
     small = {"train.batch_size": 2, "train.seq_len": 16, "optim.warmup_steps": 1}
     monkeypatch.setattr(graft, "SIZE", {"model.dim": 32, "model.layers": 1})
-    run_all = lambda tasks, jobs: [jobs.run(n, c | small, *rest) for n, c, *rest in tasks]
+    run_all = lambda tasks, jobs: [run(n, c | small, *rest) for n, c, *rest in tasks]
     monkeypatch.setattr(graft, "run_all", run_all)
     monkeypatch.setattr(graft, "GRAFTS", {"graft": graft.GRAFTS["graft"]})
     out = tmp_path / "graft.json"

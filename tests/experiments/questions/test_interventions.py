@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import lab
-from experiments.lab import command, results
+from experiments.lab import command, results, variants
 from experiments.lab.statistics import compare
 from experiments.questions import interventions
 from gt_jax.errors import InputError
@@ -91,7 +91,7 @@ def test_experiment_runs(tmp_path):
 
 def test_interventions_reach_the_config():
     options = interventions.command.parser("interventions", "?")
-    interventions.fusion.add_flags(options)
+    variants.add_flags(options)
     options = command.parse(options, ["--quick"])
     arms = interventions.arms_of(options, interventions.INTERVENTIONS)
     plain = arms["plain"].config

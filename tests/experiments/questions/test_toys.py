@@ -34,7 +34,7 @@ def test_task_is_learnable_and_accuracy_counts_answers():
         tokens = rng.integers(0, 6, (batch, length), dtype=np.int32)
         return tokens, np.where(tokens > 2, tokens, -1).astype(np.int32)
 
-    task = toys.make_task("echo", echo, 6, 8, 16)
+    task = lab.drawn_task("echo", echo, 6, 8, 16)
     config = lab.make_config(
         command.QUICK | {"model.preset": "gpt2", "train.steps": 40, "optim.lr": 1e-2}
     )
@@ -44,7 +44,7 @@ def test_task_is_learnable_and_accuracy_counts_answers():
 
 
 def test_tests_are_other_sequences_than_training():
-    task = toys.make_task("induction", tasks.induction, 16, 16, 32)
+    task = lab.drawn_task("induction", tasks.induction, 16, 16, 32)
     feed = task.batches(0)
     train = {row.tobytes() for _ in range(20) for row in next(feed).inputs}
     assert not train & {row.tobytes() for batch in task.held_out for row in batch.inputs}
