@@ -26,7 +26,9 @@ from gt_jax.settings import (
     Range,
     accepted,
     check,
+    flatten,
     setting,
+    unflatten,
 )
 from gt_jax.suggestions import ELSEWHERE
 
@@ -241,7 +243,7 @@ def from_stored(stored: dict) -> Config:
     values = flatten(to_dict(Config()))
     for name, value in flatten(stored).items():
         values[_MOVED.get(name, name)] = value
-    return from_config_dict(_unflatten(values))
+    return from_config_dict(unflatten(values))
 
 
 def to_dict(config: Config) -> dict:
@@ -265,15 +267,6 @@ def computation_dtype(dtype: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    """{"optim": {"lr": 1e-3}} -> {"optim.lr": 1e-3}."""
-    flat = {}
-    for key, value in tree.items():
-        name = prefix + key
-        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
-    return flat
-
-
 def check_devices(config: Config, devices: int) -> None:
     """Raise InputError unless every microbatch divides evenly over `devices`."""
     if config.train.batch_size % (devices * config.optim.grad_accumulation):
@@ -295,17 +288,6 @@ def _placeholders(settings) -> config_dict.ConfigDict:
             value = config_dict.placeholder(kind)
         values[field.name] = value
     return config_dict.ConfigDict(values)
-
-
-def _unflatten(flat: dict[str, object]) -> dict:
-    tree = {}
-    for name, value in flat.items():
-        *groups, last = name.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    return tree
 
 
 def _build(cls, values, prefix: str):

@@ -68,6 +68,27 @@ def check(settings: Any, prefix: str = "") -> None:
                 _check_value(value, field.metadata, name)
 
 
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"optim": {"lr": 1e-3}} -> {"optim.lr": 1e-3}."""
+    flat = {}
+    for key, value in tree.items():
+        name = prefix + key
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def unflatten(flat: dict[str, object]) -> dict:
+    """Undo `flatten`."""
+    tree = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return tree
+
+
 def accepted(kind: Any) -> tuple[type, ...]:
     """The types of a field: (int, NoneType) of `int | None`."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
