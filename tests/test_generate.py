@@ -94,7 +94,7 @@ def test_lines_typed_make_one_text_with_the_replies(run, small, type_lines, caps
     assert printed.out == "\n".join([*replies, "\n"])
 
 
-@pytest.mark.parametrize("moment", ["encode_prompt", "read", "stream"])
+@pytest.mark.parametrize("moment", ["encode_prompt", "prefill", "stream"])
 def test_ctrl_c_ends_a_reply_from_its_first_moment_on(run, type_lines, capsys, monkeypatch, moment):
     usual, calls = getattr(program, moment), []
 
