@@ -66,7 +66,7 @@ class Worker:
 
 
 async def _arriving(arrived, end) -> AsyncIterator[Delta]:
-    """The Deltas that come through a queue, up to the one with a reason or the loop's time `end`."""
+    """The Deltas that come through a queue, up to the last one or to the loop's time `end`."""
     reason = None
     while reason is None:
         # Python 3.11's wait_for drops a cancellation that comes together with a result.
