@@ -44,18 +44,9 @@ class Worker:
         try:
             self._queue.append((number, request))
             self._some.set()
-            yield self._arriving(arrived, loop.time() + seconds)
+            yield _arriving(arrived, loop.time() + seconds)
         finally:
             del self.clients[number]
-
-    async def _arriving(self, arrived, end) -> AsyncIterator[Delta]:
-        loop, reason = asyncio.get_running_loop(), None
-        while reason is None:
-            news = await asyncio.wait_for(arrived.get(), max(0, end - loop.time()))
-            if isinstance(news, Failure):
-                raise RuntimeError(f"generation failed: {news.error}") from news.error
-            yield news
-            reason = news.reason
 
     def _run(self):
         while self._some.wait():
@@ -74,3 +65,16 @@ class Worker:
         with contextlib.suppress(KeyError, RuntimeError):  # gone, or their loop is closed
             loop, arrived = self.clients[news.index]
             loop.call_soon_threadsafe(arrived.put_nowait, news)
+
+
+async def _arriving(arrived, end) -> AsyncIterator[Delta]:
+    """The Deltas that come through a queue, up to the last one or to the loop's time `end`."""
+    reason = None
+    while reason is None:
+        # Python 3.11's wait_for drops a cancellation that comes together with a result.
+        async with asyncio.timeout_at(end):
+            news = await arrived.get()
+        if isinstance(news, Failure):
+            raise RuntimeError(f"generation failed: {news.error}") from news.error
+        yield news
+        reason = news.reason
