@@ -16,6 +16,10 @@ from gt_jax.errors import InputError, did_you_mean
 
 
 def main(argv):
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__.strip(), f"There are {', '.join(experiments())}.", sep="\n\n")
+        print("What flags one takes: `python -m experiments NAME --help`.")
+        return
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
     known = experiments()
     for name in names or [""]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath  # comes with orbax-checkpoint
 
 from gt_jax.config import computation_dtype
 from gt_jax.data import tokenizer_from_dict
@@ -162,11 +163,10 @@ def read_tree(folder: Path, name: str, like):
         InputError: the part is damaged, or its arrays have other names or shapes.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    reader, part = ocp.StandardCheckpointHandler(), epath.Path(folder / name)
     try:
-        stored = _shapes(reader.metadata(folder / name).item_metadata.tree)
-        if stored == _shapes(like):
-            return reader.restore(folder / name, args=ocp.args.StandardRestore(like))
+        if _shapes(reader.metadata(part).tree) == _shapes(like):
+            return reader.restore(part, args=ocp.args.StandardRestore(like))
     except Exception as error:  # Orbax raises ValueError, Exception and more for what it finds.
         raise _damaged(folder, str(error)[:200]) from error
     raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")

@@ -139,7 +139,7 @@ def _loop(job: Job, state, prompt, progress, start, stop, writer, speed, began) 
                     row = report(display, row)
                 finite.add(numbers["skipped_in_a_row"])
                 stop.work_to_lose = True
-            _look_for_reasons(stop, config, began)
+                _look_for_reasons(stop, config, began)
             is_last = step == steps or progress.out_of_patience(config)
             due = (every(config.train.eval_every, step) or is_last) and progress.evaluated < step
             if trains and (every(config.log.every, step) or due):

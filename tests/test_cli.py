@@ -291,3 +291,46 @@ cli.run(main)
 """
     short = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (short.returncode, short.stderr) == (1, "error: no room\n")
+
+
+def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path, capsys):
+    """Same name, length and alphabet: only the hash of the tokens tells."""
+    copy, few = tmp_path / "text.txt", ("--config.train.steps=2", "--config.train.sample_tokens=0")
+    written = text.read_text()
+    copy.write_text(written)
+    run_train(tmp_path / "run", copy, *few)
+    copy.write_text(written[::-1])
+    error = train_error(copy, tmp_path / "run", capsys, "--config.train.steps=3")
+    assert "is no longer the text" in error and "bring it back" in error
+
+    # A checkpoint of before there were hashes is continued, and says that nothing was compared.
+    about = checkpoint.find(tmp_path / "run") / "about" / "metadata"
+    stored = json.loads(about.read_text())
+    about.write_text(json.dumps({name: stored[name] for name in stored if name != "text"}))
+    checkpoint.seal(about.parents[1])
+    run_train(tmp_path / "run", copy, *few, "--config.train.steps=3")
+    assert "kept no hash of its text; not compared" in capsys.readouterr().out
+
+
+def test_nan_at_the_first_evaluation_does_not_stay_the_best(text, tmp_path, monkeypatch, capsys):
+    usual, calls = train.evaluate, []
+
+    def first_is_nan(*args, **kwargs):
+        calls.append(usual(*args, **kwargs))
+        return calls[-1] | ({"validation_loss": float("nan")} if len(calls) == 1 else {})
+
+    monkeypatch.setattr(train, "evaluate", first_is_nan)
+    run_train(tmp_path, text, "--config.train.steps=10", "--config.train.sample_tokens=0")
+    assert "best validation loss" in capsys.readouterr().out
+    rows = metrics.read(tmp_path)
+    assert rows[0]["validation_loss"] is None and rows[1]["validation_loss"] > 0
+
+
+def test_limit_of_steps_that_are_not_finite_holds_between_the_lines_of_the_log(
+    text, tmp_path, capsys
+):
+    broken = ["--config.optim.lr=1e30", "--config.optim.clip=0", "--config.train.max_nonfinite=3"]
+    more = [*broken, "--config.log.every=1000", "--config.optim.warmup_steps=0"]
+    more += ["--config.train.steps=1000", "--config.train.eval_every=0"]
+    error = train_error(text, tmp_path, capsys, *more, "--config.checkpoint.every=0")
+    assert re.search(r"the last [345] steps were not finite", error)

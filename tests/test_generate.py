@@ -94,6 +94,34 @@ def test_lines_typed_make_one_text_with_the_replies(run, small, type_lines, caps
     assert printed.out == "\n".join([*replies, "\n"])
 
 
+@pytest.mark.parametrize("moment", ["encode_prompt", "read", "stream"])
+def test_ctrl_c_ends_a_reply_from_its_first_moment_on(run, type_lines, capsys, monkeypatch, moment):
+    usual, calls = getattr(program, moment), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return usual(*args, **kwargs)
+
+    type_lines("abab", "cd")
+    run("--temperature=0")
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(program, moment, interrupted)
+    type_lines("abab", "cd", "")
+    run("--temperature=0")
+    printed = capsys.readouterr()
+    assert len(calls) > 1 and printed.err == ""
+    assert len(printed.out) > len(whole) - 2  # the later replies came
+
+
+def test_speed_of_nothing_is_not_printed(run, capsys):
+    run("--prompt=a", "--max_tokens=1", "--stats")
+    printed = capsys.readouterr().err
+    assert printed == "prefill: 0 tokens; decode: 1 tokens (1 new)" + printed[43:]
+    assert " 0 tokens/s" not in printed
+
+
 def test_mistakes_are_found_before_the_model_is_loaded():
     with pytest.raises(InputError, match=r"min_p=2\.0 must be from 0 to 1"):
         program.main(["program", "--checkpoint=nowhere", "--prompt=a", "--min_p=2"])

@@ -40,3 +40,11 @@ def test_what_fails_does_not_stop_the_others(monkeypatch):
 def test_wrong_names_and_flags_are_refused(argv, message):
     with pytest.raises(InputError, match=message):
         together.main(argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_names_the_experiments(argv, capsys):
+    together.main(argv)
+    printed = capsys.readouterr().out
+    assert "python -m experiments fusion ratio" in printed and "fusion, " in printed
+    assert "NAME --help" in printed

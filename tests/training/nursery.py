@@ -64,6 +64,9 @@ def _run(argv, out, **settings):
 
 
 def main():
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whatever this process was told to ignore
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
