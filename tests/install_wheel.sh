@@ -16,4 +16,5 @@ gt-jax train --config=tiny --workdir=run --config.train.steps=5 --config.train.b
   --config.train.eval_tokens=2048 --config.train.sample_tokens=16
 gt-jax generate --checkpoint=run --prompt="ROMEO:" --max_tokens=20
 gt-jax evaluate --checkpoint=run
-gt-jax models | head -n 2
+gt-jax models > models.txt
+head -n 2 models.txt

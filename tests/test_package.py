@@ -75,3 +75,13 @@ def test_every_test_that_needs_more_than_the_requirements_runs_beside_other_libr
             wanted[str(path.relative_to(ROOT))] = needed
     assert set(wanted) == set((ROOT / ".ci/with_other_libraries").read_text().split())
     assert set().union(*wanted.values()) <= more
+
+
+def test_the_list_of_models_bears_a_closed_pipe_and_names_a_wrong_argument():
+    command = f"{sys.executable} -m gt_jax.models"
+    piped = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert piped.stdout.startswith("preset") and piped.stderr == ""
+    wrong = subprocess.run([*command.split(), "--nope"], cwd=ROOT, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)

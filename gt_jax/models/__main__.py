@@ -1,6 +1,8 @@
 """`python -m gt_jax.models` prints every preset with its exact parameter counts."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
 from gt_jax.models.language_model import count_parameters
 from gt_jax.models.presets import ALIASES, PRESETS, make_config
@@ -32,18 +34,29 @@ def rows() -> Iterator[tuple[str, ...]]:
         )
 
 
-def main() -> None:
-    """Print the table of all presets."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print the table, or the help; any other argument is a mistake."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if arguments:
+        print(f"error: {arguments[0]} is not a flag; there is only --help", file=sys.stderr)
+        sys.exit(1)
     table = list(rows())
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     text_columns = (0, 1, 2, len(widths) - 1)
-    for row in table:
-        cells = (
-            cell.ljust(width) if i in text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
+    try:
+        for row in table:
+            cells = (
+                cell.ljust(width) if i in text_columns else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            print("  ".join(cells).rstrip())
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; Python would flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
