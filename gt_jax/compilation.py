@@ -16,8 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 #
 # Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
 # the first step, and train no faster (H100, configs/gf_mh_base.py). Kernels of both branches side
-# by side, as in decoding, make a small step faster (gf_mh at 64 x 64: 3.67 ms instead of 4.25), but
-# what runs at once shares no memory, and at 8 x 2048 a step was slower in 2.6 times the memory.
+# by side, as in decoding, make a small step faster (gf_mh at 64 x 64 on an H200: 3.67 ms instead of
+# 4.25, temporaries 858 MiB instead of 505), but what runs at once shares no memory; at 8 x 2048, a
+# build with this and other changes was slower in 2.6 times the memory, so it is left out.
 TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
 # it sums, since summing the parts takes longer than is saved.
