@@ -138,8 +138,8 @@ def test_file_that_is_no_text_is_refused(attention, tmp_path):
 
 def test_spelling_joins_to_the_text():
     text = "to be  or\n not: naïve 日本語 🙂\n"
-    pieces = train_sentencepiece(["to be or not to be that is the question\n" * 20], 290)
-    for tokenizer in (CharTokenizer(text), pieces):
+    subwords = train_sentencepiece(["to be or not to be that is the question\n" * 20], 290)
+    for tokenizer in (CharTokenizer(text), subwords):
         ids = tokenizer.encode(text)
         spelt = inspect.spell(tokenizer, ids)
         assert len(spelt) == len(ids) and "".join(spelt) == text

@@ -138,13 +138,13 @@ def test_packed_segments_equal_separate_calls():
         outputs, states = [], []
         for b in range(2):
             cuts = [0, *(np.flatnonzero(np.diff(ids[b])) + 1), 50]
-            S, pieces = state[b : b + 1], []
+            S, of_row = state[b : b + 1], []
             for start, stop in itertools.pairwise(cuts):
                 x_, dt_, B_, C_ = (z[b : b + 1, start:stop] for z in (x, dt, B, C))
                 y, final = ssd(x_, dt_, A, B_, C_, D=D, initial_state=S, impl="reference")
-                pieces.append(y)
+                of_row.append(y)
                 S = jnp.zeros_like(S)
-            outputs.append(jnp.concatenate(pieces, axis=1))
+            outputs.append(jnp.concatenate(of_row, axis=1))
             states.append(final)
         return jnp.concatenate(outputs), jnp.concatenate(states)
 
@@ -157,8 +157,8 @@ def test_packed_segments_equal_separate_calls():
 def test_state_carries_over_a_split(impl):
     def split(x, dt, A, B, C, D, state):
         outputs = []
-        for piece in (slice(0, 1), slice(1, 37), slice(37, None)):
-            x_, dt_, B_, C_ = (z[:, piece] for z in (x, dt, B, C))
+        for chunk in (slice(0, 1), slice(1, 37), slice(37, None)):
+            x_, dt_, B_, C_ = (z[:, chunk] for z in (x, dt, B, C))
             y, state = ssd(x_, dt_, A, B_, C_, D=D, initial_state=state, impl=impl)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state

@@ -124,13 +124,13 @@ def test_packed_segments_equal_separate_calls():
         for b in range(2):
             cuts = [0, *(np.flatnonzero(np.diff(ids[b])) + 1), 50]
             S = state[b : b + 1]
-            pieces = []
+            of_row = []
             for start, stop in itertools.pairwise(cuts):
                 one = (x[b : b + 1, start:stop] for x in (r, k, v, w))
                 o, final = wkv6(*one, u, initial_state=S, impl="reference")
-                pieces.append(o)
+                of_row.append(o)
                 S = jnp.zeros_like(S)
-            outputs.append(jnp.concatenate(pieces, axis=1))
+            outputs.append(jnp.concatenate(of_row, axis=1))
             states.append(final)
         return jnp.concatenate(outputs), jnp.concatenate(states)
 
@@ -143,8 +143,8 @@ def test_packed_segments_equal_separate_calls():
 def test_state_carries_over_a_split(impl):
     def split(r, k, v, w, u, state):
         outputs = []
-        for piece in (slice(0, 1), slice(1, 37), slice(37, None)):
-            one = (x[:, piece] for x in (r, k, v, w))
+        for chunk in (slice(0, 1), slice(1, 37), slice(37, None)):
+            one = (x[:, chunk] for x in (r, k, v, w))
             o, state = wkv6(*one, u, initial_state=state, impl=impl)
             outputs.append(o)
         return jnp.concatenate(outputs, axis=1), state
