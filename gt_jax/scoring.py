@@ -217,8 +217,8 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
     state = _zero_state(model, batch_size)
     for start in range(0, columns, size):
         part = np.s_[:, start : start + size]
-        fresh = start <= pad  # The row was padding so far, so its state is reset.
-        chunk = _step(model, params, *rows[:, *part], segments[part], fresh, state)
+        resets = start <= pad  # the row was padding so far
+        chunk = _step(model, params, *rows[:, *part], segments[part], resets, state)
         state = chunk.state
         yield chunk
 
@@ -229,9 +229,9 @@ def _zero_state(model, batch_size):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _step(model, params, inputs, targets, segment_ids, fresh, state) -> _Chunk:
+def _step(model, params, inputs, targets, segment_ids, resets, state) -> _Chunk:
     state = jax.tree.map(
-        lambda x: jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), 0, x).astype(x.dtype), state
+        lambda x: jnp.where(resets.reshape(-1, *[1] * (x.ndim - 1)), 0, x).astype(x.dtype), state
     )
     logits, state = model.apply({"params": params}, inputs, state, segment_ids=segment_ids)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -94,7 +94,7 @@ def test_run_leaves_everything_it_promises(finished):
 def test_resumed_run_equals_one_that_went_straight_through(
     finished, text, tmp_path, capsys, monkeypatch
 ):
-    """A SIGTERM in step 10 saves and leaves cleanly; the same command goes on, to the bit."""
+    """A SIGTERM in step 10 saves and leaves cleanly; the same command continues, to the bit."""
 
     prefetch = train.parallel.prefetch
 
@@ -115,7 +115,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_run_out_of_time_stops_after_a_step_and_goes_on(text, tmp_path, capsys):
+def test_run_out_of_time_stops_after_a_step_and_continues(text, tmp_path, capsys):
     for step in (1, 2):
         run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
         expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command"

@@ -20,7 +20,7 @@ SETTINGS = (
 
 @pytest.fixture
 def settings(monkeypatch):
-    """JAX's settings as a fresh process has them, put back afterwards; every program is kept."""
+    """JAX's settings as a new process has them, put back afterwards; every program is kept."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)

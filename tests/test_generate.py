@@ -68,7 +68,7 @@ def test_prompt_and_reply_are_printed(run, small, capsys):
     assert re.search(r"prefill: 64 tokens, \S+ tokens/s; decode: 27 tokens \(12 new\)", printed.err)
 
 
-def test_text_goes_on_from_a_state_in_a_file(run, tmp_path, capsys):
+def test_text_continues_from_a_state_in_a_file(run, tmp_path, capsys):
     file, greedy = tmp_path / "state", ("--temperature=0", "--max_tokens=30")
     run(f"--prompt={PROMPT}", *greedy)
     whole = capsys.readouterr().out

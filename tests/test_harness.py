@@ -18,8 +18,8 @@ from tests.models.small_models import lively_parameters, random_tokens
 
 LETTERS = CharTokenizer(string.ascii_lowercase + " \n.")
 # Ids 1 to 28; "ab" is one token, and so are "a" and "b".
-PIECES = ["\n", " ", "ab", *string.ascii_lowercase[:25]]
-WORLD = "".join(f"{i} {piece!r} {len(piece)}\n" for i, piece in enumerate(PIECES, start=1))
+TOKENS = ["\n", " ", "ab", *string.ascii_lowercase[:25]]
+WORLD = "".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(TOKENS, start=1))
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -80,9 +80,12 @@ def test_page_draws_itself_in_a_browser(page, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium here; apt install chromium")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'c'}"]
+    probed = tmp_path / "probed.html"
+    probe = "<script>document.title = document.getElementById('text').offsetHeight</script>"
+    probed.write_text(page.read_text("utf-8") + probe, "utf-8")
     dom = subprocess.run(
-        [chromium, *flags, "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+        [chromium, *flags, "--virtual-time-budget=2000", "--dump-dom", probed.as_uri()],
         capture_output=True,
         text=True,
         check=True,
@@ -93,6 +96,7 @@ def test_page_draws_itself_in_a_browser(page, tmp_path):
     assert shown.count("color-mix") == len(HOSTILE)
     assert "&lt;script&gt;" in re.sub(r"</?span.*?>", "", shown)
     assert dom.count('class="chart card"') == 2
+    assert int(re.search("<title>(.*?)</title>", dom)[1]) < 120  # as high as its two lines
 
 
 def test_model_with_one_branch_shows_what_it_has(attention, tmp_path, capsys):
@@ -138,8 +142,8 @@ def test_file_that_is_no_text_is_refused(attention, tmp_path):
 
 def test_spelling_joins_to_the_text():
     text = "to be  or\n not: naïve 日本語 🙂\n"
-    pieces = train_sentencepiece(["to be or not to be that is the question\n" * 20], 290)
-    for tokenizer in (CharTokenizer(text), pieces):
+    subwords = train_sentencepiece(["to be or not to be that is the question\n" * 20], 290)
+    for tokenizer in (CharTokenizer(text), subwords):
         ids = tokenizer.encode(text)
         spelt = inspect.spell(tokenizer, ids)
         assert len(spelt) == len(ids) and "".join(spelt) == text

@@ -42,7 +42,7 @@ def plain_log_probs(small, ids):
     return log_probs[np.arange(len(ids) - 1), ids[1:]]
 
 
-def test_padding_and_pieces_change_no_score(small, monkeypatch):
+def test_padding_and_chunks_change_no_score(small, monkeypatch):
     monkeypatch.setattr(scoring, "_CHUNK", 32)
     monkeypatch.setattr(scoring, "_SHORTEST", 8)
     pairs = [(ids[:1], ids[1:]) for ids in texts()]

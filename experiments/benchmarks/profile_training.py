@@ -43,8 +43,8 @@ def main(argv=None):
     if not cli.parse(flags, argv, usage=__doc__):
         return
     config = from_config_dict(flags.config)
-    pieces = config.data.vocab_size if config.data.tokenizer == "sentencepiece" else 65
-    vocab = flags.vocab or pieces
+    tokenizer_vocab = config.data.vocab_size if config.data.tokenizer == "sentencepiece" else 65
+    vocab = flags.vocab or tokenizer_vocab
     backend.prepare()
     trainer = Trainer(config, vocab)
     first = trainer.compile_seconds + trainer.run(1)

@@ -199,7 +199,7 @@ CLAIMS = (
         "README, the project's premise",
         ("parity",),
         "reproduced if GF-MH is better than two RWKV-6 and than two Mamba-2 branches under the "
-        "same gate, on characters and on pieces; refuted if one is better than it on either.",
+        "same gate, on characters and on subwords; refuted if one is better than it on either.",
         judge_premise,
     ),
     Claim(
@@ -207,7 +207,7 @@ CLAIMS = (
         "GF-MH equals GPT-2 on subword text.",
         "loss ratio 1.008 after 300 steps, at 6.8 nats",
         "README, task 62",
-        *within(measures.GPT2_RATIO_PIECES, 0.95, 1.05),
+        *within(measures.GPT2_RATIO_SUBWORDS, 0.95, 1.05),
     ),
     Claim(
         "gpt2-characters",
@@ -333,6 +333,6 @@ CLAIMS = (
         "Subword text balances the branches: R/M rises.",
         "0.20 to 0.46 against 0.08 to 0.11",
         "observation 12",
-        *within(measures.PIECES_GRADIENT_RATIO, 1.5, 6),
+        *within(measures.SUBWORD_GRADIENT_RATIO, 1.5, 6),
     ),
 )

@@ -23,7 +23,7 @@ COUNTED = {"all": (), "blocks": ("embedding", "positions", "head")}  # name -> w
 # name -> what says so; the losses of different texts do not compare.
 TEXTS = {
     "characters": {"data.tokenizer": "char"},
-    "pieces": {"data.tokenizer": "sentencepiece", "data.vocab_size": 4096},
+    "subwords": {"data.tokenizer": "sentencepiece", "data.vocab_size": 4096},
 }
 
 

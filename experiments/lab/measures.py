@@ -33,9 +33,9 @@ MAMBA_GRADIENT = Measure("paradox", "gradient Mamba / RWKV, trained")
 CONTROLS = {
     f"{control}, {text}": Measure("parity", f"{control} - GF-MH, {text}")
     for control in ("two RWKV-6", "two Mamba-2")
-    for text in ("characters", "pieces")
+    for text in ("characters", "subwords")
 }
-GPT2_RATIO_PIECES = Measure("parity", "loss ratio GF-MH / GPT-2, pieces")
+GPT2_RATIO_SUBWORDS = Measure("parity", "loss ratio GF-MH / GPT-2, subwords")
 GPT2_RATIO_CHARACTERS = Measure("parity", "loss ratio GF-MH / GPT-2, characters")
 GPT2_SPEED = Measure("throughput", "training speed GPT-2 / GF-MH")
 GROWTH_GPT_PUBLISHED = Measure("characterize", "growth GPT / RWKV-6, unmatched")
@@ -51,7 +51,7 @@ STATE_SHARE = Measure("states", "RWKV share of state norms")
 PERSISTENCE = Measure("persistence", "state persistence GF-MH")
 FACT_LEARNT = Measure("persistence", "fact GF-MH, turn 5")
 NEEDLE = Measure("needle", "needle accuracy GF-MH")
-PIECES_GRADIENT_RATIO = Measure("interventions", "R/M gradient ratio, pieces / characters")
+SUBWORD_GRADIENT_RATIO = Measure("interventions", "R/M gradient ratio, subwords / characters")
 
 
 def difference(result: str, a: str, b: str, at: str) -> Measure:

@@ -252,7 +252,7 @@ def _lower(program: Program, group: int) -> dict:
         "measure": jax.jit(measure).lower(states.params, stacked(program.task.held_out)),
     }
     advance = jax.jit(advance, donate_argnums=0)
-    for steps in set(bursts(program.config)):
+    for steps in set(steps_between_evaluations(program.config)):
         batches = _shapes(batch, steps, len(data))
         lowered[steps] = advance.lower(states, values, of_run, batches)
     return lowered
@@ -268,7 +268,7 @@ def inputs_of(program: Program, which: slice, group: int):
     return np.array(seeds, np.uint32), _arrays(program.model_config, values), of_run, data
 
 
-def bursts(config: Config) -> list[int]:
+def steps_between_evaluations(config: Config) -> list[int]:
     """Numbers of steps between evaluations."""
     steps = config.train.steps
     every = min(config.train.eval_every or steps, steps)

@@ -1,4 +1,4 @@
-"""All results of the laboratory as one page that needs no network, the claims first.
+"""All results of the laboratory as one page that needs no network: a summary, claims, questions.
 
     python -m experiments report --out experiments/results/report.html
 
@@ -21,6 +21,9 @@ from gt_jax.errors import InputError
 # Experiments in the order of the page; what is not named here follows.
 ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "needle")
 ORDER += ("states", "persistence", "toys", "interventions", "throughput", "scaling", "gates")
+
+LEAD = "parity"  # its first plot opens the page: the losses of all families
+PLOTS = 3  # of a result that are shown unfolded
 
 # Characters that fit half the page's width; tables with more take all of it.
 HALF = 68
@@ -73,21 +76,55 @@ def collect(folder: Path) -> tuple[dict[str, dict], list[str]]:
 def page(found: Mapping[str, dict]) -> str:
     """The HTML page of some results, by name."""
     judged = judge_all(found)
-    counts = Counter(verdict.verdict for _, verdict in judged)
     parts = {
         "nav": " ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in found),
-        "tally": '<ul class="tally">'
-        + "".join(f'<li class="card {v}"><b>{counts[v]}</b>{v}</li>' for v in VERDICTS)
-        + "</ul>",
-        "claims": claims_list(judged, found),
+        "lead": lead(found),
+        "findings": findings(judged),
+        "contents": "".join(
+            f'<li><a href="#{escape(name)}">{escape(name)}</a> {escape(result["about"])}</li>'
+            for name, result in found.items()
+        ),
+        "claims": "\n".join(claims_of(verdict, judged, found) for verdict in VERDICTS),
         "experiments": "\n".join(map(section, found.values())),
     }
     template = Path(__file__).with_suffix(".html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda marker: parts[marker[1]], template)
 
 
-def claims_list(judged: Sequence[tuple[Claim, Verdict]], found: Mapping[str, dict]) -> str:
-    """The claims as rows, cards on a narrow screen."""
+def lead(found: Mapping[str, dict]) -> str:
+    """The plot that opens the page, with a link to its result: LEAD's, else the first there is."""
+    order = sorted(found, key=lambda name: name != LEAD)
+    name = next((name for name in order if found[name]["plots"]), None)
+    if name is None:
+        return ""
+    plots = found[name]["plots"]
+    about = f'<p class="small"><a href="#{escape(name)}">{escape(found[name]["about"])}</a></p>'
+    return figure(plots[0], svg.colour_numbers(plots), about)
+
+
+def findings(judged: Sequence[tuple[Claim, Verdict]]) -> str:
+    """How many claims have which verdict, and those on which it is not open."""
+    counts = Counter(verdict.verdict for _, verdict in judged)
+    tally = "".join(
+        f'<li class="card"><a class="{v}" href="#{v}"><b>{counts[v]}</b>{v}</a></li>'
+        for v in VERDICTS
+    )
+    lists = [f'<ul class="tally">{tally}</ul>']
+    for name in VERDICTS:
+        texts = [c for c, (verdict, *_) in judged if verdict == name != "undecided"]
+        if texts:
+            rows = "".join(f'<li><a href="#claim-{c.id}">{escape(c.text)}</a></li>' for c in texts)
+            lists.append(f'<h3 class="{name}">{name.capitalize()}</h3><ul>{rows}</ul>')
+    return "".join(lists)
+
+
+def claims_of(
+    which: str, judged: Sequence[tuple[Claim, Verdict]], found: Mapping[str, dict]
+) -> str:
+    """The claims of one verdict as rows, cards on a narrow screen; undecided ones are folded."""
+    judged = [(claim, verdict) for claim, verdict in judged if verdict.verdict == which]
+    if not judged:
+        return ""
     rows = [
         '<li class="head"><span>Verdict</span><span>Claim</span><span>Published</span>'
         "<span>Measured here</span></li>"
@@ -109,37 +146,56 @@ def claims_list(judged: Sequence[tuple[Claim, Verdict]], found: Mapping[str, dic
             f'<p class="small soft">{escape(claim.source)}</p></div>'
             f'<div><span class="label">Measured here: </span>{"".join(measured)}</div></li>'
         )
-    return f'<ul class="claims card">{"".join(rows)}</ul>'
+    unfolded = "" if which == "undecided" else " open"
+    return (
+        f'<details id="{which}"{unfolded}><summary><b class="{which}">{len(judged)} {which}</b>'
+        f'</summary><ul class="claims card">{"".join(rows)}</ul></details>'
+    )
 
 
 def section(result: Mapping) -> str:
-    """One experiment: what it asks, its numbers, and how to have them again."""
+    """One experiment: what it asks, its plots, then, folded, its tables and how to repeat it."""
     settings = result["settings"]
     groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
     line = ", ".join(f"{n} {_plain(v)}" for n, v in settings.items() if n not in groups)
-    folded = "".join(details(*group) for group in groups.items())
+    folded = "".join(group(*each) for each in groups.items())
     commit = f", commit <code>{escape(result['commit'][:10])}</code>" if result["commit"] else ""
     trial = (
         " <b>A trial run of a tiny model: its numbers mean nothing.</b>" if result["quick"] else ""
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in result["notes"])
     colours = svg.colour_numbers(result["plots"])
-    plots = "".join(figure(plot, colours) for plot in result["plots"])
+    plots = [figure(plot, colours) for plot in result["plots"]]
+    shown, more = ("".join(each) for each in (plots[:PLOTS], plots[PLOTS:]))
+    tables = "".join(map(html_table, result["tables"]))
     return f"""<section id="{escape(result["name"])}">
 <h2>{escape(result["name"])}</h2>
 <p>{escape(result["about"])}{trial}</p>
-{notes}<p class="small soft">{escape(line)}<br>
+{notes}{f'<div class="plots">{shown}</div>' if shown else ""}
+{fold(f"{len(plots) - PLOTS} more plots", f'<div class="plots">{more}</div>') if more else ""}
+{fold(f"Tables ({len(result['tables'])})", f'<div class="tables">{tables}</div>', not plots)}
+{
+        fold(
+            "How it was measured",
+            f'''<pre><code>{escape(result["command"])}</code></pre>
+<p class="small soft">{escape(line)}<br>
 {escape(result["device"])}, JAX {escape(result["jax"])}, {result["seconds"]:,.0f} s{commit}</p>
-{folded}<pre><code>{escape(result["command"])}</code></pre>
-{f'<div class="plots">{plots}</div>' if plots else ""}
-<div class="tables">{"".join(map(html_table, result["tables"]))}</div>
+{folded}''',
+        )
+    }
 </section>"""
 
 
-def details(name: str, values: Mapping) -> str:
-    """Settings that are many, to be unfolded."""
+def fold(title: str, content: str, unfolded: bool = False) -> str:
+    """Content to be unfolded by its title."""
+    state = " open" if unfolded else ""
+    return f"<details{state}><summary>{escape(title)}</summary>{content}</details>"
+
+
+def group(name: str, values: Mapping) -> str:
+    """Settings of one kind, a line each."""
     lines = "".join(f"<p>{escape(n)}: {escape(_plain(v))}</p>" for n, v in values.items())
-    return f'<details class="small soft"><summary>{escape(name)}</summary>{lines}</details>'
+    return f'<div class="small soft"><h3>{escape(name)}</h3>{lines}</div>'
 
 
 def html_table(table: Mapping) -> str:
@@ -156,15 +212,15 @@ def html_table(table: Mapping) -> str:
     )
 
 
-def figure(plot: Mapping, colours: Mapping[str, int]) -> str:
-    """A plot with its title, and a legend where its lines need one."""
+def figure(plot: Mapping, colours: Mapping[str, int], about: str = "") -> str:
+    """A plot with its title, HTML about it, and a legend where its lines need one."""
     names = [series["name"] for series in plot["series"] if "x" in series]
     classes = [svg.class_of(colours[n]) for n in names]
     legend = "".join(f'<li class="{c}"><i></i>{escape(n)}</li>' for c, n in zip(classes, names))
     legend = f'<ul class="legend">{legend}</ul>' if len(names) > 1 else ""
     axis = f' <span class="soft">{escape(plot["y"])}</span>' if plot["y"] else ""
     title = f"<h3>{escape(plot['title'])}{axis}</h3>"
-    return f'<figure class="card">{title}{legend}{svg.draw(plot, colours)}</figure>'
+    return f'<figure class="card">{title}{about}{legend}{svg.draw(plot, colours)}</figure>'
 
 
 def _plain(value) -> str:

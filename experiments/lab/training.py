@@ -268,7 +268,7 @@ def _run(compiled: programs.Compiled, keep_params: bool) -> Runs:
     return Runs(
         points=tuple(program.points),
         metrics=metrics,
-        steps=np.cumsum(programs.bursts(program.config)),
+        steps=np.cumsum(programs.steps_between_evaluations(program.config)),
         nats=nats,
         correct=correct,
         targets=np.array(targets),
@@ -289,13 +289,13 @@ def _run_group(compiled: programs.Compiled, which: slice, keep_params: bool):
     feeds = [program.task.batches(seed) for seed in data]
     states = compiled.init(seeds, values)
     metrics, measured, pending = [], [], None
-    for steps in programs.bursts(program.config):
+    for steps in programs.steps_between_evaluations(program.config):
         # One batch of every seed for every step: [steps, data, B, ...]
-        burst = [programs.stacked(next(feed) for feed in feeds) for _ in range(steps)]
-        batches = programs.stacked(burst)
+        of_step = [programs.stacked(next(feed) for feed in feeds) for _ in range(steps)]
+        batches = programs.stacked(of_step)
         states, numbers = compiled.advance[steps](states, values, of_run, batches)
         sums = compiled.measure(states.params, held_out)
-        if pending:  # read while the next burst runs
+        if pending:  # read while the next steps run
             _keep(pending, metrics, measured)
         pending = numbers, sums
     _keep(pending, metrics, measured)

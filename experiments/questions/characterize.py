@@ -37,7 +37,7 @@ FAMILIES = {
     "GF-MH": {"model.preset": "gf-mh"},
 }
 MIXERS = ("rwkv", "mamba", "attention")
-# Of every model; pieces, because the project had them.
+# Of every model; subwords, as the original project had.
 COMMON = {
     "model.dim": 128,
     "model.layers": 8,
@@ -45,7 +45,7 @@ COMMON = {
     "data.tokenizer": "sentencepiece",
     "data.vocab_size": 4096,
 }
-QUICK_PIECES = 300  # the bytes, and the characters of a short text
+QUICK_VOCABULARY = 300  # the bytes, and the characters of a short text
 PROFILED = 2048  # tokens
 
 
@@ -104,7 +104,7 @@ def main(argv=None):
     for (name, family), setting in jobs.items():
         changes = COMMON | FAMILIES[family] | setting.changes | command.common(options)
         if options.quick:
-            changes["data.vocab_size"] = QUICK_PIECES
+            changes["data.vocab_size"] = QUICK_VOCABULARY
         config = lab.make_config(changes)
         text = config.data, config.train
         if text not in tasks:
@@ -170,7 +170,7 @@ def profiles(program, settings, quick):
     tx = make_optimizer(config.optim, make_schedule(config.optim, config.train.steps))
     _, values, of_run, seeds = programs.inputs_of(program, slice(None), len(program.points))
 
-    def fresh(setting, seed):
+    def initial(setting, seed):
         model_config = make_model_config(config, task.vocab_size)
         model = make_model(dataclasses.replace(model_config, init=setting.init))
         state = init_state(model, tx, config, jax.random.key(seed))
@@ -182,7 +182,7 @@ def profiles(program, settings, quick):
 
     def init(seeds):
         parts = [
-            jax.vmap(functools.partial(fresh, settings[name]))(seeds) for name in program.names
+            jax.vmap(functools.partial(initial, settings[name]))(seeds) for name in program.names
         ]
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)  # [arms * seeds]
 

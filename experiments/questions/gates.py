@@ -14,7 +14,7 @@ and the worst of their verdicts. Of the trained weights:
     G4   gradients of RWKV's tensors over Mamba's, mean norms, on one held-out batch (hybrids)
     naive baseline  held-out loss beside that of counted pairs and of counted single tokens
 
-Of fresh weights of the same architecture, another seed's for each checkpoint, under
+Of new weights of the same architecture, another seed's for each checkpoint, under
 the default optimizer:
 
     G2   entropy of the untrained model's guess, as a share of the vocabulary's
@@ -53,7 +53,7 @@ from gt_jax.training.text import read_text
 LENGTH = 64  # tokens in a row
 ROWS = 10
 STEPS, OVERFIT_STEPS = 100, 500
-RATE = 1e-3  # of fresh models
+RATE = 1e-3  # of new models
 INF = math.inf
 VERDICTS = ("none", "pass", "warn", "fail")
 
@@ -122,7 +122,7 @@ def gates_of(options, i):
     path = options.checkpoint[i]
     model, params, tokenizer = checkpoint.load(path)
     train, held_out = texts(path, options.source, tokenizer)
-    parts = (of_trained(model, params, train, held_out), of_fresh(model, train, seed=i))
+    parts = (of_trained(model, params, train, held_out), of_untrained(model, train, seed=i))
     with ThreadPoolExecutor(len(parts)) as pool:  # programs compile side by side
         return [gate for part in pool.map(list, parts) for gate in part]
 
@@ -170,7 +170,7 @@ def of_trained(model, params, train, held_out):
     yield Gate("naive baseline", about, loss, (0, pairs), (0, single))
 
 
-def of_fresh(model, train, seed):
+def of_untrained(model, train, seed):
     """G2, G3 and overfit."""
     batches = make_batches(train, order="windows", batch_size=ROWS, seq_len=LENGTH, seed=seed)
     steps = [next(batches) for _ in range(STEPS)]
@@ -178,7 +178,9 @@ def of_fresh(model, train, seed):
     log_p = jax.nn.log_softmax(jit(model.apply)({"params": params}, steps[0].inputs).logits)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_p[:, -1]) * log_p[:, -1], axis=-1))
     share = float(entropy) / math.log(model.config.vocab_size)
-    yield Gate("G2", "a fresh model's entropy / ln vocabulary", share, (0.9, 1.001), (0.5, 1.001))
+    yield Gate(
+        "G2", "an untrained model's entropy / ln vocabulary", share, (0.9, 1.001), (0.5, 1.001)
+    )
     learn = learner(model, seed)
     metrics = learn(steps)
     fall = float(metrics["loss"][:10].mean() - metrics["loss"][-10:].mean())
@@ -195,7 +197,7 @@ def jit(function):
 
 
 def learner(model, seed):
-    """learn(batches) -> metrics [steps] of the trainer's own step over them, from fresh weights.
+    """learn(batches) -> metrics [steps] of the trainer's own step over them, from new weights.
 
     One program takes STEPS of them; the length of the run is an argument of it.
     """

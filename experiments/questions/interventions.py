@@ -51,8 +51,8 @@ INTERVENTIONS = {
 }
 QUICK = ("gate frozen", "warm-up 50 %", "balanced")
 PUBLISHED_WARMUP = 0.1
-PIECES = "plain, pieces"
-QUICK_PIECES = 320  # the bytes, the characters, and some more
+SUBWORDS = "plain, subwords"
+QUICK_VOCABULARY = 320  # the bytes, the characters, and some more
 ABLATIONS = [("nothing", "zero", "all"), ("RWKV", "mean", "all"), ("Mamba", "mean", "all")]
 COLUMNS = ["", "at 3e-4", "at its best", "best rate", "R/M at 3e-4", "R/M at its best"]
 COLUMNS += ["Mamba's share", "RWKV's worth", "Mamba's worth"]
@@ -77,7 +77,7 @@ def main(argv=None):
         compile_fast=options.quick,
     )
     at_reference = {name: r.at({"optim.lr": variants.REFERENCE_RATE}) for name, r in runs.items()}
-    characters = {name: r for name, r in runs.items() if name != PIECES}
+    characters = {name: r for name, r in runs.items() if name != SUBWORDS}
     best = {name: comparisons.best_rate(r) for name, r in characters.items()}
     at_best = {name: r.at({"optim.lr": best[name]}) for name, r in characters.items()}
     reference = {name: comparisons.final(at_reference[name]) for name in characters}
@@ -100,8 +100,8 @@ def main(argv=None):
         found |= {f"{key} {name}": estimate(v) for key, v in contributed[name].items()}
         measures |= found
         rows.append([name, *found.values()])
-    ratios = (late(at_reference[name], "r_m_ratio") for name in (PIECES, PLAIN))
-    measures["R/M gradient ratio, pieces / characters"] = estimate(np.divide(*ratios))
+    ratios = (late(at_reference[name], "r_m_ratio") for name in (SUBWORDS, PLAIN))
+    measures["R/M gradient ratio, subwords / characters"] = estimate(np.divide(*ratios))
     for at, pairs in differences.items():
         measures |= {f"{pair['a']} - {PLAIN} at {at}": pair for pair in pairs}
     config = arms[PLAIN].config
@@ -139,7 +139,7 @@ def main(argv=None):
             f"A plain run warms up for {PUBLISHED_WARMUP:.0%} of its steps. The balancing loss is "
             f"{WEIGHT:g} (s - 1/2)^2 in every block, s being RWKV's part of the squared norm of "
             "the update; losses do not count it in.",
-            "R/M of pieces and characters is compared at 3e-4.",
+            "R/M of subwords and characters is compared at 3e-4.",
             *variants.notes_of(options),
         ],
     )
@@ -152,9 +152,9 @@ def arms_of(options, names):
         share = INTERVENTIONS[name].get(WARMUP, PUBLISHED_WARMUP)
         steps = command.QUICK["train.steps"] if options.quick else options.steps
         changes[name] = INTERVENTIONS[name] | {WARMUP: round(share * steps)}
-    pieces = TEXTS["pieces"] | ({"data.vocab_size": QUICK_PIECES} if options.quick else {})
+    subwords = TEXTS["subwords"] | ({"data.vocab_size": QUICK_VOCABULARY} if options.quick else {})
     made = variants.arms_of(options, "gf-mh", changes)
-    made |= variants.arms_of(options, "gf-mh", {PIECES: changes[PLAIN] | pieces})
+    made |= variants.arms_of(options, "gf-mh", {SUBWORDS: changes[PLAIN] | subwords})
     return {name: lab.Arm(*each) for name, each in made.items()}
 
 

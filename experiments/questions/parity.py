@@ -36,7 +36,7 @@ from experiments.lab.statistics import compare, estimate
 
 SIZE = (128, 8)  # width and blocks of the hybrid
 RATES = (1e-3, 2e-3, 4e-3)
-QUICK_PIECES = 350  # bytes, the characters of a text and a few pieces
+QUICK_VOCABULARY = 350  # bytes, the characters of a text and a few subwords
 COLUMNS = ["model", "shape", "parameters", "in blocks", "loss", f"{HYBRID} / it", "rate"]
 COLUMNS += ["stopped at", "MFLOPs per token", "seconds a run"]
 
@@ -119,7 +119,7 @@ def arms_of(options, text):
     """(text, family, counted) -> Arm of every family under every count."""
     shared = TEXTS[text] | command.common(options, evaluations=20)
     if options.quick:
-        shared["data.vocab_size"] = QUICK_PIECES
+        shared["data.vocab_size"] = QUICK_VOCABULARY
     size = command.size(options, SIZE)
     config = lab.make_config(shared)
     task = lab.text_task(config)

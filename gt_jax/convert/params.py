@@ -41,7 +41,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def new(config: ModelConfig, seed: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """The parameters that a fresh model would have, where wanted(path); only they are made."""
+    """The parameters that a new model would have, where wanted(path); only they are made."""
 
     def init(key):
         return {path: x for path, x in _init(config)(key).items() if wanted(path)}

@@ -4,7 +4,7 @@ corpus = load_corpus("shakespeare")
 tokenizer = make_tokenizer("char", corpus)
 tokens = encode_corpus(corpus, tokenizer)  # .train and .validation: one array a document
 batches = make_batches(tokens.train, order="windows", batch_size=64, seq_len=64, seed=0)
-inputs, targets, segment_ids, fresh = next(batches)  # endless; .state() and .restore() resume
+inputs, targets, segment_ids, resets = next(batches)  # endless; .state() and .restore() resume
 held_out = evaluation_batches(tokens.validation, batch_size=64, seq_len=64)
 """
 

@@ -22,13 +22,13 @@ class Batch(NamedTuple):
         targets: [B, T] int32, the next token; -1 does not count.
         segment_ids: [B, T] int32, another number for another document; None where no row of any
             batch crosses from one document to the next.
-        fresh: [B] bool, True where a carried state must be zeroed before this row.
+        resets: [B] bool, True where a carried state must be zeroed before this row.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     segment_ids: np.ndarray | None
-    fresh: np.ndarray
+    resets: np.ndarray
 
 
 def make_batches(
@@ -39,9 +39,9 @@ def make_batches(
     Args:
         tokens: one [n] int32 array a document, e.g. `CorpusTokens.train`.
         order: "windows": every epoch cuts the stream into windows, beginning at another token, and
-            shuffles them, both by (seed, epoch) alone; all rows are fresh. "tracks": batch_size
-            equal stretches of the stream are read side by side, each batch beginning where the one
-            before ended; a row is fresh at the start of an epoch and of a document.
+            shuffles them, both by (seed, epoch) alone; no row continues another. "tracks":
+            batch_size equal stretches of the stream are read side by side, each batch beginning
+            where the one before ended; the start of an epoch and of a document resets a row.
         batch_size: rows, B.
         seq_len: tokens in a row, T.
         seed: of the windows.
@@ -97,9 +97,9 @@ class Batches:
         if self._index == len(self._starts):
             self._go_to(self._epoch + 1, 0)
         starts = self._starts[self._index]
-        fresh = self._index == 0 or not self._carried
+        resets = self._index == 0 or not self._carried
         self._index += 1
-        return self._stream.batch(starts, self._seq_len, fresh=fresh, crossing=self._crossing)
+        return self._stream.batch(starts, self._seq_len, resets=resets, crossing=self._crossing)
 
     def state(self) -> dict[str, int | str]:
         """The position, and the setting it is valid for: a dict of ints and strings."""
@@ -140,8 +140,8 @@ def evaluation_batches(
         batch_size: rows, B. With carry=False the summed loss does not depend on it.
         seq_len: tokens in a row, T.
         max_tokens: stop after this many tokens of the stream; 0 takes all.
-        carry: False makes every row a fresh window, in order. True makes the rows B tracks whose
-            state the next batch continues (see `Batch.fresh`).
+        carry: False makes every row a window of its own, in order. True makes the rows B tracks
+            whose state the next batch continues (see `Batch.resets`).
 
     Returns:
         A list of Batch, the last filled up with targets of -1.
@@ -167,7 +167,7 @@ def evaluation_batches(
         stops = np.full(batch_size, last)
     crossing = stream.crosses(starts, seq_len)
     return [
-        stream.batch(s, seq_len, fresh=i == 0 or not carry, crossing=crossing, stops=stops)
+        stream.batch(s, seq_len, resets=i == 0 or not carry, crossing=crossing, stops=stops)
         for i, s in enumerate(starts)
     ]
 
@@ -220,7 +220,7 @@ class _Stream:
         first, last = (np.minimum(s, self.size - 1) for s in (starts, starts + seq_len - 1))
         return bool((self._document[first] != self._document[last]).any())
 
-    def batch(self, starts, seq_len, *, fresh, crossing, stops=None):
+    def batch(self, starts, seq_len, *, resets, crossing, stops=None):
         """The rows that begin at starts [B]; targets of inputs from stops [B] on do not count."""
         place = starts[:, None] + np.arange(seq_len + 1)  # [B, T + 1]
         within = np.minimum(place, self.size - 1)
@@ -233,7 +233,7 @@ class _Stream:
             inputs=tokens[:, :-1],
             targets=np.where(counts, tokens[:, 1:], np.int32(-1)),
             segment_ids=document[:, :-1] if crossing else None,
-            fresh=(document[:, 0] != before) | fresh,
+            resets=(document[:, 0] != before) | resets,
         )
 
 

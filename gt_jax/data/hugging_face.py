@@ -177,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def clean_up(text: str) -> str:
-    """Text without the spaces that word-piece tokenizers leave, as transformers removes them."""
+    """Text without the spaces that WordPiece tokenizers leave, as transformers removes them."""
     for wrong in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(wrong, wrong.strip())
     return text

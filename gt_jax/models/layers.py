@@ -241,7 +241,7 @@ def segment_index(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.
 def previous_token(
     x: jax.Array, last: jax.Array | None, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """The input one token earlier, zero where a segment starts.
+    """The input one token earlier, zero at the first token of a segment.
 
     Args:
         x: [B, T, D].

@@ -45,7 +45,7 @@ class Job(NamedTuple):
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
     make_state: Callable  # random key -> TrainState, to be traced
-    fresh_state: Callable | None  # the same, to be called; None for a run that resumes
+    new_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
@@ -121,7 +121,7 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     if mode != "jit":
         return {
             "make_state": make_state,
-            "fresh_state": make_state,
+            "new_state": make_state,
             "train_step": train_step,
             "eval_step": parallel.compile_eval_step(eval_step, mesh),
             "compiling": {},
@@ -139,7 +139,7 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     ready = {name: compilation.when_ready(program) for name, program in compiling.items()}
     return {
         "make_state": make_state,
-        "fresh_state": ready.get("init"),
+        "new_state": ready.get("init"),
         "train_step": ready["train"],
         "eval_step": parallel.put_batches(ready["evaluate"], mesh),
         "compiling": compiling,
@@ -147,17 +147,17 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
 
 
 def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState:
-    """The TrainState of a checkpoint and its place in job.batches; a fresh one without any.
+    """The TrainState of a checkpoint and its place in job.batches; a new one without any.
 
-    Fresh parameters are those of model.init_from where that is set.
+    New parameters are those of model.init_from where that is set.
     """
     key = jax.random.key(job.config.seed)
     if about is not None and folder is not None:
         state = restore(folder, jax.eval_shape(job.make_state, key))
         job.batches.restore(about["batches"])
         return state
-    assert job.fresh_state
-    state = job.fresh_state(key)
+    assert job.new_state
+    state = job.new_state(key)
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from)
         sharding = parallel.state_sharding(job.mesh).params

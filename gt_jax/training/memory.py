@@ -20,7 +20,7 @@ def keep_freed_memory() -> None:
 
     XLA allocates a step's temporaries anew every time; getting gigabytes from the system page by
     page took a quarter of a step of configs/gf_mh.py. What a compilation frees is returned: it
-    leaves hundreds of megabytes in pieces too small for those temporaries. Does nothing where the C
+    leaves hundreds of megabytes in blocks too small for those temporaries. Does nothing where the C
     library is not glibc.
     """
     try:

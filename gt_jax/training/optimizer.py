@@ -8,7 +8,7 @@ import optax
 
 from gt_jax.config import Optim
 
-# Path piece -> label. Everything else (embedding, feed-forward, norms, head) is "rest".
+# Name in a path -> label. Everything else (embedding, feed-forward, norms, head) is "rest".
 LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
 
 # What is no projection, though some of it is a matrix: embeddings, fusions, RWKV's token-shift
@@ -23,14 +23,14 @@ _LARGE = 2**18
 
 def label(path: tuple[Any, ...]) -> str:
     """The part of the model a parameter path belongs to: "rwkv", "mamba", "gate" or "rest"."""
-    pieces = [piece.removesuffix("_2") for piece in _pieces(path)]  # a second branch of the kind
-    return next((LABELS[piece] for piece in pieces if piece in LABELS), "rest")
+    names = [name.removesuffix("_2") for name in _names(path)]  # a second branch of the kind
+    return next((LABELS[name] for name in names if name in LABELS), "rest")
 
 
 def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, unless a piece of its name says no."""
+    """Whether weight decay acts on a parameter: on matrices, unless a name in its path says no."""
     return value.ndim >= 2 and not any(
-        name in piece for piece in _pieces(path) for name in NOT_DECAYED
+        part in name for name in _names(path) for part in NOT_DECAYED
     )
 
 
@@ -105,7 +105,7 @@ def join(tree: Any) -> dict[str, dict[str, jax.Array]]:
         if leaf.size < _LARGE:
             small.setdefault(name, []).append(leaf.ravel())
         else:
-            groups.setdefault(name, {})["/".join(_pieces(path))] = leaf
+            groups.setdefault(name, {})["/".join(_names(path))] = leaf
     vectors = {name: jnp.concatenate(leaves) for name, leaves in small.items()}
     # Once, and not again in everything that reads it.
     for name, vector in jax.lax.optimization_barrier(vectors).items():
@@ -120,7 +120,7 @@ def split(groups: dict[str, dict[str, jax.Array]], like: Any) -> Any:
     def take(path, leaf):
         name = label(path)
         if leaf.size >= _LARGE:
-            return groups[name]["/".join(_pieces(path))]
+            return groups[name]["/".join(_names(path))]
         start = starts[name]
         starts[name] += leaf.size
         return groups[name]["joined"][start : starts[name]].reshape(leaf.shape)
@@ -146,5 +146,5 @@ def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
     return jax.tree.map(lambda g: g * scale, grads)
 
 
-def _pieces(path) -> list[str]:
+def _names(path) -> list[str]:
     return jax.tree_util.keystr(path, simple=True, separator="/").split("/")

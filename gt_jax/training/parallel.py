@@ -140,10 +140,10 @@ def prefetch(
     would leave it idle while the host prepares the step. So `size` batches go at once.
     """
     while True:
-        burst = [(next(batches), batches.state()) for _ in range(size)]
+        ahead = [(next(batches), batches.state()) for _ in range(size)]
         if mode == "jit":
-            burst = [(put_batch(batch, mesh), position) for batch, position in burst]
-        yield from burst
+            ahead = [(put_batch(batch, mesh), position) for batch, position in ahead]
+        yield from ahead
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

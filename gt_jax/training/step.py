@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 def init_state(
     model: LanguageModel, tx: optax.GradientTransformationExtraArgs, config: Config, key: jax.Array
 ) -> TrainState:
-    """A fresh TrainState: parameters from the random key, zero carried state if there is one.
+    """A new TrainState: parameters from the random key, zero carried state if there is one.
 
     Under jit the key must be an argument: XLA spends minutes folding parameters that are constants.
     """
@@ -100,7 +100,7 @@ def make_train_step(
                 {"params": params},
                 batch.inputs,
                 batch.targets,
-                _zero_rows(carry, batch.fresh),
+                _zero_rows(carry, batch.resets),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
@@ -168,7 +168,7 @@ def make_eval_step(model: LanguageModel) -> Callable:
             {"params": params},
             batch.inputs,
             batch.targets,
-            _zero_rows(carry, batch.fresh),
+            _zero_rows(carry, batch.resets),
             segment_ids=batch.segment_ids,
             method="loss",
         )
@@ -182,9 +182,9 @@ def mean_gates(sown: Any) -> jax.Array | None:
     """[layers] float32 mean gate of each block in depth order, None where no block has a gate."""
     gates = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
-        pieces = [str(getattr(key, "key", "")) for key in path]
-        if "gate" in pieces:
-            block = next(piece for piece in pieces if piece.startswith("blocks_"))
+        names = [str(getattr(key, "key", "")) for key in path]
+        if "gate" in names:
+            block = next(name for name in names if name.startswith("blocks_"))
             gates[int(block.removeprefix("blocks_"))] = jnp.mean(leaf, dtype=jnp.float32)
     return jnp.stack([gates[layer] for layer in sorted(gates)]) if gates else None
 
@@ -200,11 +200,11 @@ def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.sum(losses, where=targets >= 0)
 
 
-def _zero_rows(carry, fresh):
+def _zero_rows(carry, resets):
     """The carried state with the rows that start anew set to zero; no gradient crosses batches."""
 
     def zero(x):
-        return jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), 0, jax.lax.stop_gradient(x))
+        return jnp.where(resets.reshape(-1, *[1] * (x.ndim - 1)), 0, jax.lax.stop_gradient(x))
 
     return jax.tree.map(zero, carry)
 

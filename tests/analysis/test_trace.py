@@ -9,8 +9,8 @@ from tests.models import small_models
 from tests.models.small_models import lively_parameters
 
 T = 23
-WHOLE = 20  # tokens in whole pieces of 4
-# Pieces sum in another order: what float32 keeps of that through two lively blocks.
+WHOLE = 20  # tokens in whole chunks of 4
+# Chunks sum in another order: what float32 keeps of that through two lively blocks.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 # Kind -> what to change in it, for the sake of compile time.
 KINDS = {
@@ -57,7 +57,7 @@ def memory_norms(kind, state):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trace_in_pieces_is_what_one_application_gives(kind, ids):
+def test_trace_in_chunks_is_what_one_application_gives(kind, ids):
     model, params = small(kind)
     layers = model.config.layers
     found = trace(model, params, ids, points=6)
@@ -88,7 +88,7 @@ def test_trace_in_pieces_is_what_one_application_gives(kind, ids):
         np.testing.assert_allclose(found.blocks["gate"][:, :WHOLE], gates, **TOLERANCE)
         assert found.blocks["share"].shape == (layers, T)
 
-    # The last point: the 3 tokens left over fill no piece.
+    # The last point: the 3 tokens left over fill no chunk.
     for layer, block in enumerate(output.state):
         expected = memory_norms(kind, block)
         assert expected.keys() == found.states.keys()
@@ -99,7 +99,7 @@ def test_trace_in_pieces_is_what_one_application_gives(kind, ids):
 
 def test_short_text_has_a_point_a_token(ids):
     model, params = small("mamba2")
-    single, pieces = trace(model, params, ids), trace(model, params, ids, points=6)
-    assert single.stride == 1 and pieces.stride == 4
-    np.testing.assert_allclose(single.loss, pieces.loss, **TOLERANCE)
-    np.testing.assert_allclose(single.states["mamba"][:, 3::4], pieces.states["mamba"], rtol=1e-4)
+    single, chunks = trace(model, params, ids), trace(model, params, ids, points=6)
+    assert single.stride == 1 and chunks.stride == 4
+    np.testing.assert_allclose(single.loss, chunks.loss, **TOLERANCE)
+    np.testing.assert_allclose(single.states["mamba"][:, 3::4], chunks.states["mamba"], rtol=1e-4)

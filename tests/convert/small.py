@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gt_jax import checkpoint
-from gt_jax.convert import LAYOUTS, files
+from gt_jax.convert import LAYOUTS, files, import_model
 from gt_jax.convert.layout import write_arrays
 from gt_jax.data.pretrained import IdTokenizer
+from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 
 VOCAB = 29
@@ -41,6 +43,12 @@ def arrays_of(name, layout):
     return write_arrays(LAYOUTS[layout], MODELS[name], params_of(name))
 
 
+def rwkv_arrays(**changes):
+    """The tensors of RWKV-6 with some replaced, or left out where None."""
+    arrays = arrays_of("rwkv6", "rwkv-lm") | changes
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def config_of(name, layout):
     return LAYOUTS[layout].config(MODELS[name])
 
@@ -61,3 +69,12 @@ def assert_same(params, others):
     """Bit for bit."""
     assert jax.tree.structure(params) == jax.tree.structure(others)
     jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+def refuse(source, target, message):
+    """Assert that the import fails with one line that matches, and leaves nothing behind."""
+    before = sorted(target.parent.rglob("*"))
+    with pytest.raises(InputError, match=message) as refused:
+        import_model(source, target)
+    assert "\n" not in str(refused.value)
+    assert sorted(target.parent.rglob("*")) == before

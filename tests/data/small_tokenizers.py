@@ -65,7 +65,7 @@ def byte_fallback(start=False):
     return made
 
 
-def word_piece():
+def wordpiece():
     """BERT's kind."""
     vocab = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "mat", ".", ",", "'", "s", "it", "don", "t"]
     vocab += ["##s", "##t", "##at", "c", "!", "你", "好"]
@@ -112,7 +112,7 @@ def end_of_word():
 KINDS = {
     "byte-level": byte_level,
     "byte-fallback": byte_fallback,
-    "word-piece": word_piece,
+    "wordpiece": wordpiece,
     "word-level": word_level,
     "unigram": unigram,
     "end-of-word": end_of_word,

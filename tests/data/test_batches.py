@@ -79,9 +79,9 @@ def test_windows_change_phase_and_order_with_epoch_and_seed():
     assert len({int(s[0]) % 8 for s in epoch_starts(0, 6)}) > 1
 
 
-def test_windows_are_all_fresh():
+def test_no_window_continues_another():
     batches = make_batches(documents_of(100), order="windows", batch_size=3, seq_len=7)
-    assert all(b.fresh.dtype == bool and b.fresh.all() for b in take(batches, 10))
+    assert all(b.resets.dtype == bool and b.resets.all() for b in take(batches, 10))
 
 
 def test_windows_repeat_when_fewer_than_a_batch():
@@ -89,7 +89,7 @@ def test_windows_repeat_when_fewer_than_a_batch():
     assert all((b.inputs == np.arange(8)).all() for b in take(batches, 3))
 
 
-def test_tracks_continue_from_batch_to_batch_and_start_afresh_with_the_epoch():
+def test_tracks_continue_from_batch_to_batch_and_reset_with_the_epoch():
     batches = make_batches(documents_of(4 * 50 + 3), order="tracks", batch_size=4, seq_len=8)
     per_epoch = 6  # 49 targets in a track of 50
     assert batches.tokens_per_epoch == per_epoch * 4 * 8
@@ -97,29 +97,29 @@ def test_tracks_continue_from_batch_to_batch_and_start_afresh_with_the_epoch():
     for i, batch in enumerate(run):
         expected = np.arange(4)[:, None] * 50 + i % per_epoch * 8 + np.arange(8)
         np.testing.assert_array_equal(batch.inputs, expected)
-        np.testing.assert_array_equal(batch.fresh, np.full(4, i % per_epoch == 0))
+        np.testing.assert_array_equal(batch.resets, np.full(4, i % per_epoch == 0))
         assert batch.segment_ids is None
 
 
-def test_tracks_are_fresh_where_a_batch_begins_with_a_document():
+def test_tracks_are_reset_where_a_batch_begins_with_a_document():
     lengths = (24, 40, 36)
     batches = make_batches(documents_of(*lengths), order="tracks", batch_size=2, seq_len=8)
     begins = {0, 24, 64}
     for i, batch in enumerate(take(batches, 6)):
-        for start, fresh in zip(batch.inputs[:, 0], batch.fresh, strict=True):
-            assert fresh == (i == 0 or int(start) in begins)
+        for start, resets in zip(batch.inputs[:, 0], batch.resets, strict=True):
+            assert resets == (i == 0 or int(start) in begins)
 
 
 @pytest.mark.parametrize("order", ["windows", "tracks"])
 @pytest.mark.parametrize("steps", [0, 1, 5, 23])
 def test_restored_batches_go_on_bit_for_bit(order, steps):
-    def fresh_iterator():
+    def new_iterator():
         return make_batches(documents_of(70, 90), order=order, batch_size=2, seq_len=9, seed=4)
 
-    batches = fresh_iterator()
+    batches = new_iterator()
     take(batches, steps)
     state = json.loads(json.dumps(batches.state()))
-    resumed = fresh_iterator()
+    resumed = new_iterator()
     resumed.restore(state)
     for batch, other in zip(take(batches, 20), take(resumed, 20), strict=True):
         assert_same(batch, other)
@@ -192,7 +192,7 @@ def test_carried_evaluation_rows_continue_from_batch_to_batch():
     for row in range(4):
         live = [i for i, b in enumerate(batches) if (b.targets[row] >= 0).any()]
         np.testing.assert_array_equal(np.diff(starts[live, row]), 8)
-    assert [b.fresh.tolist() for b in batches] == [[i == 0] * 4 for i in range(len(batches))]
+    assert [b.resets.tolist() for b in batches] == [[i == 0] * 4 for i in range(len(batches))]
 
 
 def test_track_split_takes_the_end_of_every_track():

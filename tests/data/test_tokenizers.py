@@ -104,7 +104,7 @@ def test_sentencepiece_training_repeats_itself(shakespeare, sentencepiece):
     assert again.to_dict() == sentencepiece.to_dict()
 
 
-def test_sentencepiece_encodes_long_texts_as_it_would_in_one_piece(sentencepiece, monkeypatch):
+def test_sentencepiece_encodes_long_texts_as_it_would_at_once(sentencepiece, monkeypatch):
     text = "To be, or not to be:\n\nthat is the question.\n" * 50
     whole = sentencepiece.encode(text)
     monkeypatch.setattr("gt_jax.data.tokenizers._BLOCK_LENGTH", 100)
@@ -159,7 +159,7 @@ def test_a_vocabulary_the_text_cannot_support_is_refused(shakespeare, vocab_size
 
 def test_an_unknown_kind_is_refused_with_the_nearest_name(shakespeare):
     with pytest.raises(InputError, match=r"must be one of char, char97, .* 'sentencepiece'"):
-        make_tokenizer("sentence-piece", shakespeare)
+        make_tokenizer("sentencepeice", shakespeare)
 
 
 @pytest.mark.parametrize("kind, ends", [("char", False), ("char97", True), ("sentencepiece", True)])

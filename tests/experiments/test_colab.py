@@ -34,7 +34,7 @@ def test_no_outputs_are_kept(notebook):
         assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None)
 
 
-def test_notebook_runs_and_goes_on_where_it_was_stopped(notebook, tmp_path):
+def test_notebook_runs_and_continues_where_it_was_stopped(notebook, tmp_path):
     cells = []
     for cell in notebook.cells:
         cells.append(cell)

@@ -46,7 +46,7 @@ def test_reading_on_continues_and_leaves_the_earlier_context_alone(gf):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["gf", "legacy-b2", "gpt2"])
-def test_state_in_a_file_goes_on_identically(kind, dtype, tmp_path):
+def test_state_in_a_file_continues_identically(kind, dtype, tmp_path):
     small = small_model(kind, dtype=dtype, max_positions=200)
     context = prefill(small.model, small.params, TEXT)
     path = tmp_path / "state"

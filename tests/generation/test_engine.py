@@ -187,7 +187,7 @@ def test_penalty_reaches_tokens_of_the_prompt_and_of_the_reply(gf):
         assert token == np.argmax(after)
 
 
-def test_deltas_join_to_the_completion_and_come_in_bursts(gf):
+def test_deltas_join_to_the_completion_and_come_after_each_burst(gf):
     small, deltas = small_model("gf"), []
     requests = mixed_requests()
     completions = gf(requests, tokenizer=LETTERS, on_delta=deltas.append)

@@ -14,14 +14,14 @@ class Bytes:
 SENTENCE = "Höre, 水 and 🌍: to be or not to be. " * 6
 
 
-def pieces_of(ids, seed):
+def chunks_of(ids, seed):
     """ids cut at random places."""
     cuts = np.sort(np.random.default_rng(seed).integers(0, len(ids) + 1, 12))
     return [part.tolist() for part in np.split(np.asarray(ids, np.int64), cuts)]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_join_to_the_whole_text(seed):
+def test_deltas_join_to_the_whole_text(seed):
     sentencepiece = train_sentencepiece([SENTENCE * 20], 300)
     for tokenizer, ids in (
         (Bytes(), list(SENTENCE.encode())),
@@ -30,7 +30,7 @@ def test_pieces_join_to_the_whole_text(seed):
     ):
         before, after = ids[:7], ids[7:]
         out = TextOut(tokenizer, before)
-        shown = "".join(out.add(part)[0] for part in pieces_of(after, seed)) + out.end()
+        shown = "".join(out.add(part)[0] for part in chunks_of(after, seed)) + out.end()
         assert tokenizer.decode(before) + shown == tokenizer.decode(ids)
 
 
@@ -45,7 +45,7 @@ def test_stop_string_ends_text_and_ids_wherever_it_is_cut(seed):
     text = "one END two ENDING three"
     out = TextOut(Bytes(), b"", stop=("ENDING", "not there"))
     shown, used = "", 0
-    for part in pieces_of(list(text.encode()), seed):
+    for part in chunks_of(list(text.encode()), seed):
         new, taken = out.add(part)
         shown, used = shown + new, used + taken
         if out.stopped:

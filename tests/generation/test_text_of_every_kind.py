@@ -20,7 +20,7 @@ SCRIPTS = (
     "a\n\t\x00\ufffd\u2028 .  ' s n't",
 )
 WORLD = [bytes([i]) for i in range(256)] + [b"the", b" cat", "好".encode()[1:] + b" \xe4"]
-HUGGING_FACE = ("byte-level", "byte-fallback", "word-piece", "word-level", "unigram", "end-of-word")
+HUGGING_FACE = ("byte-level", "byte-fallback", "wordpiece", "word-level", "unigram", "end-of-word")
 KINDS = (*HUGGING_FACE, "cleaned", "char", "char97", "sentencepiece", "rwkv-world", "ids")
 
 
@@ -40,7 +40,7 @@ def tokenizer_of(kind):
     from tests.data import small_tokenizers
 
     if kind == "cleaned":
-        return HuggingFaceTokenizer(small_tokenizers.word_piece().to_str(), cleans_up=True)
+        return HuggingFaceTokenizer(small_tokenizers.wordpiece().to_str(), cleans_up=True)
     return HuggingFaceTokenizer(small_tokenizers.KINDS[kind]().to_str())
 
 

@@ -1,4 +1,4 @@
-"""What the kernel variants of the tests lower to for a Hopper GPU, to compare two checkouts.
+"""What the kernel variants of the tests lower to, to compare two checkouts.
 
     python -m tests.kernels.lowered record OUT [--only REGEX]    # in each checkout
     python -m tests.kernels.lowered compare BEFORE AFTER
@@ -13,6 +13,8 @@ compared as text, operation by operation.
 """
 
 import argparse
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -30,8 +32,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gt_jax.kernels.cases import LENGTHS, segments
+from gt_jax.kernels.pallas.architectures import OLDEST, lowered_for
 from gt_jax.kernels.pallas.devices import simulated
 from tests.kernels.hopper_kernels import SSD, WKV6
+
+# The GPU that each implementation is lowered for: that of Hopper is Pallas' own choice.
+ARCHITECTURES = {
+    "mosaic": contextlib.nullcontext,
+    "portable": functools.partial(lowered_for, OLDEST),
+}
 
 # Shapes of the tests of each kernel; what is left out has the default of `Kernel.make`.
 WKV6_SHAPES = [
@@ -77,25 +86,33 @@ SHARED_SHAPES = [
 def variants():
     """Pairs of a name and a function that lowers the variant."""
     for kernel, own in ((WKV6, WKV6_SHAPES), (SSD, SSD_SHAPES)):
-        for dtype in kernel.dtypes:
-            start = f"{kernel.name}-{dtype}"
-            for shape in own + SHARED_SHAPES:
-                name = "-".join([start, *(f"{key}{value}" for key, value in shape.items())])
-                inputs = _shapes(kernel, dtype, **shape)
-                yield f"{name}-forward", _lower(kernel.run("mosaic"), inputs)
-                yield f"{name}-gradient", _lower(_gradients(kernel.run("mosaic")), inputs)
-            for length in (130, 2048):
-                inputs = _shapes(kernel, dtype, length=length)
-                resets = jnp.asarray(segments(1, length)[:, :1] == segments(1, length))
-                run = _gradients(kernel.run("mosaic", resets))
-                yield f"{start}-length{length}-segments", _lower(run, inputs)
-            inputs = _shapes(kernel, dtype, length=64)
-            yield f"{start}-vmap-remat-scan", _lower_layers(kernel, inputs)
-            inputs = _shapes(kernel, dtype, per_token=False, batch=2, length=64)
-            yield f"{start}-shard_map", _lower_shards(kernel, inputs)
-            # Without an initial state, and in the 32 bit mode that users have.
-            inputs = _shapes(kernel, dtype, per_token=False, length=130)[:-1]
-            yield f"{start}-x32", _lower(_gradients(kernel.call("mosaic")), inputs, x64=False)
+        for impl, dtypes in kernel.dtypes.items():
+            for dtype in dtypes:
+                start = f"{kernel.name}-{impl}-{dtype}"
+                architecture = ARCHITECTURES[impl]
+                for name, function, inputs, x64 in _variants(kernel, impl, dtype, own):
+                    yield f"{start}-{name}", _lower(function, inputs, architecture, x64)
+
+
+def _variants(kernel, impl, dtype, own):
+    """Names, functions, their inputs, and whether 64 bits are switched on as in the tests."""
+    for shape in own + SHARED_SHAPES:
+        name = "-".join(f"{key}{value}" for key, value in shape.items())
+        inputs = _shapes(kernel, dtype, **shape)
+        yield f"{name}-forward", kernel.run(impl), inputs, True
+        yield f"{name}-gradient", _gradients(kernel.run(impl)), inputs, True
+    for length in (130, 2048):
+        inputs = _shapes(kernel, dtype, length=length)
+        resets = jnp.asarray(segments(1, length)[:, :1] == segments(1, length))
+        yield f"length{length}-segments", _gradients(kernel.run(impl, resets)), inputs, True
+    inputs = _shapes(kernel, dtype, length=64)
+    stacked = [jax.ShapeDtypeStruct((2, *z.shape), z.dtype) for z in inputs]
+    yield "vmap-remat-scan", _layers(kernel, impl), stacked, True
+    inputs = _shapes(kernel, dtype, per_token=False, batch=2, length=64)
+    yield "shard_map", _shards(kernel, impl), inputs, True
+    # Without an initial state, and in the 32 bit mode that users have.
+    inputs = _shapes(kernel, dtype, per_token=False, length=130)[:-1]
+    yield "x32", _gradients(kernel.call(impl)), inputs, False
 
 
 def _shapes(kernel, dtype, *, per_token=True, **shape):
@@ -118,32 +135,30 @@ def _gradients(function):
     return gradients
 
 
-def _lower(function, inputs, *, x64=True):
+def _lower(function, inputs, architecture, x64):
     def lower():
-        with simulated("lower"), jax.enable_x64(x64):
+        with simulated("lower"), architecture(), jax.enable_x64(x64):
             return jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
 
     return lower
 
 
-def _lower_layers(kernel, inputs):
+def _layers(kernel, impl):
     def layers(*arrays):
         def layer(x, _):
-            return jax.checkpoint(kernel.run("mosaic"))(x, *arrays[1:])[0], None
+            return jax.checkpoint(kernel.run(impl))(x, *arrays[1:])[0], None
 
         return jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32).sum()
 
-    stacked = [jax.ShapeDtypeStruct((2, *z.shape), z.dtype) for z in inputs]
-    return _lower(jax.vmap(jax.grad(layers, range(len(inputs)))), stacked)
+    return jax.vmap(jax.grad(layers, range(len(kernel.arguments))))
 
 
-def _lower_shards(kernel, inputs):
+def _shards(kernel, impl):
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     specs = tuple(P() if name in kernel.of_heads else P("batch") for name in kernel.arguments)
-    shard = jax.shard_map(
-        kernel.call("mosaic"), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False
+    return jax.shard_map(
+        kernel.call(impl), mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False
     )
-    return _lower(shard, inputs)
 
 
 def take_kernels(module):
@@ -207,7 +222,7 @@ def program_digest(text):
 def _graph_digest(module):
     functions = {ir.StringAttr(f.attributes["sym_name"]).value: f for f in module.body.operations}
 
-    def block(block, arguments, outer):
+    def block(block, arguments, outer, depth):
         known = dict(outer) | dict(zip(block.arguments, arguments))
         for op in block.operations:
             operands = [known[z] for z in op.operands]
@@ -215,22 +230,22 @@ def _graph_digest(module):
                 return operands
             if op.name == "func.call":
                 callee = ir.FlatSymbolRefAttr(op.attributes["callee"]).value
-                results = block_of(functions[callee], operands)
+                results = block_of(functions[callee], operands, depth)
             else:
-                results = operation(op, operands, known)
+                results = operation(op, operands, known, depth + 1)
             known |= dict(zip(op.results, results, strict=True))
         raise ValueError("a block without return")
 
-    def block_of(function, arguments):
-        return block(function.regions[0].blocks[0], arguments, {})
+    def block_of(function, arguments, depth=0):
+        return block(function.regions[0].blocks[0], arguments, {}, depth)
 
-    def operation(op, operands, known):
+    def operation(op, operands, known, depth):
         attributes = sorted((name, str(op.attributes[name])) for name in op.attributes)
         regions = []
         for region in op.regions:
             for inner in region.blocks:
-                names = [_digest("argument", len(known), n) for n in range(len(inner.arguments))]
-                regions.append(block(inner, names, known))
+                names = [_digest("argument", depth, n) for n in range(len(inner.arguments))]
+                regions.append(block(inner, names, known, depth))
         types = [str(z.type) for z in op.results]
         return [
             _digest(op.name, attributes, operands, regions, types, n) for n in range(len(types))

@@ -20,6 +20,7 @@ from tests.kernels.accuracy import (
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 DTYPES = ("float64", "float32", "bfloat16")
+quickly = pytest.mark.usefixtures("compiled_quickly")
 
 
 @functools.cache
@@ -69,6 +70,7 @@ def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@quickly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_matches_reference_at_every_length(length, dtype):
@@ -88,18 +90,21 @@ def test_chunked_matches_reference_at_65536_tokens():
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
+@quickly
 @pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
 def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
     inputs = make("float32", batch=batch, length=40, heads=heads, groups=1, P=4, N=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
+@quickly
 @pytest.mark.parametrize("groups", (1, 2, 6))
 def test_groups_share_their_projections(groups):
     inputs = make("float64", heads=6, groups=groups)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float64")
 
 
+@quickly
 def test_gradients_reach_the_step_size_through_bias_softplus_and_limit():
     x, dt, A, B, C, *_ = make("float64", "wide")
     bias = jnp.linspace(-1.0, 1.0, 4)
@@ -117,6 +122,7 @@ def test_gradients_reach_the_step_size_through_bias_softplus_and_limit():
         assert_accurate(candidate, by_hand, inputs, names, "float64")
 
 
+@quickly
 @pytest.mark.parametrize("chunk_size", (2, 16, 32, 128))
 def test_chunk_size_does_not_change_the_result(chunk_size):
     def chunked(x, dt, A, B, C, D, state):
@@ -126,6 +132,7 @@ def test_chunk_size_does_not_change_the_result(chunk_size):
     assert_accurate(chunked, run("reference"), make("float64", length=150), NAMES, "float64")
 
 
+@quickly
 def test_packed_segments_equal_separate_calls():
     inputs = make("float64", length=50)
     ids = segments(2, 50, mean_length=14)
@@ -138,13 +145,13 @@ def test_packed_segments_equal_separate_calls():
         outputs, states = [], []
         for b in range(2):
             cuts = [0, *(np.flatnonzero(np.diff(ids[b])) + 1), 50]
-            S, pieces = state[b : b + 1], []
+            S, of_row = state[b : b + 1], []
             for start, stop in itertools.pairwise(cuts):
                 x_, dt_, B_, C_ = (z[b : b + 1, start:stop] for z in (x, dt, B, C))
                 y, final = ssd(x_, dt_, A, B_, C_, D=D, initial_state=S, impl="reference")
-                pieces.append(y)
+                of_row.append(y)
                 S = jnp.zeros_like(S)
-            outputs.append(jnp.concatenate(pieces, axis=1))
+            outputs.append(jnp.concatenate(of_row, axis=1))
             states.append(final)
         return jnp.concatenate(outputs), jnp.concatenate(states)
 
@@ -153,12 +160,13 @@ def test_packed_segments_equal_separate_calls():
         assert_accurate(candidate, separate, inputs, NAMES, "float64")
 
 
+@quickly
 @pytest.mark.parametrize("impl", ("reference", "chunked"))
 def test_state_carries_over_a_split(impl):
     def split(x, dt, A, B, C, D, state):
         outputs = []
-        for piece in (slice(0, 1), slice(1, 37), slice(37, None)):
-            x_, dt_, B_, C_ = (z[:, piece] for z in (x, dt, B, C))
+        for chunk in (slice(0, 1), slice(1, 37), slice(37, None)):
+            x_, dt_, B_, C_ = (z[:, chunk] for z in (x, dt, B, C))
             y, state = ssd(x_, dt_, A, B_, C_, D=D, initial_state=state, impl=impl)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1), state
@@ -166,6 +174,7 @@ def test_state_carries_over_a_split(impl):
     assert_accurate(split, run("reference"), make("float64"), NAMES, "float64")
 
 
+@quickly
 def test_step_repeated_equals_the_parallel_form():
     x, dt, A, B, C, D, state = make("float64", length=40)
     options = {"D": D, "dt_bias": jnp.ones(4), "dt_softplus": True, "dt_limit": (0.5, 1.4)}
@@ -205,6 +214,7 @@ def test_vmap_equals_a_loop():
         assert relative_rms(together[0][i], apart[i][0]) < 1e-6
 
 
+@quickly
 @pytest.mark.parametrize("where", ("right", "left", "middle"))
 def test_identity_padding_leaves_the_other_tokens_alone(where):
     x, dt, A, B, C, D, state = make("float64", length=30)
@@ -224,6 +234,7 @@ def test_nan_of_another_row_or_a_later_token_stays_there():
     np.testing.assert_array_equal(y[0, :128], expected[0, :128])
 
 
+@quickly
 def test_zero_cotangents_give_zero_gradients():
     inputs = make("float32")
     shapes = jax.eval_shape(run("chunked"), *inputs)
@@ -232,6 +243,7 @@ def test_zero_cotangents_give_zero_gradients():
         assert not np.any(gradient)
 
 
+@quickly
 def test_gradients_agree_with_finite_differences():
     inputs = make("float64", batch=1, length=10, heads=2, P=3, N=4)
     check_grads(run("chunked"), inputs, order=1, modes=("rev",), eps=1e-5, rtol=1e-6)

@@ -21,6 +21,7 @@ from tests.kernels.accuracy import (
 
 NAMES = ("r", "k", "v", "w", "u", "initial_state")
 DTYPES = ("float64", "float32", "bfloat16")
+quickly = pytest.mark.usefixtures("compiled_quickly")
 
 
 @functools.cache
@@ -69,6 +70,7 @@ def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
     assert_accurate(run("chunked"), run("reference"), make(dtype, regime), NAMES, dtype)
 
 
+@quickly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_matches_reference_at_every_length(length, dtype):
@@ -96,12 +98,14 @@ def test_highest_precision_multiplies_bfloat16_inputs_in_float32():
     assert relative_rms(state, exact) < 1e-6
 
 
+@quickly
 @pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
 def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
     inputs = make("float32", batch=batch, length=40, heads=heads, K=4, V=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
+@quickly
 @pytest.mark.parametrize("chunk_size", (2, 16, 64, 128))
 def test_chunk_size_does_not_change_the_result(chunk_size):
     def chunked(r, k, v, w, u, state):
@@ -110,6 +114,7 @@ def test_chunk_size_does_not_change_the_result(chunk_size):
     assert_accurate(chunked, run("reference"), make("float64", length=150), NAMES, "float64")
 
 
+@quickly
 def test_packed_segments_equal_separate_calls():
     r, k, v, w, u, state = make("float64", length=50)
     ids = segments(2, 50, mean_length=14)
@@ -124,13 +129,13 @@ def test_packed_segments_equal_separate_calls():
         for b in range(2):
             cuts = [0, *(np.flatnonzero(np.diff(ids[b])) + 1), 50]
             S = state[b : b + 1]
-            pieces = []
+            of_row = []
             for start, stop in itertools.pairwise(cuts):
                 one = (x[b : b + 1, start:stop] for x in (r, k, v, w))
                 o, final = wkv6(*one, u, initial_state=S, impl="reference")
-                pieces.append(o)
+                of_row.append(o)
                 S = jnp.zeros_like(S)
-            outputs.append(jnp.concatenate(pieces, axis=1))
+            outputs.append(jnp.concatenate(of_row, axis=1))
             states.append(final)
         return jnp.concatenate(outputs), jnp.concatenate(states)
 
@@ -139,12 +144,13 @@ def test_packed_segments_equal_separate_calls():
         assert_accurate(functools.partial(packed, impl=impl), separate, inputs, NAMES, "float64")
 
 
+@quickly
 @pytest.mark.parametrize("impl", ("reference", "chunked"))
 def test_state_carries_over_a_split(impl):
     def split(r, k, v, w, u, state):
         outputs = []
-        for piece in (slice(0, 1), slice(1, 37), slice(37, None)):
-            one = (x[:, piece] for x in (r, k, v, w))
+        for chunk in (slice(0, 1), slice(1, 37), slice(37, None)):
+            one = (x[:, chunk] for x in (r, k, v, w))
             o, state = wkv6(*one, u, initial_state=state, impl=impl)
             outputs.append(o)
         return jnp.concatenate(outputs, axis=1), state
@@ -152,6 +158,7 @@ def test_state_carries_over_a_split(impl):
     assert_accurate(split, run("reference"), make("float64"), NAMES, "float64")
 
 
+@quickly
 def test_step_repeated_equals_the_parallel_form():
     r, k, v, w, u, state = inputs = make("float64", length=40)
 
@@ -190,6 +197,7 @@ def test_vmap_equals_a_loop():
         assert relative_rms(together[0][i], apart[i][0]) < 1e-6
 
 
+@quickly
 @pytest.mark.parametrize("where", ("right", "left", "middle"))
 def test_identity_padding_leaves_the_other_tokens_alone(where):
     r, k, v, w, u, state = make("float64", length=30)
@@ -218,6 +226,7 @@ def test_nan_of_another_segment_stays_there():
     assert jnp.isfinite(o[:, 20:]).all() and jnp.isfinite(final).all()
 
 
+@quickly
 def test_zero_cotangents_give_zero_gradients():
     inputs = make("float32")
     zeros = (jnp.zeros(()), jnp.zeros(()))
@@ -227,6 +236,7 @@ def test_zero_cotangents_give_zero_gradients():
         assert not np.any(gradient)
 
 
+@quickly
 def test_gradients_agree_with_finite_differences():
     inputs = make("float64", batch=1, length=10, heads=2, K=4, V=3)
     check_grads(run("chunked"), inputs, order=1, modes=("rev",), eps=1e-5, rtol=1e-6)

@@ -135,7 +135,7 @@ def test_overrides_and_nones():
         ("gf", {"fusion": "hfg"}, "model.fusion='hfg' must be one of .*did you mean 'hgf'"),
     ],
 )
-def test_impossible_configurations_name_field_value_and_mend(preset, overrides, message):
+def test_impossible_configurations_name_field_value_and_fix(preset, overrides, message):
     with pytest.raises(InputError, match=message) as error:
         make_model(make_config(preset, vocab_size=97, **overrides))
     assert "\n" not in str(error.value)

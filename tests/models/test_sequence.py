@@ -21,7 +21,7 @@ def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), found, expected)
 
 
-def pieces(small, tokens, state, length):
+def in_chunks(small, tokens, state, length):
     """Logits and last state of the tokens given `length` at a time, from a state on."""
     logits = []
     for start in range(0, tokens.shape[1], length):
@@ -35,13 +35,13 @@ def test_state_carries_over_splits(small):
     """And no state is the zero state of `init_state`."""
     tokens = random_tokens(2, T)
     whole = small.apply({"params": small.params}, tokens)
-    same(pieces(small, tokens, small.model.init_state(2), PART), tuple(whole))
+    same(in_chunks(small, tokens, small.model.init_state(2), PART), tuple(whole))
 
 
 def test_steps_equal_the_whole(small):
     tokens = random_tokens(2, T)
     whole = small.apply({"params": small.params}, tokens)
-    same(pieces(small, tokens, small.model.init_state(2), 1), tuple(whole))
+    same(in_chunks(small, tokens, small.model.init_state(2), 1), tuple(whole))
 
 
 def test_initial_state_describes_every_state(small):
@@ -57,19 +57,19 @@ def test_packed_documents_equal_separate_ones(small):
     tokens = random_tokens(2, T)
     ids = [[7] * 6 + [3] + [7] * 2 + [1] * 9 + [0] * 3, [5] * 2 + [6] * 18 + [4]]
     zeros = small.model.init_state(2)
-    _, before = pieces(small, random_tokens(2, PART, seed=3), zeros, PART)
+    _, before = in_chunks(small, random_tokens(2, PART, seed=3), zeros, PART)
     packed = small.apply({"params": small.params}, tokens, before, segment_ids=jnp.array(ids))
 
     for row in range(2):
         starts = np.flatnonzero(np.diff(ids[row])) + 1
         state, bounds = before, [0, *starts, T]
         for start, end in pairwise(bounds):
-            logits, state = pieces(small, tokens[:, start:end], state, 1)
+            logits, state = in_chunks(small, tokens[:, start:end], state, 1)
             same(packed.logits[row, start:end], logits[row])
             last, state = state, zeros
         more = random_tokens(2, PART, seed=4)
-        continued, _ = pieces(small, more, packed.state, PART)
-        expected, _ = pieces(small, more, last, PART)
+        continued, _ = in_chunks(small, more, packed.state, PART)
+        expected, _ = in_chunks(small, more, last, PART)
         same(continued[row], expected[row])
 
 

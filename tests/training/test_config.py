@@ -41,7 +41,7 @@ def test_every_config_file_is_valid_and_survives_json(name):
         ("train.batch_size", 2**31 - 1, "tokens a step, more than 2,147,483,647; lower one"),
     ],
 )
-def test_impossible_value_is_refused_with_its_field_value_and_mend(field, value, message):
+def test_impossible_value_is_refused_with_its_field_value_and_fix(field, value, message):
     config = default_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError) as caught:

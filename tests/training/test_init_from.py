@@ -1,4 +1,4 @@
-"""A run that goes on from a stored model: its weights, architecture and tokenizer."""
+"""A run that continues from a stored model: its weights, architecture and tokenizer."""
 
 import shutil
 

@@ -51,10 +51,10 @@ def test_weight_decay_spares_vectors_embeddings_and_fusions(preset):
 def test_labels_follow_the_parts_of_a_block():
     parameters = parameters_of("gf-mh")
     for path, _ in parameters:
-        pieces = [key.key for key in path]
+        names = [key.key for key in path]
         expected = "rest"
-        if len(pieces) > 1 and pieces[0].startswith("blocks_"):
-            expected = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}.get(pieces[1], "rest")
+        if len(names) > 1 and names[0].startswith("blocks_"):
+            expected = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}.get(names[1], "rest")
         assert optimizer.label(path) == expected
     assert {optimizer.label(path) for path, _ in parameters} == {"rwkv", "mamba", "gate", "rest"}
 

@@ -12,7 +12,7 @@ from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
 @pytest.fixture(scope="session")
 def build(toy, make_config):
-    """build(**fields) -> (fresh state, jitted train step)."""
+    """build(**fields) -> (new state, jitted train step)."""
 
     def make(**fields):
         config = make_config(**fields)
@@ -65,24 +65,22 @@ def test_accumulation_gives_the_full_batch_step(build, make_batch):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_carried_state_continues_rows_and_fresh_rows_start_anew(
-    toy, build, make_batch, accumulation
-):
+def test_carried_state_continues_rows_and_resets_zero_it(toy, build, make_batch, accumulation):
     fields = {"train.carry_state": True, "data.order": "tracks"}
     state, step = build(**fields, **{"optim.grad_accumulation": accumulation, "optim.lr": 1e-30})
     first, second = make_batch(2), make_batch(3)
-    fresh = np.arange(8) >= 5
+    resets = np.arange(8) >= 5
     state, _ = step(state, first)
-    state, metrics = step(state, second._replace(fresh=fresh))
+    state, metrics = step(state, second._replace(resets=resets))
 
     both = np.concatenate([first.inputs, second.inputs], 1)
     joined = toy.apply({"params": state.params}, both)
     alone = toy.apply({"params": state.params}, second.inputs)
     expected = jax.tree.map(
-        lambda a, b: np.where(fresh[:, None], b, a), joined.state, alone.state
+        lambda a, b: np.where(resets[:, None], b, a), joined.state, alone.state
     )  # fmt: skip
     assert_close(state.carry, expected, rtol=1e-5, atol=1e-6)
-    logits = np.where(fresh[:, None, None], alone.logits, joined.logits[:, 6:])
+    logits = np.where(resets[:, None, None], alone.logits, joined.logits[:, 6:])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, np.maximum(second.targets, 0))
     expected_loss = losses[second.targets >= 0].mean()
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)

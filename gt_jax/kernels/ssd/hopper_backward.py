@@ -64,7 +64,7 @@ def backward(
         return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
 
     dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D, states, dy, dstate)
-    of_tokens = dict(zip(ROWS, jnp.moveaxis(of_tokens, -2, 0)))
+    of_tokens = {name: of_tokens[..., n, :] for n, name in enumerate(ROWS)}
     return dx, dB, dC, of_tokens["ddt"], of_tokens["da"], *others
 
 

@@ -30,7 +30,7 @@ def ssd_reference(
         B, C: [B, T, G, N] projections.
         D: [H] skip connection, or None.
         initial_state: [B, H, P, N]; None for zeros.
-        resets: [B, T] bool, True where a segment starts, or None.
+        resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `ssd`; every product here is exact to the dtype of the state anyway.
 
     Returns:

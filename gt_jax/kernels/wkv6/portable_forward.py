@@ -91,10 +91,10 @@ def forward(
             for level in range(LEVELS):
                 Y = jnp.where(masks.query(level, SIZE), warps.load(r_s), warps.load(k_s))
                 Y = (Y * jnp.exp2(sums(level - 1)) if level else Y).astype(bf16)
-                met = warps.block_dot_transposed(
+                product = warps.block_dot_transposed(
                     warps.zeros(CHUNK, BLOCK), left(Y), warps.right_transposed(Y)
                 )
-                A = jnp.where(masks.apart(level), met, A)
+                A = jnp.where(masks.apart(level), product, A)
             A = [(A * masks.not_before()).astype(bf16)]
 
             Q = warps.load(r_s) * jnp.exp2(sums(FROM_START))
@@ -106,12 +106,12 @@ def forward(
                     copies.prefetch(source.at[following])
             o = block_dot(warps.zeros(*square), left(A[0]), warps.rows_right(v_s, 0))
             for back in range(1, BLOCKS):
-                met = warps.block_dot_transposed(
+                product = warps.block_dot_transposed(
                     warps.zeros(CHUNK, BLOCK),
                     left(Q.astype(bf16)),
                     warps.rows_right_transposed(k_s, -back),
                 )
-                A.append((met * masks.has_block(-back)).astype(bf16))
+                A.append((product * masks.has_block(-back)).astype(bf16))
                 o = block_dot(o, left(A[-1]), warps.rows_right(v_s, -back))
                 Q *= warps.block_row(E_s, FIRST, -back, SIZE)
             o = warps.dot(o, left(Q.astype(bf16)), S_s.T)

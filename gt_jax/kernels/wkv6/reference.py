@@ -28,7 +28,7 @@ def wkv6_reference(
         v: [B, T, H, V] value.
         u: [H, K] bonus of the present token.
         initial_state: [B, H, K, V].
-        resets: [B, T] bool, True where a segment starts, or None.
+        resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `wkv6`; every product here is exact to the dtype of the state anyway.
 
     Returns:

@@ -256,7 +256,8 @@ def test_page_fits_its_screen_in_a_browser(page, tmp_path, width):
     measured = tmp_path / "measured.html"
     probe = (
         "<script>document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
-        "[...document.querySelectorAll('svg')].map(x => x.getBoundingClientRect().width)])</script>"
+        "[...document.querySelectorAll('svg')].map(x => x.getBoundingClientRect().width),"
+        "document.querySelector('svg').getBoundingClientRect().top])</script>"
     )
     frame = f'<iframe id="f" style="width:{width}px;height:900px;border:0" srcdoc="{{}}"></iframe>'
     copy = (
@@ -273,9 +274,12 @@ def test_page_fits_its_screen_in_a_browser(page, tmp_path, width):
         check=True,
         timeout=60,
     ).stdout
-    inner, scrolled, plots = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    inner, scrolled, plots, top = json.loads(
+        html.unescape(re.search("<title>(.*?)</title>", dom)[1])
+    )
     assert inner == width and scrolled <= width
-    assert len(plots) == 6 and all(200 < plot < width for plot in plots)
+    assert len(plots) == 7 and all(200 < plot < width for plot in plots)
+    assert top < 600, "the first plot is on the first screen"
 
 
 def test_damaged_result_is_one_line(page, tmp_path):

@@ -70,7 +70,7 @@ def test_untrained_models_fail_the_baseline_alone(stored, monkeypatch, capsys):
     value = {name: value for name, _, value, *_ in table["rows"]}
     assert value["G0"]["mean"] < 1e-4 and value["G1"]["mean"] == 1
     assert value["G4"]["mean"] > 0 and value["overfit"]["mean"] < 0.5
-    # Trained weights are the same, fresh ones are of two seeds.
+    # Trained weights are the same, new ones are of two seeds.
     assert len(set(value["G4"]["values"])) == 1 and len(set(value["overfit"]["values"])) == 2
     assert result["measures"]["naive baseline: held-out loss, verdict"] == "fail"
     for name in value:

@@ -84,7 +84,7 @@ def test_experiment_runs(tmp_path):
         ends = [measures[f"loss {n} {at}"]["mean"] for n in ("Mamba rate 0.5", "plain")]
         pair = measures[f"Mamba rate 0.5 - plain at {name}"]
         assert pair["mean"] == pytest.approx(ends[0] - ends[1], abs=1e-4) and pair["mean"] != 0
-    assert measures["R/M gradient ratio, pieces / characters"]["n"] == 2
+    assert measures["R/M gradient ratio, subwords / characters"]["n"] == 2
     assert 0 < measures["Mamba share plain"]["mean"] <= 1
     assert {"loss added without RWKV plain", "loss added without Mamba plain"} <= set(measures)
 
@@ -97,7 +97,7 @@ def test_interventions_reach_the_config():
     plain = arms["plain"].config
     for name, (config, task) in arms.items():
         assert (config != plain) == (name != "plain"), name
-        assert (task is arms["plain"].task) == (name != interventions.PIECES)
+        assert (task is arms["plain"].task) == (name != interventions.SUBWORDS)
     assert arms["warm-up 50 %"].config.optim.warmup_steps == 3  # of six steps
     assert arms["no warm-up"].config.optim.warmup_steps == 0 < plain.optim.warmup_steps
 

@@ -95,7 +95,7 @@ def test_comparison_runs(text, tmp_path, monkeypatch):
 
 
 def test_unknown_text_is_one_line():
-    with pytest.raises(InputError, match="--texts=words must be of characters, pieces"):
+    with pytest.raises(InputError, match="--texts=words must be of characters, subwords"):
         parity.main(["--texts=words"])
 
 
@@ -113,8 +113,8 @@ def test_premise_holds_where_the_hybrid_beats_both_controls(rwkv, mamba, verdict
     spread = np.array([-0.01, 0.0, 0.01])
     losses = {"GF-MH": spread * 0, "two RWKV-6": rwkv + spread, "two Mamba-2": mamba + spread}
     pairs = compare(losses, against="GF-MH")
-    measures = {f"{p['a']} - GF-MH, {t}": p for p in pairs for t in ("characters", "pieces")}
+    measures = {f"{p['a']} - GF-MH, {t}": p for p in pairs for t in ("characters", "subwords")}
     found = {"parity": {"quick": False, "measures": measures}}
     judged = {claim.id: verdict for claim, verdict in claims.judge_all(found)}["two-kinds"]
     assert judged.verdict == verdict
-    assert f"GF-MH − two RWKV-6, pieces: −{rwkv:.3f} ± " in judged.ours
+    assert f"GF-MH − two RWKV-6, subwords: −{rwkv:.3f} ± " in judged.ours

@@ -54,7 +54,7 @@ def test_tests_are_of_the_states_returned(small):
     for b in states.BRANCHES:
         np.testing.assert_allclose(found["S1 norm"][b], norms[b].mean(), **CLOSE)
         growth = norms[b] / np.linalg.norm(first[b], axis=-1)
-        np.testing.assert_allclose(found["D1 norm, last piece / first"][b], growth.mean(), **CLOSE)
+        np.testing.assert_allclose(found["D1 norm, last chunk / first"][b], growth.mean(), **CLOSE)
         apart = [np.linalg.norm(kept[b][:, i] - kept[b][:, i - 1], axis=-1) for i in range(3)]
         difference = np.mean(np.stack(apart, 1) / norms[b])
         np.testing.assert_allclose(found["S2 difference for another text"][b], difference, **CLOSE)
