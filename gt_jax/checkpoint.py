@@ -26,6 +26,7 @@ from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.data.files import small
 from gt_jax.errors import InputError, one_line
+from gt_jax.finite import check_finite
 from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
 FOLDER = "checkpoints"
@@ -132,7 +133,8 @@ def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
         with encode and decode.
 
     Raises:
-        InputError: there is no checkpoint at `path`, or it is damaged.
+        InputError: there is no checkpoint at `path`, or it is damaged, or a parameter is NaN or
+            infinite.
     """
     folder = find(path)
     about = read_about(folder)
@@ -142,11 +144,18 @@ def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return model, read_tree(folder, "params", like), tokenizer
+    params = read_tree(folder, "params", like)
+    check_finite(params, str(folder), "use an earlier checkpoint, or make this model again")
+    return model, params, tokenizer
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
-    """Write a model that was not trained by a run, for `load`; `folder` must not exist."""
+    """Write a model that was not trained by a run, for `load`; `folder` must not exist.
+
+    Raises:
+        InputError: a parameter is NaN or infinite. Nothing is written.
+    """
+    check_finite(params, str(folder), "such a model is not written")
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),

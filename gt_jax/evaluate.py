@@ -20,6 +20,7 @@ from gt_jax.config import from_stored
 from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
+from gt_jax.finite import check_computed
 from gt_jax.scoring import check_ids, loss_unit, score, windows
 from gt_jax.training.evaluation import describe, evaluate, measures_of
 from gt_jax.training.step import make_eval_step
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> None:
         nats, targets, how = _scored(
             model, params, tokens, batch_size=flags.batch_size, seq_len=seq_len, stride=stride
         )
+    check_computed(nats)
     count = sum(map(len, tokens))
     measured = measures_of(
         nats / targets,

@@ -16,6 +16,7 @@ import numpy as np
 
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
+from gt_jax.finite import check_computed
 from gt_jax.models import LanguageModel, Params
 
 Ids = Sequence[int] | np.ndarray  # token ids [n]
@@ -78,7 +79,7 @@ def score(
 
     Raises:
         InputError: a continuation alone is longer than an attention model's positions; an id is
-            outside the vocabulary.
+            outside the vocabulary; a probability is NaN.
     """
     limit = model.config.position_limit
     check_ids(model, itertools.chain.from_iterable(pairs))
@@ -102,6 +103,7 @@ def score(
         log_probs, hits = (np.concatenate(x, axis=1) for x in zip(*jax.device_get(chunks)))
         for row, i in enumerate(rows):
             n = len(pairs[i][1])
+            check_computed(log_probs[row, -n:])
             scores[i] = Score(log_probs[row, -n:], bool(hits[row, -n:].all()))
     return scores
 
@@ -128,7 +130,7 @@ def continue_greedily(
 
     Raises:
         InputError: max_tokens leaves an attention model no position for a prompt; an id is outside
-            the vocabulary.
+            the vocabulary; a probability is NaN.
     """
     limit = model.config.position_limit
     check_ids(model, prompts)
@@ -144,6 +146,7 @@ def continue_greedily(
     for rows in _batches(prompts, batch_size):
         inputs = [prompts[i] for i in rows]
         *_, last = _read(model, params, inputs, inputs, batch_size)
+        check_computed(last.log_probs)
         token, state = last.token, last.state
         ids = [[] for _ in rows]
         while len(ids[0]) < max_tokens:

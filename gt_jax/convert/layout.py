@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
+from gt_jax.finite import check_finite
 from gt_jax.models import ModelConfig, Params, make_model
 
 
@@ -87,8 +88,8 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
     """Their tensors as the parameters of our model, float32.
 
     Raises:
-        InputError: tensors are missing, unknown, of another shape or no floating-point numbers;
-            the message names them and the shapes they should have.
+        InputError: tensors are missing, unknown, of another shape or no floating-point numbers, or
+            hold NaN or infinity; the message names them and the shapes they should have.
     """
     if model_config.tie_embeddings:
         tensors = _without_tied_head(layout, tensors)
@@ -105,9 +106,13 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError("; ".join(faults[:3]) + more)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+        read = {name: tensors[name].read().astype(np.float32) for name in theirs}
+    fix = "get the file again, or store the weights in a type with room for them, as float32"
+    check_finite(read, "as float32 its weights are not finite", fix)
     params = {}
     for rule in rules:
-        arrays = rule.change.back(tensors[rule.theirs].read().astype(np.float32))
+        arrays = rule.change.back(read[rule.theirs])
         params |= zip(_paths(rule), arrays if isinstance(rule.ours, tuple) else [arrays])
     return unflatten_dict(params, sep="/")
 
@@ -132,7 +137,8 @@ def _without_tied_head(layout, tensors):
     head, embedding = by_path["head"], by_path["embedding/embedding"]
     if head not in tensors:
         return tensors
-    if not np.array_equal(tensors[head].read(), tensors[embedding].read()):
+    ends = tensors[head].read(), tensors[embedding].read()
+    if not np.array_equal(*ends, equal_nan=True):  # NaN has an error of its own
         raise InputError(f"{head} differs from {embedding}, and config.json says they are one")
     return {name: tensor for name, tensor in tensors.items() if name != head}
 

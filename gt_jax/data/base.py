@@ -42,6 +42,8 @@ class Tokenizer:
             of a first prompt.
         byte_errors: how `token_bytes` join, see `gt_jax.generation.text`; None where every token
             is text of its own.
+        joins: whether the text of a token depends on the tokens before it; without, the text of ids
+            is the text of each, one after another.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Tokenizer:
     special = SpecialIds()
     start_ids: tuple[int, ...] = ()
     byte_errors: str | None = None
+    joins = True
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids of a text."""

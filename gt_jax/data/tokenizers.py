@@ -11,6 +11,7 @@ Every tokenizer has
 """
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -91,6 +92,7 @@ class CharTokenizer(Tokenizer):
     """One id a character, in order of code point, from `first_id` up."""
 
     kind = "char"
+    joins = False
     first_id = 0
 
     def __init__(self, alphabet: Iterable[str]):
@@ -188,6 +190,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
+        self._cached_bytes = functools.cache(self._find_bytes)
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError for half a surrogate pair."""
@@ -215,6 +218,9 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def token_bytes(self, i: int) -> bytes | None:
+        return self._cached_bytes(i)
+
+    def _find_bytes(self, i) -> bytes | None:
         if not self._is_known(i) or not self._processor.is_byte(i):
             return None
         return bytes([int(self._processor.id_to_piece(i)[3:5], 16)])

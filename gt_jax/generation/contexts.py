@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from gt_jax import archives
 from gt_jax.data.corpora import replace_file
 from gt_jax.errors import InputError, one_line
+from gt_jax.finite import check_finite
 from gt_jax.generation.checks import check_ids, token_ids
 from gt_jax.models import LanguageModel, Params
 
@@ -186,7 +187,9 @@ def _restore(stored, length, like, config) -> Context:
     most = 2**62 if config.position_limit is None else config.position_limit
     if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
         raise ValueError("its length and the tokens it has seen do not fit together")
-    leaves = [jnp.asarray(stored[name].read(), leaf.dtype) for name, leaf in named.items()]
+    arrays = {name: stored[name].read() for name in named}
+    check_finite(arrays, "its state", "read the text again")
+    leaves = [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in named.items()]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Context(state, waiting.astype(np.int32), seen, length)
 

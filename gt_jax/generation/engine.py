@@ -13,6 +13,7 @@ import jax
 from numpy.typing import ArrayLike
 
 from gt_jax.data.base import Tokenizer
+from gt_jax.finite import check_computed
 from gt_jax.generation.checks import check_whole
 from gt_jax.generation.contexts import (
     PREFILL_CHUNKS,
@@ -227,13 +228,14 @@ class _Job:
         self.out = tokenizer and TextOut(tokenizer, before, request.stop)
 
     def take(self, tokens, log_probabilities):
-        """The Delta of tokens drawn; a Failure where they cannot become text."""
+        """The Delta of tokens drawn; a Failure if they are of NaN, or cannot become text."""
         ends = [n for n, token in enumerate(tokens) if token in self.request.stop_ids]
         used = ends[0] if ends else len(tokens)
         self.left -= used
         reason = "stop" if ends else "length" if self.left == 0 else None
         text = ""
         try:
+            check_computed(log_probabilities)
             if self.out:
                 text, used = self.out.add(tokens[:used])
                 reason = "stop" if self.out.stopped else reason

@@ -67,7 +67,7 @@ def empty_slots(model: LanguageModel, params: Params, rows: int) -> Slots:
 
 
 def one_slot(request: Request, context: Context) -> Slots:
-    """Slots of one row, for `fill_slot`."""
+    """Slots of one row, for `fill_slot`; in place of its key is the seed, [1] int32."""
     queue = np.zeros((1, PREFILL_CHUNKS[0]), np.int32)
     queue[0, : len(context.waiting)] = context.waiting
     row: dict[str, Any] = {  # NumPy arrays: `fill_slot` moves them to the device in one call
@@ -75,7 +75,7 @@ def one_slot(request: Request, context: Context) -> Slots:
         "queue": queue,
         "waiting": np.array([len(context.waiting)], np.int32),
         "seen": context.seen[None],
-        "key": jax.random.key(request.seed)[None],
+        "key": np.array([request.seed], np.int32),
         "drawn": np.array([0], np.int32),
         "limit": np.array([request.max_tokens], np.int32),
         "settings": Settings(*(np.array([getattr(request, name)]) for name in Settings._fields)),
@@ -86,6 +86,8 @@ def one_slot(request: Request, context: Context) -> Slots:
 @functools.partial(jax.jit, donate_argnames="slots")
 def fill_slot(slots: Slots, row: int, one: Slots) -> Slots:
     """`slots` with the row of `one` at index `row`."""
+    # Made here: outside a compiled function, a key costs most of what a short request does.
+    one = one._replace(key=jax.vmap(jax.random.key)(one.key))
     return jax.tree.map(lambda many, new: many.at[row].set(new[0]), slots, one)
 
 

@@ -83,6 +83,8 @@ class TextOut:
 
     def _take(self, events):
         """Text to show once some events are dealt with."""
+        if not self._stops:
+            return "".join([text for is_open, text in events if not is_open])
         start, self._matched, self._settled = self._search(events)
         for is_open, text in events:
             if is_open:
@@ -165,12 +167,18 @@ class _Reader:
         self._errors: Any = getattr(tokenizer, "byte_errors", "unknown")
         self._has_bytes = self._errors not in (None, "unknown")
         self._cleans = getattr(tokenizer, "cleans_up", False)
+        self._joins = getattr(tokenizer, "joins", True)
         self._window, self._done = [], 0  # the last ids, and characters of their text dealt with
         self._since = []  # ids since a character last ended, where that has to be found out
         self._pending = b""  # start of a character
         self._run, self._broken, self._known = [], False, 0  # of "whole"
         self._unclean, self._cleaned = "", 0  # text to clean, characters of it dealt with
+        if not self._joins:
+            return  # nothing depends on what is before
         before = [int(i) for i in before]
+        if self._errors is None and not self._cleans:
+            self._window_of(before)
+            return
         if self._errors == "whole":
             before = self._without_half_character(before)
         self.read(before)
@@ -190,6 +198,8 @@ class _Reader:
         vars(self).update(saved | {"_run": run})
 
     def read(self, ids):
+        if not self._joins:
+            return [(False, self._decode(ids))]
         events = []
         if not self._has_bytes:
             events.append((False, self._text(ids)))

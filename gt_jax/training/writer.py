@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from gt_jax import checkpoint
 from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
 from gt_jax.errors import InputError
+from gt_jax.finite import check_finite
 from gt_jax.training.display import say
 from gt_jax.training.step import TrainState
 
@@ -148,7 +149,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
     """The TrainState in a checkpoint folder, placed like `like` (arrays or shapes with shardings).
 
     Raises:
-        InputError: the checkpoint is damaged, or of a model or optimizer of another shape.
+        InputError: the checkpoint is damaged, of a model or optimizer of another shape, or holds
+            NaN or infinity.
     """
     parts = _parts(like)
     params = read_tree(folder, "params", parts["params"])
@@ -167,6 +169,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             f"{folder} holds the state of step {int(state.step)}: a copy under another number; "
             "move it out of this folder"
         )
+    fix = "move the folder away: the same command then continues from the checkpoint before"
+    check_finite(state, str(folder), fix)
     return state
 
 

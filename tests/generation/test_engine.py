@@ -11,6 +11,7 @@ from gt_jax.errors import InputError
 from gt_jax.generation import Context, Request, complete, contexts, engine, prefill, stream
 from gt_jax.generation.engine import run_queue
 from gt_jax.generation.requests import Failure
+from gt_jax.generation.slots import empty_slots, fill_slot, one_slot
 from tests.models.small_models import random_tokens, small_model
 
 LETTERS = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmnopq"})
@@ -297,3 +298,14 @@ def test_attention_model_uses_its_last_position():
     small = small_model("gpt2")
     [completion] = complete(small.model, small.params, [Request(TEXT[:7], max_tokens=34)], rows=1)
     assert np.isfinite(completion.log_probabilities).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31 - 1, -(2**31)])
+def test_slot_draws_from_the_key_of_its_seed(seed):
+    model, params, *_ = small_model("gf")
+    request = Request([1, 2], seed=seed)
+    slots = empty_slots(model, params, 2)
+    slots = fill_slot(slots, 1, one_slot(request, prefill(model, params, request.prompt)))
+    np.testing.assert_array_equal(
+        jax.random.key_data(slots.key[1]), jax.random.key_data(jax.random.key(seed))
+    )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gt_jax.data.pretrained import IdTokenizer
-from gt_jax.data.tokenizers import train_sentencepiece
+from gt_jax.data.tokenizers import CharTokenizer, TaggedCharTokenizer, train_sentencepiece
 from gt_jax.generation.text import TextOut
 
 
@@ -63,3 +63,17 @@ def test_start_of_a_stop_string_appears_once_it_is_none():
 def test_earliest_of_several_stop_strings_counts():
     out = TextOut(Bytes(), b"", stop=("cde", "bcd"))
     assert out.add(list(b"abcdef")) == ("a", 4)
+
+
+@pytest.mark.parametrize("kind", [CharTokenizer, TaggedCharTokenizer])
+@pytest.mark.parametrize("stop", [(), ("zz",)])
+def test_characters_are_decoded_once_and_without_what_is_before(kind, stop, monkeypatch):
+    tokenizer, decoded = kind("abz "), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(list(ids)) or decode(ids))
+    out = TextOut(tokenizer, tokenizer.encode("ab" * 32), stop)
+    bursts = [tokenizer.encode(text).tolist() for text in ("a bb", "az", " ")]
+    assert [out.add(burst)[0] for burst in bursts] == (
+        ["a bb", "a", "z "] if stop else ["a bb", "az", " "]
+    )
+    assert decoded == bursts and out.end() == ""

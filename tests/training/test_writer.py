@@ -181,6 +181,19 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, state):
         restore(folder, state.replace(params={**state.params, "head": head}))
 
 
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_run_is_not_resumed_with_nan(tmp_path, state, part):
+    broken = jax.tree.map(
+        lambda x: x.at[..., 0].set(jnp.nan) if x.dtype == jnp.float32 and x.ndim else x,
+        getattr(state, part),
+    )
+    save(tmp_path, state.replace(**{part: broken}), [4])
+    folder = checkpoint.find(tmp_path)
+    message = rf"{folder}: {part}/.* holds [\d,]+ NaN of .*; move the folder away: the same command"
+    with pytest.raises(InputError, match=message):
+        restore(folder, state)
+
+
 # Orbax's threads outlive a failure and complain: what a user sees of it needs a process to itself.
 PROGRAM = """
 import resource, signal, sys
