@@ -173,6 +173,9 @@ class Checkpoint:
         250, "steps; the best and the last are saved in any case; 0 for only those", NOT_NEGATIVE
     )
     keep: int = setting(2, "latest checkpoints kept, besides the best", POSITIVE)
+    keep_every: int = setting(
+        0, "steps between checkpoints that are kept for good; 0 for none", NOT_NEGATIVE
+    )
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,11 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"train.carry_state=True needs text that continues from batch to batch: set "
             f'data.order="tracks" (it is "{config.data.order}")'
+        )
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if keep_every and (not every or keep_every % every):
+        raise InputError(
+            f"checkpoint.keep_every={keep_every} must be a multiple of checkpoint.every={every}"
         )
     if train.patience and not train.eval_every:
         raise InputError(f"train.patience={train.patience} needs evaluations: set train.eval_every")

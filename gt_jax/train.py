@@ -6,8 +6,8 @@
 A config file is Python and is run: name only files that you trust.
 
 Interrupted? Run the same command again: it continues from its last checkpoint, to the bit on a CPU.
-The run's folder holds config.json, metrics.jsonl, checkpoints/, samples.txt, curve.png and
-tensorboard/.
+The run's folder holds config.json, provenance.jsonl, metrics.jsonl, checkpoints/, samples.txt,
+curve.png and tensorboard/.
 
 Exit status: 0 done; 1 an error, in one line; 75 stopped by train.max_minutes; 128 + N stopped by
 signal N, of which SIGHUP (129), SIGINT (130, Ctrl-C) and SIGTERM (143) are saved after the step
@@ -31,7 +31,7 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, stopping
+from gt_jax.training import backend, lock, parallel, provenance, stopping
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
@@ -85,13 +85,15 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
         _introduce(job, start)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
+        provenance.record(workdir, step=start, text=job.fingerprint)
         speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
+        keep = config.checkpoint
         if stop is None:
             stop = Stop()
             listening = stopping.signals(stop)
         else:
             listening = contextlib.nullcontext()
-        with listening, Writer(workdir, keep=config.checkpoint.keep) as writer:
+        with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
             step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
             writer.finish(best_step=progress.best_step)
             _draw(job)

@@ -25,7 +25,7 @@ from gt_jax.training.writer import restore
 # What a resumed run may change; a longer one follows the cosine of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
+FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
 FREE_ON_RESUME += ("log.every", "log.tensorboard")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 

@@ -32,9 +32,10 @@ class Writer:
     be.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int):
+    def __init__(self, workdir: str | Path, *, keep: int, keep_every: int = 0):
+        """keep: how many of the latest; keep_every: whose multiples stay for good, 0 for none."""
         self.folder = Path(workdir).absolute() / FOLDER
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._saving = None  # the step under way
         after = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
         options = ocp.CheckpointManagerOptions(
@@ -78,7 +79,7 @@ class Writer:
         self._attempt(lambda: self._manager.save(step, args=args, force=True))
 
     def finish(self, *, best_step: int | None) -> None:
-        """Wait for the write under way, then delete what is neither among the latest nor the best.
+        """Wait for the write under way, then delete all but the latest, the best and those to stay.
 
         Raises:
             OSError: the checkpoint under way could not be written.
@@ -86,7 +87,8 @@ class Writer:
         self._attempt(self._manager.wait_until_finished)
         self._saving = None
         for step in checkpoint.steps(self.folder.parent)[self._keep :]:
-            if step != best_step:
+            stays = self._keep_every and step % self._keep_every == 0
+            if step != best_step and not stays:
                 self._manager.delete(step)
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
