@@ -220,8 +220,6 @@ def load(
         InputError: there is no checkpoint at `path`, or it is damaged.
     """
     folders, said = choose(path)
-    if say is not None and folders[0] != Path(path).absolute():
-        say(f"checkpoint: {said}")
     folder = folders[0]
     about = read_about(folder)
     verify(folder, ("params",))
@@ -237,6 +235,8 @@ def load(
         params = jax.tree.map(jnp.add, params, read_tree(other, "params", like))
     if len(folders) > 1:
         params = jax.tree.map(lambda x: x / len(folders), params)
+    if say is not None and folders[0] != Path(path).absolute():
+        say(f"checkpoint: {said}")
     return model, params, tokenizer
 
 

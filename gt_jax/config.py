@@ -193,6 +193,9 @@ class Log:
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
+    wandb: bool = setting(False, "also log to Weights & Biases; WANDB_MODE=offline keeps it here")
+    trackio: bool = setting(False, "also log to trackio, on this machine unless it is told where")
+    project: str = setting("gt_jax", "where wandb and trackio collect runs")
 
 
 @dataclass(frozen=True)

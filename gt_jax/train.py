@@ -35,6 +35,7 @@ from gt_jax.training import backend, lock, parallel, provenance, stopping
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
+from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
@@ -120,6 +121,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
     def save():
         finite.finish()
+        metrics.flush()
         about = {
             "model": dataclasses.asdict(job.model_config),
             "tokenizer": job.text.tokenizer.to_dict(),
@@ -133,8 +135,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(start=start, steps=steps))
         state = make_state()  # before anything is cut off behind `start`
-        metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
-        stack.enter_context(contextlib.closing(metrics))
+        metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(workdir, start=start)
         report = functools.partial(_report, job, speed, metrics)
         if job.compiling:
@@ -186,6 +187,15 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             if is_last or stop:
                 break
     return step
+
+
+def _open_metrics(job: Job, start: int) -> Metrics:
+    """metrics.jsonl and the loggers of a run."""
+    log = job.config.log
+    services = [
+        Service(module, job.workdir, to_dict(job.config), log.project) for module in job.services
+    ]
+    return Metrics(job.workdir, start=start, tensorboard=log.tensorboard, services=services)
 
 
 def every(interval: int, step: int) -> bool:

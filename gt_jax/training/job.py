@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters, make_model
 from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
+from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -26,7 +28,7 @@ from gt_jax.training.writer import restore
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
 FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
-FREE_ON_RESUME += ("log.every", "log.tensorboard")
+FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     train_step: Callable
     eval_step: Callable
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
+    services: list[ModuleType]  # wandb and trackio, where asked for
 
 
 def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
@@ -64,6 +67,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     Raises:
         InputError: the text, the model and the config do not fit each other or this machine.
     """
+    services = import_services(config.log)
     # Text, in the tokens of the model that the run began with if there is one.
     stored = about or _stored(config)
     tokenizer = None
@@ -102,6 +106,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
+        services=services,
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
