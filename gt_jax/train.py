@@ -162,7 +162,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                 with speed.paused(state), contextlib.suppress(Interrupted):
                     batches = stop.until(job.held_out)
                     measured = evaluate(
-                        job.eval_step, state.params, batches, carry=carry, per_token=job.per_token
+                        job.eval_step, state.evaluated, batches, carry=carry, per_token=job.per_token
                     )
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
@@ -179,7 +179,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             due = (every(config.train.sample_every, step) or is_last) and samples.last < step
             if due and config.train.sample_tokens and not stop:
                 with speed.paused(state), contextlib.suppress(Interrupted):
-                    _sample(job, state.params, prompt, step, stop, samples, display)
+                    _sample(job, state.evaluated, prompt, step, stop, samples, display)
             if stop and trains and not saved:
                 if row:
                     row = report(display, row)

@@ -55,7 +55,7 @@ def finished(tmp_path_factory, text, compile_quickly):
 
 
 def error_of(program, *arguments, capsys):
-    """What a failing command prints: exactly one line, nothing else on stderr, exit status 1."""
+    """What a failing command prints: one line, but for the name of what it read; exit status 1."""
     argv, sys.argv = sys.argv, ["program", *map(str, arguments)]
     capsys.readouterr()
     try:
@@ -64,7 +64,7 @@ def error_of(program, *arguments, capsys):
     finally:
         sys.argv = argv
     assert stopped.value.code == 1
-    printed = capsys.readouterr().err
+    printed = re.sub(r"^checkpoint: .*\n", "", capsys.readouterr().err)
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     return printed
 

@@ -20,15 +20,21 @@ from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gt_jax.training.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    start_from,
+)
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
 from gt_jax.training.writer import restore
 
-# What a resumed run may change; a longer one follows the cosine of its new length from there on.
+# What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
 FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
-FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += ("optim.decay_steps", "log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -47,6 +53,7 @@ class Job(NamedTuple):
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
     make_state: Callable  # random key -> TrainState, to be traced
+    start_from: Callable  # (fresh TrainState, parameters) -> one with them
     fresh_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
@@ -92,7 +99,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         raise InputError(f"model.layers={model_config.layers} must be at most {MOST_LAYERS}")
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
-    memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
+    memory.check_fits(counts["total"], config.optim, fields)
     model = make_model(model_config)
     return Job(
         config=config,
@@ -122,10 +129,15 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
         functools.partial(init_state, model, tx, config),
         out_shardings=parallel.state_sharding(mesh),
     )
+    restart = jax.jit(
+        functools.partial(start_from, tx=tx, config=config),
+        out_shardings=parallel.state_sharding(mesh),
+    )
     eval_step = make_eval_step(model)
     if mode != "jit":
         return {
             "make_state": make_state,
+            "start_from": restart,
             "fresh_state": make_state,
             "train_step": train_step,
             "eval_step": parallel.compile_eval_step(eval_step, mesh),
@@ -144,6 +156,7 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     ready = {name: compilation.when_ready(program) for name, program in compiling.items()}
     return {
         "make_state": make_state,
+        "start_from": restart,
         "fresh_state": ready.get("init"),
         "train_step": ready["train"],
         "eval_step": parallel.put_batches(ready["evaluate"], mesh),
@@ -164,9 +177,9 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     assert job.fresh_state
     state = job.fresh_state(key)
     if job.config.model.init_from:
-        _, params, _ = checkpoint.load(job.config.model.init_from)
+        _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh).params
-        state = state.replace(params=jax.device_put(params, sharding))
+        state = job.start_from(state, jax.device_put(params, sharding))
     return state
 
 
