@@ -18,7 +18,8 @@ def load(path: str | Path) -> "tuple[LanguageModel, Params, Tokenizer]":
         output.logits  # [1, 6, vocab] float32
 
     Args:
-        path: a run's workdir (its latest checkpoint), one checkpoint folder or a converted model.
+        path: a run's workdir (its best checkpoint), RUN@last, RUN@500, RUN@400+500 (the mean of the
+            two), one checkpoint folder or a converted model.
 
     Returns:
         (model, params, tokenizer).

@@ -6,15 +6,20 @@ FOLDER/params      the parameters, float32
        files.json  size and CRC-32 of all these files, so that a changed one is noticed
 
 A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its
-name is that number as Python writes it, and its `about` says the same step.
+name is that number as Python writes it, and its `about` says the same step. WORKDIR@best,
+WORKDIR@last and WORKDIR@STEP name one of them, WORKDIR@STEP+STEP the mean of several, and WORKDIR
+alone the best.
 """
 
 import dataclasses
 import json
+import math
+import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +30,7 @@ from gt_jax import stored
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.data.files import small
-from gt_jax.errors import InputError, one_line
+from gt_jax.errors import InputError, did_you_mean, one_line
 from gt_jax.finite import check_finite
 from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
 
@@ -45,19 +50,95 @@ def steps(workdir: str | Path) -> list[int]:
     return sorted((int(name) for name in named if name == str(int(name))), reverse=True)
 
 
-def find(path: str | Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the latest of the run whose workdir it is.
+class Choice(NamedTuple):
+    """The checkpoints that a name stands for, and a line that says which they are."""
+
+    folders: tuple[Path, ...]  # newest first; the model is the mean of them
+    said: str
+
+
+def choose(path: str | Path) -> Choice:
+    """What a name stands for: a run, RUN@best, RUN@last, RUN@STEP, RUN@STEP+STEP or one folder.
+
+    A run alone is its best checkpoint; its last one where no evaluation was finite, or the best is
+    no longer there.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: there is no such checkpoint; the message says which ones there are.
     """
-    path = Path(path).absolute()
-    if (path / "about").is_dir():
-        return path
-    if found := steps(path):
-        return path / FOLDER / str(found[0])
-    raise InputError(
-        f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
+    run, name = split_name(path)
+    run = run.absolute()
+    if (run / "about").is_dir():
+        if name is not None:
+            raise InputError(f"{path}: {run} is a model of its own, not a run; leave out @{name}")
+        return Choice((run,), str(run))
+    kept = steps(run)
+    if not kept:
+        raise InputError(
+            f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
+        )
+    last = run / FOLDER / str(kept[0])
+    if name and set(name) <= set("0123456789+"):
+        named = set(name.split("+"))
+        if not named <= {str(step) for step in kept}:
+            raise _no_such(run, name, kept)
+        wanted = sorted(map(int, named), reverse=True)
+        folders = tuple(run / FOLDER / str(step) for step in wanted)
+        if len(wanted) == 1:
+            return Choice(folders, f"{run}, step {wanted[0]}")
+        several = " and ".join(map(str, reversed(wanted)))
+        return Choice(folders, f"{run}, the mean of steps {several}")
+    if name == "last":
+        return Choice((last,), f"{run}, step {kept[0]}, the last")
+    if name not in (None, "best"):
+        raise _no_such(run, name, kept)
+    best, loss = _best(last)
+    if best in kept:
+        said = f"{run}, step {best}, the best (validation loss {loss:.4f})"
+        if best != kept[0]:
+            said += f"; the last is step {kept[0]}"
+        return Choice((run / FOLDER / str(best),), said)
+    reason = "no finite evaluation yet" if best is None else f"the best, step {best}, is gone"
+    if name:
+        raise InputError(f"{path}: {reason}; {_existing(kept)}")
+    return Choice((last,), f"{run}, step {kept[0]}, the last: {reason}")
+
+
+def find(path: str | Path) -> Path:
+    """The folder of one checkpoint, by any name that `choose` takes: the newest of several.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    return choose(path).folders[0]
+
+
+def split_name(path: str | Path) -> tuple[Path, str | None]:
+    """("runs/x@best") -> (Path("runs/x"), "best"); a folder with an @ in its name stays.
+
+    The name is None where there is none.
+    """
+    run, at, name = str(path).rpartition("@")
+    return (Path(path), None) if not at or os.path.exists(path) else (Path(run), name)
+
+
+def _best(last: Path) -> tuple[Any, float | None]:
+    """Step and validation loss of a run's best checkpoint, as its last one has them."""
+    progress = read_about(last).get("progress")
+    progress = progress if isinstance(progress, dict) else {}
+    loss = progress.get("best_loss")
+    known = isinstance(loss, float) and math.isfinite(loss)  # NaN was the best of an old run
+    return (progress.get("best_step"), loss) if known else (None, None)
+
+
+def _existing(kept: list[int]) -> str:
+    return f"there are @best, @last and @{', @'.join(map(str, reversed(kept)))}"
+
+
+def _no_such(run: Path, name: str, kept: list[int]) -> InputError:
+    hint = did_you_mean(name, ["best", "last"])
+    return InputError(
+        f"{run} has no checkpoint @{one_line(name, 40)}{hint}; {_existing(kept)}"
     )
 
 
@@ -122,11 +203,15 @@ def read_about(folder: Path) -> dict:
     return about
 
 
-def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
+def load(
+    path: str | Path, *, say: Callable[[str], None] | None = None
+) -> tuple[LanguageModel, Params, Tokenizer]:
     """A trained model, ready to apply.
 
     Args:
-        path: a run's workdir (its latest checkpoint), one checkpoint folder or a converted model.
+        path: a run's workdir (its best checkpoint), RUN@last, RUN@STEP, RUN@STEP+STEP (the mean of
+            their parameters), one checkpoint folder or a converted model.
+        say: takes a line that tells which checkpoint of a run that is.
 
     Returns:
         (model, params, tokenizer): a gt_jax.models module, its float32 parameters, and an object
@@ -136,7 +221,8 @@ def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
         InputError: there is no checkpoint at `path`, or it is damaged, or a parameter is NaN or
             infinite.
     """
-    folder = find(path)
+    folders, said = choose(path)
+    folder = folders[0]
     about = read_about(folder)
     verify(folder, ("params",))
     config, tokenizer = stored.describe(folder, about, _stored_shapes(folder, "params"))
@@ -145,7 +231,15 @@ def load(path: str | Path) -> tuple[LanguageModel, Params, Tokenizer]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     params = read_tree(folder, "params", like)
+    for other in folders[1:]:
+        read_about(other)
+        verify(other, ("params",))
+        params = jax.tree.map(jnp.add, params, read_tree(other, "params", like))
+    if len(folders) > 1:
+        params = jax.tree.map(lambda x: x / len(folders), params)
     check_finite(params, str(folder), "use an earlier checkpoint, or make this model again")
+    if say is not None and folders[0] != Path(path).absolute():
+        say(f"checkpoint: {said}")
     return model, params, tokenizer
 
 

@@ -77,6 +77,11 @@ def _status(main, verbose: bool) -> int | None:
         return 1
 
 
+def note(text: str) -> None:
+    """Print a line beside a program's output, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def new_flags() -> absl_flags.FlagValues:
     """Flags that every program has: --compile_cache, --verbose, --help; none of absl's own."""
     flags = absl_flags.FlagValues()

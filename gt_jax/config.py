@@ -108,20 +108,48 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Optim:
-    """optim.*: AdamW, its schedule, clipping and accumulation."""
+    """optim.*: the optimizer, its schedule, averaging, clipping and accumulation."""
 
-    lr: float = setting(
-        4e-3, "peak learning rate of AdamW; the best of a sweep for gf_mh", ABOVE_ZERO
+    name: str = setting(
+        "adamw",
+        "muon is for the blocks' projections and leaves the rest to AdamW; schedule_free is AdamW"
+        " with an average in place of a falling rate",
+        choices=("adamw", "muon", "schedule_free"),
     )
-    min_lr_ratio: float = setting(0.1, "the cosine ends at this share of the peak", SHARE)
+    lr: float = setting(
+        4e-3,
+        "peak learning rate; the best of a sweep for gf_mh with AdamW. Updates of Muon have the"
+        " size of AdamW's",
+        ABOVE_ZERO,
+    )
+    schedule: str = setting(
+        "cosine",
+        "how the rate falls after the warm-up; wsd: not before the last decay_steps",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    min_lr_ratio: float = setting(0.1, "the rate ends at this share of the peak", SHARE)
     warmup_steps: int = setting(50, "linear; step 0 already moves", NOT_NEGATIVE)
+    decay_steps: int = setting(
+        0, "last steps of wsd, in which the rate falls; 0 for a fifth of all", NOT_NEGATIVE
+    )
     weight_decay: float = setting(
         0.1, "on weight matrices alone, never on embeddings, gates or decays", NOT_NEGATIVE
     )
-    b1: float = setting(0.9, "decay of the mean of gradients", BELOW_ONE)
+    b1: float = setting(
+        0.9, "decay of the mean of gradients; schedule_free: share of the average", BELOW_ONE
+    )
     b2: float = setting(0.95, "decay of the mean of their squares", BELOW_ONE)
     eps: float = setting(1e-8, "added to the root of that mean", ABOVE_ZERO)
-    moments_dtype: str = setting("float32", "of AdamW's two", choices=("float32", "bfloat16"))
+    muon_momentum: float = setting(0.95, "decay of Muon's mean of gradients", BELOW_ONE)
+    moments_dtype: str = setting(
+        "float32", "of the means of gradients and squares", choices=("float32", "bfloat16")
+    )
+    ema: float = setting(
+        0.0,
+        "decay of a mean of the parameters, which is what is evaluated, saved and exported; 0 for"
+        " none",
+        BELOW_ONE,
+    )
     clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)
     lr_multipliers: Multipliers = setting(Multipliers, "of the learning rate, by part of the model")
     grad_accumulation: int = setting(
@@ -173,6 +201,9 @@ class Checkpoint:
         250, "steps; the best and the last are saved in any case; 0 for only those", NOT_NEGATIVE
     )
     keep: int = setting(2, "latest checkpoints kept, besides the best", POSITIVE)
+    keep_every: int = setting(
+        0, "steps between checkpoints that are kept for good; 0 for none", NOT_NEGATIVE
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +221,9 @@ class Log:
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
+    wandb: bool = setting(False, "also log to Weights & Biases; WANDB_MODE=offline keeps it here")
+    trackio: bool = setting(False, "also log to trackio, on this machine unless it is told where")
+    project: str = setting("gt_jax", "where wandb and trackio collect runs")
 
 
 @dataclass(frozen=True)
@@ -336,5 +370,32 @@ def _check_together(config: Config) -> None:
             f"train.carry_state=True needs text that continues from batch to batch: set "
             f'data.order="tracks" (it is "{config.data.order}")'
         )
+    _check_optimizer(config.optim)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if keep_every and (not every or keep_every % every):
+        raise InputError(
+            f"checkpoint.keep_every={keep_every} must be a multiple of checkpoint.every={every}"
+        )
     if train.patience and not train.eval_every:
         raise InputError(f"train.patience={train.patience} needs evaluations: set train.eval_every")
+
+
+def _check_optimizer(optim: Optim) -> None:
+    if optim.decay_steps and optim.schedule != "wsd":
+        raise InputError(
+            f"optim.decay_steps={optim.decay_steps} is of optim.schedule=wsd; set that, or leave it"
+            f" at 0 (the schedule is {optim.schedule})"
+        )
+    if optim.name != "schedule_free":
+        return
+    if optim.schedule != "constant":
+        raise InputError(
+            f"optim.name=schedule_free averages instead of lowering the rate, so optim.schedule="
+            f"{optim.schedule} must be constant"
+        )
+    if optim.ema:
+        raise InputError(
+            f"optim.name=schedule_free has an average of its own; set optim.ema={optim.ema:g} to 0"
+        )
+    if not optim.b1:
+        raise InputError("optim.name=schedule_free needs optim.b1=0.0 above 0, for example 0.9")

@@ -100,7 +100,7 @@ def _window(flags, model, train) -> tuple[int | None, int | None]:
 def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    define("checkpoint", None, "A run's workdir, one checkpoint folder, or a converted model.")
+    define("checkpoint", None, "A run, RUN@last, RUN@STEP, one folder, or a converted model.")
     define("source", None, "Other text: as data.source, e.g. a file.")
     define("field", None, "Where text is in a .jsonl or TFDS --source; default as the run, text.")
     define = functools.partial(absl_flags.DEFINE_integer, lower_bound=1, flag_values=flags)
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "
             "own; name a file"
         )
-    model, params, tokenizer = checkpoint.load(flags.checkpoint)
+    model, params, tokenizer = checkpoint.load(flags.checkpoint, say=cli.note)
     train = config.train if config else None
     seq_len, stride = _window(flags, model, train)
     if flags.source is None and config is not None:

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     whole = functools.partial(absl_flags.DEFINE_integer, flag_values=flags)
     real = functools.partial(absl_flags.DEFINE_float, flag_values=flags)
-    text("checkpoint", None, "A run's workdir, or one checkpoint folder.")
+    text("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
     text("prompt", None, "Text to continue; without it you are asked.")
     whole("max_tokens", 256, "Tokens to add.")
     real("temperature", 1.0, "0 takes the likeliest token.")
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     settings: dict[str, Any] = {name: flags[name].value for name in names}
     settings["stop"] = tuple(flags.stop)
     Request([], seed=flags.seed, **settings)  # a mistake is found before the long load
-    model, params, tokenizer = load(flags.checkpoint)
+    model, params, tokenizer = load(flags.checkpoint, say=cli.note)
     settings["stop_ids"] = tokenizer.stop_ids
     context = load_context(flags.state, model, params) if flags.state else None
     speak = functools.partial(_speak, model, params, tokenizer, show_speed=flags.stats)

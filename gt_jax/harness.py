@@ -33,7 +33,7 @@ class Adapter:
     """
 
     def __init__(self, checkpoint_path: str | Path, *, batch_size: int = 8):
-        self._model, self._params, self._tokenizer = checkpoint.load(checkpoint_path)
+        self._model, self._params, self._tokenizer = checkpoint.load(checkpoint_path, say=cli.note)
         self._batch_size = batch_size
         self._start = start_id(self._tokenizer)
         self._start_text = self._tokenizer.decode([self._start])

@@ -152,7 +152,7 @@ def cut(
     return ids[:kept], f"The first {kept:,} of the text's {len(ids):,} tokens ({reason})."
 
 
-def default_out(checkpoint: str) -> Path:
+def default_out(checkpoint: str | Path) -> Path:
     """inspect.html in the folder of the run that a checkpoint belongs to, else in this folder."""
     folder = Path(checkpoint)
     for run in (folder, folder.parent.parent):
@@ -164,7 +164,7 @@ def default_out(checkpoint: str) -> Path:
 def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    define("checkpoint", None, "A run's workdir, or one checkpoint folder.")
+    define("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
     define("text", None, "The text to look at.")
     define("file", None, "A file that holds it, UTF-8.")
     define("out", None, "The page to write; default inspect.html in the run's folder, else here.")
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     if flags.max_tokens < 2:
         raise InputError(f"--max_tokens={flags.max_tokens} must be at least 2")
 
-    model, params, tokenizer = checkpoint.load(flags.checkpoint)
+    model, params, tokenizer = checkpoint.load(flags.checkpoint, say=cli.note)
     try:
         ids = tokenizer.encode(text)
     except InputError as error:
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
         checkpoint=flags.checkpoint,
         notes=notes,
     )
-    out = Path(flags.out or default_out(flags.checkpoint))
+    out = Path(flags.out or default_out(checkpoint.split_name(flags.checkpoint)[0]))
     out.write_text(html, encoding="utf-8")
     print(f"{out}: {summarise(trace, ids, tokenizer)}", *notes, sep="\n")
 

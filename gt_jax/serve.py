@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     number = functools.partial(absl_flags.DEFINE_integer, flag_values=flags, lower_bound=1)
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    text("checkpoint", None, "A run's workdir, or one checkpoint folder.")
+    text("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
     text("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all, whoever may call there.")
     number("port", 8000, "Port to listen at.", upper_bound=65535)
     number("rows", 8, "Requests drawn at once; the others wait.")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         ) from error
     from gt_jax.checkpoint import load
 
-    model, params, tokenizer = load(flags.checkpoint)
+    model, params, tokenizer = load(flags.checkpoint, say=cli.note)
     read = functools.partial(parse, model=model, tokenizer=tokenizer, max_tokens=flags.max_tokens)
     hosts = LOCAL_HOSTS if flags.host == "127.0.0.1" else ("*",)
     worker, name = Worker(model, params, tokenizer, flags.rows), Path(flags.checkpoint).name

@@ -6,8 +6,8 @@
 A config file is Python and is run: name only files that you trust.
 
 Interrupted? Run the same command again: it continues from its last checkpoint, to the bit on a CPU.
-The run's folder holds config.json, metrics.jsonl, checkpoints/, samples.txt, curve.png and
-tensorboard/.
+The run's folder holds config.json, provenance.jsonl, metrics.jsonl, checkpoints/, samples.txt,
+curve.png and tensorboard/.
 
 Exit status: 0 done; 1 an error, in one line; 75 stopped by train.max_minutes; 128 + N stopped by
 signal N, of which SIGHUP (129), SIGINT (130, Ctrl-C) and SIGTERM (143) are saved after the step
@@ -31,10 +31,11 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, stopping
+from gt_jax.training import backend, lock, parallel, provenance, stopping
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
+from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
@@ -85,13 +86,15 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
         _introduce(job, start)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
+        provenance.record(workdir, step=start, text=job.fingerprint)
         speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
+        keep = config.checkpoint
         if stop is None:
             stop = Stop()
             listening = stopping.signals(stop)
         else:
             listening = contextlib.nullcontext()
-        with listening, Writer(workdir, keep=config.checkpoint.keep) as writer:
+        with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
             step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
             writer.finish(best_step=progress.best_step)
             _draw(job)
@@ -118,6 +121,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
     def save():
         finite.finish()
+        metrics.flush()
         about = {
             "model": dataclasses.asdict(job.model_config),
             "tokenizer": job.text.tokenizer.to_dict(),
@@ -131,8 +135,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(start=start, steps=steps))
         state = make_state()  # before anything is cut off behind `start`
-        metrics = Metrics(workdir, start=start, tensorboard=config.log.tensorboard)
-        stack.enter_context(contextlib.closing(metrics))
+        metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(workdir, start=start)
         report = functools.partial(_report, job, speed, metrics)
         if job.compiling:
@@ -159,7 +162,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                 with speed.paused(state), contextlib.suppress(Interrupted):
                     batches = stop.until(job.held_out)
                     measured = evaluate(
-                        job.eval_step, state.params, batches, carry=carry, per_token=job.per_token
+                        job.eval_step, state.evaluated, batches, carry=carry, per_token=job.per_token
                     )
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
@@ -176,7 +179,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             due = (every(config.train.sample_every, step) or is_last) and samples.last < step
             if due and config.train.sample_tokens and not stop:
                 with speed.paused(state), contextlib.suppress(Interrupted):
-                    _sample(job, state.params, prompt, step, stop, samples, display)
+                    _sample(job, state.evaluated, prompt, step, stop, samples, display)
             if stop and trains and not saved:
                 if row:
                     row = report(display, row)
@@ -184,6 +187,15 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             if is_last or stop:
                 break
     return step
+
+
+def _open_metrics(job: Job, start: int) -> Metrics:
+    """metrics.jsonl and the loggers of a run."""
+    log = job.config.log
+    services = [
+        Service(module, job.workdir, to_dict(job.config), log.project) for module in job.services
+    ]
+    return Metrics(job.workdir, start=start, tensorboard=log.tensorboard, services=services)
 
 
 def every(interval: int, step: int) -> bool:

@@ -55,7 +55,7 @@ def finished(tmp_path_factory, text, compile_quickly):
 
 
 def error_of(program, *arguments, capsys):
-    """What a failing command prints: exactly one line, nothing else on stderr, exit status 1."""
+    """What a failing command prints: one line, but for the name of what it read; exit status 1."""
     argv, sys.argv = sys.argv, ["program", *map(str, arguments)]
     capsys.readouterr()
     try:
@@ -64,7 +64,7 @@ def error_of(program, *arguments, capsys):
     finally:
         sys.argv = argv
     assert stopped.value.code == 1
-    printed = capsys.readouterr().err
+    printed = re.sub(r"^checkpoint: .*\n", "", capsys.readouterr().err)
     assert printed.startswith("error: ") and printed.count("\n") == 1, printed
     return printed
 
@@ -88,7 +88,7 @@ def test_run_leaves_everything_it_promises(finished):
         assert row["validation_loss"] > 0 and row["tokens"] == 64 and len(row["gate"]) == 1
     assert "after 20 steps" in (finished / "samples.txt").read_text()
     assert (finished / "curve.png").stat().st_size > 10_000
-    assert checkpoint.find(finished).name == "20"
+    assert checkpoint.find(f"{finished}@last").name == "20"
 
 
 def test_resumed_run_equals_one_that_went_straight_through(
@@ -111,7 +111,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
     run_train(tmp_path, text)
     assert "resuming at step 10" in capsys.readouterr().out
     assert rows_of(tmp_path) == rows_of(finished)
-    (_, one, _), (_, other, _) = gt_jax.load(tmp_path), gt_jax.load(finished)
+    (_, one, _), (_, other, _) = (gt_jax.load(f"{run}@last") for run in (tmp_path, finished))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -120,7 +120,7 @@ def test_run_out_of_time_stops_after_a_step_and_continues(text, tmp_path, capsys
         run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
         expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command"
         assert expected in capsys.readouterr().out
-        assert checkpoint.find(tmp_path).name == str(step)
+        assert checkpoint.find(f"{tmp_path}@last").name == str(step)
     run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
     printed = capsys.readouterr().out
     assert "resuming at step 2" in printed and "step 4 after" in printed
@@ -138,7 +138,7 @@ def test_resuming_with_another_config_names_the_field(finished, text, capsys):
 
 def test_evaluate_agrees_with_the_last_evaluation_of_training(finished, text, capsys):
     run(evaluate, f"--checkpoint={finished}", f"--source={text}")
-    run(evaluate, f"--checkpoint={checkpoint.find(finished)}")
+    run(evaluate, f"--checkpoint={finished}@last")
     whole, held_out = re.findall(r"loss (\d+\.\d+) nats/character", capsys.readouterr().out)
     assert float(whole) > 0
     # Training looked at the first 256 tokens of the same split.
@@ -178,7 +178,7 @@ def test_patience_ends_a_run_early(text, tmp_path, capsys):
     run_train(tmp_path, text, *still)
     printed = capsys.readouterr().out
     assert "stopped early by train.patience=2" in printed and "at step 2, last" in printed
-    assert checkpoint.find(tmp_path).name == "6"
+    assert checkpoint.find(f"{tmp_path}@last").name == "6"
 
 
 def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
@@ -307,7 +307,7 @@ def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path
     assert "is no longer the text" in error and "bring it back" in error
 
     # A checkpoint of before there were hashes is continued, and says that nothing was compared.
-    about = checkpoint.find(tmp_path / "run") / "about" / "metadata"
+    about = checkpoint.find(f"{tmp_path}/run@last") / "about" / "metadata"
     stored = json.loads(about.read_text())
     about.write_text(json.dumps({name: stored[name] for name in stored if name != "text"}))
     checkpoint.seal(about.parents[1])

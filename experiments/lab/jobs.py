@@ -54,7 +54,7 @@ def run(name: str, changes: Mapping, seed: int, workdir=None) -> dict:
             raise InputError(f"{name}: {lines[-1].removeprefix('error: ')}")
         rows = metrics.read(workdir)
         # metrics.jsonl rounds to six digits; the checkpoint keeps them all.
-        loss = checkpoint.read_about(checkpoint.find(workdir))["progress"]["last_loss"]
+        loss = checkpoint.read_about(checkpoint.find(f"{workdir}@last"))["progress"]["last_loss"]
     curve = [(r["step"], round(r["validation_loss"], 4)) for r in rows if "validation_loss" in r]
     return {
         "seed": seed,

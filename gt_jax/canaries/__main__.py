@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    model, params, tokenizer = checkpoint.load(flags.checkpoint)
+    model, params, tokenizer = checkpoint.load(flags.checkpoint, say=cli.note)
     result = run(
         model,
         params,

@@ -82,14 +82,15 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
         layout: a key of LAYOUTS.
 
     Returns:
-        A line that says what was exported.
+        A line that says what was exported, after one that says which checkpoint of a run it was.
 
     Raises:
         InputError: no such layout, or it cannot hold this model. Nothing is written.
     """
     target = Path(target)
     files.check_free(target)
-    model, params, tokenizer = checkpoint.load(source)
+    notes = []
+    model, params, tokenizer = checkpoint.load(source, say=notes.append)
     config = model.config
     fitting = [name for name, other in LAYOUTS.items() if _fits(other, config)]
     if layout not in fitting:
@@ -113,7 +114,7 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
             files.write_folder(unfinished, weights, arrays, theirs)
             for name, text in export_files(tokenizer).items():
                 (unfinished / name).write_text(text, "utf-8")
-    return f"{_describe(config)}, written as {layout}: {target}"
+    return "\n".join([*notes, f"{_describe(config)}, written as {layout}: {target}"])
 
 
 def _find_layout(tensors):

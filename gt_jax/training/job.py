@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +17,24 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters, make_model
 from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
+from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gt_jax.training.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    start_from,
+)
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
 from gt_jax.training.writer import restore
 
-# What a resumed run may change; a longer one follows the cosine of its new length from there on.
+# What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
-FREE_ON_RESUME += ("log.every", "log.tensorboard")
+FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+FREE_ON_RESUME += ("optim.decay_steps", "log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -45,10 +53,12 @@ class Job(NamedTuple):
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
     make_state: Callable  # random key -> TrainState, to be traced
+    start_from: Callable  # (fresh TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
+    services: list[ModuleType]  # wandb and trackio, where asked for
 
 
 def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
@@ -64,6 +74,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     Raises:
         InputError: the text, the model and the config do not fit each other or this machine.
     """
+    services = import_services(config.log)
     # Text, in the tokens of the model that the run began with if there is one.
     stored = about or _stored(config)
     tokenizer = None
@@ -88,7 +99,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         raise InputError(f"model.layers={model_config.layers} must be at most {MOST_LAYERS}")
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
-    memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
+    memory.check_fits(counts["total"], config.optim, fields)
     model = make_model(model_config)
     return Job(
         config=config,
@@ -102,6 +113,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
+        services=services,
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
@@ -117,10 +129,15 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
         functools.partial(init_state, model, tx, config),
         out_shardings=parallel.state_sharding(mesh),
     )
+    restart = jax.jit(
+        functools.partial(start_from, tx=tx, config=config),
+        out_shardings=parallel.state_sharding(mesh),
+    )
     eval_step = make_eval_step(model)
     if mode != "jit":
         return {
             "make_state": make_state,
+            "start_from": restart,
             "new_state": make_state,
             "train_step": train_step,
             "eval_step": parallel.compile_eval_step(eval_step, mesh),
@@ -139,6 +156,7 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     ready = {name: compilation.when_ready(program) for name, program in compiling.items()}
     return {
         "make_state": make_state,
+        "start_from": restart,
         "new_state": ready.get("init"),
         "train_step": ready["train"],
         "eval_step": parallel.put_batches(ready["evaluate"], mesh),
@@ -159,9 +177,9 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     assert job.new_state
     state = job.new_state(key)
     if job.config.model.init_from:
-        _, params, _ = checkpoint.load(job.config.model.init_from)
+        _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh).params
-        state = state.replace(params=jax.device_put(params, sharding))
+        state = job.start_from(state, jax.device_put(params, sharding))
     return state
 
 

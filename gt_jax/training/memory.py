@@ -3,11 +3,13 @@
 import ctypes
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from gt_jax.config import Optim
 from gt_jax.errors import InputError
 
 # Parameters of glibc's mallopt(3).
@@ -39,36 +41,38 @@ def keep_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def check_fits(parameters: int, moments_dtype: str, fields: str) -> None:
+def check_fits(parameters: int, optim: Optim, fields: str) -> None:
     """Refuse a model before it is compiled if its training state alone exceeds the memory.
 
     Activations come on top, and depend on the batch and on model.remat.
 
     Args:
         parameters: how many the model has.
-        moments_dtype: optim.moments_dtype.
+        optim: uses what decides how many copies of the parameters there are.
         fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
 
     Raises:
-        InputError: float32 parameters, their gradients and AdamW's two moments need more bytes than
-            the device (or, on a CPU, this process) can have.
+        InputError: float32 parameters, their gradients and what the optimizer keeps need more bytes
+            than the device (or, on a CPU, this process) can have.
     """
     have, where = _memory()
-    need = _state_bytes(parameters, moments_dtype)
+    need = _state_bytes(parameters, optim)
     if have is not None and need > have:
         smaller = ""
-        if _state_bytes(parameters, "bfloat16") <= have:
+        if _state_bytes(parameters, replace(optim, moments_dtype="bfloat16")) <= have:
             smaller = ", or set optim.moments_dtype=bfloat16"
         raise InputError(
             f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
-            f"gradients and AdamW's moments, and {where} has {have / 1e9:,.0f} GB; "
+            f"gradients and the optimizer's state, and {where} has {have / 1e9:,.0f} GB; "
             f"lower them{smaller}"
         )
 
 
-def _state_bytes(parameters: int, moments_dtype: str) -> int:
-    """Of parameters and gradients, in float32, and of two moments."""
-    return parameters * (4 + 4 + 2 * jnp.dtype(moments_dtype).itemsize)
+def _state_bytes(parameters: int, optim: Optim) -> int:
+    """Of parameters, gradients and averages, in float32, and of moments; of Muon the least."""
+    moments = {"muon": 1}.get(optim.name, 2)
+    averages = (optim.ema > 0) + (optim.name == "schedule_free")
+    return parameters * (4 * (2 + averages) + moments * jnp.dtype(optim.moments_dtype).itemsize)
 
 
 def _memory() -> tuple[int | None, str]:

@@ -1,29 +1,35 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard if wanted, curve.png at the end."""
+"""metrics.jsonl, a line for each logged step, and the loggers that get the same numbers."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gt_jax.data.corpora import replace_file
+from gt_jax.training.loggers import Service, TensorBoard
 
 
 class Metrics:
-    """Appends one JSON object per logged step to metrics.jsonl, and the same to tensorboard/.
+    """Appends one JSON object per logged step to metrics.jsonl, and gives it to the loggers.
 
     Lines of steps after `start` are dropped: a resumed run writes them again.
     """
 
-    def __init__(self, workdir: str | Path, *, start: int, tensorboard: bool):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        start: int,
+        tensorboard: bool,
+        services: Sequence[Service] = (),
+    ):
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read(workdir) if row["step"] <= start]
         self._begin_with(kept)
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
+        boards = [TensorBoard(workdir, kept)] if tensorboard else []
+        self._loggers = [*boards, *services]
 
     def write(self, row: dict) -> None:
         """Write one row: "step", and numbers or short lists of numbers (NaN becomes null).
@@ -37,15 +43,13 @@ class Metrics:
         self._last = row["step"]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board is None:
-            return
-        for name, value in row.items():
-            values = (
-                {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else None
-            )
-            for tag, scalar in (values or {name: value}).items():
-                if name != "step" and scalar is not None:
-                    self._board.add_scalar(tag, scalar, row["step"])
+        for logger in self._loggers:
+            logger.write(row)
+
+    def flush(self) -> None:
+        """Have what was written on the disk, whatever happens to the process."""
+        for logger in self._loggers:
+            logger.flush()
 
     def _begin_with(self, rows: list[dict]) -> None:
         replace_file(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -54,8 +58,8 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def read(workdir: str | Path) -> list[dict]:

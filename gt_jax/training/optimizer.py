@@ -1,6 +1,10 @@
-"""AdamW: warm-up and cosine, decay on weight matrices alone, a learning rate for each part."""
+"""AdamW, Muon and schedule-free AdamW: decay on weight matrices alone, a rate for each part.
 
-from typing import Any
+Whichever it is, gradients come as `join` gives them, and a step that is not finite leaves no trace.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,10 @@ LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
 # What is no projection, though some of it is a matrix: embeddings, fusions, RWKV's token-shift
 # mixes and decays with their low-rank factors, Mamba's depthwise convolution.
 NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
+
+# Size of an update of Muon's, root mean square before the learning rate, near that of AdamW's
+# (Liu et al. 2025, arXiv:2502.16982): the two then share their rate and their decay.
+_MUON_RMS = 0.2
 
 # Numbers in a leaf from which on it is cheaper for a GPU to start a kernel for it than to copy it.
 # On an H200 a step with all leaves in vectors takes as long (gf_mh_base, within noise), and longer
@@ -34,34 +42,97 @@ def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
     )
 
 
+def is_projection(path: tuple[Any, ...], value: jax.Array) -> bool:
+    """Whether Muon is for a parameter: a matrix inside a block that weight decay acts on."""
+    return is_decayed(path, value) and value.ndim == 2 and "head" not in _pieces(path)
+
+
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Learning rate of update 0, 1, ..., steps - 1.
 
-    Linear warm-up, lr * (n + 1) / warmup_steps, so that the first update moves; then a cosine from
-    lr to min_lr_ratio * lr at the last update.
+    Linear warm-up, lr * (n + 1) / warmup_steps, so that the first update moves; then by
+    optim.schedule from lr to min_lr_ratio * lr at the last update: on a cosine, on a line, not at
+    all, or on a line through the last decay_steps alone ("wsd": warm-up, stable, decay).
     """
 
     def schedule(count):  # of optim's numbers, which may be tracers
-        last = jnp.maximum(steps - 1, optim.warmup_steps + 1)
+        last, begin = jnp.maximum(steps - 1, optim.warmup_steps + 1), optim.warmup_steps
         warm = (count + 1) / jnp.maximum(optim.warmup_steps, 1)
-        progress = jnp.clip((count - optim.warmup_steps) / (last - optim.warmup_steps), 0, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return optim.lr * jnp.minimum(warm, optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
+        if optim.schedule == "wsd":
+            begin = jnp.maximum(last - (optim.decay_steps or max(steps // 5, 1)), begin)
+        progress = jnp.clip((count - begin) / (last - begin), 0, 1)
+        share = {
+            "cosine": lambda: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": lambda: 1 - progress,
+            "wsd": lambda: 1 - progress,
+            "constant": lambda: 1.0,
+        }[optim.schedule]()
+        return optim.lr * jnp.minimum(warm, optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
 
     return schedule
 
 
 def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Adam, decoupled decay (lr * weight_decay), learning rate by part.
+    """The optimizer optim.name, with decoupled decay (lr * weight_decay) and rates by part.
 
     Its gradients are clipped ones as `join` gives them, its updates a tree like the parameters.
-    update(..., finite=False) leaves no trace: the state stays as it is and updates are zero. That
-    is decided where moments are computed: a choice between old and new ones afterwards would read
-    and write them all again. Moments are stored in optim.moments_dtype and computed in float32.
+    update(..., finite=False) leaves no trace: the state stays as it is and updates are zero.
+    Moments are stored in optim.moments_dtype and computed in float32.
     """
-    stored = jnp.dtype(optim.moments_dtype)
+    return {"adamw": _adamw, "muon": _muon, "schedule_free": _schedule_free}[optim.name](
+        optim, schedule
+    )
+
+
+def is_averaged(opt_state: Any, average: Any = None) -> bool:
+    """Whether `evaluated` gives other parameters than those that gradients are taken at."""
+    return average is not None or isinstance(opt_state, optax.contrib.ScheduleFreeState)
+
+
+def evaluated(params: Any, opt_state: Any, average: Any = None) -> Any:
+    """The parameters that a run evaluates, samples from and exports.
+
+    Args:
+        params: those that gradients are taken at.
+        opt_state: of `make_optimizer`.
+        average: the mean of optim.ema, if there is one.
+
+    Returns:
+        The average; else schedule-free's own; else params.
+    """
+    if average is not None:
+        return average
+    if isinstance(opt_state, optax.contrib.ScheduleFreeState):
+        return optax.contrib.schedule_free_eval_params(opt_state, params)
+    return params
+
+
+def update_average(average: Any, params: Any, decay: float, count: jax.Array) -> Any:
+    """The mean of optim.ema after one more update.
+
+    After n updates, sum_i decay^(n - i) params_i over the sum of these weights: the parameters
+    before the first update have no part in it (optax.ema with debias, of the parameters).
+
+    Args:
+        average: the mean before, a tree of arrays.
+        params: after the update.
+        decay: in [0, 1).
+        count: [] int32, updates done, this one included.
+    """
+    weight = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+    return jax.tree.map(lambda old, new: old + weight * (new - old), average, params)
+
+
+def _factors(optim: Optim) -> dict:
+    """Label -> what its learning rate is multiplied with."""
     multipliers = optim.lr_multipliers
-    factors = {"rwkv": multipliers.rwkv, "mamba": multipliers.mamba, "gate": multipliers.gate}
+    return {"rwkv": multipliers.rwkv, "mamba": multipliers.mamba, "gate": multipliers.gate}
+
+
+def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """AdamW on joined leaves. Whether an update is finite is decided where moments are computed: a
+    choice between old and new ones afterwards would read and write them all again."""
+    stored, factors = jnp.dtype(optim.moments_dtype), _factors(optim)
 
     def init(params):
         shapes = jax.eval_shape(join, params)
@@ -92,6 +163,76 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class MuonState(NamedTuple):
+    """State of Muon: optax's of the projections, and AdamW's of the rest."""
+
+    projections: optax.contrib.MuonState
+    rest: optax.ScaleByAdamState
+
+
+def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Muon (Jordan 2024) on projections: orthogonalised Nesterov momentum, of AdamW's size."""
+    stored, factors = jnp.dtype(optim.moments_dtype), _factors(optim)
+    rest = _adamw(optim, schedule)
+    orthogonal = optax.contrib.scale_by_muon(
+        beta=optim.muon_momentum,
+        mu_dtype=stored,
+        weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(), tree
+        ),
+    )
+
+    def init(params):
+        projections, others = _parted(params, params)
+        return MuonState(orthogonal.init(projections), rest.init(others))
+
+    def update(updates, state, params=None, *, finite=True, **_):
+        rate = jnp.asarray(schedule(state.rest.count))
+        values, other_values = _parted(params, params)
+        grads, others = _parted(split(updates, params), params)
+        moved, adam = rest.update(join(others), state.rest, other_values, finite=finite)
+        before = state.projections
+        whole = before._replace(mu=jax.tree.map(lambda x: x.astype(jnp.float32), before.mu))
+        directions, after = orthogonal.update(grads, whole)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+        def update_of(path, direction, value):
+            direction *= _MUON_RMS * max(value.shape) ** 0.5
+            step = -rate * factors.get(label(path), 1.0) * (direction + optim.weight_decay * value)
+            return jnp.where(finite, step, 0)
+
+        turned = jax.tree_util.tree_map_with_path(update_of, directions, values)
+        both = jax.tree.map(
+            lambda a, b: b if a is None else a, turned, moved, is_leaf=lambda x: x is None
+        )
+        return both, MuonState(after, adam)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _schedule_free(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """optax's schedule-free (Defazio et al. 2024, arXiv:2405.15682) around AdamW without b1."""
+    free = optax.contrib.schedule_free(
+        _adamw(dataclasses.replace(optim, b1=0.0), schedule), schedule, b1=optim.b1
+    )
+
+    def update(updates, state, params=None, *, finite=True, **_):
+        found, after = free.update(updates, state, params, finite=finite)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return jax.tree.map(lambda u: jnp.where(finite, u, 0), found), after
+
+    return optax.GradientTransformationExtraArgs(free.init, update)
+
+
+def _parted(tree: Any, like: Any) -> tuple[Any, Any]:
+    """Projections, and all else, of a tree like `like`: each with None for the leaves it lacks."""
+    chosen = jax.tree_util.tree_map_with_path(is_projection, like)
+    return (
+        jax.tree.map(lambda x, is_one: x if is_one else None, tree, chosen),
+        jax.tree.map(lambda x, is_one: None if is_one else x, tree, chosen),
+    )
 
 
 def join(tree: Any) -> dict[str, dict[str, jax.Array]]:

@@ -193,6 +193,7 @@ def _by_part(copied, carry) -> TrainState:
         rng=copied,
         params=copied,
         opt_state=copied,
+        average=copied,
         carry=carry,
         skipped=copied,
         skipped_in_a_row=copied,

@@ -31,6 +31,12 @@ class TrainState:
     carry: Any  # recurrent state at the end of the last batch, leaves [B, ...], or None
     skipped: jax.Array  # [] int32, steps without an update because of a non-finite loss or gradient
     skipped_in_a_row: jax.Array  # [] int32
+    average: Any = None  # mean of the parameters where optim.ema is set
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate, sample from and export."""
+        return optimizer.evaluated(self.params, self.opt_state, self.average)
 
 
 class Evaluation(NamedTuple):
@@ -52,12 +58,24 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(jax.random.fold_in(key, 1)),
-        params=params,
-        opt_state=tx.init(params),
+        **_of_params(params, tx, config),
         carry=model.init_state(config.train.batch_size) if config.train.carry_state else None,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
+
+
+def start_from(
+    state: TrainState, params: Any, tx: optax.GradientTransformationExtraArgs, config: Config
+) -> TrainState:
+    """A fresh TrainState with other parameters."""
+    return state.replace(**_of_params(params, tx, config))
+
+
+def _of_params(params, tx, config: Config) -> dict:
+    """The fields of a fresh TrainState that depend on its parameters."""
+    average = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+    return {"params": params, "opt_state": tx.init(params), "average": average}
 
 
 def make_train_step(
@@ -130,6 +148,11 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
         params = optax.apply_updates(state.params, updates)
+        average, decay = state.average, config.optim.ema
+        if average is not None:
+            count = state.step - state.skipped + 1
+            moved = optimizer.update_average(average, params, decay, count)
+            average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
         carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), _join(carry), state.carry
         )
@@ -138,6 +161,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
+            average=average,
             carry=carry,
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),

@@ -3,6 +3,8 @@
 WORKDIR/checkpoints/STEP/params, about, files.json   as in gt_jax.checkpoint
                          training    step, random key, optimizer, carried state, skip counts
 
+Where an average of the parameters is evaluated, that is params, and training has the others.
+
 A folder gets its number when all of it is written, files.json included: a process that is killed
 leaves whole checkpoints and a folder of another name, which the next one removes.
 """
@@ -21,6 +23,7 @@ from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
 from gt_jax.errors import InputError
 from gt_jax.finite import check_finite
 from gt_jax.training.display import say
+from gt_jax.training.optimizer import is_averaged
 from gt_jax.training.step import TrainState
 
 _DELETED = "deleted"  # checkpoints on their way out: renamed first, so that none is half there
@@ -33,9 +36,10 @@ class Writer:
     be.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int):
+    def __init__(self, workdir: str | Path, *, keep: int, keep_every: int = 0):
+        """keep: how many of the latest; keep_every: whose multiples stay for good, 0 for none."""
         self.folder = Path(workdir).absolute() / FOLDER
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._saving = None  # the step under way
         after = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
         options = ocp.CheckpointManagerOptions(
@@ -71,7 +75,7 @@ class Writer:
             OSError: this or the previous checkpoint could not be written. Earlier ones are intact.
         """
         self.finish(best_step=best_step)
-        parts, step = _parts(state), int(state.step)
+        parts, step = _parts(state, state.evaluated), int(state.step)
         items: dict[str, Any] = {name: ocp.args.StandardSave(parts[name]) for name in parts}
         items["about"] = ocp.args.JsonSave({"format": FORMAT, "step": step, **about})
         self._saving = step
@@ -79,7 +83,7 @@ class Writer:
         self._attempt(lambda: self._manager.save(step, args=args, force=True))
 
     def finish(self, *, best_step: int | None) -> None:
-        """Wait for the write under way, then delete what is neither among the latest nor the best.
+        """Wait for the write under way, then delete all but the latest, the best and those to stay.
 
         Raises:
             OSError: the checkpoint under way could not be written.
@@ -87,7 +91,8 @@ class Writer:
         self._attempt(self._manager.wait_until_finished)
         self._saving = None
         for step in checkpoint.steps(self.folder.parent)[self._keep :]:
-            if step != best_step:
+            stays = self._keep_every and step % self._keep_every == 0
+            if step != best_step and not stays:
                 self._manager.delete(step)
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
@@ -152,7 +157,7 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         InputError: the checkpoint is damaged, of a model or optimizer of another shape, or holds
             NaN or infinity.
     """
-    parts = _parts(like)
+    parts = _parts(like, like.params)
     params = read_tree(folder, "params", parts["params"])
     try:
         training = read_tree(folder, "training", parts["training"])
@@ -163,7 +168,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
             f"begin another run with its weights: --config.model.init_from={folder}"
         ) from error
-    state = TrainState(params=params, **training)
+    average = None if like.average is None else params
+    state = TrainState(**{"params": params} | training, average=average)
     if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
         raise InputError(
             f"{folder} holds the state of step {int(state.step)}: a copy under another number; "
@@ -189,6 +195,10 @@ def _read_whole(folder: Path) -> None:
             raise Damaged(f"{folder} is damaged ({str(error)[:200]})") from error
 
 
-def _parts(state: TrainState) -> dict:
+def _parts(state: TrainState, evaluated: Any) -> dict:
+    """What is written of a state: "params" to be loaded as a model, "training" to continue."""
     training = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    return {"params": training.pop("params"), "training": training}
+    del training["average"]  # if there is one, it is `evaluated`
+    if not is_averaged(state.opt_state, state.average):
+        del training["params"]
+    return {"params": evaluated, "training": training}

@@ -38,9 +38,41 @@ def test_resumed_run_drops_later_rows_and_a_cut_off_one(tmp_path):
     assert all(json.loads(line) for line in lines)
 
 
-def test_tensorboard_gets_event_files(tmp_path):
-    write(tmp_path, [1, 2], tensorboard=True)
-    assert list((tmp_path / "tensorboard").glob("events*"))
+def events(workdir):
+    """{tag: {step: value}} of the event files of a run, and how many values there are in all."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, count = {}, 0
+    for file in (workdir / "tensorboard").glob("events.out.tfevents.*"):
+        content, place = file.read_bytes(), 0
+        while place < len(content):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            place += 16 + size
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+                count += 1
+    return found, count
+
+
+def test_tensorboard_has_all_rows_once_after_a_flush_and_after_a_kill(tmp_path):
+    """50 steps of which the process wrote only what a checkpoint flushed, then 10 more."""
+    killed = metrics.Metrics(tmp_path, start=0, tensorboard=True)
+    for step in range(1, 51):
+        killed.write({"step": step, "loss": 1 / step, "gate": [0.5, None]})
+        if step == 40:
+            killed.flush()
+            assert sorted(events(tmp_path)[0]["loss"]) == list(range(1, 41))
+    # No close, as after kill -9: what the process had not flushed is lost.
+    log = metrics.Metrics(tmp_path, start=45, tensorboard=True)
+    assert sorted(events(tmp_path)[0]["loss"]) == list(range(1, 46))
+    for step in range(46, 61):
+        log.write({"step": step, "loss": 2 / step, "gate": [0.5, None]})
+    log.close()
+    found, count = events(tmp_path)
+    assert set(found) == {"loss", "gate/0"} and count == 2 * 60
+    for step in range(1, 61):
+        assert abs(found["loss"][step] - (1 if step <= 45 else 2) / step) < 1e-6
 
 
 def test_curve_is_drawn_at_150_dpi(tmp_path):

@@ -31,8 +31,8 @@ def at(state, step):
     )
 
 
-def save(workdir, state, steps, *, keep=2, best_step=None):
-    with Writer(workdir, keep=keep) as writer:
+def save(workdir, state, steps, *, keep=2, keep_every=0, best_step=None):
+    with Writer(workdir, keep=keep, keep_every=keep_every) as writer:
         for step in steps:
             writer.save(at(state, step), ABOUT, best_step=best_step)
         writer.finish(best_step=best_step)
@@ -56,6 +56,11 @@ def test_everything_comes_back_to_the_bit(tmp_path, state):
 def test_the_latest_and_the_best_are_kept(tmp_path, state):
     save(tmp_path, state, [1, 2, 3, 4, 5], best_step=2)
     assert kept(tmp_path) == [2, 4, 5]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path, state):
+    save(tmp_path, state, [1, 2, 3, 4, 5, 6, 7], keep=1, keep_every=3, best_step=2)
+    assert kept(tmp_path) == [2, 3, 6, 7]
 
 
 def test_missing_checkpoint_is_named(tmp_path):
