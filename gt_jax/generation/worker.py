@@ -27,7 +27,15 @@ class Worker:
         self._model, self._options = (model, params), {"tokenizer": tokenizer, "rows": rows}
         self._queue, self._some = deque(), threading.Event()
         self._numbers, self.clients = itertools.count(), {}
-        threading.Thread(target=self._run, daemon=True).start()
+        self._ends = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """End the thread, once nothing is under way; wait at most so long for it."""
+        self._ends = True
+        self._some.set()
+        self._thread.join(seconds)
 
     @contextlib.asynccontextmanager
     async def deltas(
@@ -54,7 +62,7 @@ class Worker:
                 del self.clients[number]
 
     def _run(self):
-        while self._some.wait():
+        while self._some.wait() and not self._ends:
             self._some.clear()
             try:
                 for news in run_queue(
