@@ -6,9 +6,7 @@
 All arguments are the harness's own. From Python: `register()`, then its simple_evaluate.
 """
 
-import datetime
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 
 from gt_jax import checkpoint, cli
 from gt_jax.data.base import Tokenizer
+from gt_jax.data.chat_templates import render_chat
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.errors import InputError
 from gt_jax.scoring import continue_greedily, part, score, windows
@@ -177,51 +176,6 @@ def start_id(tokenizer: Tokenizer) -> int:
         f"the tokenizer of this model ({tokenizer.kind}) has no token for the end of a text and "
         "none for a newline; convert the model with --tokenizer=FILE"
     )
-
-
-def render_chat(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True
-) -> str:
-    """A dialogue in the form of the tokenizer's Jinja template, rendered in a sandbox.
-
-    Raises:
-        InputError: no template, or one that refuses the dialogue.
-    """
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    chat_template = getattr(tokenizer, "chat_template", None)
-    if chat_template is None:
-        raise InputError("--apply_chat_template: the tokenizer of this model has no template")
-
-    def refuse(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    world = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    world.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    world.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
-    names = {
-        f"{name}_token": tokenizer.token_text(getattr(tokenizer.special, name))
-        for name in ("bos", "eos", "pad")
-        if getattr(tokenizer.special, name) is not None
-    }
-    template = world.from_string(chat_template)
-    render = lambda told: template.render(
-        messages=told, add_generation_prompt=add_generation_prompt, **names
-    )
-    try:
-        return render(messages)
-    except jinja2.exceptions.TemplateError:  # perhaps for a system prompt: as HFLM, without it
-        try:
-            return render([message for message in messages if message["role"] != "system"])
-        except jinja2.exceptions.TemplateError as error:
-            raise InputError(f"the chat template refuses this dialogue ({error})") from error
 
 
 @functools.cache  # The harness refuses a name that it knows.

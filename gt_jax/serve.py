@@ -1,30 +1,47 @@
-"""Answer OpenAI's /v1/completions with a trained model, the requests of all clients in one batch.
+"""Answer OpenAI's API with a trained model, the requests of all clients in one batch.
 
     pip install -e ".[serve]"
     python -m gt_jax.serve --checkpoint=runs/gf_mh
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "ROMEO:", "max_tokens": 100, "stream": true}'
 
-A request may hold prompt (a text, token ids, or a list of one of these), max_tokens, temperature,
-top_p, top_k, min_p, repetition_penalty, seed, stop, stream, stream_options, logprobs (0: of the
-tokens drawn), user, and OpenAI's other fields at the values that change nothing. Anything else is
-an error that names the field. Bounds: 1 MiB of body, 65 536 tokens of prompt, 4 stop strings of
-1024 characters, --max_tokens, --max_seconds. Connections are closed when headers take longer than
-10 seconds or a body longer than 20.
+POST /v1/completions and, for models with a template of dialogues, /v1/chat/completions; GET
+/v1/models and /health. What has to be compiled is compiled before the server listens.
 
-Only programs on this machine reach the server unless --host says otherwise; it knows no keys.
+A completion may hold prompt (a text, token ids, or a list of texts or of lists of ids), max_tokens,
+n, best_of, echo, logprobs (0 to 20), temperature, top_p, top_k, min_p, repetition_penalty, seed,
+stop, stream, stream_options and user. A chat has messages, max_completion_tokens, logprobs and
+top_logprobs (0 to 20) instead of prompt, best_of, echo and logprobs. OpenAI's other fields are
+taken at the values that change nothing. Anything else is an error that names the field.
+
+Bounds: 1 MiB of body, 65 536 tokens of a prompt, 128 choices and 2^20 tokens of prompts in an
+answer, 16 stop strings of 1024 characters, 1024 messages, --max_tokens, --max_seconds. Connections
+are closed when headers take longer than 10 seconds or a body longer than 20.
+
+Only programs on this machine reach the server unless --host says otherwise. With a key in the
+environment's GT_JAX_API_KEY or in --api_key (which others on this machine can see), every request
+but /health must bring `Authorization: Bearer KEY`. SIGTERM and Ctrl-C end the server: what runs is
+finished first, within --stop_seconds.
 """
 
 import functools
+import logging
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.errors import InputError
-from gt_jax.generation import Worker
-from gt_jax.server import make_app, make_server, parse
+from gt_jax.generation import Request, Worker, complete
+from gt_jax.server import make_app, make_server
 from gt_jax.server.app import BODY_SECONDS, LOCAL_HOSTS
+from gt_jax.server.connections import STOP_SECONDS
+
+KEY_VARIABLE = "GT_JAX_API_KEY"
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +54,8 @@ def main(argv: list[str]) -> None:
     number("rows", 8, "Requests drawn at once; the others wait.")
     number("max_tokens", 4096, "A request may ask for at most.")
     number("max_seconds", 300, "A request may take.")
+    number("stop_seconds", STOP_SECONDS, "After SIGTERM, for what runs to finish.")
+    text("api_key", None, f"Requests must bring it; better given as {KEY_VARIABLE}.")
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
     try:
@@ -45,15 +64,69 @@ def main(argv: list[str]) -> None:
         raise InputError(
             f'{error}; install what serving needs: pip install -e ".[serve]"'
         ) from error
+    api_key = _checked_key(flags.api_key)
     from gt_jax.checkpoint import load
 
     model, params, tokenizer = load(flags.checkpoint, say=cli.note)
-    read = functools.partial(parse, model=model, tokenizer=tokenizer, max_tokens=flags.max_tokens)
     hosts = LOCAL_HOSTS if flags.host == "127.0.0.1" else ("*",)
-    worker, name = Worker(model, params, tokenizer, flags.rows), Path(flags.checkpoint).name
-    app = make_app(worker, read, name=name, seconds=flags.max_seconds, hosts=hosts)
-    longest = BODY_SECONDS + flags.max_seconds + 10
-    make_server(app, host=flags.host, port=flags.port, request_seconds=longest).run()
+    began = time.monotonic()
+    _warm_up(model, params, flags.rows)
+    worker = Worker(model, params, tokenizer, flags.rows)
+    name = Path(flags.checkpoint).resolve().name
+    _log_to_stderr()
+    print(f"{name}: compiled in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    app = make_app(
+        worker,
+        model,
+        name=name,
+        max_tokens=flags.max_tokens,
+        seconds=flags.max_seconds,
+        hosts=hosts,
+        api_key=api_key,
+    )
+    server = make_server(
+        app,
+        host=flags.host,
+        port=flags.port,
+        request_seconds=BODY_SECONDS + flags.max_seconds + 10,
+        stop_seconds=flags.stop_seconds,
+    )
+    # uvicorn raises the signal again when all is finished, which is an end without a fault.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        server.run()
+    finally:
+        worker.stop(seconds=10)
+
+
+def _checked_key(given: str | None) -> str | None:
+    """The key of the flag or the environment; None where neither is set."""
+    key, source = given, "--api_key"
+    if key is None:
+        key, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+    if key is not None and (not key.isascii() or not key.isprintable() or key.strip() != key):
+        raise InputError(f"{source} must be printable ASCII without spaces around it")
+    if key == "":
+        raise InputError(
+            f"{source} is empty, which would let everybody in; set it, or leave it out"
+        )
+    return key
+
+
+def _warm_up(model, params, rows) -> None:
+    """Compile what most requests need: prefill of the smaller chunks, and both kinds of drawing."""
+    length = min(1024 + 256 + 64 + 1, model.config.position_limit or 2**16)
+    for prompt, top_k in (([0] * length, 0), ([0], 2)):
+        complete(model, params, [Request(prompt, max_tokens=1, top_k=top_k)], rows=rows)
+
+
+def _log_to_stderr() -> None:
+    """A line for every request, with its id."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("gt_jax.server")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

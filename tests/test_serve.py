@@ -1,6 +1,5 @@
 """The HTTP endpoint against the engine, with the library's test client."""
 
-import functools
 import json
 import threading
 import time
@@ -29,8 +28,7 @@ def gf():
 
 def client_of(gf, *, seconds=60, rows=3, worker=None):
     worker = worker or Worker(*gf, LETTERS, rows)
-    parse = functools.partial(server.parse, model=gf[0], tokenizer=LETTERS, max_tokens=10**8)
-    app = server.make_app(worker, parse, name="small", seconds=seconds)
+    app = server.make_app(worker, gf[0], name="small", max_tokens=10**8, seconds=seconds)
     client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
     client.worker = worker
     return client
@@ -102,7 +100,7 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
     ("fields", "message"),
     [
         ({"prompt": None}, "prompt is empty"),
-        ({"prompt": ["abc", "abd"]}, "prompt holds 2 prompts; send one in a request"),
+        ({"prompt": ["a"] * 129}, "prompt holds 129 prompts; send at most 128"),
         ({"prompt": [3, 17]}, "prompt has the id 17; ids are 0 to 16"),
         ({"prompt": [-1]}, "prompt has the id -1; ids are 0 to 16"),
         ({"prompt": [True]}, "prompt holds True, which is no token id"),
@@ -117,16 +115,23 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
         ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 to 2147483647"),
         ({"temperature": True}, "temperature=True must be a number, not true or false"),
         ({"top_p": 2}, "top_p=2 must be a number above 0, at most 1"),
-        ({"stop": ["a", 1]}, "stop=['a', 1] must be at most 4 texts"),
-        ({"stop": ["a"] * 5}, "must be at most 4 texts"),
+        ({"stop": ["a", 1]}, "stop=['a', 1] must be at most 16 texts"),
+        ({"stop": ["a"] * 17}, "must be at most 16 texts"),
         ({"stop": "a" * 1025}, "stop of 1025 characters must have at most 1024"),
-        ({"n": 2}, "n=2 is not supported here; leave it at 1"),
-        ({"best_of": 3}, "best_of=3 is not supported here; leave it at 1"),
-        ({"echo": True}, "echo=True is not supported here; leave it at False"),
+        ({"n": 129}, "n=129 must be a whole number, 1 to 128"),
+        ({"n": 2, "prompt": ["abc"] * 65}, "65 prompts of 2 choices each exceed 128 choices"),
+        ({"n": 0}, "n=0 must be a whole number, 1 to 128"),
+        ({"best_of": 129}, "best_of=129 must be a whole number, 1 to 128"),
+        ({"best_of": 1, "n": 2}, "best_of=1 must be at least n=2"),
+        ({"best_of": 2, "stream": True}, "best_of=2 needs stream=false"),
+        ({"n": 20, "prompt": "a" * 2**16}, "prompts of 1310720 tokens in all choices exceed"),
+        ({"echo": 1}, "echo=1 must be true or false"),
         ({"logit_bias": {"1": 5}}, "logit_bias={'1': 5} is not supported here"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported here; leave it at 0"),
         ({"suffix": "b"}, "suffix='b' is not supported here; leave it at ''"),
-        ({"logprobs": 1}, "logprobs=1 must be 0 here"),
+        ({"logprobs": 21}, "logprobs=21 must be a whole number, 0 to 20"),
+        ({"logprobs": -1}, "logprobs=-1 must be a whole number, 0 to 20"),
+        ({"logprobs": True}, "logprobs=True must be a whole number, not true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
         ({"stream_options": {"a": 1}, "stream": True}, "may hold include_usage, true or false"),
         ({"user": "a" * 1001}, "user must have at most 1000 characters"),

@@ -31,10 +31,8 @@ class Serving:
         self.engine = functools.partial(complete, small.model, small.params, rows=rows)
         expected(self)  # compiles what would take the first request's time
         self.worker = Worker(small.model, small.params, LETTERS, rows)
-        parse = functools.partial(
-            server.parse, model=small.model, tokenizer=LETTERS, max_tokens=ENDLESS
-        )
-        app = server.make_app(self.worker, parse, name="x", seconds=seconds, body_seconds=BODY)
+        options = {"max_tokens": ENDLESS, "seconds": seconds, "body_seconds": BODY}
+        app = server.make_app(self.worker, small.model, name="x", **options)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._socket.getsockname()[1]
         self._server = server.make_server(
@@ -112,13 +110,21 @@ def hostile_bodies():
             yield f'{{"prompt": "abc", "{name}": {value}}}'
     for value in ("1e400", LONG, "1.5", '"1"', "[1]", str(2**40)):
         yield f'{{"prompt": "abc", "seed": {value}}}'
-    for value in (LONG, "2", "0", "-1", "true", "{}", '"x"'):
+    for value in (LONG, "129", "0", "-1", "true", "{}", '"x"'):
         for name in ("n", "best_of", "logprobs"):
             if not (name == "logprobs" and value == "0"):
                 yield f'{{"prompt": "abc", "{name}": {value}}}'
     for value in (f"[{LONG}]", "[1e400]", "[[1, [2]]]", "[17]", "[-1]", "[1.5]", "[null]", "{}"):
         yield f'{{"prompt": {value}}}'
-    for value in ('"\\ud83d"', '["\\ud83d"]', "3", "[1]", '[""]', '""', '["a","b","c","d","e"]'):
+    for value in (
+        '"\\ud83d"',
+        '["\\ud83d"]',
+        "3",
+        "[1]",
+        '[""]',
+        '""',
+        "[" + ", ".join(['"a"'] * 17) + "]",
+    ):
         yield f'{{"prompt": "abc", "stop": {value}}}'
     yield f'{{"prompt": "abc", "stop": "{"a" * 100_000}"}}'
     yield f'{{"prompt": "{"a" * 100_000}"}}'

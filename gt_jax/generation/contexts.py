@@ -4,6 +4,11 @@ Prefill reads a text in whole chunks of a few sizes, without any padding, each o
 model. The last tokens, at most as many as the smallest chunk, wait for the decoding loop, which
 reads them one by one: the loop needs the logits of the last one, and this way no other shape has to
 be compiled.
+
+The length of a text alone decides its chunks, however many calls of `prefill` bring it, because
+chunks of other sizes round differently. Every chunk begins at a multiple of its size. A text that
+grows past the next multiple of a larger chunk is read again from the multiple before, in one chunk;
+`marks` keep the states there. So a token is read at most once in a chunk of every size.
 """
 
 import functools
@@ -30,6 +35,13 @@ LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
 NOT_OF_THE_FUNCTION = ("dtype", "impl", "remat")  # ModelConfig fields any context fits
 
 
+class Mark(NamedTuple):
+    """The model's state after the first `position` tokens of a text."""
+
+    position: int
+    state: Any
+
+
 class Context(NamedTuple):
     """A text as a model remembers it; `prefill` makes them.
 
@@ -37,12 +49,16 @@ class Context(NamedTuple):
     waiting: [n] int32, the last 1 to 64 tokens.
     seen: [vocab] bool, the tokens that occur anywhere in the text.
     length: tokens in all.
+    marks: where a longer text may have to be read again from; none at the text's beginning.
+    recent: [n] int32, the tokens read since the last multiple of the largest chunk.
     """
 
     state: Any
     waiting: np.ndarray
     seen: np.ndarray
     length: int
+    marks: tuple[Mark, ...] = ()
+    recent: np.ndarray = np.zeros(0, np.int32)
 
 
 def prefill(
@@ -54,6 +70,11 @@ def prefill(
         model, params: from `gt_jax.load`.
         tokens: [T] ids; may be empty where `after` is given.
         after: the context of the text before; it does not change, so other texts can continue it.
+
+    Returns:
+        A Context of the same bits however the text is divided between calls, on one device and by
+        the same compiled programs. One that an earlier version saved has no marks: what continues
+        it is read in the chunks of its own length.
 
     Raises:
         InputError: there are no tokens, a token is no id of the vocabulary, or an attention model
@@ -83,9 +104,35 @@ def start_prefill(
         )
     seen = after.seen.copy()
     seen[new] = True
-    waiting = np.concatenate([after.waiting, new.astype(np.int32)])
-    state = zero_state(model, params) if after.state is None else after.state
-    return Context(state, waiting, seen, length)
+    context = _return_to_mark(model, params, after, length)
+    waiting = np.concatenate([context.waiting, new.astype(np.int32)])
+    return context._replace(waiting=waiting, seen=seen, length=length)
+
+
+def _return_to_mark(model, params, context, length) -> Context:
+    """The context where the chunks of a text of this length first differ from its own."""
+    if context.state is None:
+        return context._replace(state=zero_state(model, params))
+    read = context.length - len(context.waiting)
+    own, longer = _ends_of_chunks(context.length), _ends_of_chunks(length)
+    to = next((end for end, other in zip(own, longer) if end != other), read)
+    states = {mark.position: mark.state for mark in context.marks} | {read: context.state}
+    if to == 0:
+        states[0] = zero_state(model, params)
+    again = read - to
+    if to not in states or again > len(context.recent):  # an earlier version saved it
+        return context
+    n = len(context.recent) - again
+    waiting = np.concatenate([context.recent[n:], context.waiting])
+    marks = tuple(mark for mark in context.marks if mark.position < to)
+    return context._replace(
+        state=states[to], waiting=waiting, marks=marks, recent=context.recent[:n]
+    )
+
+
+def _ends_of_chunks(length) -> list[int]:
+    """The tokens of a text that are read in chunks of at least each size, largest size first."""
+    return [(length - 1) // size * size for size in reversed(PREFILL_CHUNKS)]
 
 
 def next_chunk(context: Context) -> int:
@@ -95,9 +142,14 @@ def next_chunk(context: Context) -> int:
 
 def prefill_chunk(model: LanguageModel, params: Params, context: Context) -> Context:
     """The context with its next chunk read."""
-    size, waiting = next_chunk(context), context.waiting
+    size, waiting, marks = next_chunk(context), context.waiting, context.marks
+    read, ends = context.length - len(waiting), _ends_of_chunks(context.length)
+    if read and read in ends:
+        marks = (*marks, Mark(read, context.state))
+    recent = np.concatenate([context.recent, waiting[:size]])
+    recent = recent[max(len(recent) - max(read + size - ends[0], 0), 0) :]
     state = _prefill_chunk(model, params, waiting[None, :size], context.state)
-    return context._replace(state=state, waiting=waiting[size:])
+    return context._replace(state=state, waiting=waiting[size:], marks=marks, recent=recent)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
@@ -119,14 +171,16 @@ def _prefill_chunk(model, params, tokens, state):
 
 def save_context(path: str | Path, model: LanguageModel, params: Params, context: Context) -> None:
     """Write a context to the file `path`, for `load_context`; an old file there is replaced."""
-    leaves = jax.device_get(_named(context.state))
+    leaves = jax.device_get(_named_states(context.state, context.marks))
     arrays = {
         name: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf  # NumPy has none
         for name, leaf in leaves.items()
     }
     about = {"model": _function(model), "parameters": fingerprint(params), "length": context.length}
+    about["marks"] = [mark.position for mark in context.marks]
+    arrays |= {"waiting": context.waiting, "seen": context.seen, "recent": context.recent}
     file = io.BytesIO()
-    np.savez(file, about=json.dumps(about), waiting=context.waiting, seen=context.seen, **arrays)
+    np.savez(file, about=json.dumps(about), **arrays)
     replace_file(Path(path), file.getvalue())
 
 
@@ -144,6 +198,7 @@ def load_context(path: str | Path, model: LanguageModel, params: Params) -> Cont
             raise ValueError("it says too much of itself")
         about = json.loads(str(about.read()))
         of_model, of_params, length = dict(about["model"]), about["parameters"], about["length"]
+        marks = list(about.get("marks", ()))  # earlier versions wrote none
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; name a file that --save_state wrote") from error
     except Exception as error:  # a damaged zip file can raise anything
@@ -163,35 +218,66 @@ def load_context(path: str | Path, model: LanguageModel, params: Params) -> Cont
         )
     like = jax.eval_shape(functools.partial(zero_state, model), params)
     try:
-        return _restore(stored, length, like, model.config)
+        return _restore(stored, length, marks, like, model.config)
     except Exception as error:  # as above
         raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
 
 
-def _restore(stored, length, like, config) -> Context:
+def _restore(stored, length, positions, like, config) -> Context:
     """The Context of arrays that are read only if they have its shapes, ValueError if not."""
-    named = _named(like)
+    if len(positions) >= len(PREFILL_CHUNKS) or not all(type(p) is int for p in positions):
+        raise ValueError("it says at too many places what the state was")
+    named = _named_states(like, [Mark(position, like) for position in positions])
     wanted = {name: (leaf.shape, _stored_dtype(leaf)) for name, leaf in named.items()}
     wanted |= {"seen": ((config.vocab_size,), np.dtype(bool))}
     tokens = stored.pop("waiting")
-    if (
-        {name: (array.shape, array.dtype) for name, array in stored.items()} != wanted
-        or len(tokens.shape) != 1
-        or not 1 <= tokens.shape[0] <= PREFILL_CHUNKS[0]
-        or tokens.dtype.kind != "i"
-    ):
-        raise ValueError("its arrays have other shapes or types than this model's state")
-    waiting, seen = tokens.read(), stored["seen"].read()
-    if not 0 <= waiting.min() <= waiting.max() < config.vocab_size:
-        raise ValueError("its arrays have other shapes or ids than this model's state")
+    recent = stored.pop("recent") if "recent" in stored else None
+    if {name: (array.shape, array.dtype) for name, array in stored.items()} != wanted:
+        raise ValueError(_OTHER_SHAPES)
+    waiting, seen = _restore_ids(tokens, config, 1, PREFILL_CHUNKS[0]), stored["seen"].read()
+    recent = np.zeros(0, np.int32) if recent is None else recent
+    recent = _restore_ids(recent, config, 0, PREFILL_CHUNKS[-1])
     most = 2**62 if config.position_limit is None else config.position_limit
-    if type(length) is not int or not len(waiting) <= length <= most or not seen[waiting].all():
+    known = seen[waiting].all() and seen[recent].all()
+    if type(length) is not int or not len(waiting) <= length <= most or not known:
         raise ValueError("its length and the tokens it has seen do not fit together")
+    read, ends = length - len(waiting), _ends_of_chunks(length)
+    needed = sorted({end for end in ends if 0 < end < read})
+    if (positions, len(recent)) not in (([], 0), (needed, read - ends[0])):
+        raise ValueError("its length and the places it marks do not fit together")
     arrays = {name: stored[name].read() for name in named}
     check_finite(arrays, "its state", "read the text again")
     leaves = [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in named.items()]
-    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return Context(state, waiting.astype(np.int32), seen, length)
+    structure = jax.tree.structure(like)
+    per_state = structure.num_leaves
+    states = [
+        jax.tree.unflatten(structure, leaves[start : start + per_state])
+        for start in range(0, len(leaves), per_state)
+    ]
+    marks = tuple(map(Mark, positions, states[1:]))
+    return Context(states[0], waiting, seen, length, marks, recent)
+
+
+def _restore_ids(array, config, low, high) -> np.ndarray:
+    """[n] int32 ids of an array in a file, with low <= n <= high."""
+    shape = array.shape
+    if len(shape) != 1 or not low <= shape[0] <= high or array.dtype.kind != "i":
+        raise ValueError(_OTHER_SHAPES)
+    ids = np.asarray(array.read() if hasattr(array, "read") else array)
+    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        raise ValueError(_OTHER_SHAPES)
+    return ids.astype(np.int32)
+
+
+_OTHER_SHAPES = "its arrays have other shapes, types or ids than this model's state"
+
+
+def _named_states(state, marks):
+    """Name -> leaf of a state and of those at its marks, whose names begin with the position."""
+    named = _named(state)
+    for mark in marks:
+        named |= {f"{mark.position}:{name}": leaf for name, leaf in _named(mark.state).items()}
+    return named
 
 
 def _stored_dtype(leaf):

@@ -22,6 +22,13 @@ from gt_jax.generation.contexts import (
     prefill_chunk,
     start_prefill,
 )
+from gt_jax.generation.prompt_scores import (
+    likeliest_of,
+    read_chunk,
+    scores_of,
+    start_reading,
+    tokens_left,
+)
 from gt_jax.generation.requests import Completion, Delta, Failure, Request, check_request
 from gt_jax.generation.slots import advance, empty_slots, fill_slot, one_slot, rows_of_batch
 from gt_jax.generation.text import TextOut
@@ -57,6 +64,8 @@ def complete(
             [value for delta in mine for value in delta.log_probabilities],
             "".join(delta.text for delta in mine),
             mine[-1].reason,
+            [likeliest for delta in mine for likeliest in delta.top],
+            mine[0].prompt,
         )
         for mine in deltas
     ]
@@ -153,16 +162,17 @@ def run_queue(
                 except Exception as error:
                     failures.append(Failure(index, error))
         turns = [row for row in dict.fromkeys(turns) if row in jobs and not jobs[row].draws]
-        turns = deque(sorted(turns, key=lambda row: next_chunk(jobs[row].context) > 0))
+        turns = deque(sorted(turns, key=lambda row: jobs[row].next_chunk() > 0))
         slots = _take_turns(model, params, slots, jobs, turns, failures)
         yield from failures
         drawing = {row: job for row, job in jobs.items() if job.draws}
         if not drawing:
             continue
         narrows = any(job.request.narrows for job in drawing.values())
+        names = any(job.request.top_logprobs for job in drawing.values())
         try:
-            slots, drawn = advance(model, weights, slots, narrows=narrows)
-            tokens, log_probabilities = jax.device_get(drawn)  # [BURST, rows] each
+            slots, drawn = advance(model, weights, slots, narrows=narrows, names_likeliest=names)
+            drawn = jax.device_get(drawn)  # [BURST, rows] each
         except Exception as error:
             slots = empty_slots(model, params, rows_of_batch(rows))  # the old ones were donated
             for row, job in drawing.items():
@@ -170,9 +180,9 @@ def run_queue(
                 yield Failure(job.index, error)
             continue
         for row, job in drawing.items():
-            drew = tokens[:, row] >= 0
+            drew = drawn.tokens[:, row] >= 0
             if drew.any():
-                news = job.take(tokens[drew, row].tolist(), log_probabilities[drew, row].tolist())
+                news = job.take(jax.tree.map(lambda x, drew=drew, row=row: x[drew, row], drawn))
                 if isinstance(news, Failure) or news.reason:
                     del jobs[row]
                 yield news
@@ -187,18 +197,19 @@ def _take_turns(model, params, slots, jobs, turns, failures):
     read, whole = 0, []
     while turns:
         row, job = turns[0], jobs[turns[0]]
-        size = next_chunk(job.context)
+        _share_prefill(job, jobs.values())
+        size = job.next_chunk()
         if read and size and read + size > TURN:
             break
         turns.popleft()
         if size:
             try:
-                job.context = prefill_chunk(model, params, job.context)
+                job.read(model, params)
             except Exception as error:
                 failures.append(Failure(jobs.pop(row).index, error))
                 continue
             read += size
-        (turns if next_chunk(job.context) else whole).append(row)
+        (turns if job.next_chunk() else whole).append(row)
     for row in whole:
         job = jobs[row]
         try:
@@ -211,6 +222,12 @@ def _take_turns(model, params, slots, jobs, turns, failures):
     return slots
 
 
+def _share_prefill(job, jobs):
+    """Take what another request for the same prompt has already read of it."""
+    same = [other.context for other in jobs if other.text == job.text]
+    job.context = min(same, key=lambda context: len(context.waiting))
+
+
 class _Job:
     """The host's side of a request in a slot: the prompt, the tokens left to draw, and the text.
 
@@ -220,15 +237,32 @@ class _Job:
     def __init__(self, model, params, index, request, tokenizer):
         self.index, self.request, self.draws = index, request, False
         self.context = request.prompt
+        self.text = id(self.context)  # equal for equal texts
         if not isinstance(self.context, Context):
+            self.text = self.context.tobytes()
             self.context = start_prefill(model, params, self.context)
+        self.reading = None
+        if request.prompt_logprobs:
+            self.reading = start_reading(model, params, request.prompt)
         self.left = request.max_tokens
         prompt = request.prompt  # TextOut sees its end, which may cut a character in two.
         before = prompt.waiting if isinstance(prompt, Context) else prompt[-PREFILL_CHUNKS[0] :]
         self.out = tokenizer and TextOut(tokenizer, before, request.stop)
 
-    def take(self, tokens, log_probabilities):
-        """The Delta of tokens drawn; a Failure if they are of NaN, or cannot become text."""
+    def next_chunk(self):
+        """Tokens of the next call of the model before this request can draw; 0 for none."""
+        return next_chunk(self.context) or (self.reading and tokens_left(self.reading)) or 0
+
+    def read(self, model, params):
+        if next_chunk(self.context):
+            self.context = prefill_chunk(model, params, self.context)
+        else:
+            self.reading = read_chunk(model, params, self.reading)
+
+    def take(self, drawn):
+        """The Delta of a Drawn of this row alone; a Failure if it is of NaN, or cannot be text."""
+        tokens, log_probabilities = drawn.tokens.tolist(), drawn.log_probabilities.tolist()
+        top, prompt, reading = self.request.top_logprobs, None, self.reading
         ends = [n for n, token in enumerate(tokens) if token in self.request.stop_ids]
         used = ends[0] if ends else len(tokens)
         self.left -= used
@@ -240,6 +274,17 @@ class _Job:
                 text, used = self.out.add(tokens[:used])
                 reason = "stop" if self.out.stopped else reason
                 text += self.out.end() if reason else ""
+            if reading:
+                prompt, self.reading = scores_of(reading, top), None
         except Exception as error:
             return Failure(self.index, error)
-        return Delta(self.index, tokens[:used], log_probabilities[:used], text, reason)
+        named = likeliest_of(drawn.top_ids[:used, :top], drawn.top_values[:used, :top])
+        return Delta(
+            self.index,
+            tokens[:used],
+            log_probabilities[:used],
+            text,
+            reason,
+            named if top else [],
+            prompt,
+        )

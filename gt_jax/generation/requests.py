@@ -24,6 +24,7 @@ from gt_jax.generation.contexts import Context
 from gt_jax.models import LanguageModel
 
 STOP_CHARACTERS = 1024  # of one stop string, at most
+MOST_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Request:
         stop: strings that end the text, each of 1 to 1024 characters; they need a tokenizer and are
             left out of the text, while the tokens end with the one that completes the string.
         stop_ids: token ids that end the text and are left out.
+        top_logprobs: how many of the likeliest tokens to name beside each drawn one, 0 to 20.
+        prompt_logprobs: whether to score the tokens of the prompt too, all but the first; the
+            prompt must be ids.
 
     Raises:
         InputError: a setting has a wrong type or is out of its range.
@@ -56,6 +60,8 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self):
         prompt = self.prompt
@@ -74,6 +80,7 @@ class Request:
             "seed": check_whole("seed", self.seed, -INT32 - 1, INT32),
             "stop": _checked_stop(self.stop),
             "stop_ids": _checked_stop_ids(self.stop_ids),
+            "top_logprobs": check_whole("top_logprobs", self.top_logprobs, 0, MOST_TOP_LOGPROBS),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -108,12 +115,21 @@ def _iterable(value):
     return isinstance(value, list | tuple | set | frozenset | np.ndarray)
 
 
+class Scores(NamedTuple):
+    """Of the tokens of a prompt but the first, [T - 1] each; fields as in Delta."""
+
+    log_probabilities: list[float]
+    top: list[dict[int, float]]
+
+
 class Delta(NamedTuple):
     """The tokens and the text that one burst added to one request.
 
     index: of the request. tokens: ids. log_probabilities: of each under the model, before any
     setting. text: "" without a tokenizer. reason: None while more will come, else "stop" or
-    "length".
+    "length". top: for each token, the request's `top_logprobs` likeliest ids with their
+    log-probabilities, likeliest first; empty where it asks for none. prompt: Scores in the first
+    Delta of a request with `prompt_logprobs`, else None.
     """
 
     index: int
@@ -121,6 +137,8 @@ class Delta(NamedTuple):
     log_probabilities: list[float]
     text: str
     reason: str | None
+    top: list[dict[int, float]] = []  # noqa: RUF012 - a NamedTuple's default, never changed
+    prompt: Scores | None = None
 
 
 class Failure(NamedTuple):
@@ -137,6 +155,8 @@ class Completion(NamedTuple):
     log_probabilities: list[float]
     text: str
     reason: str
+    top: list[dict[int, float]]
+    prompt: Scores | None
 
 
 def check_request(model: LanguageModel, request: Request, tokenizer: Tokenizer | None) -> None:
@@ -147,6 +167,10 @@ def check_request(model: LanguageModel, request: Request, tokenizer: Tokenizer |
     prompt, length = request.prompt, 0
     if isinstance(prompt, Context):
         length = prompt.length
+        if request.prompt_logprobs:
+            raise SettingError(
+                "prompt_logprobs", "prompt_logprobs=True needs a prompt of ids, not a context"
+            )
         if prompt.seen.shape != (config.vocab_size,):
             raise SettingError(
                 "prompt",

@@ -14,7 +14,7 @@ import numpy as np
 
 from gt_jax import compilation
 from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, zero_state
-from gt_jax.generation.requests import Request
+from gt_jax.generation.requests import MOST_TOP_LOGPROBS, Request
 from gt_jax.generation.sampling import Settings, choose
 from gt_jax.generation.weights import decode_step
 from gt_jax.models import LanguageModel, Params
@@ -39,6 +39,20 @@ class Slots(NamedTuple):
     drawn: jax.Array
     limit: jax.Array
     settings: Settings
+
+
+class Drawn(NamedTuple):
+    """What a burst of S steps drew.
+
+    tokens: [S, B] int32, -1 while a row still reads its prompt or has nothing to do.
+    log_probabilities: [S, B] float32. top_ids, top_values: [S, B, 20 or 0], the likeliest tokens
+    with their log-probabilities.
+    """
+
+    tokens: jax.Array
+    log_probabilities: jax.Array
+    top_ids: jax.Array
+    top_values: jax.Array
 
 
 def rows_of_batch(rows: int) -> int:
@@ -92,46 +106,56 @@ def fill_slot(slots: Slots, row: int, one: Slots) -> Slots:
 
 
 def advance(
-    model: LanguageModel, weights: list[jax.Array], slots: Slots, *, narrows: bool
-) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
+    model: LanguageModel,
+    weights: list[jax.Array],
+    slots: Slots,
+    *,
+    narrows: bool,
+    names_likeliest: bool = False,
+) -> tuple[Slots, Drawn]:
     """BURST steps, or fewer if every row reaches its limit.
 
     Args:
         weights: of `prepare_weights`.
         narrows: whether any row may have top-k, top-p or min-p.
+        names_likeliest: whether any row wants the likeliest tokens beside the one drawn.
 
     Returns:
-        The slots, which take the place of those given, and for every step and row the token drawn,
-        int32, or -1 while a row still reads its prompt or has nothing to do; with the token's
-        log-probability, float32.
+        The slots, which take the place of those given, and what was drawn.
     """
-    return _advance()(model, weights, slots, narrows=narrows)
+    top = min(MOST_TOP_LOGPROBS, model.config.vocab_size) if names_likeliest else 0
+    return _advance()(model, weights, slots, narrows=narrows, top=top)
 
 
 @functools.cache
 def _advance():
     options = compilation.options(compilation.DECODING)
-    arguments = {"static_argnames": ("model", "narrows"), "donate_argnames": "slots"}
+    arguments = {"static_argnames": ("model", "narrows", "top"), "donate_argnames": "slots"}
     return jax.jit(_burst, compiler_options=options, **arguments)
 
 
-def _burst(model, weights, slots, *, narrows):
+def _burst(model, weights, slots, *, narrows, top):
     B, vocab = slots.seen.shape
-    tokens = jnp.full((BURST, B), -1, jnp.int32)
-    log_probabilities = jnp.zeros((BURST, B))
+    nothing = Drawn(
+        jnp.full((BURST, B), -1, jnp.int32),
+        jnp.zeros((BURST, B)),
+        jnp.zeros((BURST, B, top), jnp.int32),
+        jnp.zeros((BURST, B, top)),
+    )
 
     def busy(carry):
         steps, slots, _ = carry
         return (steps < BURST) & jnp.any(slots.drawn < slots.limit)
 
     def advance_one(_, carry):
-        steps, slots, (tokens, log_probabilities) = carry
+        steps, slots, drawn = carry
         logits, state = decode_step(model, weights, slots.queue[:, 0], slots.state)
         logits = jax.lax.optimization_barrier(logits)  # the same to the last bit however drawn from
         keys = jax.vmap(jax.random.fold_in)(slots.key, slots.drawn)
         token = choose(keys, logits, slots.seen, slots.settings, narrows=narrows)
         log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        log_probability -= jax.nn.logsumexp(logits, axis=1)
+        total = jax.nn.logsumexp(logits, axis=1)
+        log_probability -= total
 
         draws = (slots.waiting == 1) & (slots.drawn < slots.limit)
         queue = jnp.roll(slots.queue, -1, axis=1)
@@ -142,13 +166,14 @@ def _burst(model, weights, slots, *, narrows):
             seen=slots.seen | (draws[:, None] & (token[:, None] == jnp.arange(vocab))),
             drawn=slots.drawn + draws,
         )
-        tokens = tokens.at[steps].set(jnp.where(draws, token, -1))
-        log_probabilities = log_probabilities.at[steps].set(log_probability)
-        return steps + 1, slots, (tokens, log_probabilities)
+        none = jnp.zeros((B, 0))
+        values, ids = jax.lax.top_k(logits, top) if top else (none, none.astype(jnp.int32))
+        step = Drawn(jnp.where(draws, token, -1), log_probability, ids, values - total[:, None])
+        return steps + 1, slots, jax.tree.map(lambda all, x: all.at[steps].set(x), drawn, step)
 
     # A GPU waits for the host at every condition of a while loop, but not inside a loop of a known
     # length: so the condition is only checked once per STRIDE.
     stride = lambda carry: jax.lax.fori_loop(0, STRIDE, advance_one, carry)
-    start = (0, slots, (tokens, log_probabilities))
+    start = (0, slots, nothing)
     _, slots, drawn = jax.lax.while_loop(busy, stride, start)
     return slots, drawn

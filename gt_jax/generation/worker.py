@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from gt_jax.data.base import Tokenizer
 from gt_jax.generation.checks import check_whole
@@ -27,29 +27,42 @@ class Worker:
         self._model, self._options = (model, params), {"tokenizer": tokenizer, "rows": rows}
         self._queue, self._some = deque(), threading.Event()
         self._numbers, self.clients = itertools.count(), {}
-        threading.Thread(target=self._run, daemon=True).start()
+        self._ends = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """End the thread, once nothing is under way; wait at most so long for it."""
+        self._ends = True
+        self._some.set()
+        self._thread.join(seconds)
 
     @contextlib.asynccontextmanager
-    async def deltas(self, request: Request, seconds: float) -> AsyncIterator[AsyncIterator[Delta]]:
-        """A context with an iterator of the Deltas of one checked request, as they come.
+    async def deltas(
+        self, requests: Sequence[Request], seconds: float
+    ) -> AsyncIterator[AsyncIterator[Delta]]:
+        """A context with an iterator of the Deltas of checked requests, as they come.
 
-        Leaving the context drops the request: its slot goes to another before the next burst.
+        Each Delta has the index of its request among `requests`. Leaving the context drops them
+        all: their slots go to others before the next burst.
 
         Raises, out of the iterator:
-            TimeoutError: it takes longer than so many seconds.
-            RuntimeError: this request failed, or the step that all requests share.
+            TimeoutError: they take longer than so many seconds together.
+            RuntimeError: one of them failed, or the step that all requests share.
         """
-        loop, arrived, number = asyncio.get_running_loop(), asyncio.Queue(), next(self._numbers)
-        self.clients[number] = loop, arrived
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
+        numbers = {next(self._numbers): index for index in range(len(requests))}
+        self.clients |= dict.fromkeys(numbers, (loop, arrived))
         try:
-            self._queue.append((number, request))
+            self._queue.extend(zip(numbers, requests))
             self._some.set()
-            yield _arriving(arrived, loop.time() + seconds)
+            yield _arriving(arrived, loop.time() + seconds, numbers)
         finally:
-            del self.clients[number]
+            for number in numbers:
+                del self.clients[number]
 
     def _run(self):
-        while self._some.wait():
+        while self._some.wait() and not self._ends:
             self._some.clear()
             try:
                 for news in run_queue(
@@ -67,14 +80,18 @@ class Worker:
             loop.call_soon_threadsafe(arrived.put_nowait, news)
 
 
-async def _arriving(arrived, end) -> AsyncIterator[Delta]:
-    """The Deltas that come through a queue, up to the last one or to the loop's time `end`."""
-    reason = None
-    while reason is None:
+async def _arriving(arrived, end, numbers) -> AsyncIterator[Delta]:
+    """The Deltas that come through a queue, up to the last ones or to the loop's time `end`.
+
+    numbers: of the requests that send them -> the index to give each.
+    """
+    left = set(numbers)
+    while left:
         # Python 3.11's wait_for drops a cancellation that comes together with a result.
         async with asyncio.timeout_at(end):
             news = await arrived.get()
         if isinstance(news, Failure):
             raise RuntimeError(f"generation failed: {news.error}") from news.error
-        yield news
-        reason = news.reason
+        yield news._replace(index=numbers[news.index])
+        if news.reason:
+            left.remove(news.index)

@@ -1,43 +1,54 @@
 """The ASGI application: a body becomes an Ask, and a Worker's deltas become OpenAI's JSON.
 
+POST /v1/completions and /v1/chat/completions, GET /v1/models, /v1/models/NAME and /health.
+
 Every request has its own limits. When a request fails or its client leaves, the others continue.
 """
 
 import asyncio
+import contextlib
+import functools
 import json
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from gt_jax.errors import InputError
 from gt_jax.generation import Worker
-from gt_jax.server.completions import Answer, Ask
+from gt_jax.models import LanguageModel
+from gt_jax.server import answers, chat, completions
+from gt_jax.server.access import guard
 
-if TYPE_CHECKING:  # the package serves alone need
-    from starlette.applications import Starlette
-
+ENDPOINTS = {  # path -> what reads a body, what makes the answer
+    "/v1/completions": (completions.parse, completions.Answer),
+    "/v1/chat/completions": (chat.parse, chat.Answer),
+}
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
-BODY_BYTES, CLIENTS = 2**20, 256  # at most
+BODY_BYTES, CLIENTS = 2**20, 256  # at most; each choice of an answer counts as a client
 BODY_SECONDS = 20  # for a body to arrive
 TYPES = {429: "rate_limit_error", 408: "timeout_error", 504: "timeout_error"}
 
 
 def make_app(
     worker: Worker,
-    parse: Callable[[bytes], Ask],
+    model: LanguageModel,
     *,
     name: str,
+    max_tokens: int,
     seconds: float,
     hosts: Sequence[str] = LOCAL_HOSTS,
+    api_key: str | None = None,
     body_seconds: float | None = None,
-) -> "Starlette":
-    """The ASGI application that answers /v1/completions.
+) -> Callable:
+    """The ASGI application that answers for a model.
 
     Args:
-        worker: a `gt_jax.generation.Worker`.
-        parse: the Ask in the bytes of a body; see `completions.parse`.
+        worker: a `gt_jax.generation.Worker` for the model.
+        model: requests are checked against it.
         name: of the model, in answers.
+        max_tokens: that a request may ask for.
         seconds: that a request may take.
         hosts: names of this host that requests may call it by.
+        api_key: that requests must bring; None for none. See `access.guard`.
         body_seconds: that a body may take to arrive; BODY_SECONDS if None.
     """
     from starlette import applications, exceptions, middleware, requests, responses, routing
@@ -73,18 +84,31 @@ def make_app(
             raise exceptions.HTTPException(408, "the body did not arrive in time") from error
         return data
 
-    async def completions(http):
+    token_text = functools.cache(functools.partial(answers.token_text, worker.tokenizer))
+    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gt_jax"}
+
+    async def models(http):
+        if http.path_params.get("name", name) != name:
+            raise exceptions.HTTPException(404, f"the model here is {name!r}; see /v1/models")
+        one = "name" in http.path_params
+        return json_response(about if one else {"object": "list", "data": [about]})
+
+    async def health(http):
+        return json_response({"status": "ok"})
+
+    async def complete(http):
+        parse, answer_class = ENDPOINTS[http.url.path]
         try:
             data = await read_body(http)
         except requests.ClientDisconnect:
             return responses.Response(status_code=499)
-        ask = await asyncio.to_thread(parse, data)
+        ask = await asyncio.to_thread(parse, data, model, worker.tokenizer, max_tokens)
 
         async def answer(scope, receive, send):
-            if len(worker.clients) >= CLIENTS:
+            if len(worker.clients) + len(ask.requests) > CLIENTS:
                 raise exceptions.HTTPException(429, "too many requests are under way; try later")
-            async with worker.deltas(ask.request, seconds) as deltas:
-                objects = Answer(ask, worker.tokenizer, name)
+            objects = answer_class(ask, worker.tokenizer, name, token_text)
+            async with _noted(scope, objects), worker.deltas(ask.requests, seconds) as deltas:
                 if ask.stream:
                     events = responses.StreamingResponse(
                         _events(objects, deltas, explain), media_type="text/event-stream"
@@ -100,11 +124,25 @@ def make_app(
 
     failures = (exceptions.HTTPException, InputError, TimeoutError, RuntimeError, Exception)
     fail = lambda _, error: json_response(*explain(error))
-    return applications.Starlette(
-        routes=[routing.Route("/v1/completions", completions, methods=["POST"])],
+    routes = [routing.Route(path, complete, methods=["POST"]) for path in ENDPOINTS]
+    routes += [routing.Route(path, models) for path in ("/v1/models", "/v1/models/{name}")]
+    app = applications.Starlette(
+        routes=[*routes, routing.Route("/health", health)],
         middleware=[middleware.Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
         exception_handlers=dict.fromkeys(failures, fail),
     )
+    return guard(app, api_key)
+
+
+@contextlib.asynccontextmanager
+async def _noted(scope, objects):
+    """Leaves for the log what was read and drawn, also when the client has left."""
+    try:
+        yield
+    finally:
+        usage = objects.usage
+        read, drawn = usage["prompt_tokens"], usage["completion_tokens"]
+        scope["gt_jax.about"] = f"{read} tokens read, {drawn} drawn"
 
 
 def _check_headers(headers, refuse):

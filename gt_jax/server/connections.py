@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # an optional package, imported by who serves
     import uvicorn
 
 HEAD_SECONDS = 10  # for a request's headers to arrive, from the connection or the answer before on
+STOP_SECONDS = 30
 
 
 def make_server(
@@ -16,6 +17,7 @@ def make_server(
     port: int,
     request_seconds: float,
     head_seconds: float = HEAD_SECONDS,
+    stop_seconds: int = STOP_SECONDS,
     **options: Any,
 ) -> "uvicorn.Server":
     """A uvicorn.Server for `app`, ready to `run()`.
@@ -27,6 +29,8 @@ def make_server(
             must exceed the application's own limits for body and answer. A client that does not
             read its answer is cut off after it.
         head_seconds: for a request's headers to arrive.
+        stop_seconds: that requests under way may still take after SIGTERM or SIGINT, while no new
+            ones are taken.
         **options: of uvicorn.Config.
     """
     import uvicorn
@@ -71,5 +75,14 @@ def make_server(
             unsent = self.transport.get_write_buffer_size()
             self.transport.abort() if unsent else self.transport.close()
 
-    config = uvicorn.Config(app, host=host, port=port, http=TimedProtocol, ws="none", **options)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=TimedProtocol,
+        ws="none",
+        access_log=False,
+        timeout_graceful_shutdown=stop_seconds,
+        **options,
+    )
     return uvicorn.Server(config)

@@ -14,7 +14,7 @@ def test_leaving_is_never_lost_to_a_delta_that_comes_at_the_same_time(turns):
         arrived, seen = asyncio.Queue(), []
 
         async def listen():
-            async for delta in _arriving(arrived, asyncio.get_running_loop().time() + 60):
+            async for delta in _arriving(arrived, asyncio.get_running_loop().time() + 60, {0: 0}):
                 seen.append(delta)
 
         task = asyncio.create_task(listen())
