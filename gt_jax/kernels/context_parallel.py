@@ -22,7 +22,7 @@ AXIS = "sequence"
 
 
 def current_axis() -> str | None:
-    """"sequence" while a function is traced by shard_map over an axis of that name, else None."""
+    """ "sequence" while a function is traced by shard_map over an axis of that name, else None."""
     return AXIS if AXIS in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
