@@ -213,6 +213,9 @@ class Parallel:
     mode: str = setting(
         "jit", "over a device mesh, or pmap; both compute the same", choices=("jit", "pmap")
     )
+    sequence: int = setting(
+        1, "devices that share each row, train.seq_len / sequence tokens each", POSITIVE
+    )
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,10 @@ def walk_fields(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, data
             yield prefix + field.name, field
 
 
+# A device that shares rows holds at least what a token reads of the ones before it.
+FEWEST_TOKENS = 4
+
+
 def computation_dtype(dtype: str) -> str:
     """model.dtype with "auto" resolved: bfloat16 on accelerators, float32 on CPU."""
     if dtype != "auto":
@@ -303,10 +310,26 @@ def computation_dtype(dtype: str) -> str:
 
 def check_devices(config: Config, devices: int) -> None:
     """Raise InputError unless every microbatch divides evenly over `devices`."""
-    if config.train.batch_size % (devices * config.optim.grad_accumulation):
+    sequence, length = config.parallel.sequence, config.train.seq_len
+    if devices % sequence:
         raise InputError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of {devices} devices "
+            f"parallel.sequence={sequence} must divide the number of devices, {devices}"
+        )
+    rows = devices // sequence
+    if config.train.batch_size % (rows * config.optim.grad_accumulation):
+        what = "devices" if sequence == 1 else f"groups of parallel.sequence={sequence} devices"
+        raise InputError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of {rows} {what} "
             f"times optim.grad_accumulation={config.optim.grad_accumulation}"
+        )
+    if sequence == 1:
+        return
+    if config.parallel.mode == "pmap":
+        raise InputError("parallel.mode=pmap spreads rows alone: parallel.sequence needs mode=jit")
+    if length % sequence or length // sequence < FEWEST_TOKENS:
+        raise InputError(
+            f"train.seq_len={length} must be a multiple of parallel.sequence={sequence} and at "
+            f"least {FEWEST_TOKENS} times as much"
         )
 
 

@@ -61,8 +61,8 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     began = time.perf_counter()
     workdir = Path(workdir)
     backend.prepare()
-    mesh = parallel.make_mesh()
-    check_devices(config, mesh.size)
+    check_devices(config, jax.device_count())
+    mesh = parallel.make_mesh(config.parallel.sequence)
     # The processes of a multi-host run share the lock of the first.
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         folder, about = newest(workdir) or (None, None)

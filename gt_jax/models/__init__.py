@@ -6,6 +6,7 @@ from gt_jax.models.language_model import (
     LanguageModel,
     Output,
     Params,
+    confined_to_device,
     count_parameters,
     make_model,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "Output",
     "Params",
+    "confined_to_device",
     "count_parameters",
     "make_config",
     "make_model",

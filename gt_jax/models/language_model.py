@@ -200,6 +200,24 @@ def make_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(config)
 
 
+def confined_to_device(config: ModelConfig) -> str | None:
+    """Why devices cannot share the tokens of a row of this model, None where they can.
+
+    The official mixers read what the device before holds (see `gt_jax.kernels.context_parallel`).
+    """
+    if config.position_limit is not None:
+        return "attention reads every token before"
+    if config.branch == "legacy" and config.legacy_wkv != "a":
+        return f"model.legacy_wkv={config.legacy_wkv} sums over the tokens of one device"
+    if config.architecture != "hybrid":
+        return None
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    output, _ = jax.eval_shape(make_model(config).init_with_output, key, tokens)
+    if any(block.fusion is not None for block in output.state):
+        return f"model.fusion={config.fusion} keeps a state over the tokens of one device"
+    return None
+
+
 PARTS = ("embedding", "positions", "head", "rwkv", "mamba", "attention", "fusion", "ffn")
 
 

@@ -11,6 +11,7 @@ from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
+from gt_jax.kernels import context_parallel
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 
@@ -223,7 +224,8 @@ def recurrence(
         InputError: config.impl cannot run here; the message has the reason that op gives.
     """
     try:
-        return op(*arrays, impl=config.impl, **options)
+        axis_name = context_parallel.current_axis()
+        return op(*arrays, impl=config.impl, axis_name=axis_name, **options)
     except ValueError as error:
         if config.impl == "auto":
             raise
@@ -255,9 +257,36 @@ def previous_token(
         segment_ids: [B, T] int or None.
     """
     B, T, _ = x.shape
+    last = inputs_before(x[:, -1], last, segment_ids)
     if last is None:
         last = jnp.zeros_like(x[:, 0])
     before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], axis=1)
     if segment_ids is None:
         return before
     return jnp.where(resets(segment_ids, (B, T))[..., None], 0, before)
+
+
+def inputs_before(
+    last: jax.Array, initial: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array | None:
+    """The inputs before the first token of x, which a mixer keeps as its state.
+
+    Args:
+        last: [B, ...] the last inputs of x.
+        initial: [B, ...] those before the sequence, of its first segment, or None for zeros.
+        segment_ids: [B, T] int or None.
+
+    Returns:
+        `initial`; where devices share a sequence, the inputs that the device before holds.
+    """
+    axis = context_parallel.current_axis()
+    if axis is None:
+        return initial
+    starts = context_parallel.starts_segment(segment_ids, axis)
+    return context_parallel.from_device_before(last, initial, axis, starts)
+
+
+def inputs_after(last: jax.Array) -> jax.Array:
+    """The last inputs [B, ...] of the whole sequence, from those of x."""
+    axis = context_parallel.current_axis()
+    return last if axis is None else context_parallel.of_last_device(last, axis)

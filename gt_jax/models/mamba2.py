@@ -19,6 +19,8 @@ from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
 from gt_jax.models.layers import (
     dense,
     fan_in_uniform,
+    inputs_after,
+    inputs_before,
     kernel_init,
     output_init,
     recurrence,
@@ -120,19 +122,21 @@ class CausalConv(nn.Module):
         bound = symmetric_uniform(self.width**-0.5)  # PyTorch's default for Conv1d
         weight = self.param("weight", bound, (channels, self.width))
         bias = self.param("bias", bound, (channels,))
+        index = segment_index(segment_ids, (batch, T))
+        same_as_last = (index[:, -taps:] == index[:, -1:])[..., None]
+        tail = inputs_before(jnp.where(same_as_last, x[:, -taps:], 0), tail, segment_ids)
         if tail is None:
             tail = jnp.zeros((batch, taps, channels), x.dtype)
         window = jnp.concatenate([tail.astype(x.dtype), x], axis=1)  # [B, taps + T, channels]
         new_tail, same = window[:, T:], None
         if segment_ids is not None:
-            index = segment_index(segment_ids, (batch, T))
             window_index = jnp.pad(index, ((0, 0), (taps, 0)))
             seen = [window_index[:, i : i + T] == index for i in range(self.width)]
             same = jnp.stack(seen, axis=1)[..., None]  # [B, width, T, 1]
             of_last = window_index[:, T:] == index[:, -1:]
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
-        return _silu_of_conv(window, weight.T, bias, same), new_tail
+        return _silu_of_conv(window, weight.T, bias, same), inputs_after(new_tail)
 
 
 @jax.custom_vjp

@@ -18,6 +18,7 @@ from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     apply_each,
     dense,
+    inputs_after,
     is_launch_bound,
     kernel_init,
     layer_norm,
@@ -94,7 +95,7 @@ class TimeMix(nn.Module):
         y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
         y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
         y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
-        return y, TimeMixState(wkv, x[:, -1])
+        return y, TimeMixState(wkv, inputs_after(x[:, -1]))
 
     def _shifted_inputs(self, x, state, segment_ids):
         """The inputs [B, T, D] of decay, receptance, key, value and gate."""
@@ -174,7 +175,7 @@ class ChannelMix(nn.Module):
         k = dense(c, hidden_dim(D), "key", kernel_init(c, orthogonal(1.0)))(x_k)
         r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
         y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))
-        return jax.nn.sigmoid(r.astype(jnp.float32)) * y, x[:, -1]
+        return jax.nn.sigmoid(r.astype(jnp.float32)) * y, inputs_after(x[:, -1])
 
 
 class BlockState(NamedTuple):

@@ -14,7 +14,7 @@ from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.models import ModelConfig, count_parameters, make_model
+from gt_jax.models import ModelConfig, confined_to_device, count_parameters, make_model
 from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
@@ -97,6 +97,8 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     if model_config.layers > MOST_LAYERS:
         raise InputError(f"model.layers={model_config.layers} must be at most {MOST_LAYERS}")
+    if config.parallel.sequence > 1 and (reason := confined_to_device(model_config)):
+        raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     memory.check_fits(counts["total"], config.optim, fields)

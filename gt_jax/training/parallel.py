@@ -1,9 +1,11 @@
 """Several devices: the batch is spread over them, everything else is copied to each.
 
-Each device runs the step function on its own rows and the step sums over the axis "batch": under
-"jit" by shard_map, under "pmap" by pmap, with the state in the same layout. The compiler could cut
-a step by itself, but not the Pallas kernels in it: it would gather their inputs on every device.
-Every process of a multi-host run makes the whole batch and hands its devices their rows of it.
+Each device runs the step function on its own part of the batch and the step sums over devices:
+under "jit" by shard_map over a mesh of two axes, "batch" for rows and "sequence" for the tokens of
+a row (see `gt_jax.kernels.context_parallel`); under "pmap", which knows rows alone, by pmap. The
+compiler could cut a step by itself, but not the Pallas kernels in it: it would gather their inputs
+on every device. Every process of a multi-host run makes the whole batch and hands its devices their
+part of it.
 """
 
 import dataclasses
@@ -20,10 +22,13 @@ from gt_jax.data import Batch
 from gt_jax.data.batches import Batches
 from gt_jax.training.step import TrainState
 
+AXES = ("batch", "sequence")
 
-def make_mesh() -> Mesh:
-    """All devices of the run in one axis, "batch"."""
-    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+
+def make_mesh(sequence: int = 1) -> Mesh:
+    """All devices of the run: `sequence` neighbours share each row, which must divide them."""
+    shape = (jax.device_count() // sequence, sequence)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def state_sharding(mesh: Mesh) -> TrainState:
@@ -46,11 +51,15 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
     if mode == "jit":
         shardings = state_sharding(mesh)
         parts = _by_part(P(), carry=P("batch"))
+        step = make_step(None if mesh.size == 1 else AXES)
+
+        def spread(state, batch):
+            specs = (parts, _batch_specs(batch))
+            return _by_device(step, mesh, specs, (parts, P()))(state, batch)
+
         return jax.jit(
-            make_step(None)
-            if mesh.size == 1
-            else _by_rows(make_step("batch"), mesh, (parts, P("batch")), (parts, P())),
-            in_shardings=(shardings, NamedSharding(mesh, P("batch"))),
+            step if mesh.size == 1 else spread,
+            in_shardings=(shardings, None),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
             compiler_options=compilation.options(compilation.TRAINING),
@@ -103,10 +112,14 @@ def lower_programs(
         )
 
     where, rows = state_sharding(mesh), NamedSharding(mesh, P("batch"))
+
+    def of_batch(batch):
+        return jax.tree.map(shapes, batch, _batch_shardings(batch, mesh))
+
     state = jax.eval_shape(make_state, key)
     parts = {name: shapes(getattr(state, name), getattr(where, name)) for name in vars(state)}
     state = state.replace(**parts)
-    training, held_out = (shapes(batch, rows) for batch in batches)
+    training, held_out = map(of_batch, batches)
     carry = shapes(carry, rows)
     evaluate = _jit_eval_step(eval_step, mesh)
     return {
@@ -123,10 +136,14 @@ def _jit_eval_step(eval_step, mesh: Mesh):
 
     def whole_batch(params, batch, carry):
         sums, carry = eval_step(params, batch, carry)
-        return jax.lax.psum(sums, "batch"), carry
+        return jax.lax.psum(sums, AXES), carry
+
+    def spread(params, batch, carry):
+        specs = (P(), _batch_specs(batch), rows)
+        return _by_device(whole_batch, mesh, specs, (P(), rows))(params, batch, carry)
 
     return jax.jit(
-        _by_rows(whole_batch, mesh, (P(), rows, rows), (P(), rows)),
+        spread,
         out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)),
     )
 
@@ -147,11 +164,12 @@ def prefetch(
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch of NumPy arrays [B, ...] on the devices, rows spread over them."""
-    sharding = NamedSharding(mesh, P("batch"))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, _own_rows(x), x.shape), batch
-    )
+    """A batch of NumPy arrays on the devices, rows and tokens spread over them."""
+
+    def put(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, batch, _batch_shardings(batch, mesh))
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
@@ -159,7 +177,16 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P("batch")))
 
 
-def _by_rows(step, mesh: Mesh, in_specs, out_specs):
+def _batch_specs(batch: Batch) -> Batch:
+    """How a batch's arrays are spread: [B, T] over rows and tokens, [B] over rows."""
+    return jax.tree.map(lambda x: P(*AXES[: x.ndim]), batch)
+
+
+def _batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    return jax.tree.map(lambda x: NamedSharding(mesh, P(*AXES[: x.ndim])), batch)
+
+
+def _by_device(step, mesh: Mesh, in_specs, out_specs):
     # What comes out whole is summed over devices in the step, which the check cannot see.
     return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -6,7 +6,15 @@ import json
 import pytest
 
 from gt_jax.errors import InputError
-from gt_jax.models import ALIASES, PRESETS, ModelConfig, count_parameters, make_config, make_model
+from gt_jax.models import (
+    ALIASES,
+    PRESETS,
+    ModelConfig,
+    confined_to_device,
+    count_parameters,
+    make_config,
+    make_model,
+)
 from gt_jax.models.__main__ import main
 
 # With the legacy branch: preset -> vocabulary -> parameters, as the reference repository counts.
@@ -155,3 +163,19 @@ def test_table_lists_presets_with_their_counts(capsys, monkeypatch):
     assert [line.split()[0].rstrip(",") for line in lines] == list(some)
     for number in ("gf", "128", "97", "3,128,680", "3,583,336", "12,416"):
         assert number in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "reason"),
+    [
+        ("gf-mh", {}, None),
+        ("rwkv6", {}, None),
+        ("mamba2", {}, None),
+        ("gpt2", {}, "attention reads every token before"),
+        ("gru", {}, "model.fusion=gru keeps a state"),
+        ("gf-mh", {"branch": "legacy", "legacy_wkv": "b2"}, "model.legacy_wkv=b2 sums"),
+    ],
+)
+def test_what_devices_cannot_share_the_tokens_of_says_why(preset, changes, reason):
+    found = confined_to_device(make_config(preset, vocab_size=16, **changes))
+    assert (found is None) if reason is None else found.startswith(reason)

@@ -82,6 +82,21 @@ def test_batch_must_divide_over_devices(make_config):
         check_devices(make_config(), 3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "devices", "message"),
+    [
+        ({"parallel.sequence": 3}, 4, r"parallel\.sequence=3 must divide .* devices, 4$"),
+        ({"parallel.sequence": 2}, 32, r"train\.batch_size=8 must be .* of 16 groups"),
+        ({"parallel.sequence": 2, "parallel.mode": "pmap"}, 4, r"parallel\.mode=pmap spreads rows"),
+        ({"parallel.sequence": 2, "train.seq_len": 9}, 4, r"train\.seq_len=9 must be a multiple"),
+        ({"parallel.sequence": 4, "train.seq_len": 8}, 4, r"at least 4 times as much$"),
+    ],
+)
+def test_rows_must_divide_over_the_devices_that_share_them(make_config, changes, devices, message):
+    with pytest.raises(InputError, match=message):
+        check_devices(make_config(**changes), devices)
+
+
 def test_flatten_names_nested_fields():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
 

@@ -35,27 +35,32 @@ model = make_model(make_config("gf-mh", vocab_size=20, dim=32, layers=1, heads=2
 schedule = make_schedule(config.optim, 20)
 tx = make_optimizer(config.optim, schedule)
 make_step = functools.partial(make_train_step, model, tx, schedule, config)
-text = [np.random.default_rng(0).integers(0, 20, 1000, dtype=np.int32)]
-mesh = parallel.make_mesh()
-assert mesh.size == 4
+# Documents, some of which start where a device's tokens do.
+text = [np.random.default_rng(0).integers(0, 20, n, dtype=np.int32) for n in (500, 300, 44, 156)]
 result = {}
-for mode in ("single", "jit", "pmap"):
+for mode in ("single", "jit", "pmap", "sequence"):
+    mesh = parallel.make_mesh(2 if mode == "sequence" else 1)
+    assert mesh.size == 4
     batches = make_batches(text, order="tracks", batch_size=16, seq_len=8)
     init = functools.partial(init_state, model, tx, config, jax.random.key(config.seed))
     if mode == "single":
         state, step = jax.jit(init)(), jax.jit(make_step(None))
     else:
         state = jax.jit(init, out_shardings=parallel.state_sharding(mesh))()
-        step = parallel.compile_train_step(make_step, mesh, mode)
+        step = parallel.compile_train_step(make_step, mesh, "pmap" if mode == "pmap" else "jit")
     rows = []
     for _ in range(4):
-        state, numbers = step(state, next(batches))
+        batch = next(batches)
+        if mode in ("jit", "sequence"):
+            batch = parallel.put_batch(batch, mesh)
+        state, numbers = step(state, batch)
         numbers = {name: np.asarray(value).tolist() for name, value in numbers.items()}
         rows.append(numbers)
     if mode != "single":
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         for leaf in jax.tree.leaves(state.carry):
-            assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [4] * 4
+            rows_each = 8 if mode == "sequence" else 4
+            assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [rows_each] * 4
         held_out = next(batches)
         eval_step = parallel.compile_eval_step(make_eval_step(model), mesh)
         sums, _ = eval_step(state.params, held_out, None)
@@ -78,7 +83,7 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", "pmap", "sequence"])
 def test_four_devices_train_like_one(results, mode):
     """With carried state, accumulation and branch dropout; only the order of sums differs."""
     for several, one in zip(results[mode], results["single"]):
@@ -87,8 +92,9 @@ def test_four_devices_train_like_one(results, mode):
             assert several[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-def test_four_devices_evaluate_alike_in_both_modes(results):
+def test_four_devices_evaluate_alike_in_every_mode(results):
     assert results["jit"][-1] == pytest.approx(results["pmap"][-1], rel=1e-5)
+    assert results["jit"][-1] == pytest.approx(results["sequence"][-1], rel=1e-4)
 
 
 def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_batch):

@@ -8,7 +8,7 @@ A matrix state per head decays by one scalar per token; the read includes the pr
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, segments
+from gt_jax.kernels import checks, context_parallel, segments
 from gt_jax.kernels.dispatch import dispatch
 
 
@@ -27,6 +27,7 @@ def ssd(
     segment_ids: jax.Array | None = None,
     precision: str = "default",
     impl: str = "auto",
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD over a sequence; the argument order is mamba_ssm's.
 
@@ -49,6 +50,9 @@ def ssd(
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, P = 64, N = 64
             or 128), "portable" (the same for NVIDIA GPUs since compute capability 8.0: bfloat16,
             any P and N), "chunked" or "reference".
+        axis_name: of a shard_map axis whose devices hold consecutive stretches of T tokens each
+            (context parallelism), or None. initial_state is then the state before the first
+            device's tokens, the same on all, and so is the final state, after the last device's.
 
     Returns:
         y [B, T, H, P] in x.dtype, and the state after the last token [B, H, P, N] in float32
@@ -80,7 +84,13 @@ def ssd(
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
     resets = None if segment_ids is None else segments.resets(segment_ids)
     a = dt * A.astype(state_dtype)  # log decay
-    return dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision)
+    if axis_name is None:
+        return dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision)
+    state = context_parallel.ssd_state_before(
+        x, dt, a, B, initial_state, segment_ids, axis_name, precision
+    )
+    y, state = dispatch("ssd", impl, x, dt, a, B, C, D, state, resets, precision)
+    return y, context_parallel.of_last_device(state, axis_name)
 
 
 def ssd_step(

@@ -10,7 +10,7 @@ through a bonus u instead of the state:
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, segments
+from gt_jax.kernels import checks, context_parallel, segments
 from gt_jax.kernels.dispatch import dispatch
 
 
@@ -25,6 +25,7 @@ def wkv6(
     segment_ids: jax.Array | None = None,
     precision: str = "default",
     impl: str = "auto",
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 over a sequence.
 
@@ -44,6 +45,9 @@ def wkv6(
         impl: "auto", "mosaic" (Pallas kernels for Hopper GPUs: bfloat16 or float32, K and V up to
             64), "portable" (the same for NVIDIA GPUs since compute capability 8.0: bfloat16, K and
             V up to 64), "chunked" or "reference".
+        axis_name: of a shard_map axis whose devices hold consecutive stretches of T tokens each
+            (context parallelism), or None. initial_state is then the state before the first
+            device's tokens, the same on all, and so is the final state, after the last device's.
 
     Returns:
         o [B, T, H, V] in v.dtype, and the state after the last token [B, H, K, V] in float32
@@ -69,10 +73,13 @@ def wkv6(
     state_dtype = checks.state_dtype(r, k, v, w, u)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), state_dtype)
+    state = initial_state.astype(state_dtype)
     resets = None if segment_ids is None else segments.resets(segment_ids)
-    return dispatch(
-        "wkv6", impl, r, k, v, w, u, initial_state.astype(state_dtype), resets, precision
-    )
+    if axis_name is None:
+        return dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
+    state = context_parallel.wkv6_state_before(k, v, w, state, segment_ids, axis_name, precision)
+    o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
+    return o, context_parallel.of_last_device(state, axis_name)
 
 
 def wkv6_step(

@@ -1,0 +1,178 @@
+"""Context parallelism: a sequence whose tokens are spread over the devices of a shard_map axis.
+
+Each device holds T of the n T tokens. What a recurrence makes of a state by the tokens of a device
+is affine, S -> decay S + added, so devices exchange these maps instead of tokens: each composes the
+maps of the devices before it, and runs its own tokens from the state that results. The result is
+that of one device, but for the order of float sums; the exchange is n states a device, whatever T.
+
+With zero state before the device's tokens, `added` is the state after them, which one product over
+all of them gives: every token is weighed by the decays after it, exp of a sum that is at most 0.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gt_jax.kernels import segments
+from gt_jax.kernels.chunks import LOWEST_LOG_DECAY
+
+AXIS = "sequence"
+
+
+def current_axis() -> str | None:
+    """ "sequence" while a function is traced by shard_map over an axis of that name, else None."""
+    return AXIS if AXIS in jax.sharding.get_abstract_mesh().manual_axes else None
+
+
+def starts_segment(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
+    """Whether a segment starts with this device's first token.
+
+    Args:
+        segment_ids: [B, T] int, of this device's tokens, or None.
+        axis_name: of the devices.
+
+    Returns:
+        [B] bool; False on the first device, which a caller's state belongs to. None for None.
+    """
+    if segment_ids is None:
+        return None
+    before = from_device_before(segment_ids[:, -1], None, axis_name)
+    return (segment_ids[:, 0] != before) & (lax.axis_index(axis_name) > 0)
+
+
+def from_device_before(
+    x: jax.Array, first: jax.Array | None, axis_name: str, starts: jax.Array | None = None
+) -> jax.Array:
+    """What the device before this one holds in its x.
+
+    Args:
+        x: [B, ...].
+        first: [B, ...], the result on the first device; zeros if None.
+        axis_name: of the devices.
+        starts: [B] bool from `starts_segment`: where True the result is zero.
+    """
+    devices = lax.axis_size(axis_name)
+    before = lax.ppermute(x, axis_name, [(i, i + 1) for i in range(devices - 1)])
+    if first is not None:
+        before = jnp.where(lax.axis_index(axis_name) == 0, first.astype(x.dtype), before)
+    return before if starts is None else jnp.where(_per_row(starts, before), 0, before)
+
+
+def of_last_device(tree: Any, axis_name: str) -> Any:
+    """The last device's arrays, on every device."""
+    return jax.tree.map(lambda x: lax.all_gather(x, axis_name)[-1], tree)
+
+
+def wkv6_state_before(
+    k: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    axis_name: str,
+    precision: str,
+) -> jax.Array:
+    """The state of WKV6 before this device's first token.
+
+    Args:
+        k, w: [B, T, H, K] key and log decay of this device's tokens.
+        v: [B, T, H, V] value.
+        initial_state: [B, H, K, V] before the first device's first token.
+        segment_ids: [B, T] int or None.
+        axis_name: of the devices.
+        precision: as in `wkv6`.
+
+    Returns:
+        [B, H, K, V] in the dtype of initial_state.
+    """
+    dtype = initial_state.dtype
+    weights, decay = _weights_and_decay(w.astype(dtype), segment_ids)
+    added = _product("bthk,bthv->bhkv", weights * k, v, k.dtype, precision)
+    return _compose(decay[..., None], added, initial_state, segment_ids, axis_name)
+
+
+def ssd_state_before(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    B: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    axis_name: str,
+    precision: str,
+) -> jax.Array:
+    """The state of SSD before this device's first token.
+
+    Args:
+        x: [B, T, H, P] input of this device's tokens.
+        dt, a: [B, T, H] step size and log decay, in the dtype of the state.
+        B: [B, T, G, N] input projection.
+        initial_state: [B, H, P, N] before the first device's first token; zeros if None.
+        segment_ids: [B, T] int or None.
+        axis_name: of the devices.
+        precision: as in `ssd`.
+
+    Returns:
+        [B, H, P, N] in the dtype of dt.
+    """
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, H, P, N), dt.dtype)
+    weights, decay = _weights_and_decay(a, segment_ids)
+    weighed = ((weights * dt)[..., None] * x).reshape(batch, T, G, H // G, P)
+    added = _product("btghp,btgn->bghpn", weighed, B, x.dtype, precision)
+    added = added.reshape(batch, H, P, N)
+    return _compose(decay[..., None, None], added, initial_state, segment_ids, axis_name)
+
+
+def _weights_and_decay(log_decay, segment_ids):
+    """[B, T, ...] log decays -> decay after each token, [B, T, ...], and of all, [B, ...].
+
+    A token before a segment's start has weight 0, and such a start makes the whole decay 0.
+    """
+    log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
+    after = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1)) + ((0, 0),) * (log_decay.ndim - 2))
+    weights = jnp.exp(lax.cumsum(after, axis=1, reverse=True))
+    decay = jnp.exp(jnp.sum(log_decay, axis=1))
+    if segment_ids is None:
+        return weights, decay
+    starts = jnp.cumsum(segments.resets(segment_ids), axis=1)
+    counts = _per_row(starts == starts[:, -1:], weights)
+    return jnp.where(counts, weights, 0), jnp.where(_per_row(starts[:, -1] > 0, decay), 0, decay)
+
+
+def _compose(decay, added, initial_state, segment_ids, axis_name):
+    """The maps S -> decay S + added of the devices before this one, applied to initial_state."""
+    starts = starts_segment(segment_ids, axis_name)
+    if starts is not None:
+        decay = jnp.where(_per_row(starts, decay), 0, decay)
+    device = lax.axis_index(axis_name)
+
+    def through(state, map_of_device):
+        index, decay, added = map_of_device
+        return jnp.where(index < device, decay * state + added, state), None
+
+    maps = lax.all_gather((decay, added), axis_name)
+    state, _ = lax.scan(through, initial_state, (jnp.arange(lax.axis_size(axis_name)), *maps))
+    return state if starts is None else jnp.where(_per_row(starts, state), 0, state)
+
+
+def _product(equation, left, right, operands, precision):
+    """einsum in the dtype of `left`, exact unless the operands are bfloat16 by nature."""
+    rounded = operands == jnp.bfloat16 and precision == "default"
+    return lax.optimization_barrier(  # a compiler that fuses it computes it many times
+        jnp.einsum(
+            equation,
+            left,
+            right.astype(left.dtype),
+            precision=lax.Precision.DEFAULT if rounded else lax.Precision.HIGHEST,
+        )
+    )
+
+
+def _per_row(rows, like):
+    """[B, ...] -> the same with axes of size 1 up to the rank of `like`."""
+    return rows.reshape(*rows.shape, *[1] * (like.ndim - rows.ndim))
