@@ -29,7 +29,10 @@ class BlockState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One hybrid block; records activations rwkv_out, mamba_out and fused [B, T, D]."""
+    """One hybrid block; records activations rwkv_out, mamba_out and fused [B, T, D].
+
+    And the residual stream before and after it, block_stream and block_out.
+    """
 
     config: ModelConfig
     layer: int
@@ -43,6 +46,7 @@ class Block(nn.Module):
         rwkv_drop: float | jax.Array | None,
     ) -> tuple[jax.Array, BlockState]:
         c = self.config
+        record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
@@ -57,6 +61,7 @@ class Block(nn.Module):
         x = x + fused
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        record(self, block_out=x)
         return x, BlockState(rwkv_state, mamba_state, fusion_state)
 
     def _mixer(self, name):
