@@ -6,7 +6,6 @@ field, the value and the fix, before anything is loaded or compiled.
 """
 
 import dataclasses
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
+from gt_jax.config_hybrid import Debate, PartSteps
+from gt_jax.config_model import Model
 from gt_jax.errors import InputError, did_you_mean
-from gt_jax.models import ModelConfig
 from gt_jax.settings import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -31,45 +31,7 @@ from gt_jax.settings import (
     unflatten,
 )
 from gt_jax.suggestions import ELSEWHERE
-
-
-def _model_fields() -> list[tuple]:
-    """A preset, and the fields of ModelConfig to change: None means "as the preset says"."""
-    fields = [
-        ("preset", str, setting("gf-mh", "`python -m gt_jax.models` lists them all")),
-        (
-            "init_from",
-            str | None,
-            setting(
-                None,
-                "a model to continue from, as gt_jax.load takes it: the run has its weights,"
-                " architecture and tokenizer, whatever preset and data.tokenizer say",
-            ),
-        ),
-    ]
-    kinds = typing.get_type_hints(ModelConfig)
-    for field in dataclasses.fields(ModelConfig):
-        about, choices = field.metadata["about"], field.metadata["choices"]
-        within = field.metadata["within"]
-        if field.name == "dtype":
-            default, about = "auto", about + "; auto: bfloat16 on GPU and TPU, float32 on CPU"
-            choices = ("auto", *choices)
-        elif field.name in ("impl", "remat"):
-            default = field.default
-        elif field.name in ("vocab_size", "architecture"):  # from the tokenizer and the preset
-            continue
-        else:
-            default = None
-        kind = kinds[field.name] if default is not None else kinds[field.name] | None
-        fields.append((field.name, kind, setting(default, about, within, choices=choices)))
-    return fields
-
-
-_ModelFields = dataclasses.make_dataclass("_ModelFields", _model_fields(), frozen=True)
-
-
-class Model(_ModelFields):
-    """model.*: a preset, changes to it, and how to compute it."""
+from gt_jax.thresholds import STOP_RULES, split_rules
 
 
 @dataclass(frozen=True)
@@ -152,6 +114,13 @@ class Optim:
     )
     clip: float = setting(1.0, "global gradient norm; 0 turns clipping off", NOT_NEGATIVE)
     lr_multipliers: Multipliers = setting(Multipliers, "of the learning rate, by part of the model")
+    mamba_grad_scale: float = setting(
+        1.0, "of the Mamba branches' gradients, before clipping; Adam divides it out", ABOVE_ZERO
+    )
+    part_warmup_steps: PartSteps = setting(
+        PartSteps, "a longer warm-up of a part, to the same peak; 0: warmup_steps"
+    )
+    frozen_steps: PartSteps = setting(PartSteps, "first updates that leave a part as it is")
     grad_accumulation: int = setting(
         1, "microbatches per step; the gradient stays the full batch's", POSITIVE
     )
@@ -182,6 +151,15 @@ class Train:
     )
     patience: int = setting(
         0, "stop after so many evaluations without a new best; 0 for never", NOT_NEGATIVE
+    )
+    stop_rules: str = setting(
+        "",
+        "what else ends a run, with commas between: "
+        + "; ".join(f"{name}: {when}" for name, when in STOP_RULES.items()),
+        Range(
+            lambda v: set(split_rules(v)) <= set(STOP_RULES),
+            f"empty, or of {', '.join(STOP_RULES)} with commas between",
+        ),
     )
     max_nonfinite: int = setting(
         10, "stop after so many NaN or infinite steps in a row (each is skipped)", POSITIVE
@@ -242,6 +220,7 @@ class Config:
     data: Data = setting(Data, "its text")
     optim: Optim = setting(Optim, "how it learns")
     train: Train = setting(Train, "for how long, on how much")
+    debate: Debate = setting(Debate, "losses of a hybrid's branches besides the task's")
     checkpoint: Checkpoint = setting(Checkpoint, "what is saved")
     parallel: Parallel = setting(Parallel, "over which devices")
     log: Log = setting(Log, "what is logged")

@@ -25,6 +25,7 @@ from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from gt_jax.models.fusion import default_share, gate_parameters
+from gt_jax.training import debate
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step, summed_loss
@@ -33,6 +34,9 @@ _OPTIM = ("lr", "min_lr_ratio", "warmup_steps", "weight_decay")
 # Config fields in which the runs of one program may differ.
 SWEEPABLE = ("model.gate_init", *(f"optim.{field}" for field in _OPTIM))
 SWEEPABLE += tuple(f"optim.lr_multipliers.{part}" for part in ("rwkv", "mamba", "gate"))
+_DEBATE = tuple(f"{name}_weight" for name in debate.NAMES)
+_DEBATE += ("arbiter_temperature", "fade_from", "fade_to")
+SWEEPABLE += tuple(f"debate.{field}" for field in _DEBATE)
 
 # Runs side by side beyond which a large GPU would gain nothing.
 FULL = 32
@@ -103,7 +107,8 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
     for name, (config, task) in arms.items():
         model_config = make_model_config(config, task.vocab_size)
         defaults = {f: v for f, v in flatten(dataclasses.asdict(config)).items() if f in SWEEPABLE}
-        make_model(model_config)  # refuses what cannot be
+        # Refuses what cannot be.
+        debate.make_terms(make_model(model_config), _with_terms(config, sweep))
         gated = has_gate(model_config)
         if "model.gate_init" in sweep and not gated:
             raise InputError(f"model.gate_init cannot be swept for {name}, which has no gate")
@@ -113,9 +118,9 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
                 share = default_share(model_config.fusion)
             defaults["model.gate_init"] = share
             model_config = dataclasses.replace(model_config, gate_init=None)
+        config = _with_terms(config, sweep)
         shared = _with_values(config, dict.fromkeys(SWEEPABLE))
-        model = (shared.train.rwkv_dropout_start, shared.train.rwkv_dropout_end)
-        key = (model_config, model, shared.optim, shared.train, id(task))
+        key = (model_config, shared.optim, shared.train, shared.debate, id(task))
         program = programs.setdefault(key, Program([], model_config, config, task, [], []))
         program.names.append(name)
         program.points.extend(points)
@@ -139,14 +144,33 @@ def compiler_options(compile_fast: bool) -> dict:
     return options | (compilation.options(compilation.LABORATORY) or {})
 
 
+def _with_terms(config: Config, sweep: Mapping[str, Sequence]) -> Config:
+    """A Config whose debate weights are not 0 where the sweep has other values."""
+    weights = {
+        f"{name}_weight": max(sweep.get(f"debate.{name}_weight", (0,))) for name in debate.NAMES
+    }
+    weights = {field: weight for field, weight in weights.items() if weight}
+    return dataclasses.replace(config, debate=dataclasses.replace(config.debate, **weights))
+
+
 def _with_values(config: Config, values: Mapping) -> Config:
-    """A Config with some of its optim fields replaced, by tracers if need be."""
+    """A Config with some of its optim and debate fields replaced, by tracers if need be.
+
+    Debate weights of 0 stay: their terms are not computed.
+    """
     multipliers = {
         part: values[f"optim.lr_multipliers.{part}"] for part in ("rwkv", "mamba", "gate")
     }
     fields = {field: values[f"optim.{field}"] for field in _OPTIM}
     fields["lr_multipliers"] = dataclasses.replace(config.optim.lr_multipliers, **multipliers)
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
+    on = debate.active(config.debate)
+    off = {f"{name}_weight" for name in debate.NAMES if name not in on}
+    of_debate = {field: values[f"debate.{field}"] for field in _DEBATE if on and field not in off}
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, **fields),
+        debate=dataclasses.replace(config.debate, **of_debate),
+    )
 
 
 def _arrays(model_config: ModelConfig, values: Sequence[Mapping]) -> dict:

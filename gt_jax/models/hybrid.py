@@ -37,7 +37,7 @@ class Block(nn.Module):
     """One hybrid block; records activations rwkv_out, mamba_out, block_input and fused [B, T, D].
 
     The first two are what the mixers say, without the input that model.residual adds; fused is
-    before model.post_norm.
+    before model.post_norm. block_stream and block_out are the residual stream before and after.
     """
 
     config: ModelConfig
@@ -52,6 +52,7 @@ class Block(nn.Module):
         rwkv_drop: float | jax.Array | None,
     ) -> tuple[jax.Array, BlockState]:
         c = self.config
+        record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
@@ -71,6 +72,7 @@ class Block(nn.Module):
         x = x + (post_norm(c, "fused_norm")(fused) if c.post_norm else fused)
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        record(self, block_out=x)
         return x, BlockState(rwkv_state, mamba_state, fusion_state)
 
     def _mixer(self, name):

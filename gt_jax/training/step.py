@@ -7,6 +7,7 @@ devices: each part divides its sum by the whole batch's n, and parts add up.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 
 from gt_jax.config import Config
 from gt_jax.models import LanguageModel
-from gt_jax.training import optimizer
+from gt_jax.training import debate, optimizer, pace
 
 
 @flax.struct.dataclass
@@ -94,14 +95,19 @@ def make_train_step(
         axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
             batch's.
 
+    Raises:
+        InputError: the debate group asks for what the model does not have.
+
     Returns:
-        A function to jit, shard_map or pmap. Its metrics are scalars: loss (nats per token),
+        A function to jit, shard_map or pmap. Its metrics are scalars: loss (the task's, nats per
+        token; with terms of the debate group also objective, what is minimised, and debate_NAME),
         grad_norm (before clipping), grad_norm_rwkv, ..., r_m_ratio (RWKV's over Mamba's gradient
         norm), lr, tokens, skipped, skipped_in_a_row; and gate [layers], the mean gate of each block
-        that has one.
+        that has one, with gate_std [layers], its standard deviation over positions.
     """
     microbatches = config.optim.grad_accumulation
     dropout = (config.train.rwkv_dropout_start, config.train.rwkv_dropout_end)
+    make_terms = debate.make_terms(model, config)
 
     def over_devices(reduce, tree):
         return reduce(tree, axis_name) if axis_name else tree
@@ -125,21 +131,31 @@ def make_train_step(
                 mutable=["activations"],
                 method="loss",
             )
-            loss = output.nats / jnp.maximum(tokens, 1)
-            return loss, (mean_gates(sown), None if carry is None else output.state)
+            loss = objective = output.nats / jnp.maximum(tokens, 1)
+            terms = {}
+            if make_terms is not None:
+                sums = make_terms(params, sown, batch.targets)
+                terms = {name: x / jnp.maximum(tokens, 1) for name, x in sums.items()}
+                extra = debate.weighted(config.debate, state.step, config.train.steps, terms)
+                objective = loss + extra
+                terms = {f"debate_{name}": x for name, x in terms.items()}
+                terms["objective"] = objective
+            carry = None if carry is None else output.state
+            return objective, (loss, terms, gate_moments(sown), carry)
 
         def add_microbatch(grads, part):
-            (loss, aux), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, *part)
-            return jax.tree.map(jnp.add, grads, more), (loss, *aux)
+            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, *part)
+            return jax.tree.map(jnp.add, grads, more), aux
 
-        grads, (losses, gates, carry) = jax.lax.scan(
+        grads, (losses, terms, gates, carry) = jax.lax.scan(
             add_microbatch,
             jax.tree.map(jnp.zeros_like, state.params),
             (jnp.arange(microbatches), *_split((batch, state.carry), microbatches)),
             unroll=microbatches == 1,
         )
-        loss, grads = over_devices(jax.lax.psum, (losses.sum(), grads))
-        grads = optimizer.join(grads)
+        terms = jax.tree.map(jnp.sum, terms)
+        loss, terms, grads = over_devices(jax.lax.psum, (losses.sum(), terms, grads))
+        grads = pace.scaled(optimizer.join(grads), config.optim)
         norms = optimizer.norms(grads)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
@@ -147,6 +163,8 @@ def make_train_step(
         # A step that is not finite leaves no trace but its count, the carried state included.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+        done = state.step - state.skipped
+        updates = pace.paced(updates, config.optim, done, schedule(done))
         params = optax.apply_updates(state.params, updates)
         average, decay = state.average, config.optim.ema
         if average is not None:
@@ -169,16 +187,21 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "lr": schedule(state.step - state.skipped),
+            "lr": schedule(done),
             "tokens": tokens,
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
-        metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        metrics |= terms | {f"grad_norm_{name}": norm for name, norm in norms.items()}
         if "rwkv" in norms and "mamba" in norms:
             metrics["r_m_ratio"] = norms["rwkv"] / norms["mamba"]
         if gates is not None:
-            metrics["gate"] = over_devices(jax.lax.pmean, gates.mean(0))  # [layers]
+            means, variances = gates.swapaxes(0, 1)  # [microbatches, layers] each
+            over_all = functools.partial(over_devices, jax.lax.pmean)
+            mean = over_all(means.mean(0))
+            between = jnp.square(means - mean).mean(0)
+            metrics["gate"] = mean
+            metrics["gate_std"] = jnp.sqrt(over_all(variances.mean(0) + between))
         return new_state, metrics
 
     return train_step
@@ -202,15 +225,23 @@ def make_eval_step(model: LanguageModel) -> Callable:
     return eval_step
 
 
-def mean_gates(sown: Any) -> jax.Array | None:
-    """[layers] float32 mean gate of each block in depth order, None where no block has a gate."""
+def gate_moments(sown: Any) -> jax.Array | None:
+    """[2, layers] float32 of each block's gate in depth order, None where no block has one.
+
+    First its mean; then the variance over positions of its mean over channels, NaN for a gate that
+    is the same at every position.
+    """
     gates = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
         names = [str(getattr(key, "key", "")) for key in path]
         if "gate" in names:
             block = next(name for name in names if name.startswith("blocks_"))
-            gates[int(block.removeprefix("blocks_"))] = jnp.mean(leaf, dtype=jnp.float32)
-    return jnp.stack([gates[layer] for layer in sorted(gates)]) if gates else None
+            variance = jnp.float32(jnp.nan)
+            if leaf.ndim == 3:
+                variance = jnp.var(jnp.mean(leaf, axis=-1, dtype=jnp.float32))
+            mean = jnp.mean(leaf, dtype=jnp.float32)
+            gates[int(block.removeprefix("blocks_"))] = jnp.stack([mean, variance])
+    return jnp.stack([gates[layer] for layer in sorted(gates)], axis=1) if gates else None
 
 
 def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:

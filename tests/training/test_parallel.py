@@ -21,7 +21,7 @@ from gt_jax.config import default_config
 from gt_jax.config import from_config_dict
 from gt_jax.data import make_batches
 from gt_jax.models import make_config, make_model
-from gt_jax.training import parallel
+from gt_jax.training import debate, parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
@@ -29,6 +29,7 @@ config = default_config()
 config.update_from_flattened_dict({
     "train.batch_size": 16, "train.seq_len": 8, "optim.grad_accumulation": 2,
     "train.carry_state": True, "data.order": "tracks", "train.rwkv_dropout_start": 0.3,
+    **{f"debate.{name}_weight": 0.1 for name in debate.NAMES},
 })
 config = from_config_dict(config)
 model = make_model(make_config("gf-mh", vocab_size=20, dim=32, layers=1, heads=2, state_size=8))
@@ -85,7 +86,10 @@ def results():
 
 @pytest.mark.parametrize("mode", ["jit", "pmap", "sequence"])
 def test_four_devices_train_like_one(results, mode):
-    """With carried state, accumulation and branch dropout; only the order of sums differs."""
+    """With carried state, accumulation, branch dropout and every auxiliary loss.
+
+    Only the order of sums differs.
+    """
     for several, one in zip(results[mode], results["single"]):
         assert several.keys() == one.keys()
         for name in one:
