@@ -1,7 +1,7 @@
 """What a run is made of, from its config and the checkpoint that it continues from."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     text: Text
     fingerprint: str  # of the text's tokens
     batches: Any  # endless, for training
-    held_out: list  # batches of an evaluation
+    held_out: Sequence  # batches of an evaluation
     per_token: float  # characters
     model: Any
     model_config: ModelConfig
