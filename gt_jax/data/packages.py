@@ -7,7 +7,6 @@ index or a mirror of it can be reached.
 import contextlib
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
