@@ -14,8 +14,8 @@ import gt_jax
 from gt_jax.errors import did_you_mean
 
 PROGRAMS = (
-    *("train", "evaluate", "generate", "serve", "inspect", "convert"),
-    *("models", "canaries", "harness"),
+    *("prepare", "train", "evaluate", "generate", "serve", "inspect", "convert"),
+    *("models", "canaries", "harness", "corpus"),
 )
 
 

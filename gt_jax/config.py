@@ -39,10 +39,19 @@ class Data:
     """data.*: the text, its tokens, and their order."""
 
     source: str = setting(
-        "shakespeare", "shakespeare, shakespeare-all, a file, a folder, or tfds:NAME"
+        "shakespeare",
+        "shakespeare, shakespeare-all, a file, a folder, tfds:NAME, a folder that"
+        " `python -m gt_jax.prepare` made, or several of these as DIR:WEIGHT,DIR:WEIGHT",
+    )
+    validation_source: str = setting(
+        "", "another source that validates; empty: data.source has a part that does"
     )
     field: str = setting("text", "the text field of JSONL lines and TFDS examples")
-    tokenizer: str = setting("char", "char, char97 (32 reserved ids first) or sentencepiece")
+    tokenizer: str = setting(
+        "char",
+        "char, char97 (32 reserved ids first), sentencepiece, or a file: tokenizer.json,"
+        " SentencePiece .model, RWKV vocabulary; prepared folders bring their own",
+    )
     vocab_size: int = setting(4096, "of a SentencePiece tokenizer; characters need none", POSITIVE)
     order: str = setting(
         "windows",

@@ -27,6 +27,7 @@ from absl import flags as absl_flags
 
 from gt_jax import checkpoint, cli, kernels
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
+from gt_jax.data import beginning, count_tokens
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
@@ -78,7 +79,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
             return progress
 
         job = prepare(config, workdir, mesh, about)
-        prompt = job.text.tokens.validation[0][:16]
+        prompt = beginning(job.text.tokens.validation, 16)
         if config.train.sample_prompt:
             named = "train.sample_prompt"
             prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
@@ -162,7 +163,11 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                 with speed.paused(state), contextlib.suppress(Interrupted):
                     batches = stop.until(job.held_out)
                     measured = evaluate(
-                        job.eval_step, state.evaluated, batches, carry=carry, per_token=job.per_token
+                        job.eval_step,
+                        state.evaluated,
+                        batches,
+                        carry=carry,
+                        per_token=job.per_token,
                     )
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
@@ -238,7 +243,7 @@ def _introduce(job: Job, start: int) -> None:
             name, reason = model_config.impl, "set by model.impl"
         say(f"{op + ':':8}{name} ({reason})")
     tokens, kind = text.tokens, text.tokenizer.kind
-    sizes = [sum(map(len, documents)) for documents in (tokens.train, tokens.validation)]
+    sizes = [count_tokens(documents) for documents in (tokens.train, tokens.validation)]
     say(
         f"data:   {text.corpus.name}, {sizes[0]:,} tokens to train on and {sizes[1]:,} to "
         f"validate; vocabulary of {text.tokenizer.vocab_size} ({kind})"

@@ -27,9 +27,17 @@ from gt_jax.models.rwkv6 import hidden_dim, mix_rank
 
 FILE = "modeling_gt_jax.py"
 # In this order; a definition may use those of every other part.
-PARTS = """
-    layers rwkv6 mamba2 legacy fusions hybrid language_model attention causal_lm
-""".split()
+PARTS = [
+    "layers",
+    "rwkv6",
+    "mamba2",
+    "legacy",
+    "fusions",
+    "hybrid",
+    "language_model",
+    "attention",
+    "causal_lm",
+]
 BLOCKS = {
     "hybrid": "HybridBlock",
     "rwkv6": "RWKV6Block",
@@ -206,11 +214,27 @@ def _rule(path: str) -> Rule:
 # Fields of ModelConfig that are of training or of this machine, not of the model.
 _NOT_STORED = ("dtype", "impl", "remat")
 # Those that the PyTorch file has a form for. Any other must have its default.
-_FORMS = """
-    vocab_size architecture dim layers heads state_size mamba_head_dim mamba_groups mix_rank
-    decay_rank fusion gate_init branches branch legacy_wkv init tie_embeddings feed_forward
-    max_positions
-""".split()
+_FORMS = [
+    "vocab_size",
+    "architecture",
+    "dim",
+    "layers",
+    "heads",
+    "state_size",
+    "mamba_head_dim",
+    "mamba_groups",
+    "mix_rank",
+    "decay_rank",
+    "fusion",
+    "gate_init",
+    "branches",
+    "branch",
+    "legacy_wkv",
+    "init",
+    "tie_embeddings",
+    "feed_forward",
+    "max_positions",
+]
 
 
 def _stored(config: ModelConfig) -> dict[str, Any]:

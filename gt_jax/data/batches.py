@@ -1,43 +1,36 @@
 """Token ids to batches: shuffled windows, contiguous tracks, and the windows of an evaluation.
 
-Documents lie end to end in one stream of N tokens. A row of a batch is a position s in it: the
-inputs are tokens s .. s+T-1, the targets s+1 .. s+T. A target in another document than its input,
-or past the end, is -1 and does not count.
+Documents lie end to end in one stream of N tokens, in memory or in shards on disk. A row of a batch
+is a position s in it: the inputs are tokens s .. s+T-1, the targets s+1 .. s+T. A target in another
+document than its input, or past the end, is -1 and does not count.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from gt_jax.data.mapped import MappedTokens
+from gt_jax.data.order import MixedWindows
+from gt_jax.data.streams import Batch, MappedStream, Steps, Stream
 from gt_jax.data.tokenizers import CorpusTokens
 from gt_jax.errors import InputError
 
 
-class Batch(NamedTuple):
-    """B rows of T tokens.
-
-    Attributes:
-        inputs: [B, T] int32 token ids.
-        targets: [B, T] int32, the next token; -1 does not count.
-        segment_ids: [B, T] int32, another number for another document; None where no row of any
-            batch crosses from one document to the next.
-        resets: [B] bool, True where a carried state must be zeroed before this row.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray | None
-    resets: np.ndarray
-
-
 def make_batches(
-    tokens: Iterable[np.ndarray], *, order: str, batch_size: int, seq_len: int, seed: int = 0
+    tokens: Iterable[np.ndarray],
+    *,
+    order: str,
+    batch_size: int,
+    seq_len: int,
+    seed: int = 0,
+    rows: slice = slice(None),
 ) -> "Batches":
     """Endless training batches.
 
     Args:
-        tokens: one [n] int32 array a document, e.g. `CorpusTokens.train`.
+        tokens: one [n] int32 array a document, e.g. `CorpusTokens.train`; MappedTokens stay on
+            disk, and of those of a mixture every source has its share of the windows.
         order: "windows": every epoch cuts the stream into windows, beginning at another token, and
             shuffles them, both by (seed, epoch) alone; no row continues another. "tracks":
             batch_size equal stretches of the stream are read side by side, each batch beginning
@@ -45,6 +38,7 @@ def make_batches(
         batch_size: rows, B.
         seq_len: tokens in a row, T.
         seed: of the windows.
+        rows: of each batch, those that are made; a host may need no others.
 
     Returns:
         A Batches iterator. What does not fill a batch at the end of an epoch is left out; windows
@@ -55,15 +49,27 @@ def make_batches(
     """
     if order not in _PLANS:
         raise InputError(f"data.order={order!r} must be one of {', '.join(_PLANS)}")
-    stream = _Stream(tokens)
-    rows = batch_size if order == "tracks" else 1
-    if stream.size < rows * (seq_len + 1):
+    mapped = isinstance(tokens, MappedTokens)
+    stream = MappedStream(tokens) if mapped else Stream(tokens)
+    sizes = [size for _, size, _ in tokens.parts] if mapped else [stream.size]
+    if order == "tracks" and len(sizes) > 1:
+        raise InputError(
+            "data.order=tracks reads one source and data.source names several; set "
+            "data.order=windows"
+        )
+    least = seq_len + 1 if order == "windows" else batch_size * (seq_len + 1)
+    if min(sizes) < least:
         lower = "it or train.batch_size" if order == "tracks" else "it"
         raise InputError(
-            f"train.seq_len={seq_len} needs {rows * (seq_len + 1)} training tokens for data.order="
-            f"{order} and data.source has {stream.size}; lower {lower}, or name a longer text"
+            f"train.seq_len={seq_len} needs {least} training tokens for data.order="
+            f"{order} and data.source has {min(sizes)}; lower {lower}, or name a longer text"
         )
-    return Batches(stream, order, batch_size, seq_len, seed)
+    if mapped and order == "windows":
+        windows = MixedWindows(tokens.parts, batch_size, seq_len, seed)
+        plan = windows.epoch
+    else:
+        plan = lambda epoch: _PLANS[order](stream.size, batch_size, seq_len, [seed, epoch])
+    return Batches(stream, plan, order, batch_size, seq_len, seed, rows)
 
 
 class Batches:
@@ -73,8 +79,17 @@ class Batches:
         tokens_per_epoch: targets in the first epoch; another may have one batch more or less.
     """
 
-    def __init__(self, stream: "_Stream", order: str, batch_size: int, seq_len: int, seed: int):
-        self._stream = stream
+    def __init__(
+        self,
+        stream: Stream | MappedStream,
+        plan: Callable[[int], Any],
+        order: str,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        rows: slice,
+    ):
+        self._stream, self._rows = stream, rows
         self._setting = {
             "data.order": order,
             "train.batch_size": batch_size,
@@ -82,12 +97,12 @@ class Batches:
             "seed": seed,
             "training tokens": stream.size,
         }
-        self._plan = lambda epoch: _PLANS[order](stream.size, batch_size, seq_len, [seed, epoch])
+        self._plan = plan  # epoch -> [batches, B] starts
         self._seq_len = seq_len
         self._carried = order == "tracks"
         self._go_to(epoch=0, index=0)
         self._crossing = stream.crosses(self._starts, seq_len) if self._carried else stream.several
-        self.tokens_per_epoch = self._starts.size * seq_len
+        self.tokens_per_epoch = len(self._starts) * batch_size * seq_len
 
     def __iter__(self):
         return self
@@ -96,7 +111,7 @@ class Batches:
         """The next Batch."""
         if self._index == len(self._starts):
             self._go_to(self._epoch + 1, 0)
-        starts = self._starts[self._index]
+        starts = self._starts[self._index][self._rows]
         resets = self._index == 0 or not self._carried
         self._index += 1
         return self._stream.batch(starts, self._seq_len, resets=resets, crossing=self._crossing)
@@ -132,7 +147,7 @@ def evaluation_batches(
     seq_len: int,
     max_tokens: int = 0,
     carry: bool = False,
-) -> list[Batch]:
+) -> Sequence[Batch]:
     """Batches that count every target of a split once.
 
     Args:
@@ -144,12 +159,17 @@ def evaluation_batches(
             whose state the next batch continues (see `Batch.resets`).
 
     Returns:
-        A list of Batch, the last filled up with targets of -1.
+        A list of Batch, the last filled up with targets of -1; of MappedTokens a sequence that
+        makes each when asked for it.
 
     Raises:
         InputError: fewer than two tokens.
     """
-    stream = _Stream(tokens, max_tokens + 1 if max_tokens else None)
+    stop = max_tokens + 1 if max_tokens else None
+    if isinstance(tokens, MappedTokens):
+        stream = MappedStream(tokens.head(stop) if stop else tokens)
+    else:
+        stream = Stream(tokens, stop)
     last = stream.size - 1  # has no target
     if last < 1:
         raise InputError(
@@ -159,17 +179,38 @@ def evaluation_batches(
     row = np.arange(batch_size)
     if carry:
         track = -(-last // batch_size)
-        starts = row * track + np.arange(0, track, seq_len)[:, None]  # [batches, B]
+        starts = Steps(row * track, seq_len, -(-track // seq_len))
         stops = np.minimum((row + 1) * track, last)
     else:
-        batches = -(-last // (batch_size * seq_len))
-        starts = np.arange(batches * batch_size).reshape(batches, batch_size) * seq_len
+        rows = batch_size * seq_len
+        starts = Steps(row * seq_len, rows, -(-last // rows))
         stops = np.full(batch_size, last)
-    crossing = stream.crosses(starts, seq_len)
-    return [
-        stream.batch(s, seq_len, resets=i == 0 or not carry, crossing=crossing, stops=stops)
-        for i, s in enumerate(starts)
-    ]
+    batches = _Evaluation(stream, starts, seq_len, carry, stops)
+    return batches if isinstance(stream, MappedStream) else list(batches)
+
+
+class _Evaluation(Sequence[Batch]):
+    """The batches of an evaluation, made when asked for."""
+
+    def __init__(self, stream, starts, seq_len, carry, stops):
+        self._stream, self._starts, self._seq_len = stream, starts, seq_len
+        self._carry, self._stops = carry, stops
+        self._crossing = stream.crosses(starts, seq_len)
+
+    def __len__(self):
+        return len(self._starts)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[n] for n in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return self._stream.batch(
+            self._starts[i],
+            self._seq_len,
+            resets=i == 0 or not self._carry,
+            crossing=self._crossing,
+            stops=self._stops,
+        )
 
 
 def track_split(
@@ -204,39 +245,6 @@ def track_split(
     return CorpusTokens(tuple(tracks[:, :cut]), tuple(tracks[:, cut:]))
 
 
-class _Stream:
-    """Documents end to end."""
-
-    def __init__(self, documents, size=None):
-        documents = list(documents)
-        lengths = [len(d) for d in documents]
-        self._tokens = np.concatenate([np.zeros(0, np.int32), *documents])[:size]  # [N]
-        self._document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:size]  # [N]
-        self.size = len(self._tokens)
-        self.several = self.size > 0 and self._document[0] != self._document[-1]
-
-    def crosses(self, starts, seq_len):
-        """Whether any row of inputs that begins at one of starts enters another document."""
-        first, last = (np.minimum(s, self.size - 1) for s in (starts, starts + seq_len - 1))
-        return bool((self._document[first] != self._document[last]).any())
-
-    def batch(self, starts, seq_len, *, resets, crossing, stops=None):
-        """The rows that begin at starts [B]; targets of inputs from stops [B] on do not count."""
-        place = starts[:, None] + np.arange(seq_len + 1)  # [B, T + 1]
-        within = np.minimum(place, self.size - 1)
-        tokens, document = self._tokens[within], self._document[within]
-        counts = document[:, 1:] == document[:, :-1]
-        if stops is not None:
-            counts &= place[:, :-1] < stops[:, None]
-        before = self._document[np.maximum(within[:, 0] - 1, 0)]
-        return Batch(
-            inputs=tokens[:, :-1],
-            targets=np.where(counts, tokens[:, 1:], np.int32(-1)),
-            segment_ids=document[:, :-1] if crossing else None,
-            resets=(document[:, 0] != before) | resets,
-        )
-
-
 def _windows(size, batch_size, seq_len, seed):
     """[batches, B] starts of shuffled windows, the first window at a random place."""
     rng = np.random.default_rng(seed)
@@ -250,7 +258,7 @@ def _tracks(size, batch_size, seq_len, seed):
     """[batches, B] starts along B tracks; the same in every epoch."""
     track = size // batch_size
     steps = (track - 1) // seq_len  # the last target lies in its own track
-    return np.arange(batch_size) * track + np.arange(steps)[:, None] * seq_len
+    return Steps(np.arange(batch_size) * track, seq_len, steps)
 
 
 _PLANS = {"windows": _windows, "tracks": _tracks}

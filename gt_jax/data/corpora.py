@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from gt_jax.data.files import read_path, text_field
+from gt_jax.data.files import Texts, read_path, text_field
 from gt_jax.errors import InputError, did_you_mean
 
 
@@ -30,7 +30,13 @@ class Corpus(NamedTuple):
     note: str | None = None
 
 
-def load_corpus(source: str, *, field: str = "text", validation_fraction: float = 0.1) -> Corpus:
+def load_corpus(
+    source: str,
+    *,
+    field: str = "text",
+    validation_fraction: float = 0.1,
+    validation_source: str = "",
+) -> Corpus:
     """Loads text and splits it.
 
     The last `validation_fraction` validates: of the characters when the corpus is one document, of
@@ -47,6 +53,8 @@ def load_corpus(source: str, *, field: str = "text", validation_fraction: float 
             Python 3.14 on or with the package zstandard.
         field: where the text is in a JSON object, a Parquet table or a TFDS example.
         validation_fraction: between 0 and 1, both excluded.
+        validation_source: another source that validates, see `load_held_out`; all of `source`
+            trains then, except splits of its own that validate or test.
 
     Returns:
         A Corpus. Empty documents are dropped.
@@ -59,21 +67,46 @@ def load_corpus(source: str, *, field: str = "text", validation_fraction: float 
         raise InputError(
             f"data.validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.1"
         )
-    if source.startswith("tfds:"):
-        return _load_tfds(source, field, validation_fraction)
-    if source in _SHAKESPEARE:
-        documents, note = _load_shakespeare(source)
-    else:
-        hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
-        documents, held_out, note = read_path(source, field, unknown=hint)
-        if held_out is not None:
-            train, validation = _without_empty(documents), _without_empty(held_out)
-            for name, split in (("train", train), ("validate", validation)):
-                if not split:
-                    raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
-            return Corpus(source, train, validation, note)
-    train, validation = _split(source, documents, validation_fraction)
+    documents, held_out, note = _read(source, field)
+    if validation_source:
+        held_out = load_held_out(validation_source, field)
+        note = f"validates on {validation_source}"
+    if held_out is None:
+        train, validation = _split(source, documents, validation_fraction)
+        return Corpus(source, train, validation, note)
+    train, validation = _without_empty(documents), _without_empty(held_out)
+    for name, split in (("train", train), ("validate", validation)):
+        if not split:
+            raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
     return Corpus(source, train, validation, note)
+
+
+def load_held_out(source: str, field: str = "text") -> tuple[str, ...]:
+    """The documents of data.validation_source: its validation split where it has one, else all.
+
+    Raises:
+        InputError: the text cannot be read, or there is none.
+    """
+    try:
+        documents, held_out, _ = _read(source, field)
+    except InputError as error:  # names the field that names a text in all other cases
+        said = str(error).replace("data.source=", "data.validation_source=", 1)
+        raise InputError(said) from error
+    found = _without_empty(documents if held_out is None else held_out)
+    if not found:
+        raise InputError(f"data.validation_source={source!r} holds no text; name one with some")
+    return found
+
+
+def _read(source, field) -> Texts:
+    """The documents of any source."""
+    if source.startswith("tfds:"):
+        return _load_tfds(source, field)
+    if source in SHAKESPEARE:
+        documents, note = load_shakespeare(source)
+        return Texts(documents, None, note)
+    hint = did_you_mean(source, SHAKESPEARE) or f"; name one, or {' or '.join(SHAKESPEARE)}"
+    return read_path(source, field, unknown=hint)
 
 
 def _split(source, documents, validation_fraction) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -109,7 +142,7 @@ _NINE_PLAYS = (
     "the-taming-of-the-shrew",
     "the-tempest",
 )
-_SHAKESPEARE = {  # sha256 of the assembled text
+SHAKESPEARE = {  # sha256 of the assembled text
     "shakespeare": "0988d4f8e8336361460b87bd577f1c60a453a105aee53c58eb3e408f1efcc417",
     "shakespeare-all": "a8f2b82c7e7e9e79e5b26acc8cdf5a0c09525438d38004f6756218fb3454025a",
 }
@@ -123,9 +156,9 @@ _MISPRINTS = (  # speakers without a speaker's mark in the Markdown
 _DIRECTION = re.compile(r"_*\[[^]]*\]?_*|_+[^_]*_+|\*[^*]*\*")
 
 
-def _load_shakespeare(name):
-    """(documents, note), from the user's cache when it holds the right text."""
-    sha256 = _SHAKESPEARE[name]
+def load_shakespeare(name: str) -> tuple[list[str], str | None]:
+    """(documents, note) of a key of SHAKESPEARE, from the user's cache if it has the right text."""
+    sha256 = SHAKESPEARE[name]
     path = _cache_folder() / f"{name}.txt"
     try:
         cached = path.read_bytes()
@@ -210,8 +243,8 @@ def plain_speech(markdown: str) -> str:
 # TFDS, through array_record files: that needs no TensorFlow.
 
 
-def _load_tfds(source, field, validation_fraction):
-    """A TensorFlow Datasets set as a Corpus; downloaded and prepared when it is not on disk."""
+def _load_tfds(source, field) -> Texts:
+    """The documents of a TensorFlow Datasets set, downloaded and prepared if not on disk."""
     instead = "or use data.source=shakespeare or a file path, which need no network"
     try:
         import tensorflow_datasets as tfds
@@ -245,13 +278,10 @@ def _load_tfds(source, field, validation_fraction):
     def read(split):
         # The decorator of TFDS hides the argument from type checkers.
         rows = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-        return (text_field(f"data.source={source!r}", row, field) for row in rows)
+        return [text_field(f"data.source={source!r}", row, field) for row in rows]
 
     held_out = next((name for name in ("validation", "test") if name in splits), None)
-    if held_out is None:
-        train, validation = _split(source, read("train"), validation_fraction)
-        return Corpus(source, train, validation)
-    return Corpus(source, _without_empty(read("train")), _without_empty(read(held_out)))
+    return Texts(read("train"), read(held_out) if held_out else None, None)
 
 
 def _is_online():

@@ -16,6 +16,7 @@ from gt_jax.data.splits import named_splits
 from gt_jax.errors import InputError, one_line
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
+PREPARED_TOKENIZER = "tokenizer.gt_jax.json"  # in a folder that gt_jax.prepare made
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
 _TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -39,7 +40,7 @@ def read_path(source: str, field: str, *, unknown: str) -> Texts:
     Raises:
         InputError: nothing there, not a regular file, not text, damaged, longer than memory.
     """
-    name = f"data.source={_short(source)}"
+    name = f"data.source={short(source)}"
     if not source.strip():
         raise InputError(f"{name} is empty{unknown}")
     try:
@@ -77,44 +78,50 @@ def small(path: Path, most: int = 1 << 28) -> Path:
 
 
 def _read_folder(folder, source, field):
-    files = sorted(f for f in folder.rglob("*") if _kind(f)[0] in KINDS and f.is_file())
+    files = sorted(f for f in folder.rglob("*") if kind_of(f)[0] in KINDS and f.is_file())
     if not files:
+        if (folder / PREPARED_TOKENIZER).exists():
+            raise InputError(
+                f"data.source={short(source)} is a prepared folder, whose text is tokens already; "
+                "only training reads it"
+            )
         raise InputError(
-            f"data.source={_short(source)} holds no .txt or .jsonl file, and no .parquet; add one"
+            f"data.source={short(source)} holds no .txt or .jsonl file, and no .parquet; add one"
         )
     read = lambda files: [document for file in files for document in _read_file(file, field)[0]]
-    splits = named_splits(source, {file: file.relative_to(folder) for file in files}, stem_of)
+    where = f"data.source={source!r}"
+    splits = named_splits(where, {file: file.relative_to(folder) for file in files}, stem_of)
     if splits is None:
         return Texts(read(files), None, None)
     held_out = read(splits.validation) if splits.validation else None
     return Texts(read(splits.train), held_out, splits.note)
 
 
-def _kind(path):
+def kind_of(path: Path) -> tuple[str, str]:
     """(".txt" or another suffix, ".gz" or another packing or ""), in lower case."""
     name = path.name.lower()
-    packing = next((suffix for suffix in _UNPACK if name.endswith(suffix)), "")
+    packing = next((suffix for suffix in UNPACK if name.endswith(suffix)), "")
     return Path(name.removesuffix(packing)).suffix, packing
 
 
 def stem_of(path: Path) -> str:
     """The name of a file without its kind and packing, in lower case."""
-    return Path(path.name.lower().removesuffix(_kind(path)[1])).stem
+    return Path(path.name.lower().removesuffix(kind_of(path)[1])).stem
 
 
 def _read_file(path, field):
     """(documents, note) of one regular file."""
-    kind, packing = _kind(path)
-    where = f"data.source={_short(str(path))}"
-    if kind in _ARCHIVES or packing in _ARCHIVES:
+    kind, packing = kind_of(path)
+    where = f"data.source={short(str(path))}"
+    if kind in ARCHIVES or packing in ARCHIVES:
         raise InputError(f"{where} is an archive; unpack it and name the folder")
     if kind == ".parquet" and not packing:
         return _read_parquet(path, where, field), None
     data = _read_bytes(path, where, packing)
-    text = _decode(data, where)
+    text = decode(data, where)
     if kind == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
-        return [_read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
+        return [read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
     if hashlib.sha256(data).hexdigest() == _TINY_SHAKESPEARE:
         return [text], "this is tiny Shakespeare: results compare with published numbers"
     return [text], None
@@ -126,10 +133,9 @@ def _read_bytes(path, where, packing):
         with path.open("rb") as raw:
             limit = _memory()
             if packing:
-                packed = os.fstat(raw.fileno()).st_size
-                limit = min(limit, max(PACKED_FLOOR, PACKED_RATIO * packed))
+                limit = min(limit, most_unpacked(os.fstat(raw.fileno()).st_size))
             data = bytearray()
-            with _UNPACK[packing](raw, where) if packing else raw as file:
+            with UNPACK[packing](raw, where) if packing else raw as file:
                 while part := file.read(2**20):
                     data += part
                     if len(data) > limit:
@@ -141,21 +147,28 @@ def _read_bytes(path, where, packing):
                             "text"
                         )
             return bytes(data)
-    except InputError:
-        raise
     except MemoryError as error:
         raise InputError(f"{where} does not fit into memory; name a shorter text") from error
-    except Exception as error:  # every library of a packing has errors of its own
-        if packing and getattr(error, "errno", None) is None:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{where} is no {packing} file, or damaged ({reason}); pack it again"
-            ) from error
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(
-            f"{where} cannot be read ({error.strerror}); change its permissions"
-        ) from error
+    except Exception as error:
+        raise unreadable(error, where, packing) from error
+
+
+def unreadable(error: Exception, where: str, packing: str) -> Exception:
+    """What to raise when reading a file failed with an error; `packing` as of `kind_of`."""
+    if isinstance(error, InputError):
+        return error
+    # Every library of a packing has errors of its own.
+    if packing and getattr(error, "errno", None) is None:
+        reason = " ".join(str(error).split())
+        return InputError(f"{where} is no {packing} file, or damaged ({reason}); pack it again")
+    if not isinstance(error, OSError):
+        return error
+    return InputError(f"{where} cannot be read ({error.strerror}); change its permissions")
+
+
+def most_unpacked(packed: int) -> int:
+    """Bytes that a packed file of so many bytes may unpack to; more is taken for a bomb."""
+    return max(PACKED_FLOOR, PACKED_RATIO * packed)
 
 
 def _memory():
@@ -182,13 +195,13 @@ def _zstd(raw, where):
     return zstd.ZstdFile(raw)
 
 
-_UNPACK = {
+UNPACK = {
     ".gz": lambda raw, where: gzip.GzipFile(fileobj=raw),
     ".bz2": lambda raw, where: bz2.BZ2File(raw),
     ".xz": lambda raw, where: lzma.LZMAFile(raw),  # noqa: SIM115  the caller closes it
     ".zst": _zstd,
 }
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _MAGIC = {  # how data begins that is no text -> what it is, and what to do
     b"\x1f\x8b": "is packed by gzip; end its name in .gz",
     b"\x28\xb5\x2f\xfd": "is packed by zstd; end its name in .zst",
@@ -202,17 +215,26 @@ _MAGIC = {  # how data begins that is no text -> what it is, and what to do
 }
 
 
-def _decode(data, where):
-    """The text of bytes of UTF-8, without a byte order mark."""
-    for start, what in _MAGIC.items():
-        if data.startswith(start) and not (start.isascii() and _is_text(data)):
-            raise InputError(f"{where} {what}")
+def decode(data: bytes, where: str) -> str:
+    """The text of bytes of UTF-8, without a byte order mark.
+
+    Raises:
+        InputError: they are something else; `where` begins the message.
+    """
+    refuse_other_kinds(data, where)
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where} is not UTF-8 at byte {error.start}; convert it, e.g. with `iconv -t UTF-8`"
         ) from error
+
+
+def refuse_other_kinds(data: bytes, where: str) -> None:
+    """Raise InputError if a file that begins with these bytes is packed, an archive or UTF-16."""
+    for start, what in _MAGIC.items():
+        if data.startswith(start) and not (start.isascii() and _is_text(data)):
+            raise InputError(f"{where} {what}")
 
 
 def _is_text(data):
@@ -222,8 +244,12 @@ def _is_text(data):
         return False
 
 
-def _read_json(where, line, field):
-    """The text of one line of JSONL."""
+def read_json(where: str, line: str | bytes, field: str) -> str:
+    """The text of one line of JSONL.
+
+    Raises:
+        InputError: there is none; `where` begins the message.
+    """
     try:
         row = json.loads(line)
     except RecursionError as error:
@@ -285,6 +311,6 @@ def _read_parquet(path, where, field):
     return documents
 
 
-def _short(text):
+def short(text: str) -> str:
     """repr of a path, of a name too long its end."""
     return repr(text if len(text) <= 300 else f"...{text[-200:]}")

@@ -76,7 +76,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         check_text(text)
         with _one_line("cannot encode this text"):
-            return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
+            # Without offsets, twice as fast; the ids are the same.
+            [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+            return np.array(found.ids, np.int32)
 
     def encode_after(self, text: str, before: str) -> np.ndarray:
         """[n] int32 ids of a text that follows another; `before` is the end of that.

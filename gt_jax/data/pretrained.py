@@ -151,14 +151,39 @@ def read_tokenizer(path: str | Path | None, folder: str | Path, vocab_size: int)
     if path is None:
         return IdTokenizer(vocab_size, of_model)
     try:
-        text = small(Path(path)).read_text(encoding="utf-8")
-        if Path(path).suffix != ".json":
-            return WorldTokenizer(WorldTokenizer.pack(text), of_model)
-        return _read_hugging_face(text, tokenizer_settings(Path(path).parent), of_model, vocab_size)
+        return _read_file(Path(path), of_model, vocab_size)
     except (OSError, UnicodeDecodeError, InputError) as error:
         raise InputError(
             f"{path} is no tokenizer ({error}); --tokenizer=ids does without"
         ) from error
+
+
+def read_tokenizer_file(path: str | Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json or an RWKV vocabulary file, of no model in particular.
+
+    The end of a text is what tokenizer_config.json or config.json beside the file say, else a token
+    of the vocabulary that is known to mean it.
+
+    Raises:
+        InputError: the file cannot be read, or tells what cannot be.
+        OSError: it is not there, or cannot be read.
+    """
+    of_model = model_ids(Path(path).parent, LARGEST_VOCABULARY)
+    tokenizer = _read_file(Path(path), of_model, LARGEST_VOCABULARY)
+    if tokenizer.eos_id is None and isinstance(tokenizer, HuggingFaceTokenizer):
+        ends = (tokenizer.token_id(token) for token in _ENDS)
+        eos = next((i for i in ends if i is not None), None)
+        more = {"cleans_up": tokenizer.cleans_up, "chat_template": tokenizer.chat_template}
+        special = tokenizer.special._replace(eos=eos)
+        return HuggingFaceTokenizer(tokenizer.text, special, **more)
+    return tokenizer
+
+
+def _read_file(path: Path, of_model: SpecialIds, vocab_size: int) -> Tokenizer:
+    text = small(path).read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return WorldTokenizer(WorldTokenizer.pack(text), of_model)
+    return _read_hugging_face(text, tokenizer_settings(path.parent), of_model, vocab_size)
 
 
 def _read_hugging_face(text, settings, of_model, vocab_size):
@@ -259,6 +284,7 @@ def export_files(tokenizer: Tokenizer) -> dict[str, str]:
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 _NAMED = ("bos", "eos", "pad")  # in the order of SpecialIds
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
 def _content(token):

@@ -25,7 +25,7 @@ class Splits(NamedTuple):
 
 
 def named_splits(
-    source: str, files: dict[Path, Path], stem_of: Callable[[Path], str]
+    where: str, files: dict[Path, Path], stem_of: Callable[[Path], str]
 ) -> Splits | None:
     """The splits that names of files or sub folders tell apart; None where none does.
 
@@ -36,7 +36,7 @@ def named_splits(
     named.
 
     Args:
-        source: what `data.source` said.
+        where: what named the folder, to begin a message with.
         files: path -> path in the folder.
         stem_of: the name of a file without its kind, in lower case.
 
@@ -52,7 +52,6 @@ def named_splits(
             found = named(_words_of)
             if "train" not in kinds(found) or len(kinds(found)) == 1:
                 return None
-    where = f"data.source={source!r}"
     advice = "name the files or sub folders train, valid and test, or name one file"
     splits = {"train": {}, "validation": {}, "test": {}}  # split -> file -> name
     for file, names in found.items():

@@ -11,29 +11,29 @@ Every tokenizer has
 """
 
 import base64
-import functools
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.data.base import SpecialIds, Tokenizer
 from gt_jax.data.corpora import Corpus, replace_file
-from gt_jax.data.pretrained import PRETRAINED
-from gt_jax.errors import InputError, did_you_mean
+from gt_jax.data.files import PREPARED_TOKENIZER, small
+from gt_jax.data.pretrained import PRETRAINED, read_tokenizer_file
+from gt_jax.data.sentence_piece import SentencePieceTokenizer, train_sentencepiece
+from gt_jax.errors import InputError, did_you_mean, one_line
 
 
 class CorpusTokens(NamedTuple):
-    """The token ids of a corpus: one [n] int32 array a document."""
+    """The token ids of a corpus: one [n] int32 array a document, MappedTokens if on disk."""
 
-    train: tuple[np.ndarray, ...]
-    validation: tuple[np.ndarray, ...]
+    train: Sequence[np.ndarray]
+    validation: Sequence[np.ndarray]
 
 
 def make_tokenizer(
@@ -43,7 +43,8 @@ def make_tokenizer(
 
     Args:
         kind: "char" (ids 0, 1, ... in order of code point), "char97" (the same after 32 reserved
-            ids, of which the first eight are tags; 97 ids for Shakespeare) or "sentencepiece".
+            ids, of which the first eight are tags; 97 ids for Shakespeare), "sentencepiece", or a
+            file, see `read_tokenizer`.
         corpus: a Corpus. Characters come from both splits, SentencePiece trains on the first.
         vocab_size: of SentencePiece; the others find their own.
         cache_dir: folder that keeps a trained SentencePiece model for the next call, or None.
@@ -59,9 +60,39 @@ def make_tokenizer(
     if kind in ("char", "char97"):
         alphabet = set().union(*corpus.train, *corpus.validation)
         return CharTokenizer(alphabet) if kind == "char" else TaggedCharTokenizer(alphabet)
-    raise InputError(
-        f"data.tokenizer={kind!r} must be one of {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}"
-    )
+    return read_tokenizer(kind, "data.tokenizer")
+
+
+def read_tokenizer(path: str, named: str) -> Tokenizer:
+    """The tokenizer in a file: a tokenizer.json, a SentencePiece .model, an RWKV vocabulary.
+
+    Args:
+        path: the file; or a folder that holds a tokenizer.json or was prepared, for its tokenizer.
+        named: what named the file, to begin a message with.
+
+    Raises:
+        InputError: it is no tokenizer.
+    """
+    file = Path(path).expanduser()
+    where = f"{named}={path!r}"
+    try:
+        inside = [file / PREPARED_TOKENIZER, file / "tokenizer.json", file / "tokenizer.model"]
+        file = next((p for p in inside if p.is_file()), file)
+        if not file.exists():
+            hint = did_you_mean(path, _KINDS)
+            raise InputError(f"{where} must be one of {', '.join(_KINDS)}, or a file{hint}")
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(small(file).read_bytes())
+        if file.name == PREPARED_TOKENIZER:
+            return tokenizer_from_dict(json.loads(small(file).read_bytes()))
+        return read_tokenizer_file(file)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, InputError) and str(error).startswith(where):
+            raise
+        raise InputError(
+            f"{where} is no tokenizer.json, SentencePiece .model or RWKV vocabulary "
+            f"({one_line(error)}); name one"
+        ) from error
 
 
 def tokenizer_from_dict(d: Mapping[str, Any]) -> Tokenizer:
@@ -173,108 +204,6 @@ class TaggedCharTokenizer(CharTokenizer):
         return np.where(ids < 0, np.int32(1), ids)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """Byte-pair encoding that falls back to bytes, so that every text has ids.
-
-    Decoding gives the text back, except that U+2581, SentencePiece's own space, becomes a space.
-    """
-
-    kind = "sentencepiece"
-    special = SpecialIds(bos=2, eos=3, pad=0)
-    byte_errors = "each"
-
-    def __init__(self, model: bytes):
-        """Args: model: the serialised SentencePiece model, bytes."""
-        import sentencepiece
-
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._processor.vocab_size()
-        self._cached_bytes = functools.cache(self._find_bytes)
-
-    def encode(self, text: str) -> np.ndarray:
-        """[n] int32 ids. Raises InputError for half a surrogate pair."""
-        check_text(text)
-        # In blocks of whole lines, which no token crosses: a long text needs less memory.
-        ids = [np.zeros(0, np.int32)]
-        start = 0
-        while start < len(text):
-            end = start + _BLOCK_LENGTH
-            end = text.rfind("\n", start, end) + 1 or end
-            ids.append(np.array(self._processor.encode(text[start:end]), np.int32))
-            start = end
-        return np.concatenate(ids)
-
-    def decode(self, ids: ArrayLike) -> str:
-        """Text of integer ids; bytes that are not UTF-8 and unknown ids become U+FFFD."""
-        ids = np.asarray(ids, np.int64).ravel()
-        known = (ids >= 0) & (ids < self.vocab_size)
-        if known.all():
-            return self._processor.decode(ids.tolist())
-        cuts = np.flatnonzero(np.diff(known)) + 1
-        return "".join(
-            self._processor.decode(run.tolist()) if self._is_known(run[0]) else _UNKNOWN * len(run)
-            for run in np.split(ids, cuts)
-        )
-
-    def token_bytes(self, i: int) -> bytes | None:
-        return self._cached_bytes(i)
-
-    def _find_bytes(self, i) -> bytes | None:
-        if not self._is_known(i) or not self._processor.is_byte(i):
-            return None
-        return bytes([int(self._processor.id_to_piece(i)[3:5], 16)])
-
-    def _is_known(self, i):
-        return 0 <= i < self.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": base64.b64encode(self._model).decode()}
-
-
-def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
-    """Trains BPE on documents, the same model every time.
-
-    Raises:
-        InputError: the text cannot support vocab_size.
-    """
-    import sentencepiece
-
-    for text in documents:
-        check_text(text)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in documents for line in text.split("\n")),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",  # with the next two, decode(encode(x)) == x
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=2**30,  # longer lines would be left out in silence
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            num_threads=1,
-            minloglevel=4,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"data.vocab_size={vocab_size} {_explain_vocab_size(error)}") from error
-    return SentencePieceTokenizer(model.getvalue())
-
-
-def _explain_vocab_size(error):
-    """What SentencePiece's message means for data.vocab_size."""
-    if most := re.search(r"too high .* <= (\d+)", str(error)):
-        return f"is more than this text supports; set at most {most[1]}"
-    if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-        return f"cannot hold the bytes and characters of this text; set at least {least[1]}"
-    return f"does not suit SentencePiece ({error}); set a number such as 4000, and a longer text"
-
-
 def _cached_sentencepiece(documents, vocab_size, cache_dir):
     """The tokenizer of these documents from cache_dir, else trained and left there."""
     if cache_dir is None:
@@ -295,10 +224,6 @@ def _cached_sentencepiece(documents, vocab_size, cache_dir):
     cached = {"trained_on": trained_on, "tokenizer": tokenizer.to_dict()}
     replace_file(path, json.dumps(cached).encode())
     return tokenizer
-
-
-_BLOCK_LENGTH = 1_000_000  # characters
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def _code_points(text):

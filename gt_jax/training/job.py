@@ -1,7 +1,7 @@
 """What a run is made of, from its config and the checkpoint that it continues from."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +33,20 @@ from gt_jax.training.writer import restore
 # What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
-FREE_ON_RESUME += ("optim.decay_steps", "log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += (
+    "train.sample_tokens",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+)
+FREE_ON_RESUME += (
+    "optim.decay_steps",
+    "log.every",
+    "log.tensorboard",
+    "log.wandb",
+    "log.trackio",
+    "log.project",
+)
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -47,7 +59,7 @@ class Job(NamedTuple):
     text: Text
     fingerprint: str  # of the text's tokens
     batches: Any  # endless, for training
-    held_out: list  # batches of an evaluation
+    held_out: Sequence  # batches of an evaluation
     per_token: float  # characters
     model: Any
     model_config: ModelConfig

@@ -1,9 +1,7 @@
 """Every model of ours leaves as a folder that torch alone and transformers run."""
 
-import dataclasses
 import functools
 import importlib.util
-import json
 import sys
 
 import jax
@@ -12,15 +10,10 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax import checkpoint, config
-from gt_jax.convert import card, export_model, import_model, modeling
-from gt_jax.convert.tokenizer_files import tokenizer_files
-from gt_jax.data.corpora import Corpus
-from gt_jax.data.hugging_face import HuggingFaceTokenizer
-from gt_jax.data.pretrained import IdTokenizer, read_tokenizer
-from gt_jax.data.tokenizers import make_tokenizer
-from gt_jax.errors import InputError
-from gt_jax.models import FUSIONS, ModelConfig, fusion
+from gt_jax import checkpoint
+from gt_jax.convert import export_model, import_model, modeling
+from gt_jax.data.pretrained import IdTokenizer
+from gt_jax.models import FUSIONS
 from tests.convert import small
 from tests.models.small_models import KINDS, small_model
 

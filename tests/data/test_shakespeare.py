@@ -22,7 +22,7 @@ def test_shakespeare_has_the_length_alphabet_and_checksum_of_record():
     assert len(text) == 1_189_148
     letters = "abcdefghijklmnopqrstuvwxyz"
     assert set(text) == set("\n !$&',-.3:;?" + letters + letters.upper())
-    assert hashlib.sha256(text.encode()).hexdigest() == corpora._SHAKESPEARE["shakespeare"]
+    assert hashlib.sha256(text.encode()).hexdigest() == corpora.SHAKESPEARE["shakespeare"]
     assert (len(corpus.train), len(corpus.validation), corpus.note) == (1, 1, None)
     assert len(corpus.train[0]) == int(0.9 * len(text))
 

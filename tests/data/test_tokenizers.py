@@ -107,7 +107,7 @@ def test_sentencepiece_training_repeats_itself(shakespeare, sentencepiece):
 def test_sentencepiece_encodes_long_texts_as_it_would_at_once(sentencepiece, monkeypatch):
     text = "To be, or not to be:\n\nthat is the question.\n" * 50
     whole = sentencepiece.encode(text)
-    monkeypatch.setattr("gt_jax.data.tokenizers._BLOCK_LENGTH", 100)
+    monkeypatch.setattr("gt_jax.data.sentence_piece._BLOCK_LENGTH", 100)
     np.testing.assert_array_equal(sentencepiece.encode(text), whole)
     assert sentencepiece.decode(sentencepiece.encode("x" * 1234)) == "x" * 1234
 

@@ -34,7 +34,11 @@ def test_every_config_file_is_valid_and_survives_json(name):
         ("train.steps", 10**20, f"train.steps={10**20} must be at most 2147483647"),
         ("checkpoint.every", 2**31, "checkpoint.every=2147483648 must be at most 2147483647"),
         ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1"),
-        ("checkpoint.keep_every", 300, "checkpoint.keep_every=300 must be a multiple of checkpoint.e"),
+        (
+            "checkpoint.keep_every",
+            300,
+            "checkpoint.keep_every=300 must be a multiple of checkpoint.e",
+        ),
         ("data.order", "track", "must be one of windows, tracks; did you mean 'tracks'?"),
         ("parallel.mode", "xmap", "parallel.mode='xmap' must be one of jit, pmap; did you mean"),
         ("train.carry_state", True, "train.carry_state=True needs text that continues"),

@@ -1,0 +1,158 @@
+"""Turn text of any size into token shards on disk, which training reads without loading them.
+
+    python -m gt_jax.prepare SRC DST
+    python -m gt_jax.prepare SRC DST --train_tokenizer=bpe --vocab_size=16384
+    python -m gt_jax.prepare SRC DST --tokenizer=tokenizer.json
+    python -m gt_jax.prepare --check DST
+    python -m gt_jax.train --config=gf_mh --config.data.source=DST
+
+SRC: .txt or .jsonl, packed or not (.gz, .zst, .bz2, .xz), .parquet, a folder of these, a folder
+that Hugging Face's datasets saved, or shakespeare-all. Files or folders named train, valid and test
+are those splits; test is left out. A .txt is one document, and so is a line of .jsonl and a row of
+a table.
+
+Interrupted, even by kill -9? Run the same command again: it continues, and the bytes it ends with
+are the same. What cannot be read is skipped and counted; a damaged file stops it.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from absl import flags as absl_flags
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+# Worker processes import this module again: nothing at its top may load JAX.
+from gt_jax.data.learned import LEARNED, train_tokenizer
+from gt_jax.data.preparing import prepare
+from gt_jax.data.shards import SPLITS, check_folder
+from gt_jax.data.tokenizers import read_tokenizer
+from gt_jax.errors import InputError
+
+
+def main(argv: list[str]) -> None:
+    from gt_jax import cli
+
+    flags = cli.new_flags()
+    text, number, choice, yes = (
+        functools.partial(define, flag_values=flags)
+        for define in (
+            absl_flags.DEFINE_string,
+            absl_flags.DEFINE_integer,
+            absl_flags.DEFINE_enum,
+            absl_flags.DEFINE_bool,
+        )
+    )
+    text(
+        "tokenizer",
+        None,
+        "A tokenizer.json, SentencePiece .model, RWKV vocabulary, or a prepared folder.",
+    )
+    choice("train_tokenizer", "bpe", LEARNED, "What to train where --tokenizer names none.")
+    number("vocab_size", 16384, "Of a trained bpe or sentencepiece.", 1)
+    text("field", "text", "Where text is in JSON objects and tables.")
+    number("processes", len(os.sched_getaffinity(0)), "How many work side by side.", 1)
+    yes("check", False, "Compare DST with its checksums.")
+    words = [word for word in argv[1:] if not word.startswith("--")]
+    options = [word for word in argv[1:] if word.startswith("--")]
+    if not cli.parse(flags, [argv[0], *options], usage=__doc__):
+        return
+    match words:
+        case [target] if flags.check:
+            print(f"{target}: all {check_folder(target)} shards are as they were written")
+        case [source, target] if not flags.check:
+            _prepare(source, target, flags)
+        case _:
+            raise InputError("say SRC DST, or --check DST; flags are --name=value, see --help")
+
+
+def _prepare(source: str, target: str, flags) -> None:
+    began = time.perf_counter()
+    if flags.tokenizer is not None:
+        tokenizer, make = read_tokenizer(flags.tokenizer, "--tokenizer"), None
+    else:
+        kind, size = flags.train_tokenizer, flags.vocab_size
+        tokenizer = f"{kind} of {size} ids" if kind in ("bpe", "sentencepiece") else kind
+
+        def make(work):
+            print(f"trains {tokenizer} on a sample of {source}", flush=True)
+            return train_tokenizer(kind, source, work, vocab_size=size, field=flags.field)
+
+    with _bar() as progress:
+        index = prepare(
+            source,
+            target,
+            tokenizer=tokenizer,
+            make_tokenizer=make,
+            field=flags.field,
+            processes=flags.processes,
+            progress=progress,
+        )
+    print(_report(index, target, time.perf_counter() - began))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A function that shows progress: a bar on a terminal, a line every half minute elsewhere."""
+    shown = time.perf_counter()
+    columns = (TextColumn("reads"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            bar.update(task, completed=done, total=total)
+            if bar.disable and time.perf_counter() - shown > _LINE_EVERY:
+                shown = time.perf_counter()
+                print(f"read {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", flush=True)
+
+        yield show
+
+
+def _report(index: dict, target: str, seconds: float) -> str:
+    """What was read, skipped and written, in a few lines."""
+    shards, begun = index["shards"], index["begun"]
+    add = lambda name: sum(shard[name] for shard in shards)
+    size = sum(size for _, size in begun["files"])
+    lines = [
+        f"read     {len(begun['files']):,} files of {size:,} bytes: {add('documents'):,} documents"
+        f" of {add('characters'):,} characters",
+    ]
+    if index["note"]:
+        lines.append(f"         {index['note']}")
+    reasons = Counter(index["skipped_files"].values())
+    for reason, count in reasons.items():
+        first = next(path for path, why in index["skipped_files"].items() if why == reason)
+        lines.append(f"skipped  {count:,} files: {first} {reason}")
+    for reason, count in index["skipped_documents"].items():
+        lines.append(f"skipped  {count:,} {reason} documents: {index['first_skipped'][reason]}")
+    for split in SPLITS:
+        own = [shard for shard in shards if shard["split"] == split]
+        if own:
+            tokens = sum(shard["tokens"] for shard in own)
+            lines.append(f"wrote    {tokens:,} tokens for {split}, in {len(own)} shards")
+    lines.append(
+        f"         {index['dtype']} ids of {index['tokenizer']}, vocabulary of "
+        f"{index['vocab_size']:,}; {seconds:.0f} s, {add('tokens') / seconds:,.0f} tokens/s"
+    )
+    return "\n".join([*lines, f"train    --config.data.source={target}"])
+
+
+_LINE_EVERY = 30  # seconds
+
+
+if __name__ == "__main__":
+    from gt_jax import cli
+
+    cli.run(main)
