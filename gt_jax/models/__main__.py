@@ -15,12 +15,13 @@ def rows() -> Iterator[tuple[str, ...]]:
         *("parameters", "legacy", "embedding", "other", "about"),
     )
     for name, preset in PRESETS.items():
-        config = make_config(name, vocab_size=preset.vocab_size)
+        fields = {"vocab_size": preset.vocab_size, "impl": "reference"}  # the quickest to trace
+        config = make_config(name, **fields)
         counts = count_parameters(config)
         has_branch = config.architecture in ("hybrid", "rwkv6")
         legacy = "-"
         if has_branch:
-            legacy_config = make_config(name, vocab_size=preset.vocab_size, branch="legacy")
+            legacy_config = make_config(name, **fields, branch="legacy")
             legacy = f"{count_parameters(legacy_config)['total']:,}"
         heads = config.mamba_heads if config.architecture == "mamba2" else config.heads
         embedding = sum(counts.get(part, 0) for part in ("embedding", "head"))

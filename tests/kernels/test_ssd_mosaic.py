@@ -61,10 +61,19 @@ def test_interpreted_states_keep_float32_over_many_chunks(float64_in_every_threa
 
 @too_old
 @pytest.mark.parametrize(
-    "heads, groups, dtype", [(4, 2, "bfloat16"), (3, 1, "bfloat16"), (4, 2, "float32")]
+    "length, N, heads, groups, dtype",  # the longest in splits; cross_compile.py compiles N = 128
+    [
+        (64, 64, 4, 2, "bfloat16"),
+        (64, 128, 3, 1, "bfloat16"),
+        (64, 64, 4, 2, "float32"),
+        (130, 64, 3, 1, "bfloat16"),
+        (130, 128, 4, 2, "bfloat16"),
+        (130, 128, 4, 2, "float32"),
+        (2048, 64, 4, 2, "bfloat16"),
+        (2048, 128, 3, 1, "bfloat16"),
+        (2048, 64, 4, 2, "float32"),
+    ],
 )
-@pytest.mark.parametrize("N", (64, 128))
-@pytest.mark.parametrize("length", (64, 130, 2048))  # the longest in splits
 def test_kernels_lower_for_a_gpu_that_is_not_there(length, N, heads, groups, dtype):
     inputs = make(batch=2, length=length, heads=heads, groups=groups, N=N, dtype=dtype)
     inputs = SSD.per_token(inputs)

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax import checkpoint, train
+from gt_jax.errors import InputError
 from gt_jax.training import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -157,16 +158,13 @@ def test_second_signal_ends_the_run_at_once(nursery, tmp_path):
 
 
 def test_second_run_in_a_folder_is_refused_with_the_name_of_the_first(nursery, straight, tmp_path):
-    other = Nursery(tmp_path / "other")
     pid = nursery.start(tmp_path / "run")
     for _ in range(600):
         if (tmp_path / "run" / "lock").exists():
             break
         time.sleep(0.05)
-    status, printed = other.run(tmp_path / "run")
-    other.close()
-    assert status == 1 and printed.startswith("error: another run (host ")
-    assert f"pid {pid}, since 20" in printed and printed.count("\n") == 1
+    with pytest.raises(InputError, match=rf"another run \(host .*, pid {pid}, since 20[^\n]*$"):
+        train.main(["train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}"])
     status, printed = nursery.end()
     assert status == 0, printed
     assert results(tmp_path / "run") == straight[0]
