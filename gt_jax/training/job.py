@@ -20,11 +20,18 @@ from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.watch import make_probe
 from gt_jax.training.writer import restore
 
 # What a resumed run may change; a longer one follows the cosine of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
-FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
+FREE_ON_RESUME += (
+    "train.stop_rules",
+    "log.activations",
+    "train.max_nonfinite",
+    "train.sample_every",
+    "train.sample_prompt",
+)
 FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
 FREE_ON_RESUME += ("log.every", "log.tensorboard")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
@@ -48,6 +55,7 @@ class Job(NamedTuple):
     fresh_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
+    probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
 
 
@@ -102,6 +110,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
+        probe=make_probe(model, config),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
