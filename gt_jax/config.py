@@ -210,6 +210,11 @@ class Log:
     """log.*: what a run records."""
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
+    activations: bool = setting(
+        False,
+        "also variances of activations, entropy of the output and norms of the states, of a few"
+        " rows; costs a forward pass over them at every line",
+    )
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
     wandb: bool = setting(False, "also log to Weights & Biases; WANDB_MODE=offline keeps it here")
     trackio: bool = setting(False, "also log to trackio, on this machine unless it is told where")

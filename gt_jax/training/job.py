@@ -28,25 +28,16 @@ from gt_jax.training.step import (
     start_from,
 )
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.watch import make_probe
 from gt_jax.training.writer import restore
 
 # What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += (
-    "train.sample_tokens",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.keep_every",
-)
-FREE_ON_RESUME += (
-    "optim.decay_steps",
-    "log.every",
-    "log.tensorboard",
-    "log.wandb",
-    "log.trackio",
-    "log.project",
-)
+FREE_ON_RESUME += ("train.sample_tokens", "train.stop_rules", "optim.decay_steps")
+FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += ("log.activations",)
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -65,10 +56,11 @@ class Job(NamedTuple):
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
     make_state: Callable  # random key -> TrainState, to be traced
-    start_from: Callable  # (fresh TrainState, parameters) -> one with them
+    start_from: Callable  # (new TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
+    probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
     services: list[ModuleType]  # wandb and trackio, where asked for
 
@@ -128,6 +120,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model_config=model_config,
         parameters=counts,
         services=services,
+        probe=make_probe(model, config),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 

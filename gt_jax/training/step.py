@@ -69,12 +69,12 @@ def init_state(
 def start_from(
     state: TrainState, params: Any, tx: optax.GradientTransformationExtraArgs, config: Config
 ) -> TrainState:
-    """A fresh TrainState with other parameters."""
+    """A new TrainState with other parameters."""
     return state.replace(**_of_params(params, tx, config))
 
 
 def _of_params(params, tx, config: Config) -> dict:
-    """The fields of a fresh TrainState that depend on its parameters."""
+    """The fields of a new TrainState that depend on its parameters."""
     average = jax.tree.map(jnp.copy, params) if config.optim.ema else None
     return {"params": params, "opt_state": tx.init(params), "average": average}
 
@@ -168,17 +168,23 @@ def make_gradients(
 
 
 def make_train_step(
-    gradients: Callable,
+    model: LanguageModel,
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     config: Config,
+    axis_name: str | tuple[str, ...] | None = None,
+    spread: Callable = lambda gradients: gradients,
 ) -> Callable:
     """train_step(state, batch) -> (state, metrics).
 
     Args:
-        gradients: from `make_gradients`; spread over devices by whoever calls this, if at all.
+        model, config, axis_name: as for `make_gradients`; config also says how parts are paced and
+            what gradients are clipped to.
         tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
-        config: uses optim.clip and what paces parts.
+        spread: gradients -> the same over several devices, where not the whole step is spread.
+
+    Raises:
+        InputError: the debate group asks for what the model does not have.
 
     Returns:
         A function to jit or pmap. Its metrics are scalars: loss (the task's, nats per token; with
@@ -187,6 +193,8 @@ def make_train_step(
         tokens, skipped, skipped_in_a_row; and gate [layers], the mean gate of each block that has
         one, with gate_std [layers], its standard deviation over positions.
     """
+
+    gradients = spread(make_gradients(model, config, axis_name))
 
     def train_step(state: TrainState, batch):
         found = gradients(state.params, state.carry, batch, state.rng, state.step)
