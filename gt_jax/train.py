@@ -63,7 +63,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     workdir = Path(workdir)
     backend.prepare()
     check_devices(config, jax.device_count())
-    mesh = parallel.make_mesh(config.parallel.sequence)
+    mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
     # The processes of a multi-host run share the lock of the first.
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         folder, about = newest(workdir) or (None, None)

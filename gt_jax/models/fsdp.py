@@ -23,7 +23,6 @@ from gt_jax.models.config import ModelConfig
 
 AXIS = "fsdp"
 _CUT = {"kernel": 0, "embedding": 1, "head": 0}  # the last name of a path -> axis
-_KEPT = jax.checkpoint_policies.save_anything_except_these_names("gathered")
 
 
 def cut_axis(path: tuple[Any, ...], rank: int) -> int | None:
@@ -67,28 +66,43 @@ def gathering(block: Callable, config: ModelConfig) -> Callable:
         return block
     whole = functools.partial(gather, dtype=config.dtype)
     block = nn.map_variables(block, "params", trans_in_fn=whole)
-    return nn.remat(block, policy=_KEPT) if config.remat == "none" else block
+    return nn.remat(block, policy=_is_kept) if config.remat == "none" else block
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part, axis, dtype):
+def _is_kept(primitive, *_, **settings) -> bool:
+    """Whether the backward pass keeps a result: all but what was gathered, under either name."""
+    if primitive.name == "name":
+        return settings["name"] != "gathered"
+    return primitive.name != "all_gather" or AXIS not in settings["axis_name"]
+
+
+def _all_gather(part, axis, dtype):
     whole = lax.all_gather(part.astype(dtype), AXIS, axis=axis, tiled=True)
     return checkpoint_name(whole, "gathered")
 
 
 def _gather_forward(part, axis, dtype):
-    return _gather(part, axis, dtype), None
+    return _all_gather(part, axis, dtype), None
 
 
 def _gather_backward(axis, dtype, _, g):
     del dtype
-    scattered = lax.psum_scatter(
-        g.astype(jnp.float32), AXIS, scatter_dimension=axis, tiled=True
-    )
+    scattered = lax.psum_scatter(g.astype(jnp.float32), AXIS, scatter_dimension=axis, tiled=True)
     return (scattered,)
 
 
+_gather = jax.custom_vjp(_all_gather, nondiff_argnums=(1, 2))
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def indivisible(params: Any, devices: int) -> str | None:
+    """A size of these parameters (arrays or shapes) that so many devices cannot share, or None."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        axis = cut_axis(path, leaf.ndim)
+        if axis is not None and leaf.shape[axis] % devices:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"{leaf.shape[axis]}, a size of {name}"
+    return None
 
 
 def sum_gradients(grads: Any, axis_name: str | tuple[str, ...]) -> Any:

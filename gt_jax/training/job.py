@@ -14,7 +14,7 @@ from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.models import ModelConfig, confined_to_device, count_parameters, make_model
+from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
 from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
@@ -131,15 +131,16 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     tx = make_optimizer(config.optim, schedule)
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     mode = config.parallel.mode
-    train_step = parallel.compile_train_step(make_step, mesh, mode)
-    make_state = jax.jit(
-        functools.partial(init_state, model, tx, config),
-        out_shardings=parallel.state_sharding(mesh),
-    )
-    restart = jax.jit(
-        functools.partial(start_from, tx=tx, config=config),
-        out_shardings=parallel.state_sharding(mesh),
-    )
+    make_state = functools.partial(init_state, model, tx, config)
+    shapes, devices = None, config.parallel.fsdp
+    if devices > 1:
+        shapes = jax.eval_shape(make_state, jax.random.key(0))
+        if size := fsdp.indivisible(shapes.params, devices):
+            raise InputError(f"parallel.fsdp={devices} must divide {size}")
+    sharding = parallel.state_sharding(mesh, shapes)
+    train_step = parallel.compile_train_step(make_step, mesh, mode, shapes)
+    make_state = jax.jit(make_state, out_shardings=sharding)
+    restart = jax.jit(functools.partial(start_from, tx=tx, config=config), out_shardings=sharding)
     eval_step = make_eval_step(model)
     if mode != "jit":
         return {
@@ -185,7 +186,7 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     state = job.new_state(key)
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
-        sharding = parallel.state_sharding(job.mesh).params
+        sharding = parallel.state_sharding(job.mesh, state).params
         state = job.start_from(state, jax.device_put(params, sharding))
     return state
 

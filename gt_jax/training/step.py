@@ -213,9 +213,7 @@ def make_train_step(
         if average is not None:
             moved = optimizer.update_average(average, params, decay, done + 1)
             average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
-        carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), found.carry, state.carry
-        )
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found.carry, state.carry)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
