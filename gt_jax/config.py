@@ -200,6 +200,9 @@ class Parallel:
     mode: str = setting(
         "jit", "over a device mesh, or pmap; both compute the same", choices=("jit", "pmap")
     )
+    fsdp: int = setting(
+        1, "devices that share large parameters, their moments and gradients", POSITIVE
+    )
     sequence: int = setting(
         1, "devices that share each row, train.seq_len / sequence tokens each", POSITIVE
     )
@@ -210,6 +213,11 @@ class Log:
     """log.*: what a run records."""
 
     every: int = setting(10, "steps between lines of metrics.jsonl and of the screen", POSITIVE)
+    activations: bool = setting(
+        False,
+        "also variances of activations, entropy of the output and norms of the states, of a few"
+        " rows; costs a forward pass over them at every line",
+    )
     tensorboard: bool = setting(True, "also write event files under tensorboard/")
     wandb: bool = setting(False, "also log to Weights & Biases; WANDB_MODE=offline keeps it here")
     trackio: bool = setting(False, "also log to trackio, on this machine unless it is told where")
@@ -298,10 +306,11 @@ def computation_dtype(dtype: str) -> str:
 
 def check_devices(config: Config, devices: int) -> None:
     """Raise InputError unless every microbatch divides evenly over `devices`."""
-    sequence, length = config.parallel.sequence, config.train.seq_len
-    if devices % sequence:
+    fsdp, sequence, length = config.parallel.fsdp, config.parallel.sequence, config.train.seq_len
+    if devices % (fsdp * sequence):
         raise InputError(
-            f"parallel.sequence={sequence} must divide the number of devices, {devices}"
+            f"parallel.fsdp={fsdp} times parallel.sequence={sequence} must divide the number of "
+            f"devices, {devices}"
         )
     rows = devices // sequence
     if config.train.batch_size % (rows * config.optim.grad_accumulation):
@@ -310,11 +319,11 @@ def check_devices(config: Config, devices: int) -> None:
             f"train.batch_size={config.train.batch_size} must be a multiple of {rows} {what} "
             f"times optim.grad_accumulation={config.optim.grad_accumulation}"
         )
-    if sequence == 1:
-        return
-    if config.parallel.mode == "pmap":
-        raise InputError("parallel.mode=pmap spreads rows alone: parallel.sequence needs mode=jit")
-    if length % sequence or length // sequence < FEWEST_TOKENS:
+    if fsdp * sequence > 1 and config.parallel.mode == "pmap":
+        raise InputError(
+            "parallel.mode=pmap spreads rows alone: parallel.fsdp and parallel.sequence need jit"
+        )
+    if length % sequence or (sequence > 1 and length // sequence < FEWEST_TOKENS):
         raise InputError(
             f"train.seq_len={length} must be a multiple of parallel.sequence={sequence} and at "
             f"least {FEWEST_TOKENS} times as much"

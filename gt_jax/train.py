@@ -32,12 +32,12 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, provenance, stopping
+from gt_jax.training import backend, lock, parallel, provenance, stopping, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
 from gt_jax.training.loggers import Service
-from gt_jax.training.metrics import Metrics
+from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
 from gt_jax.training.progress import FiniteWatch, Progress
@@ -63,7 +63,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     workdir = Path(workdir)
     backend.prepare()
     check_devices(config, jax.device_count())
-    mesh = parallel.make_mesh(config.parallel.sequence)
+    mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
     # The processes of a multi-host run share the lock of the first.
     with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         folder, about = newest(workdir) or (None, None)
@@ -138,7 +138,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         state = make_state()  # before anything is cut off behind `start`
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(workdir, start=start)
-        report = functools.partial(_report, job, speed, metrics)
+        report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
         for step in range(start or 1, steps + 1):
@@ -153,9 +153,10 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                 finite.add(numbers["skipped_in_a_row"])
                 stop.work_to_lose = True
                 _look_for_reasons(stop, config, began)
-            is_last = step == steps or progress.out_of_patience(config)
+            is_last = step == steps or bool(progress.stops_early(config))
             due = (every(config.train.eval_every, step) or is_last) and progress.evaluated < step
             if trains and (every(config.log.every, step) or due):
+                numbers |= job.probe(state.params, batch)
                 row = {"step": step, **numbers}
 
             improved = False
@@ -171,7 +172,10 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                     )
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
-                    is_last |= progress.out_of_patience(config)
+                    if config.train.stop_rules:
+                        rows = [*read_metrics(workdir), plain(jax.device_get(row))]
+                        progress.broken_rule = watch.broken_rule(rows, config)
+                    is_last |= bool(progress.stops_early(config))
 
             saved = improved or every(config.checkpoint.every, step) or is_last or bool(stop)
             if row and (saved or not trains):  # Kept before the checkpoint to continue from.
@@ -219,7 +223,7 @@ def _look_for_reasons(stop: Stop, config: Config, began: float) -> None:
 def _is_finished(config: Config, workdir: Path, start: int, progress: Progress) -> bool:
     """Whether the run's last step is done, and all that comes after it."""
     steps = config.train.steps
-    if start > steps or (start < steps and not progress.out_of_patience(config)):
+    if start > steps or (start < steps and not progress.stops_early(config)):
         return start > steps
     sampled = not config.train.sample_tokens or Samples(workdir, start=start).last == start
     return progress.evaluated == start and sampled and (workdir / "curve.png").exists()
@@ -253,7 +257,9 @@ def _introduce(job: Job, start: int) -> None:
     say(f"run:    {job.workdir}" + (f", resuming at step {start}" if start else ""))
 
 
-def _report(job: Job, speed: Speed, metrics: Metrics, display: Display, row: dict) -> None:
+def _report(
+    job: Job, speed: Speed, metrics: Metrics, alarm: watch.Alarm, display: Display, row: dict
+) -> None:
     """Fetch a step's numbers, keep them and show them."""
     row, step = jax.device_get(row), row["step"]
     if "tokens_per_second" not in row:
@@ -266,6 +272,8 @@ def _report(job: Job, speed: Speed, metrics: Metrics, display: Display, row: dic
             f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_second']:,} tokens/s{skipped}",
         )
+    if (news := alarm.look(plain(row))) is not None:
+        display.line(f"step {step}/{job.config.train.steps}  {news}")
     if "validation_loss" in row:
         said = describe(row, loss_unit(job.text.tokenizer))
         display.line(f"step {step}/{job.config.train.steps}  validation {said}")
@@ -288,7 +296,8 @@ def _draw(job: Job) -> None:
     unit = loss_unit(job.text.tokenizer)
     title = f"{job.config.model.preset} on {job.text.corpus.name}"
     try:
-        draw_curve(job.workdir, title=title, unit=f"nats per {unit}")
+        judged = watch.judged_from(job.config)
+        draw_curve(job.workdir, title=title, unit=f"nats per {unit}", judged_from=judged)
     except (ValueError, OSError) as error:
         say(f"curve.png is not drawn: {' '.join(str(error).split())}")
 
@@ -299,7 +308,7 @@ def _conclude(job: Job, progress: Progress, step: int, stop: Stop, speed: Speed,
     if stop:
         say(f"stopped by {stop.reason} after step {step}; the same command continues from there")
         return
-    early = f", stopped early by train.patience={config.train.patience}"
+    early = f", stopped early by {progress.stops_early(config)}"
     best = "no finite validation loss"
     if progress.best_step is not None:
         best = f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}"

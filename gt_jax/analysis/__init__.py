@@ -1,6 +1,7 @@
 """Measurements on a trained model."""
 
 from gt_jax.analysis.contributions import BlockMeasures, lowest_places, measure_block
+from gt_jax.analysis.health import measure_health
 from gt_jax.analysis.states import memories, norm
 from gt_jax.analysis.trace import Trace, trace
 
@@ -9,6 +10,7 @@ __all__ = [
     "Trace",
     "lowest_places",
     "measure_block",
+    "measure_health",
     "memories",
     "norm",
     "trace",

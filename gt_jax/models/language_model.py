@@ -16,6 +16,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
+from gt_jax.models.fsdp import gathering
 from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
     embedding_init,
@@ -130,6 +131,7 @@ class LanguageModel(nn.Module):
         x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
         if c.position_limit is not None:
             x = x + self._positions(tokens.shape, state, segment_ids)
+        block = gathering(block, c)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         states = []

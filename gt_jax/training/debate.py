@@ -36,7 +36,7 @@ NAMES = ("diversity", "arbiter", "branch", "entropy", "balance")
 NEED_WEIGHT = ("arbiter", "entropy", "balance")  # of a fusion, one a position
 
 _CHUNK = 2**24  # logits of a chunk of tokens: 64 MiB of float32
-_LEAST = 1e-8  # beside a weight in a logarithm
+_LEAST = 1e-8  # weight in a logarithm
 _SMALL = 1e-6  # beside a mean square: RWKV-6 starts at exactly zero
 
 
@@ -189,7 +189,9 @@ def _diversity(settings, found) -> jax.Array:
 
 def _cross_entropy(q, w) -> jax.Array:
     """Of RWKV's weight w and what it should be, [B, T]."""
-    return -q * jnp.log(w + _LEAST) - (1 - q) * jnp.log(1 - w + _LEAST)
+    # Not log(1 - w + least), which XLA turns into log((1 + least) - w): minus infinity at w = 1.
+    log = lambda x: jnp.log(jnp.maximum(x, _LEAST))
+    return -q * log(w) - (1 - q) * log(1 - w)
 
 
 def _arbiter(settings, found, nats) -> jax.Array:

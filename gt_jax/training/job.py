@@ -14,7 +14,7 @@ from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
-from gt_jax.models import ModelConfig, confined_to_device, count_parameters, make_model
+from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
 from gt_jax.training import memory, parallel
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
@@ -28,25 +28,16 @@ from gt_jax.training.step import (
     start_from,
 )
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.watch import make_probe
 from gt_jax.training.writer import restore
 
 # What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += (
-    "train.sample_tokens",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.keep_every",
-)
-FREE_ON_RESUME += (
-    "optim.decay_steps",
-    "log.every",
-    "log.tensorboard",
-    "log.wandb",
-    "log.trackio",
-    "log.project",
-)
+FREE_ON_RESUME += ("train.sample_tokens", "train.stop_rules", "optim.decay_steps")
+FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += ("log.activations",)
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -65,10 +56,11 @@ class Job(NamedTuple):
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
     make_state: Callable  # random key -> TrainState, to be traced
-    start_from: Callable  # (fresh TrainState, parameters) -> one with them
+    start_from: Callable  # (new TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
     eval_step: Callable
+    probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
     compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
     services: list[ModuleType]  # wandb and trackio, where asked for
 
@@ -128,6 +120,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model_config=model_config,
         parameters=counts,
         services=services,
+        probe=make_probe(model, config),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
@@ -138,15 +131,16 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     tx = make_optimizer(config.optim, schedule)
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     mode = config.parallel.mode
-    train_step = parallel.compile_train_step(make_step, mesh, mode)
-    make_state = jax.jit(
-        functools.partial(init_state, model, tx, config),
-        out_shardings=parallel.state_sharding(mesh),
-    )
-    restart = jax.jit(
-        functools.partial(start_from, tx=tx, config=config),
-        out_shardings=parallel.state_sharding(mesh),
-    )
+    make_state = functools.partial(init_state, model, tx, config)
+    shapes, devices = None, config.parallel.fsdp
+    if devices > 1:
+        shapes = jax.eval_shape(make_state, jax.random.key(0))
+        if size := fsdp.indivisible(shapes.params, devices):
+            raise InputError(f"parallel.fsdp={devices} must divide {size}")
+    sharding = parallel.state_sharding(mesh, shapes)
+    train_step = parallel.compile_train_step(make_step, mesh, mode, shapes)
+    make_state = jax.jit(make_state, out_shardings=sharding)
+    restart = jax.jit(functools.partial(start_from, tx=tx, config=config), out_shardings=sharding)
     eval_step = make_eval_step(model)
     if mode != "jit":
         return {
@@ -192,7 +186,7 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     state = job.new_state(key)
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
-        sharding = parallel.state_sharding(job.mesh).params
+        sharding = parallel.state_sharding(job.mesh, state).params
         state = job.start_from(state, jax.device_put(params, sharding))
     return state
 

@@ -36,7 +36,7 @@ class Metrics:
 
         It takes the place of the last one if that is of the same step.
         """
-        row = {"step": row["step"]} | {name: _plain(value) for name, value in row.items()}
+        row = plain(row)
         if row["step"] == self._last:
             self._file.close()
             self._begin_with([r for r in read(self._path.parent) if r["step"] < row["step"]])
@@ -74,6 +74,11 @@ def read(workdir: str | Path) -> list[dict]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def plain(row: dict) -> dict:
+    """A row as metrics.jsonl has it: Python numbers, None for what is not finite, or lists."""
+    return {"step": row["step"]} | {name: _plain(value) for name, value in row.items()}
 
 
 def _plain(value):

@@ -1,11 +1,15 @@
-"""Several devices: the batch is spread over them, everything else is copied to each.
+"""Several devices: the batch is spread over them; parameters are copied to each, or cut as well.
 
-Each device runs the step function on its own part of the batch and the step sums over devices:
-under "jit" by shard_map over a mesh of two axes, "batch" for rows and "sequence" for the tokens of
-a row (see `gt_jax.kernels.context_parallel`); under "pmap", which knows rows alone, by pmap. The
-compiler could cut a step by itself, but not the Pallas kernels in it: it would gather their inputs
-on every device. Every process of a multi-host run makes the whole batch and hands its devices their
-part of it.
+The devices form a mesh of up to three axes: "batch" and "fsdp" devices hold different rows, and
+"sequence" devices different tokens of a row (see `gt_jax.kernels.context_parallel`). Along "fsdp"
+they also hold parts of the large parameters, of their moments and gradients (see
+`gt_jax.models.fsdp`). Gradients are computed by shard_map, where every device works on its own part
+of the batch and the sums are written out: the compiler could cut a step by itself, but not the
+Pallas kernels in it, whose inputs it would gather on every device. The update that follows is
+element by element, and is left to the compiler.
+
+In mode "pmap", which knows rows alone, the whole step is one pmap. Every process of a multi-host
+run makes the whole batch and hands its devices their part of it.
 """
 
 import dataclasses
@@ -20,45 +24,55 @@ from jax.sharding import PartitionSpec as P
 from gt_jax import compilation
 from gt_jax.data import Batch
 from gt_jax.data.batches import Batches
-from gt_jax.training.step import TrainState
-
-AXES = ("batch", "sequence")
-
-
-def make_mesh(sequence: int = 1) -> Mesh:
-    """All devices of the run: `sequence` neighbours share each row, which must divide them."""
-    shape = (jax.device_count() // sequence, sequence)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+from gt_jax.models import fsdp
+from gt_jax.training.step import Gradients, TrainState
 
 
-def state_sharding(mesh: Mesh) -> TrainState:
-    """Where a TrainState lives: carried rows with their batch rows, the rest on every device."""
-    copied = NamedSharding(mesh, P())
-    return _by_part(copied, carry=NamedSharding(mesh, P("batch")))
+def make_mesh(fsdp: int = 1, sequence: int = 1) -> Mesh:
+    """All devices of the run, which fsdp * sequence must divide; axes of size 1 are left out.
+
+    Neighbours share a row, so that what is exchanged most often has the shortest way.
+    """
+    sizes = {"batch": jax.device_count() // (fsdp * sequence), "fsdp": fsdp, "sequence": sequence}
+    sizes = {name: size for name, size in sizes.items() if name == "batch" or size > 1}
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
-def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
+def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
+    """Where a TrainState lives: carried rows with their batch rows, the rest on every device.
+
+    Args:
+        mesh: from `make_mesh`.
+        state: of arrays or their shapes; needed where the mesh has an axis "fsdp", whose devices
+            share what is large.
+
+    Returns:
+        A TrainState of NamedSharding, each for a whole field or, with `state`, for each leaf.
+    """
+    specs = _state_specs(mesh, state)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def compile_train_step(
+    make_step: Callable, mesh: Mesh, mode: str, state: TrainState | None = None
+) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
     Args:
-        make_step: axis_name -> train_step(state, batch), see gt_jax.training.step.
+        make_step: (axis_name, spread) -> train_step(state, batch), see gt_jax.training.step.
         mesh: from `make_mesh`.
         mode: "jit" or "pmap".
+        state: as for `state_sharding`.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
     """
     if mode == "jit":
-        shardings = state_sharding(mesh)
-        parts = _by_part(P(), carry=P("batch"))
-        step = make_step(None if mesh.size == 1 else AXES)
-
-        def spread(state, batch):
-            specs = (parts, _batch_specs(batch))
-            return _by_device(step, mesh, specs, (parts, P()))(state, batch)
-
+        shardings = state_sharding(mesh, state)
+        one = mesh.size == 1
         return jax.jit(
-            step if mesh.size == 1 else spread,
+            make_step() if one else make_step(mesh.axis_names, lambda f: _spread(f, mesh)),
             in_shardings=(shardings, None),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
@@ -70,6 +84,18 @@ def compile_train_step(make_step: Callable, mesh: Mesh, mode: str) -> Callable:
         make_step("batch"), "batch", in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0
     )
     return lambda state, batch: _pmapped(mapped, state, batch, mesh)
+
+
+def _spread(gradients: Callable, mesh: Mesh) -> Callable:
+    """`gradients` of gt_jax.training.step, each device on its part of the batch."""
+
+    def spread(params, carry, batch, rng, step):
+        rows, cut = P(_row_axes(mesh)), _param_specs(params, mesh)
+        found = Gradients(cut, P(), P(), P(), rows, P())
+        specs = (cut, rows, _batch_specs(batch, mesh), P(), P())
+        return _by_device(gradients, mesh, specs, found)(params, carry, batch, rng, step)
+
+    return spread
 
 
 def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
@@ -106,46 +132,43 @@ def lower_programs(
     """
     key = jax.random.key(0)
 
-    def shapes(tree, sharding):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
-    where, rows = state_sharding(mesh), NamedSharding(mesh, P("batch"))
-
-    def of_batch(batch):
-        return jax.tree.map(shapes, batch, _batch_shardings(batch, mesh))
-
     state = jax.eval_shape(make_state, key)
-    parts = {name: shapes(getattr(state, name), getattr(where, name)) for name in vars(state)}
-    state = state.replace(**parts)
-    training, held_out = map(of_batch, batches)
-    carry = shapes(carry, rows)
+    state = shapes_on(state_sharding(mesh, state), state)
+    training, held_out = (shapes_on(batch_shardings(batch, mesh), batch) for batch in batches)
+    carry = shapes_on(NamedSharding(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
     return {
         "train": lambda: train_step.lower(state, training),
-        "evaluate": lambda: evaluate.lower(state.params, held_out, carry),
+        "evaluate": lambda: evaluate.lower(state.evaluated, held_out, carry),
         "init": lambda: make_state.lower(key),
     }
+
+
+def shapes_on(shardings: Any, tree: Any) -> Any:
+    """Shapes of the arrays of a tree, placed as a prefix of the tree says."""
+
+    def place(sharding, part):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+        )
+
+    return jax.tree.map(place, shardings, tree)
 
 
 def _jit_eval_step(eval_step, mesh: Mesh):
     if mesh.size == 1:
         return jax.jit(eval_step)
-    rows = P("batch")
+    rows = P(_row_axes(mesh))
 
     def whole_batch(params, batch, carry):
         sums, carry = eval_step(params, batch, carry)
-        return jax.lax.psum(sums, AXES), carry
+        return jax.lax.psum(sums, mesh.axis_names), carry
 
     def spread(params, batch, carry):
-        specs = (P(), _batch_specs(batch), rows)
+        specs = (_param_specs(params, mesh), _batch_specs(batch, mesh), rows)
         return _by_device(whole_batch, mesh, specs, (P(), rows))(params, batch, carry)
 
-    return jax.jit(
-        spread,
-        out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)),
-    )
+    return jax.jit(spread, out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)))
 
 
 def prefetch(
@@ -169,26 +192,59 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     def put(x, sharding):
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    return jax.tree.map(put, batch, _batch_shardings(batch, mesh))
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays [B, ...] of the whole batch on the devices, rows spread over them."""
-    return jax.device_put(tree, NamedSharding(mesh, P("batch")))
+    return jax.device_put(tree, NamedSharding(mesh, P(_row_axes(mesh))))
 
 
-def _batch_specs(batch: Batch) -> Batch:
+def _row_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in mesh.axis_names if name != "sequence")
+
+
+def _batch_specs(batch: Batch, mesh: Mesh) -> Batch:
     """How a batch's arrays are spread: [B, T] over rows and tokens, [B] over rows."""
-    return jax.tree.map(lambda x: P(*AXES[: x.ndim]), batch)
+    axes = (_row_axes(mesh), "sequence" if "sequence" in mesh.axis_names else None)
+    return jax.tree.map(lambda x: P(*axes[: x.ndim]), batch)
 
 
-def _batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    return jax.tree.map(lambda x: NamedSharding(mesh, P(*AXES[: x.ndim])), batch)
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Where each array of a batch lives: [B, T] spread over rows and tokens, [B] over rows."""
+    specs = _batch_specs(batch, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
-def _by_device(step, mesh: Mesh, in_specs, out_specs):
-    # What comes out whole is summed over devices in the step, which the check cannot see.
-    return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def _param_specs(tree: Any, mesh: Mesh) -> Any:
+    """How parameters, or what is shaped like them, are cut: a spec for each leaf."""
+
+    def spec(path, leaf):
+        axis = fsdp.cut_axis(path, leaf.ndim) if fsdp.AXIS in mesh.axis_names else None
+        return P() if axis is None else P(*[None] * axis, fsdp.AXIS)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _state_specs(mesh: Mesh, state: TrainState | None) -> TrainState:
+    specs = _by_part(P(), carry=P(_row_axes(mesh)))
+    if state is None:
+        return specs
+    cut = ("params", "opt_state", "average")
+    return dataclasses.replace(
+        specs, **{name: _param_specs(getattr(state, name), mesh) for name in cut}
+    )
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, P)
+
+
+def _by_device(function, mesh: Mesh, in_specs, out_specs):
+    # What comes out whole is summed over devices in it, which the check cannot see.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def _own_rows(x: np.ndarray) -> np.ndarray:
@@ -209,9 +265,7 @@ def _pmapped(mapped, state: TrainState, batch, mesh: Mesh):
         dataclasses.replace(state, carry=jax.tree.map(by_device, state.carry)), batch
     )
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.carry)
-    return dataclasses.replace(
-        state, carry=jax.device_put(joined, NamedSharding(mesh, P("batch")))
-    ), metrics
+    return dataclasses.replace(state, carry=put_rows(joined, mesh)), metrics
 
 
 def _by_part(copied, carry) -> TrainState:

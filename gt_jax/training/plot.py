@@ -1,25 +1,28 @@
-"""curve.png: a run's losses, learning rate and gates over its steps."""
+"""curve.png: a run's losses, learning rate, auxiliary losses and gates over its steps."""
 
 from pathlib import Path
 
-from gt_jax.training import metrics
+from gt_jax import thresholds
+from gt_jax.training import metrics, watch
 
 
-def draw_curve(workdir: str | Path, *, title: str, unit: str) -> None:
+def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int = 0) -> None:
     """Draw WORKDIR/curve.png from WORKDIR/metrics.jsonl.
 
     Args:
         workdir: the run.
         title: over the figure.
         unit: of the loss, e.g. "nats per character".
+        judged_from: the step from which on collapsed gates are marked.
     """
     from matplotlib.figure import Figure  # Slow to import, and no window is opened this way.
     from matplotlib.ticker import MaxNLocator
 
     rows = metrics.read(workdir)
     has_gate = any("gate" in row for row in rows)
-    figure = Figure(figsize=(8, 8.5 if has_gate else 6), layout="constrained")
-    heights = (3, 1, 1.6)[: 3 if has_gate else 2]
+    terms = sorted({name for row in rows for name in row if name.startswith("debate_")})
+    heights = [3, 1] + [1.6] * bool(terms) + [1.6] * has_gate
+    figure = Figure(figsize=(8, 6 + 2.5 * (len(heights) - 2)), layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
 
@@ -40,15 +43,13 @@ def draw_curve(workdir: str | Path, *, title: str, unit: str) -> None:
     axes[1].set_ylabel("learning rate")
     axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
-    if has_gate:
-        steps, gates = _series(rows, "gate")
-        layers = len(gates[0])
-        shades = _shades(layers)
-        for layer in range(layers):
-            values = [gate[layer] for gate in gates]
-            axes[2].plot(steps, values, color=shades[layer], lw=1.3, label=f"layer {layer}")
-        axes[2].set_ylabel("mean gate\n(share of RWKV)")
+    for name in terms:
+        axes[2].plot(*_series(rows, name), lw=1.3, label=name.removeprefix("debate_"))
+    if terms:
+        axes[2].set_ylabel("auxiliary losses\n(without weights)")
         axes[2].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if has_gate:
+        _draw_gates(axes[-1], rows, judged_from)
 
     for ax in axes:
         ax.grid(alpha=0.25)
@@ -56,6 +57,29 @@ def draw_curve(workdir: str | Path, *, title: str, unit: str) -> None:
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(Path(workdir) / "curve.png", dpi=150)
+
+
+def _draw_gates(ax, rows, judged_from):
+    """Mean gates by block, with a cross or a ring where one is closed or constant."""
+    steps, gates = _series(rows, "gate")
+    layers = len(gates[0])
+    shades = _shades(layers)
+    found = [(row, watch.collapsed(row)) for row in rows if row["step"] >= judged_from]
+    last = found[-1][1] if found else {}
+    for layer in range(layers):
+        said = f", {last[layer]}" if layer in last else ""
+        values = [gate[layer] for gate in gates]
+        ax.plot(steps, values, color=shades[layer], lw=1.3, label=f"layer {layer}{said}")
+        for kind, marker in (("closed", "x"), ("constant", "o")):
+            places = [row for row, collapsed in found if collapsed.get(layer) == kind]
+            at = [row["gate"][layer] for row in places]
+            ax.plot([row["step"] for row in places], at, marker, color="C3", ms=4, fillstyle="none")
+    if found and any(collapsed for _, collapsed in found):
+        for low, high in ((0, thresholds.GATE_CLOSED), (1 - thresholds.GATE_CLOSED, 1)):
+            ax.axhspan(low, high, color="C3", alpha=0.15, lw=0)
+        ax.set_title("x: closed, o: constant", fontsize="small", loc="right", color="C3")
+    ax.set_ylabel("mean gate\n(share of RWKV)")
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _series(rows, name):

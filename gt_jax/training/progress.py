@@ -8,6 +8,7 @@ import jax
 
 from gt_jax.config import Config
 from gt_jax.errors import InputError
+from gt_jax.thresholds import split_rules
 
 
 @dataclasses.dataclass
@@ -19,6 +20,7 @@ class Progress:
     last_loss: float | None = None
     evaluations_since_best: int = 0
     evaluated: int = 0  # step of the last evaluation
+    broken_rule: str | None = None  # of train.stop_rules, "name: reason" at the last evaluation
 
     @classmethod
     def of_checkpoint(cls, about: dict, step: int) -> "Progress":
@@ -37,9 +39,14 @@ class Progress:
         self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
         return True
 
-    def out_of_patience(self, config: Config) -> bool:
-        """Whether train.patience evaluations have passed without a new best."""
-        return 0 < config.train.patience <= self.evaluations_since_best
+    def stops_early(self, config: Config) -> str | None:
+        """What of the config ends the run after its last evaluation; None if nothing does."""
+        if 0 < config.train.patience <= self.evaluations_since_best:
+            return f"train.patience={config.train.patience}"
+        rules = split_rules(config.train.stop_rules)
+        if self.broken_rule and self.broken_rule.split(":")[0] in rules:
+            return f"train.stop_rules ({self.broken_rule})"
+        return None
 
 
 class FiniteWatch:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from gt_jax.config import Config
-from gt_jax.models import LanguageModel
+from gt_jax.models import LanguageModel, fsdp
 from gt_jax.training import debate, optimizer, pace
 
 
@@ -69,41 +69,40 @@ def init_state(
 def start_from(
     state: TrainState, params: Any, tx: optax.GradientTransformationExtraArgs, config: Config
 ) -> TrainState:
-    """A fresh TrainState with other parameters."""
+    """A new TrainState with other parameters."""
     return state.replace(**_of_params(params, tx, config))
 
 
 def _of_params(params, tx, config: Config) -> dict:
-    """The fields of a fresh TrainState that depend on its parameters."""
+    """The fields of a new TrainState that depend on its parameters."""
     average = jax.tree.map(jnp.copy, params) if config.optim.ema else None
     return {"params": params, "opt_state": tx.init(params), "average": average}
 
 
-def make_train_step(
-    model: LanguageModel,
-    tx: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
-    config: Config,
-    axis_name: str | None = None,
+class Gradients(NamedTuple):
+    """What a step finds on the whole batch, before it changes anything."""
+
+    grads: Any  # of the objective, like the parameters
+    loss: jax.Array  # [] float32, the task's, nats per counted token
+    terms: dict[str, jax.Array]  # of the debate group, with their sum "objective"; may be empty
+    gates: Any  # ([layers] mean, [layers] standard deviation over positions), or None
+    carry: Any  # the state after the batch, or None
+    tokens: jax.Array  # [] int32, counted targets
+
+
+def make_gradients(
+    model: LanguageModel, config: Config, axis_name: str | tuple[str, ...] | None = None
 ) -> Callable:
-    """train_step(state, batch) -> (state, metrics).
+    """gradients(params, carry, batch, rng, step) -> Gradients.
 
     Args:
         model: a gt_jax.models module.
-        tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
-        config: uses optim.grad_accumulation, optim.clip, train.steps and train.rwkv_dropout_*.
-        axis_name: of the devices under shard_map or pmap: sums over it make the result the whole
-            batch's.
+        config: uses optim.grad_accumulation, train.steps, train.rwkv_dropout_* and debate.
+        axis_name: of the devices under shard_map or pmap, one or several: sums over them make the
+            result the whole batch's.
 
     Raises:
         InputError: the debate group asks for what the model does not have.
-
-    Returns:
-        A function to jit, shard_map or pmap. Its metrics are scalars: loss (the task's, nats per
-        token; with terms of the debate group also objective, what is minimised, and debate_NAME),
-        grad_norm (before clipping), grad_norm_rwkv, ..., r_m_ratio (RWKV's over Mamba's gradient
-        norm), lr, tokens, skipped, skipped_in_a_row; and gate [layers], the mean gate of each block
-        that has one, with gate_std [layers], its standard deviation over positions.
     """
     microbatches = config.optim.grad_accumulation
     dropout = (config.train.rwkv_dropout_start, config.train.rwkv_dropout_end)
@@ -112,14 +111,15 @@ def make_train_step(
     def over_devices(reduce, tree):
         return reduce(tree, axis_name) if axis_name else tree
 
-    def train_step(state: TrainState, batch):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    def gradients(params, carry, batch, rng, step):
+        key = jax.random.fold_in(jax.random.wrap_key_data(rng), step)
         drop = None
         if any(dropout):
-            drop = dropout[0] + (dropout[1] - dropout[0]) * state.step / config.train.steps
+            drop = dropout[0] + (dropout[1] - dropout[0]) * step / config.train.steps
         tokens = over_devices(jax.lax.psum, jnp.sum(batch.targets >= 0))
 
         def loss_of(params, index, batch, carry):
+            params = fsdp.gather_outside_blocks(params)
             output, sown = model.apply(
                 {"params": params},
                 batch.inputs,
@@ -136,7 +136,7 @@ def make_train_step(
             if make_terms is not None:
                 sums = make_terms(params, sown, batch.targets)
                 terms = {name: x / jnp.maximum(tokens, 1) for name, x in sums.items()}
-                extra = debate.weighted(config.debate, state.step, config.train.steps, terms)
+                extra = debate.weighted(config.debate, step, config.train.steps, terms)
                 objective = loss + extra
                 terms = {f"debate_{name}": x for name, x in terms.items()}
                 terms["objective"] = objective
@@ -144,36 +144,76 @@ def make_train_step(
             return objective, (loss, terms, gate_moments(sown), carry)
 
         def add_microbatch(grads, part):
-            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(state.params, *part)
+            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(params, *part)
             return jax.tree.map(jnp.add, grads, more), aux
 
         grads, (losses, terms, gates, carry) = jax.lax.scan(
             add_microbatch,
-            jax.tree.map(jnp.zeros_like, state.params),
-            (jnp.arange(microbatches), *_split((batch, state.carry), microbatches)),
+            jax.tree.map(jnp.zeros_like, params),
+            (jnp.arange(microbatches), *_split((batch, carry), microbatches)),
             unroll=microbatches == 1,
         )
         terms = jax.tree.map(jnp.sum, terms)
-        loss, terms, grads = over_devices(jax.lax.psum, (losses.sum(), terms, grads))
-        grads = pace.scaled(optimizer.join(grads), config.optim)
+        loss, terms = over_devices(jax.lax.psum, (losses.sum(), terms))
+        grads = over_devices(fsdp.sum_gradients, grads)
+        if gates is not None:
+            means, variances = gates.swapaxes(0, 1)  # [microbatches, layers] each
+            over_all = functools.partial(over_devices, jax.lax.pmean)
+            mean = over_all(means.mean(0))
+            between = jnp.square(means - mean).mean(0)
+            gates = mean, jnp.sqrt(over_all(variances.mean(0) + between))
+        return Gradients(grads, loss, terms, gates, _join(carry), tokens)
+
+    return gradients
+
+
+def make_train_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    config: Config,
+    axis_name: str | tuple[str, ...] | None = None,
+    spread: Callable = lambda gradients: gradients,
+) -> Callable:
+    """train_step(state, batch) -> (state, metrics).
+
+    Args:
+        model, config, axis_name: as for `make_gradients`; config also says how parts are paced and
+            what gradients are clipped to.
+        tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
+        spread: gradients -> the same over several devices, where not the whole step is spread.
+
+    Raises:
+        InputError: the debate group asks for what the model does not have.
+
+    Returns:
+        A function to jit or pmap. Its metrics are scalars: loss (the task's, nats per token; with
+        terms of the debate group also objective, what is minimised, and debate_NAME), grad_norm
+        (before clipping), grad_norm_rwkv, ..., r_m_ratio (RWKV's over Mamba's gradient norm), lr,
+        tokens, skipped, skipped_in_a_row; and gate [layers], the mean gate of each block that has
+        one, with gate_std [layers], its standard deviation over positions.
+    """
+
+    gradients = spread(make_gradients(model, config, axis_name))
+
+    def train_step(state: TrainState, batch):
+        found = gradients(state.params, state.carry, batch, state.rng, state.step)
+        grads = pace.scaled(optimizer.join(found.grads), config.optim)
         norms = optimizer.norms(grads)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
 
         # A step that is not finite leaves no trace but its count, the carried state included.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
         done = state.step - state.skipped
         updates = pace.paced(updates, config.optim, done, schedule(done))
         params = optax.apply_updates(state.params, updates)
         average, decay = state.average, config.optim.ema
         if average is not None:
-            count = state.step - state.skipped + 1
-            moved = optimizer.update_average(average, params, decay, count)
+            moved = optimizer.update_average(average, params, decay, done + 1)
             average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
-        carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), _join(carry), state.carry
-        )
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found.carry, state.carry)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -185,23 +225,18 @@ def make_train_step(
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         metrics = {
-            "loss": loss,
+            "loss": found.loss,
             "grad_norm": grad_norm,
             "lr": schedule(done),
-            "tokens": tokens,
+            "tokens": found.tokens,
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
-        metrics |= terms | {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        metrics |= found.terms | {f"grad_norm_{name}": norm for name, norm in norms.items()}
         if "rwkv" in norms and "mamba" in norms:
             metrics["r_m_ratio"] = norms["rwkv"] / norms["mamba"]
-        if gates is not None:
-            means, variances = gates.swapaxes(0, 1)  # [microbatches, layers] each
-            over_all = functools.partial(over_devices, jax.lax.pmean)
-            mean = over_all(means.mean(0))
-            between = jnp.square(means - mean).mean(0)
-            metrics["gate"] = mean
-            metrics["gate_std"] = jnp.sqrt(over_all(variances.mean(0) + between))
+        if found.gates is not None:
+            metrics["gate"], metrics["gate_std"] = found.gates
         return new_state, metrics
 
     return train_step
@@ -211,6 +246,7 @@ def make_eval_step(model: LanguageModel) -> Callable:
     """eval_step(params, batch, carry) -> (Evaluation, carry); no carry: rows start from zero."""
 
     def eval_step(params, batch, carry):
+        params = fsdp.gather_outside_blocks(params)
         found: Any = model.apply(
             {"params": params},
             batch.inputs,

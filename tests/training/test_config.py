@@ -90,6 +90,8 @@ def test_batch_must_divide_over_devices(make_config):
     ("changes", "devices", "message"),
     [
         ({"parallel.sequence": 3}, 4, r"parallel\.sequence=3 must divide .* devices, 4$"),
+        ({"parallel.fsdp": 3}, 4, r"^parallel\.fsdp=3 times .* must divide .* devices, 4$"),
+        ({"parallel.fsdp": 2, "parallel.mode": "pmap"}, 4, r"parallel\.mode=pmap spreads rows"),
         ({"parallel.sequence": 2}, 32, r"train\.batch_size=8 must be .* of 16 groups"),
         ({"parallel.sequence": 2, "parallel.mode": "pmap"}, 4, r"parallel\.mode=pmap spreads rows"),
         ({"parallel.sequence": 2, "train.seq_len": 9}, 4, r"train\.seq_len=9 must be a multiple"),

@@ -228,6 +228,13 @@ def test_arbiter_follows_the_better_branch_and_not_the_heavier(make_config):
     np.testing.assert_allclose(pull(jnp.full((1, 1), 0.7310586)), 0, atol=1e-5)
 
 
+def test_weights_of_exactly_one_and_zero_are_finite():
+    """XLA folds constants: 1 - w + 1e-8 is no safe logarithm."""
+    value = fast(jax.value_and_grad(lambda w: debate._cross_entropy(w, w).sum()))
+    for w in (0.0, 1.0):
+        assert all(np.isfinite(x).all() for x in value(jnp.full((1, 1), w)))
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
