@@ -9,7 +9,7 @@ held_out = evaluation_batches(tokens.validation, batch_size=64, seq_len=64)
 """
 
 from gt_jax.data.batches import Batch, evaluation_batches, make_batches, track_split
-from gt_jax.data.corpora import Corpus, load_corpus
+from gt_jax.data.corpora import Corpus, load_corpus, load_held_out
 from gt_jax.data.tokenizers import (
     CorpusTokens,
     encode_corpus,
@@ -24,6 +24,7 @@ __all__ = [
     "encode_corpus",
     "evaluation_batches",
     "load_corpus",
+    "load_held_out",
     "make_batches",
     "make_tokenizer",
     "tokenizer_from_dict",

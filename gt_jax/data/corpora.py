@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from gt_jax.data.files import read_path, text_field
+from gt_jax.data.files import Texts, read_path, text_field
 from gt_jax.errors import InputError, did_you_mean
 
 
@@ -59,21 +59,54 @@ def load_corpus(source: str, *, field: str = "text", validation_fraction: float 
         raise InputError(
             f"data.validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.1"
         )
+    documents, held_out, note, _ = _read(source, field)
+    if held_out is None:
+        train, validation = _split(source, documents, validation_fraction)
+        return Corpus(source, train, validation, note)
+    train, validation = _without_empty(documents), _without_empty(held_out)
+    for name, split in (("train", train), ("validate", validation)):
+        if not split:
+            raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
+    return Corpus(source, train, validation, note)
+
+
+def load_held_out(
+    source: str, field: str = "text", *, name: str = "data.validation_source"
+) -> tuple[str, ...]:
+    """The documents to measure a model on: a source's validation split if it has one, else all.
+
+    Args:
+        source, field: as `load_corpus` takes them.
+        name: of the setting or flag that names the source, for messages.
+
+    Raises:
+        InputError: the text cannot be read, or there is none; or files are named for training and
+            for testing, and none for validation.
+    """
+    try:
+        documents, held_out, _, test = _read(source, field)
+    except InputError as error:  # names the field that names a text in all other cases
+        raise InputError(str(error).replace("data.source=", f"{name}=", 1)) from error
+    if held_out is None and test is not None:
+        raise InputError(
+            f"{name}={source!r} holds files to train and to test on and none to validate on; name "
+            f"the file to measure on, such as {test}"
+        )
+    found = _without_empty(documents if held_out is None else held_out)
+    if not found:
+        raise InputError(f"{name}={source!r} holds no text; name one with some")
+    return found
+
+
+def _read(source, field) -> Texts:
+    """The documents of any source."""
     if source.startswith("tfds:"):
-        return _load_tfds(source, field, validation_fraction)
+        return _load_tfds(source, field)
     if source in _SHAKESPEARE:
         documents, note = _load_shakespeare(source)
-    else:
-        hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
-        documents, held_out, note = read_path(source, field, unknown=hint)
-        if held_out is not None:
-            train, validation = _without_empty(documents), _without_empty(held_out)
-            for name, split in (("train", train), ("validate", validation)):
-                if not split:
-                    raise InputError(f"data.source={source!r} holds no text to {name} on; add some")
-            return Corpus(source, train, validation, note)
-    train, validation = _split(source, documents, validation_fraction)
-    return Corpus(source, train, validation, note)
+        return Texts(documents, None, note)
+    hint = did_you_mean(source, _SHAKESPEARE) or f"; name one, or {' or '.join(_SHAKESPEARE)}"
+    return read_path(source, field, unknown=hint)
 
 
 def _split(source, documents, validation_fraction) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -210,8 +243,8 @@ def plain_speech(markdown: str) -> str:
 # TFDS, through array_record files: that needs no TensorFlow.
 
 
-def _load_tfds(source, field, validation_fraction):
-    """A TensorFlow Datasets set as a Corpus; downloaded and prepared when it is not on disk."""
+def _load_tfds(source, field) -> Texts:
+    """The documents of a TensorFlow Datasets set, downloaded and prepared if not on disk."""
     instead = "or use data.source=shakespeare or a file path, which need no network"
     try:
         import tensorflow_datasets as tfds
@@ -245,13 +278,10 @@ def _load_tfds(source, field, validation_fraction):
     def read(split):
         # The decorator of TFDS hides the argument from type checkers.
         rows = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-        return (text_field(f"data.source={source!r}", row, field) for row in rows)
+        return [text_field(f"data.source={source!r}", row, field) for row in rows]
 
     held_out = next((name for name in ("validation", "test") if name in splits), None)
-    if held_out is None:
-        train, validation = _split(source, read("train"), validation_fraction)
-        return Corpus(source, train, validation)
-    return Corpus(source, _without_empty(read("train")), _without_empty(read(held_out)))
+    return Texts(read("train"), read(held_out) if held_out else None, None)
 
 
 def _is_online():

@@ -21,11 +21,15 @@ _TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc
 
 
 class Texts(NamedTuple):
-    """Documents to train on, those held out by name or None, and a note or None."""
+    """Documents to train on, those held out by name or None, and a note or None.
+
+    test: the file to test on that its name leaves out, or the first of several.
+    """
 
     train: list[str]
     validation: list[str] | None
     note: str | None
+    test: Path | None = None
 
 
 def read_path(source: str, field: str, *, unknown: str) -> Texts:
@@ -87,7 +91,7 @@ def _read_folder(folder, source, field):
     if splits is None:
         return Texts(read(files), None, None)
     held_out = read(splits.validation) if splits.validation else None
-    return Texts(read(splits.train), held_out, splits.note)
+    return Texts(read(splits.train), held_out, splits.note, next(iter(splits.test), None))
 
 
 def _kind(path):
@@ -111,7 +115,7 @@ def _read_file(path, field):
     if kind == ".parquet" and not packing:
         return _read_parquet(path, where, field), None
     data = _read_bytes(path, where, packing)
-    text = _decode(data, where)
+    text = _decode(data, where, packing)
     if kind == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         return [_read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
@@ -202,10 +206,12 @@ _MAGIC = {  # how data begins that is no text -> what it is, and what to do
 }
 
 
-def _decode(data, where):
+def _decode(data, where, packing):
     """The text of bytes of UTF-8, without a byte order mark."""
     for start, what in _MAGIC.items():
         if data.startswith(start) and not (start.isascii() and _is_text(data)):
+            if packing:
+                what = f"unpacks to what {what.partition(';')[0]}; unpack it first"
             raise InputError(f"{where} {what}")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.data.corpora import Corpus, replace_file
 from gt_jax.data.pretrained import PRETRAINED
-from gt_jax.errors import InputError, did_you_mean
+from gt_jax.errors import InputError, did_you_mean, one_line
 
 
 class CorpusTokens(NamedTuple):
@@ -184,11 +184,16 @@ class SentencePieceTokenizer(Tokenizer):
     byte_errors = "each"
 
     def __init__(self, model: bytes):
-        """Args: model: the serialised SentencePiece model, bytes."""
+        """Args: model: the serialised SentencePiece model. Raises InputError if it is damaged."""
         import sentencepiece
 
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+        except (RuntimeError, ValueError) as error:  # ValueError: of a token that is not UTF-8
+            reason = one_line(str(error).removeprefix("INTERNAL: "), 120)
+            raise InputError(f"the SentencePiece model is damaged ({reason})") from error
         self.vocab_size = self._processor.vocab_size()
         self._cached_bytes = functools.cache(self._find_bytes)
 
