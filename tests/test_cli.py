@@ -119,7 +119,8 @@ def test_run_out_of_time_stops_after_a_step_and_goes_on(text, tmp_path, capsys):
     for step in (1, 2):
         run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
         expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command"
-        assert expected in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert expected in printed and "tokens/s" not in printed  # the only step compiles
         assert checkpoint.find(tmp_path).name == str(step)
     run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
     printed = capsys.readouterr().out
