@@ -17,7 +17,7 @@ _WORD = re.compile(rf"(?<![^\W_])({'|'.join(_NAMES)})(?:set|split)?(?![^\W\d_])"
 
 
 class Splits(NamedTuple):
-    """The files to train, validate and test on (the last two maybe none), and a line that says it."""
+    """The files to train, validate and test on, of the last two maybe none, and a line of note."""
 
     train: list[Path]
     validation: list[Path]
