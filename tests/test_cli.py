@@ -209,6 +209,7 @@ def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
         ("--config.optim.learning_rate=1", "did you mean 'optim.lr'?"),
         ("--config.lr=1", "lr is not a config field; did you mean 'optim.lr'?"),
         ("--config.model.layers=1025", "model.layers=1025 must be at most 1024"),
+        ("--config.model.state_size=100000", "model.state_size=100000 must be at most 1024"),
         ("--config.model.fusion=ws2", "model.fusion='ws2' must be one of"),
         ("--config.train.batch_size=2147483647", "tokens a step, more than 2,147,483,647"),
         ("--config.model.dim=100000", "model.dim=100000 with model.layers=1 makes"),

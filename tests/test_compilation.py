@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from gt_jax import compilation
+from gt_jax.errors import InputError
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -72,6 +73,12 @@ def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_pa
     assert compilation.use_cache("none") is None
     assert not jax.config.jax_enable_compilation_cache
     assert compilation.use_cache() is None
+
+
+@pytest.mark.parametrize("folder", ["", " ", "~nobody-of-this-name/xla"])
+def test_name_that_is_no_folder_is_refused(settings, folder):
+    with pytest.raises(InputError, match="name a folder, auto or none"):
+        compilation.use_cache(folder)
 
 
 def test_options_of_a_gpu_are_for_a_gpu_alone(monkeypatch):

@@ -7,6 +7,9 @@ from gt_jax.settings import POSITIVE, check, setting
 
 MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
+# Building or compiling larger ones takes minutes, however small all else is; real ones have some
+# hundred layers and 256 state channels.
+MOST = {"layers": 1024, "state_size": 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self, "model.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"model.{name}={getattr(self, name)} must be at most {most}")
         self._check_widths()
         self._check_gate()
 

@@ -27,7 +27,6 @@ FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train
 FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
 FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep")
 FREE_ON_RESUME += ("log.every", "log.tensorboard")
-MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
 class Job(NamedTuple):
@@ -84,8 +83,6 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
 
     # Model and programs.
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
-    if model_config.layers > MOST_LAYERS:
-        raise InputError(f"model.layers={model_config.layers} must be at most {MOST_LAYERS}")
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
