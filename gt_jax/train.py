@@ -245,12 +245,12 @@ def _report(job: Job, speed: Speed, metrics: Metrics, display: Display, row: dic
     metrics.write(row)
     if row.get("loss") is not None:
         rate = row["tokens_per_second"]
-        speed = "" if rate is None else f"  {rate:,} tokens/s"
+        tokens = "" if rate is None else f"  {rate:,} tokens/s"
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         display.numbers(
             step,
             f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
-            f"{speed}{skipped}",
+            f"{tokens}{skipped}",
         )
     if "validation_loss" in row:
         said = describe(row, loss_unit(job.text.tokenizer))

@@ -222,6 +222,12 @@ def test_mistake_on_the_command_line_is_one_line(argument, message, text, tmp_pa
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_positions_that_cannot_fit_are_named(text, tmp_path, capsys):
+    many = ("--config.model.preset=gpt2", "--config.model.max_positions=2000000000")
+    printed = train_error(text, tmp_path, capsys, *many)
+    assert "and model.max_positions=2000000000 makes" in printed
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "holds no text"), (b"abc \xff\xfe", "UTF-8"), (b"too short", "seq_len")],

@@ -85,6 +85,8 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
+    if model_config.position_limit is not None:
+        fields += f" and model.max_positions={model_config.max_positions}"
     memory.check_fits(counts["total"], config.optim.moments_dtype, fields)
     model = make_model(model_config)
     return Job(

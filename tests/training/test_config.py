@@ -79,7 +79,7 @@ def test_numbers_of_numpy_become_those_of_python():
     config["optim"]["lr"] = np.float32(0.5)
     config["log"]["tensorboard"] = np.bool_(True)
     plain["optim"]["lr"] = 0.5
-    assert json.dumps(to_dict(from_config_dict(config))) == json.dumps(plain)
+    assert json.loads(json.dumps(to_dict(from_config_dict(config)))) == plain
 
 
 def test_whole_number_serves_as_float():
