@@ -63,6 +63,17 @@ def test_damaged_cache_is_ignored_without_a_word(settings, tmp_path, recwarn, ca
     assert not recwarn.list and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_empty_entry_or_a_folder_in_its_place_is_compiled_anew(settings, tmp_path, capsys, folder):
+    compilation.use_cache(str(tmp_path))
+    first = run(5)
+    for file in tmp_path.glob("*-cache"):
+        file.unlink()
+        file.mkdir() if folder else file.touch()
+    assert run(5) == first
+    assert capsys.readouterr() == ("", "")
+
+
 def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compilation.use_cache() == tmp_path / "gt_jax" / "xla"
