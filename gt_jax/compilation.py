@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from gt_jax.errors import InputError
+
 # XLA's options on a GPU, by kind of program.
 #
 # Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
@@ -64,6 +66,9 @@ def use_cache(folder: str = "auto") -> Path | None:
 
     Returns:
         The folder, None if there is no cache of ours.
+
+    Raises:
+        InputError: the folder's name is empty, or begins with the home of an unknown user.
     """
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -71,7 +76,14 @@ def use_cache(folder: str = "auto") -> Path | None:
     own, enabled = (getattr(jax.config, f"jax_{name}") for name in _OF_THE_USER)
     if folder == "auto" and (own or not enabled):
         return None
-    path = default_cache() if folder == "auto" else Path(folder).expanduser()
+    try:
+        path = default_cache() if folder == "auto" else Path(folder).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise InputError(
+            f"--compile_cache={folder} is of no known user; name a folder, auto or none"
+        ) from error
+    if not folder.strip():
+        raise InputError("--compile_cache is empty; name a folder, auto or none")
     warnings.filterwarnings("ignore", ".*persistent compilation cache.*", UserWarning)
     settings = {
         "jax_enable_compilation_cache": True,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import config_dict
 
 from gt_jax.config_hybrid import Debate, PartSteps
@@ -361,6 +362,8 @@ def _build(cls, values, prefix: str):
         if name not in values:
             raise InputError(f"{prefix}{name} is missing; gt_jax.config.default_config has it")
         value = values[name]
+        if isinstance(value, np.generic):  # a NumPy number; config.json takes Python's
+            value = value.item()
         if dataclasses.is_dataclass(field.type):
             value = _build(field.type, value, prefix + name + ".")
         elif float in accepted(field.type) and type(value) is int:

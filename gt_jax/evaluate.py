@@ -5,8 +5,9 @@
     python -m gt_jax.evaluate --checkpoint=runs/gpt2 --source=book.txt --seq_len=1024 --stride=256
 
 Without --source, the program reads the validation split of the run's own text as in training. With
---source, it reads the whole text: recurrent models carry their state to the end of each document,
-attention models read overlapping windows. --seq_len or --stride asks for windows in any model.
+--source, it reads the whole text, of a source with splits of its own the validation split:
+recurrent models carry their state to the end of each document, attention models read overlapping
+windows. --seq_len or --stride asks for windows in any model.
 """
 
 import functools
@@ -17,7 +18,7 @@ from absl import flags as absl_flags
 
 from gt_jax import checkpoint, cli
 from gt_jax.config import from_stored
-from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_corpus
+from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_held_out
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.finite import check_computed
@@ -25,15 +26,6 @@ from gt_jax.scoring import check_ids, loss_unit, score, windows
 from gt_jax.training.evaluation import describe, evaluate, measures_of
 from gt_jax.training.step import make_eval_step
 from gt_jax.training.text import read_text
-
-
-def read_documents(source: str, field: str = "text") -> tuple[str, ...]:
-    """The documents of a source, as `load_corpus` takes it, training and validation together."""
-    corpus = load_corpus(source, field=field, validation_fraction=1e-9)
-    documents = corpus.train + corpus.validation
-    # A fraction this small cuts one character off a lone document.
-    lone = len(documents) == 2 and len(documents[1]) == 1
-    return ("".join(documents),) if lone else documents
 
 
 def encode_documents(
@@ -127,7 +119,8 @@ def main(argv: list[str]) -> None:
     else:
         assert flags.source is not None, "a converted model without --source was refused above"
         name = flags.source
-        documents = read_documents(name, flags.field or (config.data.field if config else "text"))
+        field = flags.field or (config.data.field if config else "text")
+        documents = load_held_out(name, field, name="--source")
         tokens = encode_documents(documents, tokenizer, name)
     check_ids(model, tokens)
 

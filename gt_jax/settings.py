@@ -31,6 +31,7 @@ ABOVE_ZERO = Range(lambda v: v > 0, "above 0")
 FRACTION = Range(lambda v: 0 < v < 1, "above 0 and below 1")
 SHARE = Range(lambda v: 0 <= v <= 1, "between 0 and 1")
 LARGEST = 2**31 - 1  # of whole numbers: they become int32 on the device
+SMALLEST, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of other numbers but 0: they become float32
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
 
 
@@ -119,6 +120,11 @@ def _check_type(value, kind, name: str) -> None:
 def _check_value(value, metadata, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}={value} must be a finite number")
+    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST_FLOAT:
+        raise InputError(
+            f"{name}={value} must lie between {SMALLEST:g} and {LARGEST_FLOAT:g}: beyond, it would "
+            "be zero or infinite in float32"
+        )
     within, choices = metadata.get("within"), metadata.get("choices")
     if within and not within.test(value):
         raise InputError(f"{name}={value} must be {within.wanted}")

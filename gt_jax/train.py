@@ -263,14 +263,17 @@ def _report(
     """Fetch a step's numbers, keep them and show them."""
     row, step = jax.device_get(row), row["step"]
     if "tokens_per_second" not in row:
-        row["tokens_per_second"] = round(speed.latest(step))
+        rate = speed.latest(step)
+        row["tokens_per_second"] = None if rate is None else round(rate)
     metrics.write(row)
     if row.get("loss") is not None:
+        rate = row["tokens_per_second"]
+        tokens = "" if rate is None else f"  {rate:,} tokens/s"
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         display.numbers(
             step,
-            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['tokens_per_second']:,} tokens/s{skipped}",
+            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
+            f"{tokens}{skipped}",
         )
     if (news := alarm.look(plain(row))) is not None:
         display.line(f"step {step}/{job.config.train.steps}  {news}")
@@ -309,12 +312,14 @@ def _conclude(job: Job, progress: Progress, step: int, stop: Stop, speed: Speed,
         say(f"stopped by {stop.reason} after step {step}; the same command continues from there")
         return
     early = f", stopped early by {progress.stops_early(config)}"
+    rate = speed.overall(step)
+    in_training = "" if rate is None else f"; {rate:,.0f} tokens/s in training"
     best = "no finite validation loss"
     if progress.best_step is not None:
         best = f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
     say(
-        f"\nstep {step} after {seconds:.0f} s{early if step < config.train.steps else ''}; "
-        f"{speed.overall(step):,.0f} tokens/s in training\n"
+        f"\nstep {step} after {seconds:.0f} s{early if step < config.train.steps else ''}"
+        f"{in_training}\n"
         f"{best}, last {progress.last_loss:.4f} nats/{unit}\n"
         f"curve:       {workdir / 'curve.png'}\n"
         f"samples:     {workdir / 'samples.txt'}\n"

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from gt_jax import compilation
+from gt_jax.errors import InputError
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -62,6 +63,17 @@ def test_damaged_cache_is_ignored_without_a_word(settings, tmp_path, recwarn, ca
     assert not recwarn.list and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_empty_entry_or_a_folder_in_its_place_is_compiled_anew(settings, tmp_path, capsys, folder):
+    compilation.use_cache(str(tmp_path))
+    first = run(5)
+    for file in tmp_path.glob("*-cache"):
+        file.unlink()
+        file.mkdir() if folder else file.touch()
+    assert run(5) == first
+    assert capsys.readouterr() == ("", "")
+
+
 def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compilation.use_cache() == tmp_path / "gt_jax" / "xla"
@@ -72,6 +84,12 @@ def test_settings_of_jax_go_before_auto_but_not_before_a_folder(settings, tmp_pa
     assert compilation.use_cache("none") is None
     assert not jax.config.jax_enable_compilation_cache
     assert compilation.use_cache() is None
+
+
+@pytest.mark.parametrize("folder", ["", " ", "~nobody-of-this-name/xla"])
+def test_name_that_is_no_folder_is_refused(settings, folder):
+    with pytest.raises(InputError, match="name a folder, auto or none"):
+        compilation.use_cache(folder)
 
 
 def test_options_of_a_gpu_are_for_a_gpu_alone(monkeypatch):

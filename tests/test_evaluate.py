@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint
+from gt_jax.data import load_held_out
 from gt_jax.data.pretrained import IdTokenizer
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
-from gt_jax.evaluate import main, read_documents
+from gt_jax.evaluate import main
 from gt_jax.models import ModelConfig, make_model
 from tests.convert import small
 from tests.models.small_models import lively_parameters, random_tokens
@@ -112,6 +113,16 @@ def test_converted_model_needs_a_source(folder):
 
 def test_lone_document_is_not_cut(tmp_path):
     (tmp_path / "a.txt").write_text("one document")
-    assert read_documents(str(tmp_path / "a.txt")) == ("one document",)
+    assert load_held_out(str(tmp_path / "a.txt")) == ("one document",)
     (tmp_path / "b.txt").write_text("and another")
-    assert read_documents(str(tmp_path)) == ("one document", "and another")
+    assert load_held_out(str(tmp_path)) == ("one document", "and another")
+
+
+def test_of_a_folder_with_splits_the_validation_split_is_read(folder, run, tmp_path):
+    for name, text in (("train", "a cat " * 99), ("valid", TEXT), ("test", "mat " * 50)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    alone, named = (run("rwkv6", path) for path in (tmp_path / "valid.txt", tmp_path))
+    assert alone.split(": ")[1] == named.split(": ")[1]
+    (tmp_path / "valid.txt").unlink()
+    with pytest.raises(InputError, match=r"--source=.* none to validate on; .* as .*/test.txt$"):
+        run("rwkv6", tmp_path)

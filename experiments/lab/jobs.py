@@ -55,6 +55,7 @@ def run(name: str, changes: Mapping, seed: int, workdir=None) -> dict:
         rows = metrics.read(workdir)
         # metrics.jsonl rounds to six digits; the checkpoint keeps them all.
         loss = checkpoint.read_about(checkpoint.find(f"{workdir}@last"))["progress"]["last_loss"]
+    rates = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")] or [0]
     curve = [(r["step"], round(r["validation_loss"], 4)) for r in rows if "validation_loss" in r]
     return {
         "seed": seed,
@@ -63,7 +64,7 @@ def run(name: str, changes: Mapping, seed: int, workdir=None) -> dict:
         "curve": curve,
         "gate": [round(g, 3) for g in rows[-1].get("gate", [])],
         "steps": rows[-1]["step"],
-        "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in rows)),
+        "tokens_per_second": round(statistics.median(rates)),
         "seconds": round(time.perf_counter() - began),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -13,7 +13,7 @@ text = load_prepared("prepared/books:0.7,prepared/code:0.3")  # .tokens and .tok
 """
 
 from gt_jax.data.batches import Batch, evaluation_batches, make_batches, track_split
-from gt_jax.data.corpora import Corpus, load_corpus
+from gt_jax.data.corpora import Corpus, load_corpus, load_held_out
 from gt_jax.data.prepared import beginning, count_tokens, load_prepared, prepared_folders
 from gt_jax.data.preparing import prepare
 from gt_jax.data.tokenizers import (
@@ -32,6 +32,7 @@ __all__ = [
     "encode_corpus",
     "evaluation_batches",
     "load_corpus",
+    "load_held_out",
     "load_prepared",
     "make_batches",
     "make_tokenizer",

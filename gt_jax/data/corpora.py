@@ -67,7 +67,7 @@ def load_corpus(
         raise InputError(
             f"data.validation_fraction={validation_fraction} must lie between 0 and 1, e.g. 0.1"
         )
-    documents, held_out, note = _read(source, field)
+    documents, held_out, note, _ = _read(source, field)
     if validation_source:
         held_out = load_held_out(validation_source, field)
         note = f"validates on {validation_source}"
@@ -81,20 +81,31 @@ def load_corpus(
     return Corpus(source, train, validation, note)
 
 
-def load_held_out(source: str, field: str = "text") -> tuple[str, ...]:
-    """The documents of data.validation_source: its validation split where it has one, else all.
+def load_held_out(
+    source: str, field: str = "text", *, name: str = "data.validation_source"
+) -> tuple[str, ...]:
+    """The documents to measure a model on: a source's validation split if it has one, else all.
+
+    Args:
+        source, field: as `load_corpus` takes them.
+        name: of the setting or flag that names the source, for messages.
 
     Raises:
-        InputError: the text cannot be read, or there is none.
+        InputError: the text cannot be read, or there is none; or files are named for training and
+            for testing, and none for validation.
     """
     try:
-        documents, held_out, _ = _read(source, field)
+        documents, held_out, _, test = _read(source, field)
     except InputError as error:  # names the field that names a text in all other cases
-        said = str(error).replace("data.source=", "data.validation_source=", 1)
-        raise InputError(said) from error
+        raise InputError(str(error).replace("data.source=", f"{name}=", 1)) from error
+    if held_out is None and test is not None:
+        raise InputError(
+            f"{name}={source!r} holds files to train and to test on and none to validate on; name "
+            f"the file to measure on, such as {test}"
+        )
     found = _without_empty(documents if held_out is None else held_out)
     if not found:
-        raise InputError(f"data.validation_source={source!r} holds no text; name one with some")
+        raise InputError(f"{name}={source!r} holds no text; name one with some")
     return found
 
 

@@ -22,11 +22,15 @@ _TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc
 
 
 class Texts(NamedTuple):
-    """Documents to train on, those held out by name or None, and a note or None."""
+    """Documents to train on, those held out by name or None, and a note or None.
+
+    test: the file to test on that its name leaves out, or the first of several.
+    """
 
     train: list[str]
     validation: list[str] | None
     note: str | None
+    test: Path | None = None
 
 
 def read_path(source: str, field: str, *, unknown: str) -> Texts:
@@ -94,7 +98,7 @@ def _read_folder(folder, source, field):
     if splits is None:
         return Texts(read(files), None, None)
     held_out = read(splits.validation) if splits.validation else None
-    return Texts(read(splits.train), held_out, splits.note)
+    return Texts(read(splits.train), held_out, splits.note, next(iter(splits.test), None))
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -118,7 +122,7 @@ def _read_file(path, field):
     if kind == ".parquet" and not packing:
         return _read_parquet(path, where, field), None
     data = _read_bytes(path, where, packing)
-    text = decode(data, where)
+    text = decode(data, where, packing)
     if kind == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         return [read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
@@ -215,13 +219,18 @@ _MAGIC = {  # how data begins that is no text -> what it is, and what to do
 }
 
 
-def decode(data: bytes, where: str) -> str:
+def decode(data: bytes, where: str, packing: str = "") -> str:
     """The text of bytes of UTF-8, without a byte order mark.
 
+    Args:
+        data: unpacked, if they were packed.
+        where: begins every message.
+        packing: ".gz" or another suffix of what they were unpacked from, or "".
+
     Raises:
-        InputError: they are something else; `where` begins the message.
+        InputError: they are something else.
     """
-    refuse_other_kinds(data, where)
+    refuse_other_kinds(data, where, packing)
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -230,10 +239,12 @@ def decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def refuse_other_kinds(data: bytes, where: str) -> None:
+def refuse_other_kinds(data: bytes, where: str, packing: str = "") -> None:
     """Raise InputError if a file that begins with these bytes is packed, an archive or UTF-16."""
     for start, what in _MAGIC.items():
         if data.startswith(start) and not (start.isascii() and _is_text(data)):
+            if packing:
+                what = f"unpacks to what {what.partition(';')[0]}; unpack it first"
             raise InputError(f"{where} {what}")
 
 

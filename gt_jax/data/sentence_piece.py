@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 
 _BLOCK_LENGTH = 1_000_000  # characters
 _SAMPLE = 1 << 24  # characters to train on
@@ -30,11 +30,16 @@ class SentencePieceTokenizer(Tokenizer):
     byte_errors = "each"
 
     def __init__(self, model: bytes):
-        """Args: model: the serialised SentencePiece model, bytes."""
+        """Args: model: the serialised SentencePiece model. Raises InputError if it is damaged."""
         import sentencepiece
 
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+        except (RuntimeError, ValueError) as error:  # ValueError: of a token that is not UTF-8
+            reason = one_line(str(error).removeprefix("INTERNAL: "), 120)
+            raise InputError(f"the SentencePiece model is damaged ({reason})") from error
         self.vocab_size = self._processor.vocab_size()
         ids = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
         self.special = SpecialIds(*(i if i >= 0 else None for i in ids))

@@ -17,10 +17,11 @@ _WORD = re.compile(rf"(?<![^\W_])({'|'.join(_NAMES)})(?:set|split)?(?![^\W\d_])"
 
 
 class Splits(NamedTuple):
-    """The files to train on and to validate on (maybe none), and a line that says it."""
+    """The files to train, validate and test on, of the last two maybe none, and a line of note."""
 
     train: list[Path]
     validation: list[Path]
+    test: list[Path]
     note: str
 
 
@@ -83,7 +84,7 @@ def named_splits(
     note = f"trains on {_said(splits['train'], files)}, validates on "
     note += _said(held_out, files) if held_out else "the end of it"
     note += f"; {_said(splits['test'], files)} is left out" if splits["test"] else ""
-    return Splits(list(splits["train"]), list(held_out), note)
+    return Splits(list(splits["train"]), list(held_out), list(splits["test"]), note)
 
 
 def _names_of(inside, stem_of, *, loose=False):

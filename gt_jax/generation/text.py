@@ -171,6 +171,7 @@ class _Reader:
         self._window, self._done = [], 0  # the last ids, and characters of their text dealt with
         self._since = []  # ids since a character last ended, where that has to be found out
         self._pending = b""  # start of a character
+        self._waiting = []  # of "each": tokens of the start of a character
         self._run, self._broken, self._known = [], False, 0  # of "whole"
         self._unclean, self._cleaned = "", 0  # text to clean, characters of it dealt with
         if not self._joins:
@@ -200,6 +201,8 @@ class _Reader:
     def read(self, ids):
         if not self._joins:
             return [(False, self._decode(ids))]
+        if self._errors == "each":
+            return [(False, self._whole_characters(ids))]
         events = []
         if not self._has_bytes:
             events.append((False, self._text(ids)))
@@ -213,7 +216,7 @@ class _Reader:
                 events += self._lengthen_run(group)
             else:
                 data = self._pending + self._joined(group)
-                text, used = codecs.utf_8_decode(data, _HANDLERS[self._errors], False)
+                text, used = codecs.utf_8_decode(data, self._errors, False)
                 self._pending = data[used:]
                 self._window, self._done = group, _UNCOUNTED
                 events.append((False, text))
@@ -228,12 +231,34 @@ class _Reader:
             events.append((False, clean_up(self._unclean)[self._cleaned :]))
         return events
 
+    def _whole_characters(self, ids):
+        """What ids of "each" add, whose byte tokens are of one byte, less a character's start."""
+        ids = [*self._waiting, *ids]
+        ready = len(ids)
+        for count in (1, 2, 3):
+            data = self._joined(ids[-count:])
+            if len(data) < count or count > len(ids):
+                break
+            try:
+                if codecs.utf_8_decode(data, "strict", False)[1] == 0:
+                    ready = len(ids) - count
+            except UnicodeDecodeError:
+                pass  # it begins within a character, or is none
+        self._waiting = ids[ready:]
+        ids = [*self._window, *ids[:ready]]
+        new = self._decode(ids)[self._done :]
+        self._window_of(ids)
+        return new
+
     def _joined(self, ids) -> bytes:
         """The bytes of tokens that have some."""
         return b"".join(self._bytes(i) or b"" for i in ids)
 
     def _flush(self):
         """The events of the end of a run of bytes."""
+        if self._waiting:
+            ids, self._waiting = [*self._window, *self._waiting], []
+            return [(False, self._decode(ids)[self._done :])]
         if self._run:
             run, known, self._run = self._run, self._known, []
             self._pending, self._broken, self._known = b"", False, 0
@@ -241,7 +266,7 @@ class _Reader:
             self._window_of([*self._window, *run])
             return [(False, text)]
         if self._pending:
-            text, _ = codecs.utf_8_decode(self._pending, _HANDLERS[self._errors], True)
+            text, _ = codecs.utf_8_decode(self._pending, self._errors, True)
             self._pending = b""
             return [(False, text)]
         return []
@@ -315,12 +340,3 @@ class _Reader:
         text = clean_up(self._unclean[:cut])[self._cleaned :]
         self._unclean, self._cleaned = self._unclean[cut:], 0
         return [(False, text)]
-
-
-def _one_for_each(error):
-    """U+FFFD for every byte that cannot be decoded, as SentencePiece writes them."""
-    return INCOMPLETE * (error.end - error.start), error.end
-
-
-codecs.register_error("gt_jax.each", _one_for_each)
-_HANDLERS = {"replace": "replace", "each": "gt_jax.each"}

@@ -7,6 +7,9 @@ from gt_jax.errors import InputError
 from gt_jax.settings import ABOVE_ZERO, POSITIVE, check, setting
 
 MAMBA_EXPAND = 2
+# Building or compiling larger ones takes minutes, however small all else is; real ones have some
+# hundred layers and 256 state channels.
+MOST = {"layers": 1024, "state_size": 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self, "model.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"model.{name}={getattr(self, name)} must be at most {most}")
         self._check_widths()
         self._check_gate()
         self._check_residual()

@@ -24,7 +24,7 @@ def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax
     Args:
         x: [N, D] in the computation dtype.
         head: [D, V] float32.
-        targets: [N] int; below 0 they do not count.
+        targets: [N] int; below 0 they do not count, V or more make the sum NaN.
 
     Returns:
         Nats, [] float32 (float64 for float64 x).
@@ -82,13 +82,14 @@ def _nats(logits, targets):
     # for the sum above.
     is_target = jnp.arange(logits.shape[1]) == targets[:, None]
     of_target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    of_target = jnp.where(targets < logits.shape[1], of_target, jnp.nan)
     return jnp.sum(log_total[:, 0] - of_target, where=targets >= 0), log_total, is_target
 
 
 def _over_chunks(step, carry, x, targets, vocabulary):
     """Scan of step(carry, (x, targets)) over chunks of tokens; a single chunk is inlined."""
     chunks = -(-x.shape[0] * vocabulary // _CHUNK)
-    if chunks == 1:
+    if chunks <= 1:
         return step(carry, (x, targets))
     padding = -x.shape[0] % chunks
     x = jnp.pad(x, ((0, padding), (0, 0)))

@@ -145,16 +145,20 @@ class Speed:
         if self._since is not None:
             self._since = time.perf_counter()
 
-    def latest(self, step: int) -> float:
-        """Tokens per second between the last call and the end of `step`, which is now."""
+    def latest(self, step: int) -> float | None:
+        """Tokens per second between the last call and the end of `step`, which is now.
+
+        None at the first step, whose seconds are those of compiling.
+        """
         self._read()
         steps, seconds = step - self._last, self._seconds - self._seconds_before
         self._last, self._seconds_before = step, self._seconds
-        return self._tokens * steps / seconds if seconds else 0.0
+        return self._tokens * steps / seconds if steps > 0 and seconds else None
 
-    def overall(self, step: int) -> float:
-        """Tokens per second up to the last pause, at the end of `step`."""
-        return self._tokens * (step - self._first) / self._seconds if self._seconds else 0.0
+    def overall(self, step: int) -> float | None:
+        """Tokens per second up to the last pause, at the end of `step`; None for a single step."""
+        steps = step - self._first
+        return self._tokens * steps / self._seconds if steps > 0 and self._seconds else None
 
     def _read(self):
         if self._since is None:  # no step yet

@@ -38,7 +38,6 @@ FREE_ON_RESUME += ("train.sample_tokens", "train.stop_rules", "optim.decay_steps
 FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
 FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
 FREE_ON_RESUME += ("log.activations",)
-MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
 class Job(NamedTuple):
@@ -99,12 +98,12 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
 
     # Model and programs.
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
-    if model_config.layers > MOST_LAYERS:
-        raise InputError(f"model.layers={model_config.layers} must be at most {MOST_LAYERS}")
     if config.parallel.sequence > 1 and (reason := confined_to_device(model_config)):
         raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
+    if model_config.position_limit is not None:
+        fields += f" and model.max_positions={model_config.max_positions}"
     memory.check_fits(counts["total"], config.optim, fields)
     model = make_model(model_config)
     return Job(

@@ -115,6 +115,7 @@ def test_copies_learn_apart_and_new_blocks_learn(tmp_path):
     [
         ("rwkv6", {}, "say what grows beyond --layers=1 and --dim=32"),
         ("rwkv6", {"layers": 0}, "--layers=0 must be at least the model's 1"),
+        ("rwkv6", {"layers": 1025}, "model.layers=1025 must be at most 1024"),
         ("rwkv6", {"dim": 48}, "--dim=48 must be a multiple of the model's 32"),
         ("rwkv6", {"dim": 16}, "--dim=16 must be a multiple of the model's 32"),
         ("rwkv6", {"dim": 64}, r"ffn/key/kernel \[32, 96\] would have to be \[64, 224\]"),

@@ -95,3 +95,23 @@ def test_loss_of_a_model_is_the_cross_entropy_of_its_logits():
         loss.state,
         output.state,
     )
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(0, 5), (1, 1), (1, 7), (3, 1)])
+@pytest.mark.parametrize("counted", [True, False])
+def test_few_tokens_a_vocabulary_of_one_and_nothing_that_counts(tokens, vocabulary, counted):
+    x, head, _ = inputs(np.float32, tokens, vocabulary)
+    targets = jnp.full(tokens, 0 if counted else -1)
+    found = jax.value_and_grad(head_cross_entropy, (0, 1))(x, head, targets)
+    wanted = jax.value_and_grad(of_logits, (0, 1))(x, head, targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("logits_at_once", [2**26, 4 * V])
+def test_id_outside_the_vocabulary_is_nan_and_never_a_loss(monkeypatch, logits_at_once):
+    monkeypatch.setattr(cross_entropy, "_CHUNK", logits_at_once)
+    x, head, targets = inputs(np.float32)
+    outside = targets.at[N // 2].set(V)
+    assert np.isfinite(head_cross_entropy(x, head, targets))
+    assert np.isnan(head_cross_entropy(x, head, outside))
+    assert np.isnan(jax.value_and_grad(head_cross_entropy)(x, head, outside)[0])

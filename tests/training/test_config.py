@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from gt_jax.config import (
@@ -27,6 +28,8 @@ def test_every_config_file_is_valid_and_survives_json(name):
     [
         ("optim.lr", -1.0, "optim.lr=-1.0 must be above 0"),
         ("optim.lr", float("nan"), "optim.lr=nan must be a finite number"),
+        ("optim.lr", 1e39, "optim.lr=1e+39 must lie between 1.2e-38 and 3.4e+38"),
+        ("optim.eps", 1e-46, "optim.eps=1e-46 must lie between 1.2e-38 and 3.4e+38"),
         ("optim.b2", 1.0, "optim.b2=1.0 must be from 0 to below 1"),
         ("optim.lr_multipliers.mamba", -0.5, "optim.lr_multipliers.mamba=-0.5 must be 0 or more"),
         ("train.seq_len", 1, "train.seq_len=1 must be at least 2"),
@@ -72,6 +75,16 @@ def test_wrong_shape_is_refused_with_its_field(change, message):
     with pytest.raises(InputError) as caught:
         from_config_dict(config)
     assert message in str(caught.value)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    plain = default_config().to_dict()
+    config = default_config().to_dict()
+    config["train"]["steps"] = np.int64(plain["train"]["steps"])
+    config["optim"]["lr"] = np.float32(0.5)
+    config["log"]["tensorboard"] = np.bool_(True)
+    plain["optim"]["lr"] = 0.5
+    assert json.loads(json.dumps(to_dict(from_config_dict(config)))) == plain
 
 
 def test_whole_number_serves_as_float():

@@ -15,6 +15,7 @@ def test_speed_counts_neither_the_first_step_nor_pauses(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     speed = Speed(10, start=5)
     speed.begin(())  # Step 6, which compiles, has ended.
+    assert speed.latest(6) is None and speed.overall(6) is None
     now += 4
     speed.begin(())
     assert speed.latest(7) == 10 / 4
