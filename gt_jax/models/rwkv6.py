@@ -83,12 +83,19 @@ class TimeMix(nn.Module):
         layers = [dense(c, D, name, kernel_init(c, orthogonal(g))) for name, g in gains.items()]
         r, k, v, g = apply_each(layers, inputs)
         log_w = self._log_decay(x_w)  # float32
-        if c.rwkv_carry and segment_ids is not None:  # a reset that keeps some of the state
-            starts = resets(segment_ids)[..., None]
-            log_w, segment_ids = jnp.where(starts, log_w + math.log(c.rwkv_carry), log_w), None
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
 
         r, k, v, log_w = (z.reshape(B, T, H, K) for z in (r, k, v, log_w))
+        bonus = None
+        if c.rwkv_carry and segment_ids is not None:
+            # A document's last token leaves a share of its state: of what it decays and what it
+            # adds. The bonus reads the same k, unshared, and is added by itself.
+            scores = jnp.sum((r * u * k).astype(jnp.float32), axis=-1, keepdims=True)
+            bonus = scores * v  # [B, T, H, V]
+            ends = jnp.pad(resets(segment_ids)[:, 1:], ((0, 0), (0, 1)))[..., None, None]
+            log_w = jnp.where(ends, log_w + math.log(c.rwkv_carry), log_w)
+            k = jnp.where(ends, c.rwkv_carry * k, k)
+            u, segment_ids = jnp.zeros_like(u), None
         if state is not None and T == 1:
             y, wkv = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state.wkv)
             y = y[:, None]
@@ -97,6 +104,7 @@ class TimeMix(nn.Module):
             y, wkv = recurrence(
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
+        y = y if bonus is None else y + bonus
         y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
         y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
         y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)

@@ -15,9 +15,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 3, 9), dtype=np.int32)
 BATCHES = Batch(TOKENS[..., :-1], TOKENS[..., 1:], None, np.ones((2, 3), bool))
 KINDS = {
-    "gf": ("output", "out_proj"),
     "twin-debate": ("output", "out_proj"),
-    "rwkv+rwkv": ("output", "output"),
     "legacy-b2": ("ffn_value", "out_proj"),
 }
 

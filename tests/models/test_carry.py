@@ -1,12 +1,15 @@
 """What survives of a state: a share of RWKV's past a document, Mamba's while a topic lasts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from gt_jax.models.carry import TopicState, reset_at, start_documents, topic_shifts
+from gt_jax.models import carry
+from gt_jax.models.carry import TopicState, reset_at, start_documents
 from tests.models.small_models import jit, random_tokens, small_model
 
 IDS = jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2)
@@ -68,15 +71,16 @@ def loop(n, threshold):
 
 def test_topic_shifts_are_those_of_the_loop_and_of_every_split():
     n = texts()
-    shifts, after = topic_shifts(n, None, None, 0.1)
+    topic_shifts = jit(functools.partial(carry.topic_shifts, threshold=0.1))
+    shifts, after = topic_shifts(n, None, None)
     assert shifts.tolist() == [loop(row, 0.1) for row in n]
     assert shifts[0].sum() == 1 and shifts[0, 40:60].any() and not shifts[1].any()
-    early, state = topic_shifts(n[:, :45], None, None, 0.1)
-    late, state = topic_shifts(n[:, 45:], state, None, 0.1)
+    early, state = topic_shifts(n[:, :45], None, None)
+    late, state = topic_shifts(n[:, 45:], state, None)
     assert (jnp.concatenate([early, late], axis=1) == shifts).all()
     assert_allclose(state.means, after.means, rtol=1e-5, atol=1e-6)
     ids = jnp.repeat(jnp.array([[0, 1]]), 40, axis=1)
-    assert not topic_shifts(n, None, ids, 0.1)[0].any()  # each document has one topic
+    assert not topic_shifts(n, None, ids)[0].any()  # each document has one topic
 
 
 def test_a_shift_resets_mamba_at_that_token():

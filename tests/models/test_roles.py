@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import DictKey
 from numpy.testing import assert_allclose
 
 from gt_jax.models import count_parameters, make_model
@@ -50,5 +51,5 @@ def test_model_adds_the_vector_of_the_role_and_carries_it():
 def test_vectors_start_at_zero_are_counted_and_not_decayed():
     config = small_config(segment_token=FIRST)
     assert count_parameters(config)["segment_embedding"] == 3 * 32
-    path = (type("Key", (), {"key": "segment_embedding"})(),)
+    path = (DictKey("segment_embedding"),)
     assert label(path) == "rest" and not is_decayed(path, np.ones((3, 32)))

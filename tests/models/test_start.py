@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.testing import assert_allclose
 from gt_jax.analysis import measure_block
 from gt_jax.config import Optim
 from gt_jax.errors import InputError
-from gt_jax.models import make_config, make_model
+from gt_jax.models import make_model
+from gt_jax.models.layers import branch_output_init, fan_in_uniform
 from gt_jax.training import optimizer
 from tests.models.small_models import jit, random_tokens, small_config
 
@@ -22,7 +24,6 @@ STARTS = {
     "gf": {"fusion": "gf"},
     "hy": HY,
     "hy, epsilon 0.01": HY | {"branch_epsilon": 1e-2},
-    "hy, neither zero": HY | {"branch_start": "neither"},
     "parallel, both zero": {"fusion": "parallel", "branch_start": "both"},
 }
 
@@ -69,79 +70,68 @@ def test_rwkv_has_no_share_of_the_update_at_step_0_whatever_gate_init(name):
     assert not block.rwkv_norm.any() and block.mamba_norm.all()
 
 
-def test_both_or_neither_branch_has_a_share_if_the_start_says_so():
-    both, neither = (first_steps(n)[0] for n in ("parallel, both zero", "hy, neither zero"))
-    assert not both.rwkv_norm.any() and not both.mamba_norm.any()
-    assert neither.rwkv_norm.all() and neither.mamba_norm.all()
+def test_no_branch_has_a_share_if_both_start_at_zero():
+    block = first_steps("parallel, both zero")[0]
+    assert not block.rwkv_norm.any() and not block.mamba_norm.any()
 
 
-def test_gradient_of_hy_is_large_at_step_0_and_only_there():
+def test_gradient_of_hy_is_large_at_its_first_steps():
     """RMSNorm of a zero branch has the slope 1000; it is RWKV's gradient that is large."""
     hy, gf = (first_steps(name)[1] for name in ("hy", "gf"))
     assert hy["all"][0] > 8 * gf["all"][0]
     assert hy["rwkv"][0] > 0.99 * hy["all"][0]
-    assert hy["all"][1:].max() < hy["all"][0] / 3
+    assert hy["all"][10] < hy["all"][0] / 4
 
 
-@pytest.mark.parametrize("name", ["hy, epsilon 0.01", "hy, neither zero", "parallel, both zero"])
-def test_epsilon_or_start_keeps_first_gradients_even(name):
-    """Of the whole and of each part, at steps 0 to 10, against GF's largest."""
-    norms, largest = first_steps(name)[1], first_steps("gf")[1]["all"].max()
-    for part, norm in norms.items():
-        assert np.isfinite(norm).all()
-        assert norm.max() < 3 * largest, (part, norm)
+def test_epsilon_keeps_first_gradients_in_bounds():
+    """Of each part at steps 0 to 10: HY's is then as GF's; with two zero branches five times it."""
+    largest = first_steps("gf")[1]["all"].max()
+    for name, times in (("hy, epsilon 0.01", 1.2), ("parallel, both zero", 5)):
+        for part, norm in first_steps(name)[1].items():
+            assert np.isfinite(norm).all()
+            assert norm.max() < times * largest, (name, part, norm)
 
 
 @pytest.mark.parametrize("start", ["init", "both", "neither"])
 @pytest.mark.parametrize("init", ["official", "normal", "blinkdl"])
 def test_branch_start_decides_which_outputs_are_zero(init, start):
-    config = small_config(init=init, branch_start=start, dim=64, layers=4)
-    official = {"official": (True, False), "normal": (False, False), "blinkdl": (True, True)}[init]
-    wanted = {"init": official, "both": (True, True), "neither": (False, False)}[start]
-    block = output_kernels(config)
-    assert tuple(not kernel.any() for kernel in block) == wanted
-    if start == "neither":
-        spread = 0.02 if init == "normal" else np.array([64**-0.5, 128**-0.5]) * 0.5 / 3**0.5
-        assert_allclose([kernel.std() for kernel in block], spread, rtol=0.05)
-
-
-def output_kernels(config):
-    """The kernels that end the branches of the first block, at initialisation."""
-    params = initial(config)["blocks_0"]
-    return params["rwkv"]["output"]["kernel"], params["mamba"]["out_proj"]["kernel"]
-
-
-@functools.cache
-def initial(config):
-    return jax.device_get(make_model(config).init(jax.random.key(0), random_tokens(1, 2))["params"])
-
-
-def test_reference_starts_hybrids_as_the_original_does():
-    """All dense kernels and embeddings N(0, 0.02), gate biases kept in GF-MH, lost in HGF-MH."""
-    fields = {"vocab_size": 97, "branch": "legacy", "init": "reference", "layers": 1}
-    gf, mh, rh = (
-        flatten_dict(initial(make_config(name, **fields)), sep="/")
-        for name in ("gf-mh", "hgf-mh", "hgf-rh")
+    config = small_config(init=init, branch_start=start, layers=4)
+    rwkv, mamba = (
+        branch_output_init(config, official)(jax.random.key(0), shape, jnp.float32)
+        for official, shape in ((nn.initializers.zeros, (32, 32)), (fan_in_uniform(0.5), (64, 32)))
     )
-    dense = [path for path in gf if path.endswith(("kernel", "embedding"))]
-    assert len(dense) >= 12
+    as_init = {"official": (True, False), "normal": (False, False), "blinkdl": (True, True)}[init]
+    wanted = {"init": as_init, "both": (True, True), "neither": (False, False)}[start]
+    assert (not rwkv.any(), not mamba.any()) == wanted
+    if start == "neither":
+        spread = [0.02] * 2 if init == "normal" else [0.5 * n**-0.5 / 3**0.5 for n in (32, 64)]
+        assert_allclose([rwkv.std(), mamba.std()], spread, rtol=0.1)
+
+
+def initial(**fields):
+    """Path -> array of a legacy hybrid of one block under init "reference"."""
+    model = make_model(small_config(branch="legacy", init="reference", layers=1, **fields))
+    params = jit(model.init)(jax.random.key(0), random_tokens(1, 2))["params"]
+    return flatten_dict(jax.device_get(params), sep="/")
+
+
+def test_reference_draws_all_kernels_and_embeddings_from_one_normal():
+    params = initial(fusion="hgf", gate_init=0.3)
+    dense = [path for path in params if path.endswith(("kernel", "embedding"))]
+    assert len(dense) == 12  # 6 of RWKV, 2 of Mamba-2, 2 of the feed-forward, gate, embedding
     for path in dense:
-        assert_allclose(gf[path].std(), 0.02, rtol=0.15, err_msg=path)
-    assert_allclose(gf["blocks_0/fusion/bias"], np.log(0.3 / 0.7), rtol=1e-6)
-    assert all(np.array_equal(mh[path], rh[path]) for path in mh)
-    assert not mh["blocks_0/fusion/bias"].any()
+        assert_allclose(params[path].std(), 0.02, rtol=0.15, err_msg=path)
 
 
 def test_reference_starts_the_gru_model_with_framework_defaults():
     """U(+-1 / sqrt(in)) for every dense kernel, but U(+-1e-4) for the embedding."""
-    fields = {"vocab_size": 97, "branch": "legacy", "init": "reference", "layers": 1}
-    params = flatten_dict(initial(make_config("gru", **fields)), sep="/")
+    params = initial(fusion="gru")
     assert 0.9e-4 < np.abs(params["embedding/embedding"]).max() <= 1e-4
     for path, x in params.items():
         if path.endswith("kernel") and "/fusion/" not in path:
             bound = x.shape[0] ** -0.5
             assert 0.98 * bound < np.abs(x).max() <= bound, path
-            assert_allclose(x.std(), bound / 3**0.5, rtol=0.05, err_msg=path)
+            assert_allclose(x.std(), bound / 3**0.5, rtol=0.1, err_msg=path)
 
 
 @pytest.mark.parametrize(
