@@ -77,4 +77,6 @@ def reset_at(starts: jax.Array, state: Any, segment_ids: jax.Array | None) -> tu
     state = jax.tree.map(
         lambda x: jnp.where(starts[:, 0].reshape(-1, *[1] * (x.ndim - 1)), 0, x), state
     )
-    return state, segment_index(segment_ids, starts.shape) + jnp.cumsum(starts, axis=1)
+    return state, segment_index(segment_ids, (starts.shape[0], starts.shape[1])) + jnp.cumsum(
+        starts, axis=1
+    )

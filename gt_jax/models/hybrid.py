@@ -27,12 +27,20 @@ from gt_jax.models.rwkv6 import TimeMix
 
 
 class BlockState(NamedTuple):
-    """States of a block's branches, of its fusion and of its topic (None if it keeps none)."""
+    """States of a block's branches and of its fusion (None if it keeps none)."""
 
     rwkv: Any
     mamba: Any
     fusion: Any
-    topic: TopicState | None = None
+
+
+class TopicBlockState(NamedTuple):
+    """A BlockState, and the topic whose shifts reset Mamba's (model.mamba_reset)."""
+
+    rwkv: Any
+    mamba: Any
+    fusion: Any
+    topic: TopicState
 
 
 class Block(nn.Module):
@@ -49,17 +57,18 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        state: BlockState | None,
+        state: BlockState | TopicBlockState | None,
         segment_ids: jax.Array | None,
         rwkv_drop: float | jax.Array | None,
-    ) -> tuple[jax.Array, BlockState]:
+    ) -> tuple[jax.Array, BlockState | TopicBlockState]:
         c = self.config
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
         shifts, topic = None, None
         if c.mamba_reset is not None:
-            shifts, topic = topic_shifts(n, state.topic, segment_ids, c.mamba_reset)
+            topic = getattr(state, "topic", None)
+            shifts, topic = topic_shifts(n, topic, segment_ids, c.mamba_reset)
 
         def mix(mixer, before):
             ids = segment_ids
@@ -83,7 +92,8 @@ class Block(nn.Module):
         x = x + (post_norm(c, "fused_norm")(fused) if c.post_norm else fused)
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
-        return x, BlockState(rwkv_state, mamba_state, fusion_state, topic)
+        states = rwkv_state, mamba_state, fusion_state
+        return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)
 
     def _mixer(self, name):
         if name.startswith("mamba"):

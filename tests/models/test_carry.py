@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from gt_jax.analysis import memories
 from gt_jax.models import carry
 from gt_jax.models.carry import TopicState, reset_at, start_documents
 from tests.models.small_models import jit, random_tokens, small_model
@@ -94,6 +95,7 @@ def test_a_shift_resets_mamba_at_that_token():
 def test_a_model_that_resets_mamba_steps_as_it_reads():
     """With a threshold low enough that random text crosses it."""
     small = small_model("gf", layers=1, mamba_reset=0.05)
+    assert set(memories(small.model.init_state(1)[0])) == {"rwkv", "mamba"}
     tokens = random_tokens(2, 21)
     whole, never = read(small, tokens), small_model("gf", layers=1)
     plain = jit(never.model.apply)({"params": small.params}, tokens)
