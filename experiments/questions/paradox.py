@@ -187,9 +187,6 @@ def tables_of(title, found, unit):
     ]
     return [
         added_table(f"{title}: loss added without", trained["added"], unit),
-        added_table(
-            f"{title}: loss added without, before the fusion", trained["added before"], unit
-        ),
         results.table(
             f"{title}: gate, and RWKV's share of the update",
             ["", "", "gate", "spread over positions", "share", "share, input counted"],
@@ -201,6 +198,9 @@ def tables_of(title, found, unit):
             ["", "", "RWKV", "Mamba", "Mamba / RWKV"],
             sizes,
             "Root mean square over parameters; updates are Adam's at learning rate 1.",
+        ),
+        added_table(
+            f"{title}: loss added without, before the fusion", trained["added before"], unit
         ),
     ]
 
