@@ -17,7 +17,8 @@ def memories(block_state: Any) -> dict:
     attention, which is no sum.
     """
     match block_state:
-        case hybrid.BlockState(rwkv=rwkv, mamba=mamba, fusion=fusion):
+        case hybrid.BlockState() | hybrid.TopicBlockState():
+            rwkv, mamba, fusion = block_state[:3]
             found = memories(rwkv)
             found |= {f"{k}_2" if k in found else k: v for k, v in memories(mamba).items()}
             return found if fusion is None else found | {"fusion": fusion}

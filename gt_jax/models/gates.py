@@ -1,9 +1,9 @@
 """What fusions share: where a gate starts, weights of both branches, the norm of a branch."""
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
@@ -17,6 +17,8 @@ class Configured(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any) -> Any: ...
 
 
 # A norm with it amplifies nothing more than ten times. With the 1e-6 of other norms a branch that
@@ -54,7 +56,7 @@ def post_norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.branch_epsilon or BRANCH_EPSILON, name=name)
 
 
-def branch_weights(fusion: nn.Module, h: jax.Array) -> jax.Array:
+def branch_weights(fusion: Configured, h: jax.Array) -> jax.Array:
     """softmax(W h + b), the weights of both branches.
 
     They are exactly (share, 1 - share) at initialisation, where W is zero.
@@ -70,7 +72,7 @@ def branch_weights(fusion: nn.Module, h: jax.Array) -> jax.Array:
     return jax.nn.softmax(h @ kernel + head_bias(fusion))
 
 
-def head_bias(fusion: nn.Module) -> jax.Array:
+def head_bias(fusion: Configured) -> jax.Array:
     """The parameter head_bias [2], which starts at the logarithms of (share, 1 - share)."""
     share = initial_share(fusion)
     log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half

@@ -5,13 +5,21 @@ input, and say so with `reads_input = True`. Without it they read the mean of bo
 branches in its place.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.gates import branch_norm, branch_weights, initial_share, logit
+from gt_jax.models.gates import (
+    Configured,
+    branch_norm,
+    branch_weights,
+    initial_share,
+    logit,
+)
 from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, record
 from gt_jax.models.scans import linear_scan
 
@@ -122,7 +130,7 @@ class ParallelScan(nn.Module):
 
 
 def normalised(
-    fusion: nn.Module, rwkv: jax.Array, mamba: jax.Array, block_input: jax.Array | None
+    fusion: Configured, rwkv: jax.Array, mamba: jax.Array, block_input: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both branches [B, T, D] float32 by their RMSNorms, and what the gates read [B, T, D]."""
     r, m = branch_norm(fusion, "rwkv_norm")(rwkv), branch_norm(fusion, "mamba_norm")(mamba)
@@ -130,7 +138,7 @@ def normalised(
     return r.astype(jnp.float32), m.astype(jnp.float32), n
 
 
-def output_projection(fusion: nn.Module):
+def output_projection(fusion: Configured) -> Callable[[jax.Array], jax.Array]:
     """The function x [B, T, D] float32 -> W_o x in the computation dtype."""
     c = fusion.config
     init = output_init(c, fan_in_uniform(c.layers**-0.5))  # as Mamba-2 ends

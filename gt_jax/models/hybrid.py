@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS
 from gt_jax.models.gates import post_norm
@@ -33,6 +34,15 @@ class BlockState(NamedTuple):
     fusion: Any
 
 
+class TopicBlockState(NamedTuple):
+    """A BlockState, and the topic whose shifts reset Mamba's (model.mamba_reset)."""
+
+    rwkv: Any
+    mamba: Any
+    fusion: Any
+    topic: TopicState
+
+
 class Block(nn.Module):
     """One hybrid block; records activations rwkv_out, mamba_out, block_input and fused [B, T, D].
 
@@ -47,17 +57,28 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        state: BlockState | None,
+        state: BlockState | TopicBlockState | None,
         segment_ids: jax.Array | None,
         rwkv_drop: float | jax.Array | None,
-    ) -> tuple[jax.Array, BlockState]:
+    ) -> tuple[jax.Array, BlockState | TopicBlockState]:
         c = self.config
         record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
-        rwkv, rwkv_state = rwkv_mixer(n, state.rwkv, segment_ids=segment_ids)
-        mamba, mamba_state = mamba_mixer(n, state.mamba, segment_ids=segment_ids)
+        shifts, topic = None, None
+        if c.mamba_reset is not None:
+            topic = getattr(state, "topic", None)
+            shifts, topic = topic_shifts(n, topic, segment_ids, c.mamba_reset)
+
+        def mix(mixer, before):
+            ids = segment_ids
+            if shifts is not None and isinstance(mixer, Mamba2):
+                before, ids = reset_at(shifts, before, ids)
+            return mixer(n, before, segment_ids=ids)
+
+        rwkv, rwkv_state = mix(rwkv_mixer, state.rwkv)
+        mamba, mamba_state = mix(mamba_mixer, state.mamba)
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
@@ -73,7 +94,8 @@ class Block(nn.Module):
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         record(self, block_out=x)
-        return x, BlockState(rwkv_state, mamba_state, fusion_state)
+        states = rwkv_state, mamba_state, fusion_state
+        return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)
 
     def _mixer(self, name):
         if name.startswith("mamba"):

@@ -27,6 +27,7 @@ from gt_jax.models.layers import (
     symmetric_uniform,
 )
 from gt_jax.models.lookup import lookup
+from gt_jax.models.roles import ROLES, roles
 from gt_jax.settings import check_choice
 
 # A model's parameters as `model.init` nests them: names -> arrays [...] float32.
@@ -43,7 +44,10 @@ REMAT_POLICIES = {
 
 
 class Output(NamedTuple):
-    """logits [B, T, vocab] float32, and the state after the last token: one entry per block."""
+    """logits [B, T, vocab] float32, and the state after the last token: one entry per block.
+
+    With model.segment_token a RoleState follows them.
+    """
 
     logits: jax.Array
     state: Any
@@ -131,6 +135,14 @@ class LanguageModel(nn.Module):
         x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
         if c.position_limit is not None:
             x = x + self._positions(tokens.shape, state, segment_ids)
+        role_state = ()
+        if c.segment_token is not None:
+            before = None if state is None else state[c.layers]
+            role, after = roles(tokens, c.segment_token, before, segment_ids)  # [B, T]
+            shape = (len(ROLES), c.dim)
+            table = self.param("segment_embedding", initializers.zeros, shape)
+            x = x + lookup(jnp.pad(table, ((1, 0), (0, 0))), role)
+            role_state = (after,)
         block = gathering(block, c)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
@@ -146,7 +158,7 @@ class LanguageModel(nn.Module):
             head = embedding.embedding.T
         else:
             head = self.param("head", head_init, (c.dim, c.vocab_size))
-        return x, head, tuple(states)
+        return x, head, (*states, *role_state)
 
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""
@@ -211,6 +223,10 @@ def confined_to_device(config: ModelConfig) -> str | None:
         return "attention reads every token before"
     if config.branch == "legacy" and config.legacy_wkv != "a":
         return f"model.legacy_wkv={config.legacy_wkv} sums over the tokens of one device"
+    for name, off in {"segment_token": None, "rwkv_carry": 0.0, "mamba_reset": None}.items():
+        value = getattr(config, name)
+        if value != off:
+            return f"model.{name}={value} follows the tokens of one device"
     if config.architecture != "hybrid":
         return None
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
@@ -220,7 +236,17 @@ def confined_to_device(config: ModelConfig) -> str | None:
     return None
 
 
-PARTS = ("embedding", "positions", "head", "rwkv", "mamba", "attention", "fusion", "ffn")
+PARTS = (
+    "embedding",
+    "segment_embedding",
+    "positions",
+    "head",
+    "rwkv",
+    "mamba",
+    "attention",
+    "fusion",
+    "ffn",
+)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

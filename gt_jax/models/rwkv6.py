@@ -5,6 +5,7 @@ channel by a small network; the decay of the recurrence is chosen the same way. 
 official names; dense kernels are [in, out].
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,9 +15,11 @@ from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     apply_each,
+    branch_output_init,
     dense,
     inputs_after,
     is_launch_bound,
@@ -84,6 +87,16 @@ class TimeMix(nn.Module):
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
 
         r, k, v, log_w = (z.reshape(B, T, H, K) for z in (r, k, v, log_w))
+        bonus = None
+        if c.rwkv_carry and segment_ids is not None:
+            # A document's last token leaves a share of its state: of what it decays and what it
+            # adds. The bonus reads the same k, unshared, and is added by itself.
+            scores = jnp.sum((r * u * k).astype(jnp.float32), axis=-1, keepdims=True)
+            bonus = scores * v  # [B, T, H, V]
+            ends = jnp.pad(resets(segment_ids)[:, 1:], ((0, 0), (0, 1)))[..., None, None]
+            log_w = jnp.where(ends, log_w + math.log(c.rwkv_carry), log_w)
+            k = jnp.where(ends, c.rwkv_carry * k, k)
+            u, segment_ids = jnp.zeros_like(u), None
         if state is not None and T == 1:
             y, wkv = wkv6_step(r[:, 0], k[:, 0], v[:, 0], log_w[:, 0], u, state.wkv)
             y = y[:, None]
@@ -92,9 +105,10 @@ class TimeMix(nn.Module):
             y, wkv = recurrence(
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
+        y = y if bonus is None else y + bonus
         y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
         y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
-        y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
+        y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)
         return y, TimeMixState(wkv, inputs_after(x[:, -1]))
 
     def _shifted_inputs(self, x, state, segment_ids):

@@ -106,6 +106,23 @@ def test_terms_shares_and_cosines_are_those_of_the_formulas(fusion):
         np.testing.assert_allclose(found.gate, expected, **TOLERANCE)
 
 
+def test_a_part_holds_the_input_that_its_branch_adds():
+    """With model.residual; the cosine is of the outputs alone."""
+    config = small_config(fusion="gf", residual="both")
+    rwkv, mamba, n = np.random.default_rng(0).normal(size=(3, B, T, D)).astype(np.float32)
+    gate = np.full((B, T, 1), 0.3, np.float32)
+    activations = {"rwkv_out": (rwkv,), "mamba_out": (mamba,), "block_input": (n,)}
+    fused = 0.3 * (rwkv + n) + 0.7 * (mamba + n)
+    found = measure_block(
+        config, {}, activations | {"fused": (fused,), "fusion": {"gate": (gate,)}}
+    )
+    norm = lambda x: np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(found.rwkv_norm, norm(0.3 * (rwkv + n)), **TOLERANCE)
+    np.testing.assert_allclose(found.mamba_norm, norm(0.7 * (mamba + n)), **TOLERANCE)
+    cosine = np.sum(rwkv * mamba, -1) / norm(rwkv) / norm(mamba)
+    np.testing.assert_allclose(found.cosine, cosine, **TOLERANCE)
+
+
 def test_silent_branch_has_no_direction_and_no_share():
     config = small_config(fusion="ws")
     module = FUSIONS["ws"](config)

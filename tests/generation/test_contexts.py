@@ -68,6 +68,21 @@ def test_state_of_one_dtype_is_loaded_by_the_same_model_in_another(gf, tmp_path)
     assert dtypes == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
 
 
+def test_state_of_an_earlier_version_lacks_fields_that_are_at_their_defaults(gf, tmp_path):
+    """But not one that this model has set to something else."""
+    path = tmp_path / "state"
+    save_context(path, *gf, prefill(*gf, TEXT[:5]))
+    stored = dict(np.load(path))
+    about = json.loads(str(stored["about"]))
+    assert about["model"].pop("residual") == "none"
+    with open(path, "wb") as file:
+        np.savez(file, **stored | {"about": json.dumps(about)})
+    assert load_context(path, *gf).length == 5
+    other = small_model("gf", residual="mamba")
+    with pytest.raises(InputError, match=r"its model\.residual is 'none', this one's 'mamba'"):
+        load_context(path, other.model, other.params)
+
+
 def test_state_of_another_model_is_refused(gf, tmp_path):
     path = tmp_path / "state"
     save_context(path, *gf, prefill(*gf, TEXT))
