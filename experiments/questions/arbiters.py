@@ -54,6 +54,10 @@ def main(argv=None):
         measures |= {f"ms {name} at {T}": estimate(ms) for T, ms in spent.items()}
         measures[f"toy error removed {name}"] = estimate(learnt)
         rows.append([name, count, *(estimate(ms) for ms in spent.values()), estimate(learnt)])
+    for name in [n for n in names if f"ms gru at {lengths[-1]}" in measures]:
+        for T in lengths:
+            slow, fast = (measures[f"ms {n} at {T}"]["values"] for n in ("gru", name))
+            measures[f"speed over GRU at {T} {name}"] = estimate(np.mean(slow) / np.array(fast))
     columns = ["arbiter", "parameters", *(f"ms at {T}" for T in lengths), "toy error removed"]
     note = f"A fusion of width {width} alone, forward and backward, {ROWS} rows; 1 is all of it."
     designs.study(
