@@ -2,8 +2,10 @@
 
     fused = R + M       share = |R| / (|R| + |M|)       cosine = rwkv . mamba / (|rwkv| |mamba|)
 
-R is RWKV's part: g rwkv if the fusion has one gate g per position, else the fusion's output for
-rwkv and a zero mamba. M is the rest of the sum, Mamba's part.
+R is RWKV's part: what the fusion records as from_rwkv, else g rwkv if it has one gate g per
+position, else its output for rwkv and a zero mamba. M is the rest of the sum, Mamba's part. With
+model.residual a part holds the input that its branch adds; the cosine is of the outputs alone. What
+a model loses without a branch, whatever joins them, is another question: see experiments/paradox.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.models import FUSIONS, ModelConfig, Params
+from gt_jax.models.hybrid import with_residuals
 
 
 class BlockMeasures(NamedTuple):
@@ -40,18 +43,25 @@ def measure_block(
     Args:
         config: the ModelConfig.
         fusion_params: the block's parameters under "fusion"; empty for a fusion without any.
-        activations: what the block sowed: rwkv_out, mamba_out and fused [B, T, D], fusion's gate.
+        activations: what the block sowed: rwkv_out, mamba_out, block_input (with model.residual)
+            and fused [B, T, D]; what its fusion recorded.
     """
     rwkv, mamba, fused = (
         activations[name][0].astype(jnp.float32) for name in ("rwkv_out", "mamba_out", "fused")
     )
-    gate = activations.get("fusion", {}).get("gate", [None])[0]
-    if gate is not None and gate.ndim == rwkv.ndim:  # one a position
-        from_rwkv = gate * rwkv
+    read = activations["rwkv_out"][0]  # by the fusion
+    if config.residual != "none":
+        outputs = (activations[name][0] for name in ("rwkv_out", "mamba_out", "block_input"))
+        read, _ = with_residuals(config, *outputs)
+    recorded = activations.get("fusion", {})
+    gate = recorded.get("gate", [None])[0]
+    if "from_rwkv" in recorded:
+        from_rwkv = recorded["from_rwkv"][0].astype(jnp.float32)
+    elif gate is not None and gate.ndim == rwkv.ndim:  # one a position
+        from_rwkv = gate * read.astype(jnp.float32)
     else:
         fusion = FUSIONS[config.fusion](config)
-        alone = activations["rwkv_out"][0]
-        from_rwkv, _ = fusion.apply({"params": fusion_params}, alone, jnp.zeros_like(alone))
+        from_rwkv, _ = fusion.apply({"params": fusion_params}, read, jnp.zeros_like(read))
     rwkv_norm = jnp.linalg.norm(from_rwkv, axis=-1)  # [B, T]
     mamba_norm = jnp.linalg.norm(fused - from_rwkv, axis=-1)
     if gate is not None:

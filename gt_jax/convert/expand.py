@@ -73,6 +73,11 @@ def _larger(old: ModelConfig, layers: int, dim: int) -> ModelConfig:
             f"--layers={layers} must be {old.layers} for model.branch='legacy', whose output "
             "contains its input, so that no new block can add nothing"
         )
+    if layers > old.layers and old.architecture == "hybrid" and old.residual != "none":
+        raise InputError(
+            f"--layers={layers} must be {old.layers} for model.residual={old.residual!r}, whose "
+            "branches add their input, so that no new block can add nothing"
+        )
     return dataclasses.replace(old, layers=layers, dim=dim, heads=old.heads * (dim // old.dim))
 
 
@@ -113,7 +118,7 @@ def _sections(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
         return [inner, inner, *per_group, (c.mamba_heads, True)]
     if "/conv1d/" in path:
         return [(c.mamba_dim, True), *per_group]
-    if "/fusion/" in path or "/qkv/" in path:
+    if ("/fusion/" in path or "/qkv/" in path) and size % c.dim == 0:
         return [(c.dim, True)] * (size // c.dim)
     return [(size, True)]
 

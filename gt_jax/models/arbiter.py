@@ -7,8 +7,15 @@ from jax.nn import initializers
 
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.gates import initial_share
-from gt_jax.models.layers import project, record, symmetric_uniform
+from gt_jax.models.gates import branch_norm, branch_weights, head_bias
+from gt_jax.models.layers import (
+    fan_in_uniform,
+    project,
+    project_pair,
+    record,
+    symmetric_uniform,
+)
+from gt_jax.models.scans import linear_scan
 
 
 class GRU(nn.Module):
@@ -55,14 +62,78 @@ class GRU(nn.Module):
 
         state = jnp.zeros((B, D)) if state is None else state
         state, h = jax.lax.scan(step, state, (inputs.swapaxes(0, 1), starts.T))
-        weights = self._weights(h.swapaxes(0, 1))
+        weights = branch_weights(self, h.swapaxes(0, 1))
         record(self, gate=weights[..., :1])
         return weights[..., :1] * rwkv + weights[..., 1:] * mamba, state
 
-    def _weights(self, h):
-        """[B, T, D] -> [B, T, 2] that sum to one; exactly (share, 1 - share) at initialisation."""
-        share = initial_share(self)
-        kernel = self.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
-        log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
-        bias = self.param("head_bias", lambda key, shape: log_shares, (2,))
-        return jax.nn.softmax(h @ kernel + bias)
+
+class MinGRU(nn.Module):
+    """softmax(W s_t + b) weighs the branches; s_t is a minGRU's (Feng et al. 2024), 1.5 D wide.
+
+    s_t = (1 - update_t) s_{t-1} + update_t g(candidate_t),   update_t = sigmoid(U n_t)
+    candidate_t = C n_t for n_t = [RMSNorm(rwkv); RMSNorm(mamba)],   g(x) = max(x, 0) + 1/2 or,
+    below zero, sigmoid(x)
+
+    Neither gate reads s_{t-1}: all tokens are computed at once. The weighted sum is of the branches
+    themselves, not of the normalised ones.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """rwkv, mamba [B, T, D]; state [B, 1.5 D] float32 or None -> fused [B, T, D], state."""
+        D = self.config.dim
+        hidden = 3 * D // 2
+        pair = branch_norm(self, "rwkv_norm")(rwkv), branch_norm(self, "mamba_norm")(mamba)
+        candidate, update = (
+            project_pair(*pair, self.param(name, fan_in_uniform(), (2 * D, hidden)))
+            for name in ("candidate_kernel", "update_kernel")
+        )
+        candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
+        value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
+        # 1 - sigmoid(x) would round to zero from x = 17 on.
+        s = linear_scan(jax.nn.sigmoid(-update), jax.nn.sigmoid(update) * value, state, segment_ids)
+        weights = branch_weights(self, s)
+        record(self, gate=weights[..., :1])
+        return weights[..., :1] * rwkv + weights[..., 1:] * mamba, s[:, -1]
+
+
+class RunningMean(nn.Module):
+    """softmax(W c_t + b) weighs the branches; c_t is a weighted mean over all tokens so far.
+
+    c_t = sum over s <= t of q_s x_s / sum of q_s,   x = [rwkv; mamba],   q = sigmoid(w . x + v)
+
+    W is applied before the sums, which are then of three numbers a token: q (W x) and q. A score
+    below -30 counts as -30, so that the sum of q is above zero from the first token on.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """rwkv, mamba [B, T, D]; state [B, 3] float32 or None -> fused [B, T, D], state."""
+        D = self.config.dim
+        kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))
+        bias = self.param("bias", initializers.zeros, (1,))
+        head = self.param("head_kernel", initializers.zeros, (2 * D, 2))
+        rwkv, mamba = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
+        read = project_pair(rwkv, mamba, jnp.concatenate([kernel, head], axis=1))  # [B, T, 3]
+        q = jax.nn.sigmoid(jnp.maximum(read[..., :1] + bias, -30))
+        terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
+        sums = linear_scan(jnp.ones_like(terms), terms, state, segment_ids)
+        weights = jax.nn.softmax(sums[..., :2] / sums[..., 2:] + head_bias(self))
+        record(self, gate=weights[..., :1])
+        return weights[..., :1] * rwkv + weights[..., 1:] * mamba, sums[:, -1]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from gt_jax.errors import InputError
-from gt_jax.settings import POSITIVE, check, setting
+from gt_jax.settings import ABOVE_ZERO, POSITIVE, check, setting
 
 MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
@@ -39,6 +39,20 @@ class ModelConfig:
         None,
         "weight of the RWKV branch at the start, for fusions that have one; None: the fusion's own."
         " The branch itself starts at zero: at step 0 the update is Mamba-2's alone",
+    )
+    residual: str = setting(
+        "none",
+        "the branches of a hybrid that add their input to their output before they are fused",
+        choices=("none", "mamba", "both"),
+    )
+    post_norm: bool = setting(
+        False, "a hybrid block normalises the fused update before it joins the residual stream"
+    )
+    branch_epsilon: float | None = setting(
+        None,
+        "added to the mean square where a fusion normalises a branch, or post_norm the update: they"
+        " amplify by at most 1 / sqrt(branch_epsilon); None: 1e-6 in hy, else 1e-2",
+        ABOVE_ZERO,
     )
     branches: str = setting(
         "rwkv+mamba",
@@ -86,6 +100,7 @@ class ModelConfig:
         check(self, "model.")
         self._check_widths()
         self._check_gate()
+        self._check_residual()
 
     def _check_widths(self):
         mixers = self.branches if self.architecture == "hybrid" else self.architecture
@@ -103,6 +118,14 @@ class ModelConfig:
             return
         if not 0 < gate < 1:
             raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
+
+    def _check_residual(self):
+        whole = self.branch == "legacy" and self.legacy_wkv != "c"
+        if self.residual == "both" and whole and "rwkv" in self.branches:
+            raise InputError(
+                "model.residual='both' adds the input twice to model.branch='legacy', whose output "
+                "contains it; set model.residual='mamba'"
+            )
 
     @property
     def position_limit(self) -> int | None:

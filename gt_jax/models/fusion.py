@@ -28,10 +28,11 @@ from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
-from gt_jax.models.arbiter import GRU
+from gt_jax.models.arbiter import GRU, MinGRU, RunningMean
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.gates import initial_share, logit
-from gt_jax.models.layers import normal, project, record, rms_norm
+from gt_jax.models.gates import branch_norm, initial_share, logit
+from gt_jax.models.glu import GLU, ParallelFusion, ParallelScan
+from gt_jax.models.layers import normal, project, project_pair, record
 
 
 class Gains(nn.Module):
@@ -45,6 +46,7 @@ class Gains(nn.Module):
 
     config: ModelConfig
     default_share = 0.7
+    branch_epsilon = 1e-6
 
     @nn.compact
     def __call__(
@@ -59,8 +61,8 @@ class Gains(nn.Module):
         gain_r = self.param("rwkv_gain", initializers.constant(share), (c.dim,))
         gain_m = self.param("mamba_gain", initializers.constant(1 - share), (c.dim,))
         record(self, gate=gain_r)
-        rwkv = rms_norm(c, "rwkv_norm")(rwkv).astype(jnp.float32)
-        mamba = rms_norm(c, "mamba_norm")(mamba).astype(jnp.float32)
+        rwkv = branch_norm(self, "rwkv_norm")(rwkv).astype(jnp.float32)
+        mamba = branch_norm(self, "mamba_norm")(mamba).astype(jnp.float32)
         return gain_r * rwkv + gain_m * mamba, state
 
 
@@ -165,12 +167,6 @@ class Concat(nn.Module):
         return project_pair(rwkv, mamba, kernel), state
 
 
-def project_pair(rwkv: jax.Array, mamba: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
-    D = rwkv.shape[-1]
-    return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
-
-
 def reproduces_reference(config: ModelConfig) -> bool:
     """Whether every initialiser is the reference repository's."""
     return config.branch == "legacy" and config.init == "normal"
@@ -189,6 +185,11 @@ FUSIONS = {
     "cp": Concat,
     "hgf": ChannelGate,
     "gru": GRU,
+    "mingru": MinGRU,
+    "linrec": RunningMean,
+    "glu": GLU,
+    "parallel": ParallelFusion,
+    "pscan": ParallelScan,
 }
 
 

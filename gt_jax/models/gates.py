@@ -1,9 +1,15 @@
-"""Where a fusion's gate starts: RWKV's share of the sum, and the bias that gives it."""
+"""What fusions share: where a gate starts, weights of both branches, the norm of a branch."""
 
 import math
 from typing import Protocol
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.layers import RMSNorm
 
 
 class Configured(Protocol):
@@ -11,6 +17,11 @@ class Configured(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+
+# A norm with it amplifies nothing more than ten times. With the 1e-6 of other norms a branch that
+# starts at exactly zero, as official RWKV-6 does, is amplified 1000 times at its first steps.
+BRANCH_EPSILON = 1e-2
 
 
 def initial_share(fusion: Configured) -> float:
@@ -25,3 +36,42 @@ def initial_share(fusion: Configured) -> float:
 def logit(share: float | None) -> float:
     """The bias whose sigmoid is `share`, in (0, 1); None means one half."""
     return 0.0 if share is None else math.log(share / (1 - share))
+
+
+def branch_norm(fusion: Configured, name: str) -> RMSNorm:
+    """RMSNorm of a branch's output, inside a fusion.
+
+    Its epsilon is config.branch_epsilon if set, else the fusion's own `branch_epsilon`, else 1e-2.
+    """
+    c = fusion.config
+    own = getattr(fusion, "branch_epsilon", BRANCH_EPSILON)
+    epsilon = own if c.branch_epsilon is None else c.branch_epsilon
+    return RMSNorm(epsilon, c.dtype, name=name)
+
+
+def post_norm(config: ModelConfig, name: str) -> RMSNorm:
+    """RMSNorm of a block's update, in float32, with the epsilon of branches."""
+    return RMSNorm(config.branch_epsilon or BRANCH_EPSILON, name=name)
+
+
+def branch_weights(fusion: nn.Module, h: jax.Array) -> jax.Array:
+    """softmax(W h + b), the weights of both branches.
+
+    They are exactly (share, 1 - share) at initialisation, where W is zero.
+
+    Args:
+        fusion: the module whose parameters head_kernel and head_bias are.
+        h: [B, T, C] float32.
+
+    Returns:
+        [B, T, 2] float32, RWKV first; they sum to one.
+    """
+    kernel = fusion.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
+    return jax.nn.softmax(h @ kernel + head_bias(fusion))
+
+
+def head_bias(fusion: nn.Module) -> jax.Array:
+    """The parameter head_bias [2], which starts at the logarithms of (share, 1 - share)."""
+    share = initial_share(fusion)
+    log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
+    return fusion.param("head_bias", lambda key, shape: log_shares, (2,))

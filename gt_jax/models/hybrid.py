@@ -2,6 +2,10 @@
 
 n = RMSNorm(x);  x += fuse(rwkv(n), mamba(n));  x += FeedForward(RMSNorm(x))
 
+With model.residual a branch adds its input to its output, n + mamba(n), before they are fused: then
+it contributes even if it says nothing. With model.post_norm the update is normalised. The
+twin-debate block has both and no feed-forward: x += RMSNorm(fuse(rwkv(n), n + mamba(n))).
+
 As a control, both branches may be of one kind: the first then stands in rwkv's place, the second in
 mamba's, in all but the names of their parameters.
 """
@@ -14,6 +18,7 @@ import jax.numpy as jnp
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.gates import post_norm
 from gt_jax.models.layers import FeedForward, record, rms_norm
 from gt_jax.models.legacy import LegacyBranch
 from gt_jax.models.mamba2 import Mamba2
@@ -29,9 +34,10 @@ class BlockState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One hybrid block; records activations rwkv_out, mamba_out and fused [B, T, D].
+    """One hybrid block; records activations rwkv_out, mamba_out, block_input and fused [B, T, D].
 
-    And the residual stream before and after it, block_stream and block_out.
+    The first two are what the mixers say, without the input that model.residual adds; fused is
+    before model.post_norm. block_stream and block_out are the residual stream before and after.
     """
 
     config: ModelConfig
@@ -54,11 +60,16 @@ class Block(nn.Module):
         mamba, mamba_state = mamba_mixer(n, state.mamba, segment_ids=segment_ids)
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
-        fused, fusion_state = FUSIONS[c.fusion](c, name="fusion")(
-            rwkv, mamba, state.fusion, segment_ids
+        record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
+        fusion = FUSIONS[c.fusion](c, name="fusion")
+        fused, fusion_state = fusion(
+            *with_residuals(c, rwkv, mamba, n),
+            state.fusion,
+            segment_ids,
+            **({"block_input": n} if getattr(fusion, "reads_input", False) else {}),
         )
-        record(self, rwkv_out=rwkv, mamba_out=mamba, fused=fused)
-        x = x + fused
+        record(self, fused=fused)
+        x = x + (post_norm(c, "fused_norm")(fused) if c.post_norm else fused)
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         record(self, block_out=x)
@@ -70,6 +81,15 @@ class Block(nn.Module):
         if self.config.branch == "legacy":
             return LegacyBranch(self.config, name=name)
         return TimeMix(self.config, self.layer, name=name)
+
+
+def with_residuals(
+    config: ModelConfig, rwkv: jax.Array, mamba: jax.Array, block_input: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the fusion reads of both branches [B, T, D], by model.residual."""
+    if config.residual == "both":
+        rwkv = block_input + rwkv
+    return rwkv, mamba if config.residual == "none" else block_input + mamba
 
 
 def drop_branch(branch: jax.Array, probability: float | jax.Array, key: jax.Array) -> jax.Array:

@@ -69,6 +69,12 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def project_pair(rwkv: jax.Array, mamba: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
+    D = rwkv.shape[-1]
+    return project(rwkv, kernel[:D]) + project(mamba, kernel[D:])
+
+
 class Dense(nn.Module):
     """A matrix without bias applied in `dtype`; its float32 kernel is [in, features]."""
 

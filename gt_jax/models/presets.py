@@ -33,6 +33,15 @@ PRESETS = {
     "hgf-mh": Preset("HGF, 30 % RWKV at the start", {"fusion": "hgf", "gate_init": 0.3}),
     "hgf-rh": Preset("HGF, 70 % RWKV at the start", {"fusion": "hgf", "gate_init": 0.7}),
     "gru": Preset("a GRU weighs the branches", {"fusion": "gru"}),
+    "mingru": Preset("a minGRU weighs the branches", {"fusion": "mingru"}),
+    "linrec": Preset("a running mean weighs the branches", {"fusion": "linrec"}),
+    "glu": Preset("gates of the block's input weigh the branches", {"fusion": "glu"}),
+    "parallel": Preset("a gate per branch and channel, then a projection", {"fusion": "parallel"}),
+    "pscan": Preset("a gated memory of the weighted branches", {"fusion": "pscan"}),
+    "twin-debate": Preset(
+        "minGRU, Mamba with its input, update normed, no feed-forward",
+        {"fusion": "mingru", "residual": "mamba", "post_norm": True, "feed_forward": False},
+    ),
     "medium": Preset("GF-MH, wider", {"dim": 192, "heads": 6, "fusion": "gf", "gate_init": 0.3}),
     "gf-mh-350m": Preset(
         "GF-MH of 348 M parameters",

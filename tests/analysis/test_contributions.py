@@ -17,8 +17,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def rms_norm(x, scale):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+def rms_norm(x, scale, epsilon=1e-6):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
 
 
 # Fusion -> both terms of its sum, from its parameters p, its inputs r and m and the recorded gate.
@@ -36,8 +36,36 @@ TERMS = {
     "hgf": lambda p, r, m, _: blend(
         sigmoid(np.concatenate([r, m], -1) @ p["kernel"] + p["bias"]), r, m
     ),
-    "gru": lambda p, r, m, gate: blend(gate, r, m),  # its gate is tested with the fusion
+    # The gates of these are tested with the fusions.
+    "gru": lambda p, r, m, gate: blend(gate, r, m),
+    "mingru": lambda p, r, m, gate: blend(gate, r, m),
+    "linrec": lambda p, r, m, gate: blend(gate, r, m),
+    "glu": lambda p, r, m, gate: [x @ p["output_kernel"] for x in blend(gate, r, m)],
+    "parallel": lambda p, r, m, gate: parallel_terms(p, r, m),
+    "pscan": lambda p, r, m, gate: scanned(p, *normed(p, r, m), *blend(gate, *normed(p, r, m))),
 }
+
+
+def normed(p, r, m):
+    return rms_norm(r, p["rwkv_norm"]["scale"], 1e-2), rms_norm(m, p["mamba_norm"]["scale"], 1e-2)
+
+
+def parallel_terms(p, r, m):
+    r, m = normed(p, r, m)
+    gates = (sigmoid((r + m) / 2 @ p[f"{x}_kernel"] + p[f"{x}_bias"]) for x in ("rwkv", "mamba"))
+    return [gate * x @ p["output_kernel"] for gate, x in zip(gates, (r, m))]
+
+
+def scanned(p, r, m, *terms):
+    """The memory's output for each term of what it reads."""
+    n = (r + m) / 2
+    decay, read = sigmoid(n @ p["decay_kernel"] + p["decay_bias"]), sigmoid(n @ p["input_kernel"])
+    for x in terms:
+        h, out = 0, []
+        for t in range(T):
+            h = decay[:, t] * h + (1 - decay[:, t]) * read[:, t] * x[:, t]
+            out.append(h @ p["output_kernel"])
+        yield np.stack(out, axis=1)
 
 
 def blend(gate, rwkv, mamba):

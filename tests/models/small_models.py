@@ -12,6 +12,8 @@ from gt_jax.models import LanguageModel, ModelConfig, make_model
 KINDS = {
     "gf": {"fusion": "gf", "gate_init": 0.3},
     "gru": {"fusion": "gru"},
+    "twin-debate": {"fusion": "mingru", "residual": "mamba", "post_norm": True, "layers": 1}
+    | {"feed_forward": False},
     "rwkv+rwkv": {"branches": "rwkv+rwkv"},
     "mamba+mamba": {"branches": "mamba+mamba"},
     "legacy-a": {"branch": "legacy", "fusion": "ws"},

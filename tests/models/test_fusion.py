@@ -26,18 +26,18 @@ def branches(T=9):
 
 
 def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+    return (1 + np.tanh(x / 2)) / 2
 
 
-def rms_norm(scale, x):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def rms_norm(scale, x, epsilon=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
 
 
 def gated(g, a, m):
     return g * a + (1 - g) * m
 
 
-def gru(p, a, m):
+def gru(p, a, m, n):
     """Token by token; gates in the order reset, update, new."""
     h, fused = np.zeros((2, D)), []
     for t in range(a.shape[1]):
@@ -51,32 +51,128 @@ def gru(p, a, m):
     return np.stack(fused, axis=1)
 
 
+def softmax_of(p, h):
+    """The two weights [..., 1] that a head gives of h."""
+    score = h @ p.get("head_kernel", np.eye(2)) + p["head_bias"]
+    return sigmoid(score[..., :1] - score[..., 1:]), sigmoid(score[..., 1:] - score[..., :1])
+
+
+def normed(p, a, m):
+    return rms_norm(p["rwkv_norm"]["scale"], a, 1e-2), rms_norm(p["mamba_norm"]["scale"], m, 1e-2)
+
+
+def min_gru(p, a, m, n):
+    pair = np.concatenate(normed(p, a, m), -1)
+    candidate, update = pair @ p["candidate_kernel"], sigmoid(pair @ p["update_kernel"])
+    value = np.where(candidate >= 0, candidate + 0.5, sigmoid(candidate))
+    s, fused = np.zeros((2, 3 * D // 2)), []
+    for t in range(a.shape[1]):
+        s = (1 - update[:, t]) * s + update[:, t] * value[:, t]
+        w, _ = softmax_of(p, s)
+        fused.append(gated(w, a[:, t], m[:, t]))
+    return np.stack(fused, axis=1)
+
+
+def running_mean(p, a, m, n):
+    x = np.concatenate([a, m], -1)
+    q = sigmoid(x @ p["kernel"] + p["bias"])
+    context = np.cumsum(q * x, axis=1) / np.cumsum(q, axis=1)
+    return gated(softmax_of(p, context)[0], a, m)
+
+
+def glu(p, a, m, n):
+    r, s = normed(p, a, m)
+    combined = sigmoid(n @ p["rwkv_kernel"]) * r + sigmoid(n @ p["mamba_kernel"]) * s
+    return gated(softmax_of(p, combined)[0], a, m) @ p["output_kernel"]
+
+
+def parallel(p, a, m, n):
+    r, s = normed(p, a, m)
+    gate_r = sigmoid(n @ p["rwkv_kernel"] + p["rwkv_bias"])
+    gate_m = sigmoid(n @ p["mamba_kernel"] + p["mamba_bias"])
+    return (gate_r * r + gate_m * s) @ p["output_kernel"]
+
+
+def parallel_scan(p, a, m, n):
+    c = gated(softmax_of(p, n)[0], *normed(p, a, m))
+    decay = sigmoid(n @ p["decay_kernel"] + p["decay_bias"])
+    read, h, fused = sigmoid(n @ p["input_kernel"]), np.zeros((2, D)), []
+    for t in range(a.shape[1]):
+        h = decay[:, t] * h + (1 - decay[:, t]) * read[:, t] * c[:, t]
+        fused.append(h @ p["output_kernel"])
+    return np.stack(fused, axis=1)
+
+
 FORMULAS = {
-    "hy": lambda p, a, m: (
+    "hy": lambda p, a, m, n: (
         p["rwkv_gain"] * rms_norm(p["rwkv_norm"]["scale"], a)
         + p["mamba_gain"] * rms_norm(p["mamba_norm"]["scale"], m)
     ),
-    "gf": lambda p, a, m: gated(
+    "gf": lambda p, a, m, n: gated(
         sigmoid(np.concatenate([a, m], -1) @ p["kernel"] + p["bias"])[..., None], a, m
     ),
-    "hgf": lambda p, a, m: gated(
+    "hgf": lambda p, a, m, n: gated(
         sigmoid(np.concatenate([a, m], -1) @ p["kernel"] + p["bias"]), a, m
     ),
-    "ws": lambda p, a, m: gated(p["alpha"], a, m),
-    "rf": lambda p, a, m: a + m @ p["kernel"],
-    "cp": lambda p, a, m: np.concatenate([a, m], -1) @ p["kernel"],
+    "ws": lambda p, a, m, n: gated(p["alpha"], a, m),
+    "rf": lambda p, a, m, n: a + m @ p["kernel"],
+    "cp": lambda p, a, m, n: np.concatenate([a, m], -1) @ p["kernel"],
     "gru": gru,
+    "mingru": min_gru,
+    "linrec": running_mean,
+    "glu": glu,
+    "parallel": parallel,
+    "pscan": parallel_scan,
 }
+
+
+GATED = [name for name in FUSIONS if fusion.default_share(name) is not None]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_fusion_matches_its_formula(name):
     module = FUSIONS[name](small_config())
     a, m = branches()
+    n, more = jax.random.normal(jax.random.key(2), a.shape), {}
+    if getattr(module, "reads_input", False):
+        more["block_input"] = n
     params = lively_parameters(module, a, m)
-    fused, _ = jit(module.apply)({"params": params}, a, m)
+    fused, _ = jit(module.apply)({"params": params}, a, m, **more)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    assert_allclose(fused, FORMULAS[name](p, np.float64(a), np.float64(m)), rtol=1e-4, atol=1e-5)
+    assert_allclose(fused, FORMULAS[name](p, *map(np.float64, (a, m, n))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradient_is_the_slope_of_the_formula(name):
+    """Along one random direction of all parameters and inputs; also where every gate is shut."""
+    module = FUSIONS[name](small_config())
+    *inputs, n = (jax.random.normal(jax.random.key(seed), (2, 5, D)) for seed in range(3))
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((2, 5, D))
+
+    def summed(params, a, m, n):
+        more = {"block_input": n} if getattr(module, "reads_input", False) else {}
+        return jnp.sum(module.apply({"params": params}, a, m, **more)[0] * weights)
+
+    gradient = jit(jax.grad(summed, (0, 1, 2, 3)))
+
+    def check(scale):
+        params = jax.tree.map(lambda x: scale * x, lively_parameters(module, *inputs))
+        point = jax.tree.map(np.float64, (params, *inputs, n))
+        along = jax.tree.map(lambda x: rng.standard_normal(x.shape), point)
+        at = lambda e: jax.tree.map(lambda x, v: x + e * v, point, along)
+        value = lambda e: np.sum(FORMULAS[name](*at(e)) * weights)
+        product = lambda g, v: np.sum(np.float64(g) * v)
+        found = jax.tree.leaves(jax.tree.map(product, gradient(params, *inputs, n), along))
+        slope = (value(1e-6) - value(-1e-6)) / 2e-6
+        assert_allclose(sum(found), slope, rtol=1e-4, atol=1e-4 * np.abs(found).max())
+
+    check(1)
+    check(30)
+
+
+def test_every_fusion_has_a_formula_here():
+    assert set(FORMULAS) == set(FUSIONS)
 
 
 def start(name, **fields):
@@ -89,20 +185,20 @@ def start(name, **fields):
 
 
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.5, 0.7, 0.97])
-@pytest.mark.parametrize("name", ["gf", "hgf", "ws", "gru", "hy"])
+@pytest.mark.parametrize("name", GATED)
 def test_every_gate_starts_at_gate_init(name, share):
     params, fused, gate = start(name, gate_init=share)
     assert_allclose(gate, share, atol=1e-6)
     if name == "hy":
         assert_allclose(params["mamba_gain"], 1 - share, atol=1e-6)
-    else:
+    elif "output_kernel" not in params:
         assert_allclose(fused, gated(share, *branches()), atol=1e-5)
 
 
-@pytest.mark.parametrize("name, share", [("gf", 0.5), ("hgf", 0.5), ("ws", 0.5), ("gru", 0.5)])
-def test_gates_start_even_by_default(name, share):
+@pytest.mark.parametrize("name", [name for name in GATED if name != "hy"])
+def test_gates_start_even_by_default(name):
     _, _, gate = start(name)
-    assert (gate == share).all()
+    assert (gate == 0.5).all()
 
 
 def test_gains_start_at_seven_to_three():
