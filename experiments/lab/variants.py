@@ -23,11 +23,18 @@ def add_flags(parser):
     """Flags that fusion and ratio have in common."""
     parser.add_argument("--branch", choices=BRANCHES, default="official")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument(
+        "--start",
+        choices=("init", "both", "neither"),
+        default="init",
+        help="outputs of the official branches that start at zero, as model.branch_start",
+    )
 
 
 def arms_of(options, preset, changes):
     """name -> (config, task) of a preset with some changes, under the flags' settings."""
     shared = {"model.preset": preset, "optim.lr": REFERENCE_RATE} | BRANCHES[options.branch]
+    shared["model.branch_start"] = options.start
     shared |= command.common(options, evaluations=5)
     configs = {name: make_config(shared | change) for name, change in changes.items()}
     task = text_task(next(iter(configs.values())))
@@ -38,6 +45,7 @@ def result_name(options):
     """The experiment's name, with what was changed about it."""
     parts = [options.experiment]
     parts += ["legacy"] if options.branch == "legacy" else []
+    parts += [options.start] if options.start != "init" else []
     parts += [str(options.steps)] if options.steps != 500 else []
     return "-".join(parts)
 

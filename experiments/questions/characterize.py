@@ -33,6 +33,11 @@ from gt_jax.training.step import init_state
 FAMILIES = {
     "RWKV-6": {"model.preset": "rwkv6", "model.tie_embeddings": True},
     "Mamba-2": {"model.preset": "mamba2", "model.state_size": 64},
+    "Mamba-2 with feed-forward": {
+        "model.preset": "mamba2",
+        "model.state_size": 64,
+        "model.mamba_feed_forward": True,
+    },
     "GPT": {"model.preset": "gpt1"},
     "GF-MH": {"model.preset": "gf-mh"},
 }

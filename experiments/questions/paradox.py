@@ -8,9 +8,10 @@ its own input n, so that a third part is no work of either branch; it is zero in
     fused = g (rwkv - n) + (1 - g) mamba + g n
 
 Measured on held-out text, before and after training: the loss when a part is zeroed or replaced by
-its mean over positions, in one block or in all; RWKV's share of the update, |R| / (|R| + |M|) of
-the first two parts; the gate's mean and spread; and the gradient of each branch, and what Adam
-makes of it, as root mean squares over parameters so that sizes do not matter.
+its mean over positions, in one block or in all; the same where a branch's output is replaced before
+the fusion, so that the gate answers (without its answer the two agree); RWKV's share of the update,
+|R| / (|R| + |M|) of the first two parts; the gate's mean and spread; and the gradient of each
+branch, and what Adam makes of it, as root mean squares over parameters so that sizes do not matter.
 
 Beside it, what the original project measured: the norms of an RWKV state with weights of its own
 and of Mamba's output, and gradients, all of an untrained model that reads random tokens.
@@ -28,6 +29,7 @@ from experiments import lab
 from experiments.lab import ablation, command, results
 from experiments.lab.programs import stacked
 from experiments.lab.statistics import estimate
+from gt_jax.analysis import ablated_losses, ablations, output_means
 from gt_jax.models import make_config, make_model
 from gt_jax.training import optimizer
 from gt_jax.training.model import make_model_config
@@ -37,6 +39,7 @@ VARIANTS = {
     "official": {"model.preset": "gf-mh"},
     "legacy": {"model.preset": "gf-mh", "model.branch": "legacy", "model.init": "normal"},
 }
+STARTS = ("init", "both", "neither")
 GRADIENTS = 64  # batches over which Adam's moments settle
 BRANCHES = ("rwkv", "mamba")
 
@@ -45,9 +48,15 @@ def main(argv=None):
     parser = command.parser("paradox", __doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--start", choices=STARTS, default="init", help="outputs at zero, as model.branch_start"
+    )
     options = command.parse(parser, argv)
     shared = command.common(options, evaluations=1)
     configs = {name: lab.make_config(shared | changes) for name, changes in VARIANTS.items()}
+    if options.start != "init":  # the output of the legacy branch contains its input
+        changes = VARIANTS["official"] | {"model.branch_start": options.start}
+        configs = {"official": lab.make_config(shared | changes)}
     config = configs["official"]
     task = lab.text_task(config)
     trained = lab.train(
@@ -75,13 +84,15 @@ def main(argv=None):
     measures["gradient Mamba / RWKV, untrained"] = estimate(ratios)
     results.write(
         options,
+        name="-".join(["paradox", *([options.start] if options.start != "init" else [])]),
         settings=lab.settings(config) | {"rate": options.lr, "gradient batches": count},
         measures=measures,
         tables=tables,
         plots=plots,
         notes=[
             "Losses are of the whole validation text. A mean replaces a part by its mean over that "
-            "text; the gate keeps the value it has with both branches.",
+            "text; the gate keeps the value it has with both branches. Where an output is replaced "
+            "before the fusion, the gate sees that.",
             '"Mamba share, published" and "gradient Mamba / RWKV, untrained" are what the original '
             "project measured: an untrained model on random tokens, state norm against output norm "
             "and gradients of a single batch, averaged over tensors.",
@@ -95,7 +106,8 @@ def measure(config, task, runs, seeds, count, jit):
     Returns:
         {when: {"share", "share_with_input", "gate", "gate_spread": [seeds, layers]; "gradient",
         "update": {branch: [seeds]}}}; the trained ones also have "added": {(what, how, place):
-        [seeds] nats}, as `every_ablation` names them.
+        [seeds] nats}, as `every_ablation` names them, and "added before" the fusion, as `ablations`
+        does.
     """
     model = make_model(runs.model_config)
     at_first = make_model(make_model_config(config, task.vocab_size))
@@ -103,6 +115,8 @@ def measure(config, task, runs, seeds, count, jit):
     inits = jit(lambda key: at_first.init(jax.random.fold_in(key, 0), held_out.inputs[0]))
     contributed = jit(functools.partial(ablation.contributions, model))
     lost = jit(functools.partial(ablation.losses, model))
+    means_before = jit(functools.partial(output_means, model))
+    lost_before = jit(functools.partial(ablated_losses, model))
     norms = jit(functools.partial(gradient_norms, model, config))
 
     found = {"untrained": [], "trained": []}
@@ -122,6 +136,10 @@ def measure(config, task, runs, seeds, count, jit):
                 names, keep, fill = ablation.every_ablation(model.config, means)
                 loss = jax.device_get(lost(each, held_out, keep, fill))
                 one["added"] = dict(zip(names[1:], loss[1:] - loss[0]))
+                means = jax.device_get(means_before(each, held_out))
+                names, keep, fill = ablations(model.config, means)
+                loss = jax.device_get(lost_before(each, held_out, keep, fill))
+                one["added before"] = dict(zip(names[1:], loss[1:] - loss[0]))
             found[when].append(one)
     return {when: jax.tree.map(lambda *x: np.stack(x), *each) for when, each in found.items()}
 
@@ -139,17 +157,17 @@ def measures_of(found, suffix):
         if place == "all":
             instead = ", its mean instead" if how == "mean" else ""
             measures[f"loss added without {what}{instead}{suffix}"] = estimate(values)
+    for (what, how, place), values in found["trained"]["added before"].items():
+        if place == "all":
+            instead = ", its mean instead" if how == "mean" else ""
+            name = f"loss added without {what} before the fusion{instead}{suffix}"
+            measures[name] = estimate(values)
     return measures
 
 
 def tables_of(title, found, unit):
     """Losses added and shares, block by block; norms before and after training."""
     trained = found["trained"]
-    added = {key: estimate(values) for key, values in trained["added"].items()}
-    kinds = list(dict.fromkeys((what, how) for what, how, _ in added))
-    columns = [what if how == "zero" else f"{what}, mean instead" for what, how in kinds]
-    places = dict.fromkeys(place for *_, place in added)
-    blocks = [[place, *(added[*kind, place] for kind in kinds)] for place in places]
     layers = range(trained["gate"].shape[-1])
     names = ("gate", "gate_spread", "share", "share_with_input")
     shares = [
@@ -167,9 +185,11 @@ def tables_of(title, found, unit):
         for kind in ("gradient", "update")
         for when, f in found.items()
     ]
-    note = f"Nats per {unit} that the validation loss rises by; means and half 95 % intervals."
     return [
-        results.table(f"{title}: loss added without", ["", *columns], blocks, note),
+        added_table(f"{title}: loss added without", trained["added"], unit),
+        added_table(
+            f"{title}: loss added without, before the fusion", trained["added before"], unit
+        ),
         results.table(
             f"{title}: gate, and RWKV's share of the update",
             ["", "", "gate", "spread over positions", "share", "share, input counted"],
@@ -183,6 +203,16 @@ def tables_of(title, found, unit):
             "Root mean square over parameters; updates are Adam's at learning rate 1.",
         ),
     ]
+
+
+def added_table(title, added, unit):
+    """Losses added by place and kind of ablation."""
+    kinds = list(dict.fromkeys((what, how) for what, how, _ in added))
+    columns = [what if how == "zero" else f"{what}, mean instead" for what, how in kinds]
+    places = dict.fromkeys(place for *_, place in added)
+    rows = [[place, *(estimate(added[*kind, place]) for kind in kinds)] for place in places]
+    note = f"Nats per {unit} that the validation loss rises by; means and half 95 % intervals."
+    return results.table(title, ["", *columns], rows, note)
 
 
 def plots_of(title, found, unit):

@@ -88,7 +88,7 @@ def _read(model, params, chunks, targets):
             ]
             by_layer = jax.tree.map(lambda *x: jnp.concatenate(x).T, *blocks)  # [S, L]
             measured |= {k: v for k, v in by_layer._asdict().items() if v is not None}
-        kept = [memories(block) for block in output.state]
+        kept = [memories(block) for block in output.state[: c.layers]]
         norms = {part: jnp.concatenate([norm(k[part]) for k in kept]) for part in kept[0]}  # [L]
         return output.state, (measured, norms)
 

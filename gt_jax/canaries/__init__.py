@@ -18,6 +18,7 @@ from gt_jax.canaries import texts
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import LanguageModel, Params, count_parameters
+from gt_jax.models.roles import RoleState
 from gt_jax.scoring import continue_greedily, part, score
 
 _LONG = 2000  # tokens over which C2a spreads its facts
@@ -272,7 +273,7 @@ def _encode(tokenizer, text):
 
 def _by_branch(state) -> dict[str, list[np.ndarray]]:
     """{branch: per block [B, n] float64}, the whole state of each flattened."""
-    blocks = jax.device_get(state)
+    blocks = [block for block in jax.device_get(state) if not isinstance(block, RoleState)]
 
     def flat(tree):
         leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]

@@ -128,13 +128,20 @@ def _find_layout(tensors):
 
 def _fits(layout, config):
     """Whether a layout can hold a model of ours."""
-    whole = config.branch == "official" and config.feed_forward
-    return config.architecture == layout.architecture and (config.architecture == "mamba2" or whole)
+    if config.architecture != layout.architecture or config.segment_token is not None:
+        return False
+    if config.architecture == "mamba2":
+        return not config.mamba_feed_forward
+    return config.branch == "official" and config.feed_forward
 
 
 def _describe(config):
     branch = ", legacy branch" if config.branch == "legacy" else ""
     without = "" if config.feed_forward else ", without feed-forward,"
+    if config.architecture == "mamba2":
+        without = ", with a feed-forward," if config.mamba_feed_forward else ""
+    if config.segment_token is not None:
+        without += " with segment embeddings,"
     return (
         f"{config.architecture}{branch}{without} of {config.layers} blocks, dim {config.dim}, "
         f"vocabulary {config.vocab_size:,}"

@@ -133,12 +133,18 @@ class CharTokenizer(Tokenizer):
 
 
 class TaggedCharTokenizer(CharTokenizer):
-    """Characters from id 32 up; ids 0 to 7 are tags, each one token; 8 to 31 are reserved."""
+    """Characters from id 32 up; ids 0 to 10 are tags, each one token; 11 to 31 are reserved.
+
+    Tags 8 to 10 begin the segments of model.segment_token=8.
+    """
 
     kind = "char97"
     tags = tuple(
         f"<|{name}|>"
-        for name in ("pad", "unk", "bos", "eos", "system", "user", "assistant", "end_of_turn")
+        for name in (
+            *("pad", "unk", "bos", "eos", "system", "user", "assistant", "end_of_turn"),
+            *("input", "thinking", "output"),
+        )
     )
     special = SpecialIds(bos=2, eos=3, pad=0)
     first_id = 32

@@ -6,6 +6,7 @@ reads them one by one: the loop needs the logits of the last one, and this way n
 be compiled.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -148,9 +149,11 @@ def load_context(path: str | Path, model: LanguageModel, params: Params) -> Cont
     except Exception as error:  # a damaged zip file can raise anything
         raise InputError(f"{path} is no saved state, or damaged ({one_line(error)})") from error
     mine = _function(model)
+    defaults = {field.name: field.default for field in dataclasses.fields(model.config)}
     for field in sorted(mine):
-        if of_model.get(field) != mine[field]:
-            theirs = one_line(repr(of_model.get(field)), 80)
+        found = of_model.get(field, defaults.get(field))  # a newer field acted as its default
+        if found != mine[field]:
+            theirs = one_line(repr(found), 80)
             raise InputError(
                 f"{path} is the state of another model: its model.{field} is {theirs}, this one's "
                 f"{mine[field]!r}"

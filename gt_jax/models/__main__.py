@@ -23,7 +23,7 @@ def rows() -> Iterator[tuple[str, ...]]:
             legacy_config = make_config(name, vocab_size=preset.vocab_size, branch="legacy")
             legacy = f"{count_parameters(legacy_config)['total']:,}"
         heads = config.mamba_heads if config.architecture == "mamba2" else config.heads
-        embedding = sum(counts.get(part, 0) for part in ("embedding", "head"))
+        embedding = sum(counts.get(part, 0) for part in ("embedding", "segment_embedding", "head"))
         names = [name, *(alias for alias, target in ALIASES.items() if target == name)]
         yield (
             *(", ".join(names), config.architecture),

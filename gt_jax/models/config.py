@@ -3,7 +3,7 @@
 import dataclasses
 
 from gt_jax.errors import InputError
-from gt_jax.settings import ABOVE_ZERO, POSITIVE, check, setting
+from gt_jax.settings import ABOVE_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Range, check, setting
 
 MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
@@ -38,7 +38,8 @@ class ModelConfig:
     gate_init: float | None = setting(
         None,
         "weight of the RWKV branch at the start, for fusions that have one; None: the fusion's own."
-        " The branch itself starts at zero: at step 0 the update is Mamba-2's alone",
+        " The branch itself starts at zero: at step 0 the update is Mamba-2's alone, unless"
+        " branch_start says otherwise",
     )
     residual: str = setting(
         "none",
@@ -73,12 +74,38 @@ class ModelConfig:
         "official",
         "official: each part as its source has it, embeddings of hybrids and Mamba-2 from"
         " N(0, 1/dim); normal: dense kernels and embeddings from N(0, 0.02); blinkdl: official,"
-        " with embeddings from U(-1e-4, 1e-4) and zero output kernels",
-        choices=("official", "normal", "blinkdl"),
+        " with embeddings from U(-1e-4, 1e-4) and zero output kernels; reference: as the"
+        " GroundThink repository starts its hybrids (needs branch=legacy)",
+        choices=("official", "normal", "blinkdl", "reference"),
+    )
+    branch_start: str = setting(
+        "init",
+        "output kernels of a hybrid's branches that start at zero: as init says (official: RWKV-6's"
+        " alone), both, or neither, RWKV-6's then drawn as Mamba-2's",
+        choices=("init", "both", "neither"),
     )
     tie_embeddings: bool = setting(True, "the output head shares the embedding")
     feed_forward: bool = setting(
-        True, "blocks have a feed-forward behind their mixers; Mamba-2 never has"
+        True, "blocks have a feed-forward behind their mixers; pure Mamba-2 has mamba_feed_forward"
+    )
+    mamba_feed_forward: bool = setting(
+        False, "blocks of a pure Mamba-2 have one too, which the official model has not"
+    )
+    segment_token: int | None = setting(
+        None,
+        "first of three token ids that begin an input, a thinking and an output segment, whose"
+        " tokens get a learned vector added to their embeddings (8 with tokenizer char97);"
+        " None: no segments",
+        NOT_NEGATIVE,
+    )
+    rwkv_carry: float = setting(
+        0.0, "share of an RWKV-6 state that survives the start of a new document", SHARE
+    )
+    mamba_reset: float | None = setting(
+        None,
+        "topic shift above which a hybrid's Mamba state starts anew: 1 - the cosine of a fast and a"
+        " slow running mean of the block's input; None: documents alone reset it",
+        Range(lambda v: 0 < v < 2, "above 0 and below 2"),
     )
     max_positions: int = setting(
         1024, "longest document of gpt2 and gpt1 (learned positions, key-value cache)", POSITIVE
@@ -100,7 +127,8 @@ class ModelConfig:
         check(self, "model.")
         self._check_widths()
         self._check_gate()
-        self._check_residual()
+        self._check_branch()
+        self._check_segments()
 
     def _check_widths(self):
         mixers = self.branches if self.architecture == "hybrid" else self.architecture
@@ -119,12 +147,43 @@ class ModelConfig:
         if not 0 < gate < 1:
             raise InputError(f"model.gate_init={gate!r} must lie between 0 and 1, both excluded")
 
-    def _check_residual(self):
-        whole = self.branch == "legacy" and self.legacy_wkv != "c"
+    def _check_branch(self):
+        legacy = self.branch == "legacy"
+        if self.init == "reference" and (self.architecture != "hybrid" or not legacy):
+            raise InputError(
+                "model.init='reference' starts a hybrid as the original did; it needs "
+                f"model.branch='legacy' and a hybrid, not {self.branch} {self.architecture}"
+            )
+        if self.branch_start != "init" and legacy:
+            raise InputError(
+                f"model.branch_start={self.branch_start!r} needs model.branch='official': the "
+                "output of the legacy branch contains its input"
+            )
+        if self.rwkv_carry and (legacy or self.architecture not in ("hybrid", "rwkv6")):
+            raise InputError(
+                f"model.rwkv_carry={self.rwkv_carry} needs official RWKV-6, not {self.branch} "
+                f"{self.architecture}; leave it at 0"
+            )
+        if self.mamba_reset is not None and (
+            self.architecture != "hybrid" or "mamba" not in self.branches
+        ):
+            raise InputError(
+                f"model.mamba_reset={self.mamba_reset} needs a hybrid with a Mamba-2 branch; leave "
+                "it unset"
+            )
+        whole = legacy and self.legacy_wkv != "c"
         if self.residual == "both" and whole and "rwkv" in self.branches:
             raise InputError(
                 "model.residual='both' adds the input twice to model.branch='legacy', whose output "
                 "contains it; set model.residual='mamba'"
+            )
+
+    def _check_segments(self):
+        first = self.segment_token
+        if first is not None and first + 3 > self.vocab_size:
+            raise InputError(
+                f"model.segment_token={first} must be the first of three ids below the tokenizer's "
+                f"{self.vocab_size}"
             )
 
     @property

@@ -1,18 +1,25 @@
 """How a hybrid block joins its two branches; FUSIONS at the bottom names every way.
 
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
-fused [B, T, D]. The fusions here keep no state; `arbiter.py` has those that do. To add one, write
+fused [B, T, D]. The fusions here keep no state; `arbiter.py` has those
+that do, `glu.py` those that read the block's input. To add one, write
 the module and put it into FUSIONS; nothing else names a fusion. A fusion that weighs the RWKV
 branch records that weight as "gate" and starts it at initial_share(self). Its class may say
 
-    default_share   RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
+    default_share    RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
+    reads_input      True: it is also called with block_input=, the block's normalised input
+    branch_epsilon   of its branch_norm where model.branch_epsilon is None: 1e-2 if not said
+
+What it records as "from_rwkv" [B, T, D] is RWKV's term of its sum; it need not say so if that is
+the gate times the branch. Analysis reads both.
 
 The init of a gate is exact: its kernel is zero, so every gate equals `gate_init` at step 0.
-Only the legacy branch with init "normal" draws gate kernels from N(0, 0.02) and W_p of rf likewise,
-as the reference repository did.
+Only the legacy branch with init "normal" or "reference" draws gate kernels from N(0, 0.02) and W_p
+of rf likewise, as the reference repository did; "reference" also forgets gate_init in hgf, as it.
 
 gate_init is a weight, not yet a contribution: the output projection of the official RWKV-6 starts
-at zero, so at step 0 all of the update is Mamba's, whatever gate_init says.
+at zero, so at step 0 all of the update is Mamba's, whatever gate_init says. model.branch_start sets
+both outputs to zero, or neither, so that a gate's start means the same for both.
 """
 
 import dataclasses
@@ -104,7 +111,9 @@ class ChannelGate(nn.Module):
     ) -> tuple[jax.Array, None]:
         D = self.config.dim
         kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D, D))
-        bias = self.param("bias", initializers.constant(logit(initial_share(self))), (D,))
+        # The original overwrote the bias too: its HGF-MH and HGF-RH start as its HGF.
+        start = 0.0 if self.config.init == "reference" else logit(initial_share(self))
+        bias = self.param("bias", initializers.constant(start), (D,))
         gate = jax.nn.sigmoid(project_pair(rwkv, mamba, kernel).astype(jnp.float32) + bias)
         record(self, gate=gate)
         return gate * rwkv + (1 - gate) * mamba, state
@@ -168,8 +177,8 @@ class Concat(nn.Module):
 
 
 def reproduces_reference(config: ModelConfig) -> bool:
-    """Whether every initialiser is the reference repository's."""
-    return config.branch == "legacy" and config.init == "normal"
+    """Whether kernels of gates and of rf are drawn as in the reference repository."""
+    return config.branch == "legacy" and config.init in ("normal", "reference")
 
 
 def gate_kernel_init(config: ModelConfig) -> Initializer:

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS
 from gt_jax.models.gates import post_norm
@@ -26,11 +27,12 @@ from gt_jax.models.rwkv6 import TimeMix
 
 
 class BlockState(NamedTuple):
-    """States of a block's branches and of its fusion (None if it keeps none)."""
+    """States of a block's branches, of its fusion and of its topic (None if it keeps none)."""
 
     rwkv: Any
     mamba: Any
     fusion: Any
+    topic: TopicState | None = None
 
 
 class Block(nn.Module):
@@ -56,8 +58,18 @@ class Block(nn.Module):
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         n = rms_norm(c, "mixer_norm")(x)
-        rwkv, rwkv_state = rwkv_mixer(n, state.rwkv, segment_ids=segment_ids)
-        mamba, mamba_state = mamba_mixer(n, state.mamba, segment_ids=segment_ids)
+        shifts, topic = None, None
+        if c.mamba_reset is not None:
+            shifts, topic = topic_shifts(n, state.topic, segment_ids, c.mamba_reset)
+
+        def mix(mixer, before):
+            ids = segment_ids
+            if shifts is not None and isinstance(mixer, Mamba2):
+                before, ids = reset_at(shifts, before, ids)
+            return mixer(n, before, segment_ids=ids)
+
+        rwkv, rwkv_state = mix(rwkv_mixer, state.rwkv)
+        mamba, mamba_state = mix(mamba_mixer, state.mamba)
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
@@ -73,7 +85,7 @@ class Block(nn.Module):
         if c.feed_forward:
             x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
         record(self, block_out=x)
-        return x, BlockState(rwkv_state, mamba_state, fusion_state)
+        return x, BlockState(rwkv_state, mamba_state, fusion_state, topic)
 
     def _mixer(self, name):
         if name.startswith("mamba"):

@@ -26,6 +26,7 @@ from gt_jax.models.layers import (
     symmetric_uniform,
 )
 from gt_jax.models.lookup import lookup
+from gt_jax.models.roles import ROLES, roles
 from gt_jax.settings import check_choice
 
 # A model's parameters as `model.init` nests them: names -> arrays [...] float32.
@@ -42,7 +43,10 @@ REMAT_POLICIES = {
 
 
 class Output(NamedTuple):
-    """logits [B, T, vocab] float32, and the state after the last token: one entry per block."""
+    """logits [B, T, vocab] float32, and the state after the last token: one entry per block.
+
+    With model.segment_token a RoleState follows them.
+    """
 
     logits: jax.Array
     state: Any
@@ -130,6 +134,14 @@ class LanguageModel(nn.Module):
         x = lookup(embedding.embedding, tokens)  # [B, T, D] float32
         if c.position_limit is not None:
             x = x + self._positions(tokens.shape, state, segment_ids)
+        role_state = ()
+        if c.segment_token is not None:
+            before = None if state is None else state[c.layers]
+            role, after = roles(tokens, c.segment_token, before, segment_ids)  # [B, T]
+            shape = (len(ROLES), c.dim)
+            table = self.param("segment_embedding", initializers.zeros, shape)
+            x = x + lookup(jnp.pad(table, ((1, 0), (0, 0))), role)
+            role_state = (after,)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         states = []
@@ -144,7 +156,7 @@ class LanguageModel(nn.Module):
             head = embedding.embedding.T
         else:
             head = self.param("head", head_init, (c.dim, c.vocab_size))
-        return x, head, tuple(states)
+        return x, head, (*states, *role_state)
 
     def _positions(self, shape, state, segment_ids):
         """Learned position embeddings [B, T, D], NaN where there are none."""
@@ -200,7 +212,17 @@ def make_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(config)
 
 
-PARTS = ("embedding", "positions", "head", "rwkv", "mamba", "attention", "fusion", "ffn")
+PARTS = (
+    "embedding",
+    "segment_embedding",
+    "positions",
+    "head",
+    "rwkv",
+    "mamba",
+    "attention",
+    "fusion",
+    "ffn",
+)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -37,12 +37,23 @@ def fan_in_uniform(scale: float = 1.0) -> Initializer:
 
 def kernel_init(config: ModelConfig, official: Initializer) -> Initializer:
     """Initialiser of a dense kernel whose source uses `official`."""
+    if config.init == "reference":
+        return fan_in_uniform() if config.fusion == "gru" else normal
     return normal if config.init == "normal" else official
 
 
 def output_init(config: ModelConfig, official: Initializer) -> Initializer:
     """Like kernel_init, for the kernel that ends a mixer or feed-forward."""
     return initializers.zeros if config.init == "blinkdl" else kernel_init(config, official)
+
+
+def branch_output_init(config: ModelConfig, official: Initializer) -> Initializer:
+    """Like output_init, for the kernel that ends a mixer: a hybrid's model.branch_start decides."""
+    if config.architecture == "hybrid" and config.branch_start == "both":
+        return initializers.zeros
+    if config.architecture == "hybrid" and config.branch_start == "neither":
+        return kernel_init(config, fan_in_uniform(config.layers**-0.5))  # as Mamba-2 ends
+    return output_init(config, official)
 
 
 def embedding_init(config: ModelConfig, official: Initializer | None = None) -> Initializer:
@@ -52,7 +63,8 @@ def embedding_init(config: ModelConfig, official: Initializer | None = None) -> 
     models learn far slower.
     """
     official = official or initializers.normal(config.dim**-0.5)
-    return symmetric_uniform(1e-4) if config.init == "blinkdl" else kernel_init(config, official)
+    small = config.init == "blinkdl" or (config.init == "reference" and config.fusion == "gru")
+    return symmetric_uniform(1e-4) if small else kernel_init(config, official)
 
 
 # An H100 takes about as long to start a product as to read this many numbers: some 3 µs.

@@ -17,10 +17,11 @@ from jax.typing import DTypeLike
 from gt_jax.kernels import ssd, ssd_step
 from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
 from gt_jax.models.layers import (
+    FeedForward,
+    branch_output_init,
     dense,
     fan_in_uniform,
     kernel_init,
-    output_init,
     recurrence,
     rms_norm,
     segment_index,
@@ -93,7 +94,9 @@ class Mamba2(nn.Module):
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
         y = GatedNorm(1e-5, name="norm")(y.reshape(batch, T, E), z)
         official_out = fan_in_uniform(c.layers**-0.5)
-        return dense(c, c.dim, "out_proj", output_init(c, official_out))(y), MambaState(ssm, tail)
+        return dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y), MambaState(
+            ssm, tail
+        )
 
 
 class CausalConv(nn.Module):
@@ -230,7 +233,10 @@ _gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
 
 
 class Block(nn.Module):
-    """x += Mamba2(RMSNorm x), the whole block of the official language model."""
+    """x += Mamba2(RMSNorm x), the whole block of the official language model.
+
+    model.mamba_feed_forward puts x += FeedForward(RMSNorm x) behind it.
+    """
 
     config: ModelConfig
     layer: int
@@ -244,10 +250,14 @@ class Block(nn.Module):
         rwkv_drop: float | jax.Array | None,
     ) -> tuple[jax.Array, MambaState]:
         del rwkv_drop  # only hybrids use it
-        y, state = Mamba2(self.config, name="mamba")(
-            rms_norm(self.config, "mixer_norm")(x), state, segment_ids=segment_ids
+        c = self.config
+        y, state = Mamba2(c, name="mamba")(
+            rms_norm(c, "mixer_norm")(x), state, segment_ids=segment_ids
         )
-        return x + y, state
+        x = x + y
+        if c.mamba_feed_forward:
+            x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+        return x, state
 
 
 def log_decay_rate_init(

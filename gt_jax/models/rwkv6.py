@@ -5,6 +5,7 @@ channel by a small network; the decay of the recurrence is chosen the same way. 
 official names; dense kernels are [in, out].
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,9 +15,11 @@ from flax.typing import Initializer
 from jax.nn import initializers
 
 from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     apply_each,
+    branch_output_init,
     dense,
     is_launch_bound,
     kernel_init,
@@ -80,6 +83,9 @@ class TimeMix(nn.Module):
         layers = [dense(c, D, name, kernel_init(c, orthogonal(g))) for name, g in gains.items()]
         r, k, v, g = apply_each(layers, inputs)
         log_w = self._log_decay(x_w)  # float32
+        if c.rwkv_carry and segment_ids is not None:  # a reset that keeps some of the state
+            starts = resets(segment_ids)[..., None]
+            log_w, segment_ids = jnp.where(starts, log_w + math.log(c.rwkv_carry), log_w), None
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
 
         r, k, v, log_w = (z.reshape(B, T, H, K) for z in (r, k, v, log_w))
@@ -93,7 +99,7 @@ class TimeMix(nn.Module):
             )
         y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
         y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
-        y = dense(c, D, "output", output_init(c, initializers.zeros))(y)
+        y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)
         return y, TimeMixState(wkv, x[:, -1])
 
     def _shifted_inputs(self, x, state, segment_ids):

@@ -18,6 +18,7 @@ import optax
 
 from gt_jax.config import Config
 from gt_jax.models import LanguageModel
+from gt_jax.models.carry import start_documents
 from gt_jax.training import debate, optimizer, pace
 
 
@@ -106,7 +107,7 @@ def make_train_step(
                 {"params": params},
                 batch.inputs,
                 batch.targets,
-                _zero_rows(carry, batch.fresh),
+                start_documents(model.config, jax.lax.stop_gradient(carry), batch.fresh),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
@@ -191,7 +192,7 @@ def make_eval_step(model: LanguageModel) -> Callable:
             {"params": params},
             batch.inputs,
             batch.targets,
-            _zero_rows(carry, batch.fresh),
+            start_documents(model.config, carry, batch.fresh),
             segment_ids=batch.segment_ids,
             method="loss",
         )
@@ -229,15 +230,6 @@ def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return jnp.sum(losses, where=targets >= 0)
-
-
-def _zero_rows(carry, fresh):
-    """The carried state with the rows that start anew set to zero; no gradient crosses batches."""
-
-    def zero(x):
-        return jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), 0, jax.lax.stop_gradient(x))
-
-    return jax.tree.map(zero, carry)
 
 
 def _split(tree, parts: int):

@@ -66,16 +66,17 @@ def test_char_names_the_characters_it_does_not_know():
 def test_char97_tags_are_one_token_each():
     tokenizer = make_tokenizer("char97", PRINTABLE)
     names = ["pad", "unk", "bos", "eos", "system", "user", "assistant", "end_of_turn"]
+    names += ["input", "thinking", "output"]
     text = "".join(f"<|{name}|>{i}" for i, name in enumerate(names)) + "<|no|>"
     ids = tokenizer.encode(text)
-    assert ids[:16:2].tolist() == list(range(8))
-    assert len(ids) == 16 + len("<|no|>")
+    assert ids[:22:2].tolist() == list(range(11))
+    assert len(ids) == 22 + len("<|no|>")
     assert tokenizer.decode(ids) == text
 
 
 def test_char97_decodes_unknown_ids_to_question_marks():
     tokenizer = make_tokenizer("char97", Corpus("c", ("abc",), ("d",)))
-    assert tokenizer.decode([32, 8, 31, 36, 10**6, -1, 33]) == "a?????b"
+    assert tokenizer.decode([32, 11, 31, 36, 10**6, -1, 33]) == "a?????b"
 
 
 def test_sentencepiece_has_the_vocabulary_asked_for_and_shortens_text(shakespeare, sentencepiece):

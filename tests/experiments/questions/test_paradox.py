@@ -11,6 +11,7 @@ import pytest
 from experiments import lab
 from experiments.lab import ablation, results
 from experiments.questions import paradox
+from gt_jax.analysis import ablated_losses, ablations, output_means
 from gt_jax.data.batches import Batch
 from gt_jax.models import make_config, make_model
 
@@ -91,6 +92,21 @@ def test_ablations_are_as_if_branches_gave_nothing(small, found):
         places = [(b, *p) for b in blocks for p in (("rwkv", "output"), ("mamba", "out_proj"))]
         without = zeroed(params, *places)
         np.testing.assert_allclose(lost[3], loss_of(model, without, batches), **CLOSE)
+
+
+def test_figures_before_the_fusion_are_the_old_ones_where_the_gate_does_not_answer(small, found):
+    """A constant gate cannot: what a gated sum loses without a part is what it loses without it."""
+    model, params, batches = small
+    means = jax.device_get(jit(functools.partial(output_means, model))(params, batches))
+    old = ablation.every_ablation(model.config, found["mean"])
+    new = ablations(model.config, means)
+    both = []
+    for measure, (names, keep, fill) in ((ablation.losses, old), (ablated_losses, new)):
+        losses = jit(functools.partial(measure, model))(params, batches, keep, fill)
+        both.append(dict(zip(names, jax.device_get(losses))))
+    assert len(both[1]) == 13
+    for name, loss in both[1].items():
+        np.testing.assert_allclose(loss, both[0][name], **CLOSE, err_msg=str(name))
 
 
 def test_contributions(small, found):

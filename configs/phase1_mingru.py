@@ -1,0 +1,16 @@
+"""A minGRU, parallel over time, reads both branches and weighs them.
+
+Otherwise like configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/phase1_mingru.py
+
+Expected: not measured yet.
+"""
+
+from gt_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.preset = "mingru"
+    return config

@@ -1,0 +1,16 @@
+"""ParallelFusion: each branch has gates of its own, a projection follows.
+
+Otherwise like configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/phase1_parallel.py
+
+Expected: not measured yet.
+"""
+
+from gt_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.preset = "parallel"
+    return config

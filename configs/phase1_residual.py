@@ -1,0 +1,14 @@
+"""GF-MH whose Mamba branch adds its input before the fusion. Otherwise like configs/gf_mh.py.
+
+    python -m gt_jax.train --config=configs/phase1_residual.py
+
+Expected: not measured yet.
+"""
+
+from gt_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.residual = "mamba"
+    return config
