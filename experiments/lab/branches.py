@@ -1,9 +1,7 @@
 """What each branch of a trained hybrid is worth, whatever joins them.
 
-A branch is replaced before the fusion, by zero or by its mean over the text, in all blocks; gates,
-arbiters and norms then see what is left. So the measure needs no formula of the fusion, and holds
-for sums, projections and residual paths alike. Of the original's branch, which contains its input,
-only the rest is replaced.
+A branch is replaced before the fusion (gt_jax/analysis/ablation.py), by zero or by its mean over
+the text, in all blocks; gates, arbiters and norms then see what is left.
 """
 
 import functools
@@ -17,78 +15,26 @@ import optax
 from experiments import lab
 from experiments.lab.programs import stacked
 from gt_jax import thresholds
-from gt_jax.analysis import measure_block, measure_health
+from gt_jax.analysis import (
+    ablated_losses,
+    ablations,
+    measure_block,
+    measure_health,
+    output_means,
+)
 from gt_jax.models import make_model
 from gt_jax.training.model import make_model_config
 from gt_jax.training.step import init_state, summed_loss
 
-# name -> (what of both branches is kept, whether their means take its place)
-REPLACED = {
-    "nothing": ((1, 1), False),
-    "RWKV": ((0, 1), False),
-    "Mamba": ((1, 0), False),
-    "RWKV by its mean": ((0, 1), True),
-    "Mamba by its mean": ((1, 0), True),
+# Ablations of gt_jax/analysis/ablation.py -> what is measured of them.
+WITHOUT = {
+    ("nothing", "zero", "all"): "",
+    ("RWKV", "zero", "all"): "loss added without RWKV",
+    ("Mamba", "zero", "all"): "loss added without Mamba",
+    ("RWKV", "mean", "all"): "loss added without RWKV but its mean",
+    ("Mamba", "mean", "all"): "loss added without Mamba but its mean",
 }
 IDLE = 0.05  # share of the update below which a branch does not count as alive
-
-
-def apply_replaced(model, params, batch, replace):
-    """Logits of a hybrid whose branches say something else.
-
-    Args:
-        batch: Batch of [B, T].
-        replace: (layer, branch 0 or 1, output without its input [B, T, D]) -> [B, T, D].
-    """
-    names, whole = model.config.branch_names, model.config.branch == "legacy"
-
-    def intervene(call, args, kwargs, context):
-        result = call(*args, **kwargs)
-        block, *within = context.module.path or ("",)
-        if len(within) != 1 or within[0] not in names or context.method_name != "__call__":
-            return result
-        own = args[0] if whole and within[0].startswith("rwkv") else 0.0
-        layer, branch = int(block.removeprefix("blocks_")), names.index(within[0])
-        said = replace(layer, branch, result[0] - own) + own
-        return said.astype(result[0].dtype), result[1]
-
-    with nn.intercept_methods(intervene):
-        output = model.apply({"params": params}, batch.inputs, segment_ids=batch.segment_ids)
-    return output.logits
-
-
-def means(model, params, batches):
-    """[layers, 2, D] of what branches add, over batches of [N, B, T]."""
-
-    def of_batch(batch):
-        found = {}
-
-        def keep(layer, branch, said):
-            found[layer, branch] = jnp.mean(said, axis=(0, 1), dtype=jnp.float32)
-            return said
-
-        apply_replaced(model, params, batch, keep)
-        layers = range(model.config.layers)
-        return jnp.stack([jnp.stack([found[layer, b] for b in (0, 1)]) for layer in layers])
-
-    return jax.lax.map(of_batch, batches).mean(0)
-
-
-def losses(model, params, batches, keep, fill):
-    """[S] nats per counted target under S settings: branch -> keep branch + fill.
-
-    Args:
-        batches: of [N, B, T].
-        keep: [S, 2], and fill [S, layers, 2, D].
-    """
-
-    def of_batch(setting, batch):
-        keep, fill = setting
-        replace = lambda layer, branch, said: keep[branch] * said + fill[layer, branch]
-        return summed_loss(apply_replaced(model, params, batch, replace), batch.targets)
-
-    of_setting = lambda s: jax.lax.map(functools.partial(of_batch, s), batches).sum()
-    return jax.lax.map(of_setting, (keep, fill)) / jnp.sum(batches.targets >= 0)
 
 
 def look(model, params, batch):
@@ -156,7 +102,7 @@ def measure(runs, arm, *, quick):
 
     Returns:
         A dict: "RWKV share" and "Mamba share" of the update, means over blocks; "loss added
-        without" each branch, and "... by its mean"; "gate std, least" over blocks, "blocks closed"
+        without" each branch, and "... but its mean"; "gate std, least" over blocks, "blocks closed"
         and "blocks constant"; "variance growth", of the residual stream behind the last block over
         the first, and the same "untrained"; "entropy" (nats) and "top", the mean largest
         probability.
@@ -167,19 +113,25 @@ def measure(runs, arm, *, quick):
     jit = lab.jit(quick)
 
     @jit
+    def seen_of(params):
+        return look(model, params, first), output_means(model, params, held_out)
+
+    @jit
+    def lost_of(params, keep, fill):
+        return ablated_losses(model, params, held_out, keep, fill)
+
     def of_one(params):
-        filled = means(model, params, held_out)
-        keep = jnp.array([kept for kept, _ in REPLACED.values()], jnp.float32)  # [S, 2]
-        takes = jnp.array([mean for _, mean in REPLACED.values()], jnp.float32)
-        fill = (takes[:, None] * (1 - keep))[:, None, :, None] * filled  # [S, layers, 2, D]
-        return look(model, params, first), losses(model, params, held_out, keep, fill)
+        seen, means = jax.device_get(seen_of(params))
+        names, keep, fill = ablations(model.config, means)
+        places = [names.index(name) for name in WITHOUT]
+        return seen, jax.device_get(lost_of(params, keep[places], fill[places]))
 
     @jit
     def spread(params):
         return measure_health(model, params, first.inputs)["stream_variance"]
 
     one = lambda params, i: jax.tree.map(lambda x: x[i], params)
-    found = [jax.device_get(of_one(one(runs.params, i))) for i in range(len(runs.points))]
+    found = [of_one(one(runs.params, i)) for i in range(len(runs.points))]
     growth = lambda variance: variance[-1] / variance[0]
     seen = {name: np.stack([each[name] for each, _ in found]) for name in found[0][0]}
     lost = np.stack([values for _, values in found])  # [seeds, S]
@@ -197,7 +149,7 @@ def measure(runs, arm, *, quick):
         "entropy": seen["entropy"],
         "top": seen["top"],
     }
-    for column, name in enumerate(REPLACED):
-        if column:
-            measures[f"loss added without {name}"] = lost[:, column] - lost[:, 0]
+    for column, name in enumerate(WITHOUT.values()):
+        if name:
+            measures[name] = lost[:, column] - lost[:, 0]
     return {name: np.asarray(values, float) for name, values in measures.items()}
