@@ -250,9 +250,10 @@ def _report(
     metrics.write(row)
     if row.get("loss") is not None:
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+        with_terms = f"  objective {row['objective']:.4f}" if "objective" in row else ""
         display.numbers(
             step,
-            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"loss {row['loss']:.4f}{with_terms}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_second']:,} tokens/s{skipped}",
         )
     if (news := alarm.look(plain(row))) is not None:

@@ -45,8 +45,10 @@ _SMALL = 1e-6  # beside a mean square: RWKV-6 starts at exactly zero
 
 
 class _Branches(NamedTuple):
-    """What a block recorded: its input x and output y, r and m as its fusion read them and as the
-    mixers said them [B, T, D] float32, and w [B, T]."""
+    """What a block recorded, [B, T, D] float32: x and y, the residual stream before and after.
+
+    r and m are what its fusion read, own_r and own_m what the mixers said; w is [B, T].
+    """
 
     x: jax.Array
     y: jax.Array
