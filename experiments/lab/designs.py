@@ -163,18 +163,16 @@ def measured(options, designs, rates):
     shared["optim.warmup_steps"] = max(steps // 20, 1)
     configs = {n: lab.make_config(shared | dict(changes)) for n, changes in designs.items()}
     task = lab.text_task(next(iter(configs.values())))
-    found = {}
-    for name, config in configs.items():  # one by one: parameters of all would fill the memory
-        arm = lab.Arm(config, task)
-        runs = lab.train(
-            {name: arm},
-            seeds=options.seeds,
-            sweep={"optim.lr": rates},
-            group=options.group,
-            keep_params=True,
-            compile_fast=options.quick,
-        )[name]
-        found[name] = of_design(runs, arm, quick=options.quick)
+    arms = {name: lab.Arm(config, task) for name, config in configs.items()}
+    runs = lab.train(
+        arms,
+        seeds=options.seeds,
+        sweep={"optim.lr": rates},
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )
+    found = {n: of_design(r, arms[n], quick=options.quick) for n, r in runs.items()}
     config = next(iter(configs.values()))
     return found, lab.settings(config) | {"rates": list(rates)}
 

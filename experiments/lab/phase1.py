@@ -6,7 +6,6 @@ A claim is shown once the results that answer it are there; lab/claims.py has al
 from experiments.lab import formats
 from experiments.lab.measures import Measure
 from experiments.lab.rules import Claim, Verdict, all_within, unlike
-from gt_jax.models import ModelConfig, count_parameters
 
 NOTEBOOKS = "notebooks 0.1 and 0.1b"
 SATURATED = 0.01  # share of positions, above which an output counts as saturated
@@ -48,13 +47,9 @@ def judge_init(value_of):
 
 
 def judge_arbiter_sizes(value_of):
-    """Judge of the arbiters' parameters; counts them, and measures nothing."""
-    del value_of
-    ours = {
-        name: count_parameters(ModelConfig(vocab_size=2, dim=128, layers=1, fusion=name))["fusion"]
-        for name in ARBITER_PARAMETERS
-    }
-    text = ", ".join(f"{name} {ours[name]:,}" for name in ours)
+    """Judge of the arbiters' parameters."""
+    ours = {n: value_of(arbiter("parameters of a block", n)) for n in ARBITER_PARAMETERS}
+    text = ", ".join(f"{name} {count:,}" for name, count in ours.items())
     return Verdict("reproduced" if ours == ARBITER_PARAMETERS else "refuted", text)
 
 
@@ -99,8 +94,8 @@ PHASE1 = (
         "GRU, minGRU and GLU arbiters of width 128 have 148 482, 98 944 and 49 664 parameters.",
         "148 482, 98 944, 49 664",
         NOTEBOOKS,
-        (),
-        "Counted: reproduced if all three are the same.",
+        ("arbiters",),
+        "reproduced if all three are the same, else refuted.",
         judge_arbiter_sizes,
     ),
     Claim(

@@ -12,7 +12,7 @@ Every fusion of gt_jax.models.FUSIONS but those of questions/fusion.py, beside G
             what is asked for: a fusion that normalises its inputs cannot see it
     text    width 128 and 8 blocks on characters for 2000 steps, each at the best of three rates
 
-On one H200 about 12 minutes at 5 seeds, half of it GRU's scan over time.
+On one H200 some 12 minutes at 5 seeds, estimated from the time of `fusion`.
 """
 
 import functools

@@ -140,7 +140,14 @@ def test_claims_of_phase_1_follow_their_rules():
     assert judged() == "artefact"
     found["saturated GPT, BlinkDL init, 50 steps"] = share(0.2)
     assert judged() == "refuted"
-    assert phase1.judge_arbiter_sizes(None).verdict == "reproduced"
+    counts = {
+        f"parameters of a block {n}": arbiters.parameters(
+            arbiters.ModelConfig(2, dim=128, heads=1, fusion=n)
+        )
+        for n in phase1.ARBITER_PARAMETERS
+    }
+    sizes = phase1.judge_arbiter_sizes(lambda measure: counts[measure.name])
+    assert sizes.verdict == "reproduced", sizes.ours
     bounds = [(phase1.arbiter("a", "x"), 4, 9), (phase1.arbiter("b", "x"), None, 1)]
     _, _, judge = rules.all_within(bounds)
     verdicts = ((5, 0.5, "reproduced"), (5, 2.0, "refuted"), (3.0, 0.5, "refuted"))
