@@ -59,7 +59,7 @@ def closed_blocks(run):
 def test_collapse_is_said_once_and_ends_the_run(run):
     _, progress, said = run
     assert closed_blocks(run)
-    assert said.count("collapse: the gate is closed in block") == 1
+    assert said.count("/60  collapse: the gate is closed in block") == 1
     for layer in closed_blocks(run):
         assert f" {layer} (RWKV's weight 0.0" in progress.broken_rule
     assert progress.evaluated == 10 and progress.broken_rule.startswith("collapse: the gate is cl")
