@@ -8,6 +8,9 @@ GATE_CLOSED = 0.02  # below it, or above 1 - it, one branch has all the weight
 GATE_CONSTANT = 0.01  # standard deviation over positions, below which the gate reads no input
 COLLAPSE_AFTER = 0.1  # share of a run's steps; a gate starts constant, at model.gate_init
 
+# A criterion of a run passes up to its first number, and warns up to its second.
+# Last validation loss over the best, less one.
+TREND = {"pass": 0.01, "warn": 0.05}
 # Validation loss less training loss, nats.
 GAP = {"pass": 0.2, "warn": 0.5}
 # Gradient norm of RWKV over that of Mamba: within the first interval, else within the second.
@@ -17,6 +20,9 @@ GRADIENT_RATIO_SHARE = 0.8  # of the rows that must lie in the first
 VARIANCE = {"pass": (0.5, 2.0), "warn": (0.1, 10.0)}
 # Evaluations since the last best, in mean intervals between bests of the first fifth of a run.
 PATIENCE = {"pass": 3.0, "warn": 5.0}
+PATIENCE_FROM = 0.2
+# Grade of a run: F if a criterion fails, else by how many do not pass.
+GRADES = "ABCD"
 
 # Evaluations in a row that rise, the rise in validation loss while the training loss falls, and the
 # standard deviation of the last evaluations over their mean.
@@ -48,7 +54,7 @@ V5_AXES = {
 }
 V5_GRADES = ("below", "good enough", "promising", "excellent")
 V5_RED_LINES = {"loss": 1.3, "statefulness": 1.0}  # above; below
-V5_SPIKE = 2.0  # a training loss over the mean of the ones before it
+V5_SPIKE = 2.0  # a training loss over the mean of the 20 logged before it
 
 # The decision about the next scale: points 0 to 3, times a weight.
 MATRIX_WEIGHTS = {"stability": 1.5, "canaries": 1.5, "scaling": 1.0, "resources": 1.0}

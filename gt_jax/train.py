@@ -270,9 +270,10 @@ def _report(
         rate = row["tokens_per_second"]
         tokens = "" if rate is None else f"  {rate:,} tokens/s"
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+        with_terms = f"  objective {row['objective']:.4f}" if "objective" in row else ""
         display.numbers(
             step,
-            f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
+            f"loss {row['loss']:.4f}{with_terms}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
             f"{tokens}{skipped}",
         )
     if (news := alarm.look(plain(row))) is not None:

@@ -4,11 +4,13 @@ A claim is judged by a rule (lab/rules.py) from measures that questions wrote (l
 never by hand. Results of --quick do not count.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import contextlib
+from collections.abc import Mapping
 
 from experiments.lab import measures
+from experiments.lab.phase1 import PHASE1
 from experiments.lab.rules import (
+    Claim,
     NotMeasured,
     Verdict,
     better,
@@ -22,30 +24,8 @@ from experiments.lab.rules import (
 )
 
 
-class Claim(NamedTuple):
-    """One published claim.
-
-    Attributes:
-        id: short name.
-        text: the claim, in our words.
-        published: its figure.
-        source: where it is said.
-        results: names of the results that answer it.
-        rule: how the verdict follows from our numbers.
-        judge: takes a function of a Measure that gives its value -> Verdict.
-    """
-
-    id: str
-    text: str
-    published: str
-    source: str
-    results: tuple[str, ...]
-    rule: str
-    judge: Callable[[Callable], Verdict]
-
-
 def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
-    """Every claim with its verdict.
+    """Every claim with its verdict; one of PHASE1 once its results are there.
 
     Args:
         found: name -> result of lab/results.py's read; what is not there is not measured.
@@ -68,6 +48,9 @@ def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
             verdicts.append((claim, claim.judge(value_of)))
         except NotMeasured as error:
             verdicts.append((claim, Verdict("undecided", because=str(error))))
+    for claim in PHASE1:
+        with contextlib.suppress(NotMeasured):
+            verdicts.append((claim, claim.judge(value_of)))
     return verdicts
 
 

@@ -20,7 +20,8 @@ from gt_jax.errors import InputError
 
 # Experiments in the order of the page; what is not named here follows.
 ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "needle")
-ORDER += ("states", "persistence", "toys", "interventions", "throughput", "scaling", "gates")
+ORDER += ("states", "persistence", "toys", "interventions", "arbiters", "residual", "debate")
+ORDER += ("search", "pilot", "stability", "throughput", "scaling", "gates")
 
 LEAD = "parity"  # its first plot opens the page: the losses of all families
 PLOTS = 3  # of a result that are shown unfolded

@@ -11,6 +11,7 @@ NotMeasured for what is not there.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments.lab import formats, measures
@@ -30,6 +31,28 @@ class Verdict(NamedTuple):
     verdict: str
     ours: str = ""
     because: str = ""
+
+
+class Claim(NamedTuple):
+    """One published claim.
+
+    Attributes:
+        id: short name.
+        text: the claim, in our words.
+        published: its figure.
+        source: where it is said.
+        results: names of the results that answer it.
+        rule: how the verdict follows from our numbers.
+        judge: takes a function of a Measure that gives its value -> Verdict.
+    """
+
+    id: str
+    text: str
+    published: str
+    source: str
+    results: tuple[str, ...]
+    rule: str
+    judge: Callable[[Callable], Verdict]
 
 
 def better(a, b, name="fusion"):
@@ -108,6 +131,26 @@ def _by_interval(found, low, high, unit=""):
     if found["high"] < low or found["low"] > high:
         return Verdict("refuted", ours)
     return Verdict("undecided", ours, "the interval reaches over an end of what was claimed")
+
+
+def all_within(bounds: Sequence[tuple]):
+    """(results, rule, judge) of a claim of several figures: (Measure, low, high) of each."""
+    said = ", ".join(f'"{m.name}" {_range(low, high)}' for m, low, high in bounds)
+    rule = (
+        f"reproduced if every 95 % interval is where it was claimed, {said}; refuted if one is "
+        "outside; else undecided."
+    )
+
+    def judge(value_of):
+        judged = [_by_interval(value_of(m), low, high) for m, low, high in bounds]
+        ours = "\n".join(f"{m.name}: {v.ours}" for (m, *_), v in zip(bounds, judged))
+        words = {v.verdict for v in judged}
+        word = next(w for w in ("refuted", "undecided", "reproduced") if w in words)
+        outside = [m.name for (m, *_), v in zip(bounds, judged) if v.verdict == word]
+        because = "" if word == "reproduced" else f"of {', '.join(outside)}"
+        return Verdict(word, ours, because)
+
+    return tuple(dict.fromkeys(m.result for m, *_ in bounds)), rule, judge
 
 
 def unlike(published, fair, low, high):

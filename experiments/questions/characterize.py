@@ -134,6 +134,12 @@ def main(argv=None):
         for family, by_time in mine.items():
             measures[f"growth {family}, {suffix}"] = estimate(growths[family])
             measures[f"saturated {family}, {suffix}"] = estimate(by_time["after"]["saturated"])
+            for mixer in MIXERS:
+                for when, time in (("untrained", "before"), ("trained", "after")):
+                    if f"{mixer}_gain" in by_time[time]:
+                        variance = np.square(by_time[time][f"{mixer}_gain"]).mean(-1)
+                        name_of_it = f"mixer variance {family} {mixer}, {when}, {suffix}"
+                        measures[name_of_it] = estimate(variance)
         for a, b in PAIRS:
             measures[f"growth {a} / {b}, {suffix}"] = estimate(growths[a] / growths[b])
         tables += tables_of(name, mine)

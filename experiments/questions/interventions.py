@@ -4,20 +4,17 @@
     python -m experiments interventions --only="Mamba rate 0.5,warm-up 50 %" --steps=1000
 
 GF-MH of width 128 and 8 blocks with one thing changed: the learning rate of a branch, a gate that
-stays where it starts, a longer or no warm-up, a dropped RWKV branch, a loss that balances the
-branches, another init. All read the same batches of characters, 64 x 64 a step, at the original's
-3e-4 and at 3e-3, which suits a plain run best. They are held against the plain run of the same
-seed: all at 3e-4, and each at the rate of the two that is better for it on the first half of the
-validation text. Losses are of the second half.
-
-Gradients of Mamba times ten are left out: Adam divides such a factor out again.
+stays where it starts, a longer or no warm-up, of all or of a branch, a branch that waits, larger
+gradients of Mamba, a dropped RWKV branch, a loss that balances the branches, another init. All
+read the same batches of characters, 64 x 64 a step, at the original's 3e-4 and at 3e-3, which suits
+a plain run best. They are held against the plain run of the same seed: all at 3e-4, and each at the
+rate of the two that is better for it on the first half of the validation text. Losses are of the
+second half.
 """
 
 import dataclasses
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import lab
@@ -28,12 +25,13 @@ from experiments.lab.programs import stacked
 from experiments.lab.statistics import compare, estimate
 from experiments.lab.variants import RATES
 from gt_jax.models import make_model
-from gt_jax.models.fusion import FUSIONS, Gate
 
 PLAIN = "plain"
-WARMUP = "optim.warmup_steps"  # here as a share of all steps
-BALANCED = "gf-balanced"
+WARMUP = "optim.warmup_steps"
 WEIGHT = 0.1  # of the balancing loss of a block
+MAMBA_WARMUP, RWKV_WARMUP = "optim.part_warmup_steps.mamba", "optim.part_warmup_steps.rwkv"
+MAMBA_FROZEN, GATE_FROZEN = "optim.frozen_steps.mamba", "optim.frozen_steps.gate"
+STEPS = (WARMUP, MAMBA_WARMUP, RWKV_WARMUP, MAMBA_FROZEN, GATE_FROZEN)  # given as shares of all
 # name -> config changes
 INTERVENTIONS = {
     PLAIN: {},
@@ -42,10 +40,16 @@ INTERVENTIONS = {
     "Mamba rate 0.5": {"optim.lr_multipliers.mamba": 0.5},
     "Mamba rate 2": {"optim.lr_multipliers.mamba": 2.0},
     "gate frozen": {"optim.lr_multipliers.gate": 0.0},
+    "gate frozen at first": {GATE_FROZEN: 0.2},
+    "Mamba gradients 10": {"optim.mamba_grad_scale": 10.0},
+    "Mamba warm-up 2": {MAMBA_WARMUP: 0.2},
+    "RWKV ramp": {RWKV_WARMUP: 0.5},
+    "Mamba delayed": {MAMBA_FROZEN: 0.5},
+    "ramp and delay": {RWKV_WARMUP: 0.5, MAMBA_WARMUP: 0.2, MAMBA_FROZEN: 0.1},
     "no warm-up": {WARMUP: 0.0},
     "warm-up 50 %": {WARMUP: 0.5},
     "RWKV dropout": {"train.rwkv_dropout_start": 0.4, "train.rwkv_dropout_end": 0.1},
-    "balanced": {"model.fusion": BALANCED},
+    "balanced": {"debate.balance_weight": WEIGHT},
     "normal init": {"model.init": "normal"},
     "BlinkDL init": {"model.init": "blinkdl"},
 }
@@ -66,7 +70,6 @@ def main(argv=None):
     options = command.parse(parser, argv)
     known = ",".join(QUICK if options.quick else INTERVENTIONS)
     names = command.one_of(INTERVENTIONS, f"{PLAIN},{options.only or known}", "--only")
-    FUSIONS[BALANCED] = BalancedGate
     arms = arms_of(options, dict.fromkeys(names))
     runs = lab.train(
         arms,
@@ -138,7 +141,7 @@ def main(argv=None):
             f"At the best rates, {verdict(differences['best'])}",
             f"A plain run warms up for {PUBLISHED_WARMUP:.0%} of its steps. The balancing loss is "
             f"{WEIGHT:g} (s - 1/2)^2 in every block, s being RWKV's part of the squared norm of "
-            "the update; losses do not count it in.",
+            "the update, averaged over a row; losses do not count it in.",
             "R/M of subwords and characters is compared at 3e-4.",
             *variants.notes_of(options),
         ],
@@ -149,41 +152,14 @@ def arms_of(options, names):
     """name -> Arm of the interventions, and of the plain run on SentencePiece tokens."""
     changes = {}
     for name in names:
-        share = INTERVENTIONS[name].get(WARMUP, PUBLISHED_WARMUP)
         steps = command.QUICK["train.steps"] if options.quick else options.steps
-        changes[name] = INTERVENTIONS[name] | {WARMUP: round(share * steps)}
+        changes[name] = {WARMUP: PUBLISHED_WARMUP} | INTERVENTIONS[name]
+        for field in set(STEPS) & set(changes[name]):
+            changes[name][field] = round(changes[name][field] * steps)
     subwords = TEXTS["subwords"] | ({"data.vocab_size": QUICK_VOCABULARY} if options.quick else {})
     made = variants.arms_of(options, "gf-mh", changes)
     made |= variants.arms_of(options, "gf-mh", {SUBWORDS: changes[PLAIN] | subwords})
     return {name: lab.Arm(*each) for name, each in made.items()}
-
-
-class BalancedGate(Gate):
-    """GF with a further loss, WEIGHT (s - 1/2)^2, of which only the gradient is seen.
-
-    s = mean over positions of |R|^2 / (|R|^2 + |M|^2), R + M = g rwkv + (1 - g) mamba the update.
-    """
-
-    @nn.compact
-    def __call__(self, rwkv, mamba, state=None, segment_ids=None):
-        fused, state = super().__call__(rwkv, mamba, state, segment_ids)
-        kernel, bias = (self.get_variable("params", name) for name in ("kernel", "bias"))
-        parts = jnp.stack([rwkv, mamba]).astype(jnp.float32)  # [2, B, T, D]
-        score = jnp.sum(parts * kernel.reshape(2, 1, 1, -1), axis=(0, -1)) + bias
-        gate = jax.nn.sigmoid(score)  # [B, T]
-        R, M = jnp.stack([gate, 1 - gate]) ** 2 * jnp.square(parts).sum(-1)  # [B, T] each
-        share = jnp.mean(R / (R + M + 1e-12))
-        return with_loss(fused, WEIGHT * jnp.square(share - 0.5)), state
-
-
-@jax.custom_vjp
-def with_loss(x, loss):
-    """x, through which the gradient of a scalar loss enters as if it were added to the model's."""
-    del loss
-    return x
-
-
-with_loss.defvjp(lambda x, loss: (x, None), lambda _, g: (g, jnp.ones((), jnp.float32)))
 
 
 def contributions(runs, task, *, quick):

@@ -2,16 +2,18 @@
 
     objective = task + sum over terms of  weight * schedule(step / steps) * term
 
-With the branches' outputs r (RWKV-6) and m (Mamba-2) [B, T, D] and r's weight w in (0, 1):
+With what the fusion reads of RWKV-6 and Mamba-2, r and m [B, T, D], and r's weight w in (0, 1):
 
     diversity  orthogonal: cos(r, m)^2              published: (1 + cos(r, m)) / 2
     arbiter    - q ln w - (1 - q) ln(1 - w),  task: q = sigmoid((nats_m - nats_r) / temperature);
                published: q = 1 where r is nearer than m to `fused` (mix) or the last block's output
-    branch     (nats_r + nats_m) / 2,  nats_r = cross-entropy of softmax(head final_norm(x + r))
+    branch     (nats_r + nats_m) / 2,  nats_r = cross-entropy of softmax(head final_norm(x + r)),
+               r normalised like the update under model.post_norm
     entropy    mixing: 1 - H / ln 2                 published: H = - w ln w - (1 - w) ln(1 - w)
     balance    (s - 1/2)^2,  s = mean of |w r|^2 / (|w r|^2 + |(1 - w) m|^2) over a row
 
-x is the residual stream before the block; q takes no gradient. Published forms are of r, m and w
+x is the residual stream before the block; q takes no gradient. The orthogonal diversity is of the
+mixers' own outputs, without the input that model.residual adds. Published forms are of r, m and w
 averaged over blocks, as in the original's notebooks, and have faults that the others avoid: the
 diversity is least where m = -c r, two branches that say one thing; the mix is nearest to whichever
 branch weighs more already; the entropy, added, is least where one branch has all the weight.
@@ -30,6 +32,8 @@ import jax.numpy as jnp
 from gt_jax.config import Config, Debate
 from gt_jax.errors import InputError
 from gt_jax.models import LanguageModel, ModelConfig, make_model
+from gt_jax.models.gates import post_norm
+from gt_jax.models.hybrid import with_residuals
 from gt_jax.models.layers import rms_norm
 
 NAMES = ("diversity", "arbiter", "branch", "entropy", "balance")
@@ -41,13 +45,17 @@ _SMALL = 1e-6  # beside a mean square: RWKV-6 starts at exactly zero
 
 
 class _Branches(NamedTuple):
-    """What a block recorded: x, r, m, fused and its output y [B, T, D] float32, w [B, T]."""
+    """What a block recorded, [B, T, D] float32: x and y, the residual stream before and after.
+
+    r and m are what its fusion read, own_r and own_m what the mixers said; w is [B, T].
+    """
 
     x: jax.Array
+    y: jax.Array
     r: jax.Array
     m: jax.Array
-    fused: jax.Array
-    y: jax.Array
+    own_r: jax.Array
+    own_m: jax.Array
     w: jax.Array | None
 
 
@@ -80,7 +88,8 @@ def make_terms(model: LanguageModel, config: Config) -> Callable | None:
         nats = {}
         if "branch" in names or ("arbiter" in names and settings.arbiter_target == "task"):
             nats = {
-                layer: _branch_nats(model.config, params, found[layer], targets) for layer in blocks
+                layer: _branch_nats(model.config, params, layer, found[layer], targets)
+                for layer in blocks
             }
         make = {
             "diversity": lambda: _diversity(settings, found),
@@ -162,11 +171,12 @@ def _branches(config, blocks) -> list[_Branches]:
     found = []
     for layer in range(config.layers):
         block = blocks[f"blocks_{layer}"]
-        names = ("block_stream", "rwkv_out", "mamba_out", "fused", "block_out")
-        arrays = (block[name][0].astype(jnp.float32) for name in names)
+        names = ("block_stream", "block_out", "rwkv_out", "mamba_out", "block_input")
+        x, y, own_r, own_m, n = (block[name][0].astype(jnp.float32) for name in names)
+        r, m = with_residuals(config, own_r, own_m, n)
         w = block.get("fusion", {}).get("gate", [None])[0]
         w = None if w is None or w.ndim < 3 else jnp.mean(w, axis=-1, dtype=jnp.float32)
-        found.append(_Branches(*arrays, w))
+        found.append(_Branches(x, y, r, m, own_r, own_m, w))
     return found
 
 
@@ -184,7 +194,7 @@ def _cosine(a, b) -> jax.Array:
 def _diversity(settings, found) -> jax.Array:
     if settings.diversity == "published":
         return 0.5 * (1 + _cosine(_mean(found, "r"), _mean(found, "m")))
-    return sum(jnp.square(_cosine(b.r, b.m)) for b in found) / len(found)
+    return sum(jnp.square(_cosine(b.own_r, b.own_m)) for b in found) / len(found)
 
 
 def _cross_entropy(q, w) -> jax.Array:
@@ -232,13 +242,16 @@ def _balance(found, counted) -> jax.Array:
     return jnp.broadcast_to(losses, counted.shape)
 
 
-def _branch_nats(config, params, branches, targets) -> tuple[jax.Array, jax.Array]:
+def _branch_nats(config, params, layer, branches, targets) -> tuple[jax.Array, jax.Array]:
     """[B, T] nats of RWKV-6 and of Mamba-2, each decoded as if it were the block's only update."""
     norm = rms_norm(config, "final_norm")
     embedding = params["embedding"]["embedding"]
     head = embedding.T if config.tie_embeddings else params["head"]
 
     def nats(branch):
+        if config.post_norm:
+            own = params[f"blocks_{layer}"]["fused_norm"]
+            branch = post_norm(config, "fused_norm").apply({"params": own}, branch)
         x = norm.apply({"params": params["final_norm"]}, branches.x + branch)
         flat = token_nats(x.reshape(-1, config.dim), head, targets.ravel())
         return flat.reshape(targets.shape)

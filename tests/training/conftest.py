@@ -51,6 +51,7 @@ class ToyModel(nn.Module):
     """Same interface as gt_jax.models: tokens and state in, logits or loss and state out."""
 
     layers: int = 2
+    config: Any = None  # none of its choices matters here
 
     @nn.compact
     def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):

@@ -100,7 +100,9 @@ def test_four_devices_train_like_one(results, mode):
     for several, one in zip(results[mode], results["single"]):
         assert several.keys() == one.keys()
         for name in one:
-            assert several[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+            # A gate that is constant has a deviation of rounding alone.
+            rounding = {"abs": 1e-6} if name == "gate_std" else {}
+            assert several[name] == pytest.approx(one[name], rel=1e-4, **rounding), name
 
 
 def test_four_devices_evaluate_alike_in_every_mode(results):

@@ -22,6 +22,7 @@ from gt_jax.models import FUSIONS, make_model
 from gt_jax.models.fusion import gate_parameters
 from gt_jax.models.gates import initial_share, logit
 from gt_jax.models.layers import record
+from gt_jax.training import debate
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -221,6 +222,24 @@ def test_programs_share_out_the_devices_and_train_alike(source):
     (one, losses), (two, same) = found
     assert one == [0, 0, 0] and two == [0, 1, 0]
     np.testing.assert_allclose(losses, same, rtol=1e-5)
+
+
+def test_debate_weights_are_swept_and_terms_that_no_run_has_are_not_computed(config, task):
+    repaired = dataclasses.replace(config.debate, diversity_weight=0.1)
+    arms = {"plain": config, "diverse": dataclasses.replace(config, debate=repaired)}
+    arms = {name: lab.Arm(each, task) for name, each in arms.items()}
+    weights = (0.0, 0.2)
+    for sweep in ({}, {"debate.arbiter_weight": weights}):
+        plain, diverse = programs.plan(arms, [3], sweep)  # a program each: their terms differ
+        assert (plain.names, diverse.names) == (["plain"], ["diverse"])
+        for program, terms in ((plain, ()), (diverse, ("diversity",))):
+            swept = {f: jnp.float32(0) for f in programs.SWEEPABLE}
+            own = programs._with_values(program.config, swept)
+            assert debate.active(own.debate) == (*terms, *(["arbiter"] if sweep else []))
+            if sweep:
+                assert tuple(v["debate.arbiter_weight"] for v in program.values) == weights
+            diversities = {v["debate.diversity_weight"] for v in program.values}
+            assert diversities == ({0.1} if terms else {0.0})
 
 
 def test_what_cannot_be_swept_is_refused(config, task):

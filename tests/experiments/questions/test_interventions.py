@@ -1,67 +1,31 @@
-"""Interventions change what they name, and the balancing loss is one that gradients alone see."""
+"""Interventions change what they name."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import lab
 from experiments.lab import command, results, variants
 from experiments.lab.statistics import compare
 from experiments.questions import interventions
 from gt_jax.errors import InputError
-from gt_jax.models import FUSIONS, make_config, make_model
-
-jit = lab.jit(compile_fast=True)
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(FUSIONS, interventions.BALANCED, interventions.BalancedGate)
+def test_numbers_of_steps_are_shares_of_all(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 50)
+    parser = command.parser("interventions", "")
+    variants.add_flags(parser)
+    options = command.parse(parser, [f"--source={tmp_path / 'text.txt'}", "--steps=200"])
+    names = ["ramp and delay", "gate frozen at first", "balanced", interventions.PLAIN]
+    optims = [arms_without_pieces(options, names)[name].config.optim for name in names]
+    assert (optims[0].part_warmup_steps.rwkv, optims[0].frozen_steps.mamba) == (100, 20)
+    assert [optim.frozen_steps.gate for optim in optims] == [0, 40, 0, 0]
+    assert {optim.warmup_steps for optim in optims} == {20}
 
 
-def test_balance_adds_the_gradient_of_its_loss():
-    """Against a plain model to whose loss that of the recorded parts is added."""
-    tokens = np.random.default_rng(0).integers(0, 11, (3, 9), dtype=np.int32)
-    models = {
-        fusion: make_model(
-            make_config(
-                "gf-mh",
-                vocab_size=11,
-                dim=32,
-                layers=1,
-                heads=1,
-                state_size=8,
-                impl="reference",
-                fusion=fusion,
-            )
-        )
-        for fusion in ("gf", interventions.BALANCED)
-    }
-    params = jit(models["gf"].init)(jax.random.key(0), tokens)["params"]
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype("f"), params)
-
-    def loss(params, model):
-        output, sown = model.apply({"params": params}, tokens, mutable=["activations"])
-        return jax.nn.logsumexp(output.logits[..., 3:]), sown["activations"]
-
-    def with_penalty(params):
-        value, blocks = loss(params, models["gf"])
-        (block,) = blocks.values()
-        gate = block["fusion"]["gate"][0]
-        R = jnp.sum((gate * block["rwkv_out"][0]) ** 2, -1)
-        M = jnp.sum(((1 - gate) * block["mamba_out"][0]) ** 2, -1)
-        return value + interventions.WEIGHT * (jnp.mean(R / (R + M)) - 0.5) ** 2, value
-
-    balanced = lambda params: loss(params, models[interventions.BALANCED])[0]
-    value, grads = jit(jax.value_and_grad(balanced))(params)
-    (both, without), wanted = jit(jax.value_and_grad(with_penalty, has_aux=True))(params)
-    assert both > without + 1e-3
-    np.testing.assert_allclose(value, without, rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, wanted)
+def arms_without_pieces(options, names):
+    """The arms of some interventions; the tokenizer of pieces takes seconds to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interventions, "TEXTS", {"pieces": {}})
+        return interventions.arms_of(options, names)
 
 
 def test_verdict_names_what_is_real():

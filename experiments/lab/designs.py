@@ -1,0 +1,252 @@
+"""Designs of one hybrid, compared: their losses, what their branches are worth, who is better.
+
+What the questions about arbiters, residual paths and auxiliary losses share. A design is a name and
+the config fields in which it differs from GF-MH. Every design learns at every rate of a sweep; the
+first half of the validation text chooses its rate, all that is reported is of the second half.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments import lab
+from experiments.lab import branches, command, comparisons, results
+from experiments.lab.statistics import compare, estimate
+
+BASE = "GF-MH"
+RATES = (1.5e-3, 3e-3, 6e-3)  # around the best of GF-MH
+# Auxiliary losses with weights of the original's size, in the forms of gt_jax.training.debate.
+REPAIRED = {"debate.arbiter_weight": 0.1, "debate.diversity_weight": 0.1}
+BRANCH = {"debate.branch_weight": 0.1}
+PUBLISHED = REPAIRED | {"debate.diversity": "published", "debate.arbiter_target": "mix"}
+COLUMNS = ["design", "parameters", "last", "best", "training", "rate", "RWKV share", "Mamba share"]
+COLUMNS += ["without RWKV", "without Mamba", "gate std, least", "blocks closed", "blocks constant"]
+
+
+def fields(fusion, residual="none", terms=None):
+    """The config fields of a design of our branches."""
+    return {"model.fusion": fusion, "model.residual": residual} | dict(terms or {})
+
+
+# What questions/search.py tries, and questions/pilot.py trains longer.
+SEARCHED = {
+    BASE: {},
+    "GF-MH + repaired": REPAIRED,
+    "GF-MH + Mamba path + branch losses": fields("gf", "mamba", BRANCH),
+    "minGRU": fields("mingru"),
+    "minGRU + repaired": fields("mingru", terms=REPAIRED),
+    "minGRU + Mamba path + repaired": fields("mingru", "mamba", REPAIRED),
+    "running mean": fields("linrec"),
+    "running mean + branch losses": fields("linrec", terms=BRANCH),
+    "GLU": fields("glu"),
+    "GLU + Mamba path + repaired": fields("glu", "mamba", REPAIRED),
+    "ParallelFusion": fields("parallel"),
+    "ParallelFusion + Mamba path": fields("parallel", "mamba"),
+    "ParallelScan": fields("pscan"),
+    "ParallelScan + branch losses": fields("pscan", terms=BRANCH),
+}
+
+
+def add_flags(parser, *, steps, seeds, source="shakespeare-all"):
+    """--steps, --only and --parts, and defaults of the shared flags."""
+    parser.set_defaults(seeds=seeds, source=source)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--only", help="designs, with commas between; all if not given")
+    parser.add_argument(
+        "--parts", nargs="+", help="train nothing: join results of --only with the same flags"
+    )
+
+
+def study(
+    options,
+    designs: Mapping[str, Mapping],
+    *,
+    rates=RATES,
+    title,
+    judge=None,
+    few=2,
+    measures=(),
+    tables=(),
+    notes=(),
+):
+    """Train and compare designs, the first of them with all others, and write the result.
+
+    Args:
+        options: of a parser with `add_flags`.
+        designs: name -> config changes.
+        rates: learning rates to sweep.
+        title: of the table of losses.
+        judge: a design's name -> [seeds] measures -> (verdict, why), for a table of them.
+        few: how many designs --quick trains if --only is not given.
+        measures, tables, notes: more of the result.
+
+    Returns:
+        design -> name -> [seeds], as `measured`.
+    """
+    against = next(iter(designs))
+    names = names_of(options, designs, few)
+    if options.parts:
+        found, settings = joined(options.parts)
+    else:
+        found, settings = measured(options, {name: designs[name] for name in names}, rates)
+    losses = {name: values["loss"] for name, values in found.items()}
+    pairs = compare(losses, against=against) if len(losses) > 1 else []
+    measures = dict(measures) | {
+        f"{key} {name}": estimate(values)
+        for name, of_design in found.items()
+        for key, values in of_design.items()
+    }
+    measures |= {f"{pair['a']} - {pair['b']}": pair for pair in pairs}
+    judged = {name: judge(found[name]) for name in found} if judge else {}
+    measures |= {f"verdict {name}": word for name, (word, _) in judged.items()}
+    verdicts = [[name, *said] for name, said in judged.items()]
+    results.write(
+        options,
+        settings=settings | {"designs": {name: designs[name] for name in found}},
+        measures=measures,
+        tables=[
+            *tables,
+            results.table(
+                title,
+                COLUMNS,
+                [row(name, found[name]) for name in ranked(found)],
+                "Nats per character on the second half of the validation text, after the last step "
+                "and at the evaluation that was best on the first half; the training loss is the "
+                "mean of the last tenth of the steps. What the loss rises by if a branch says "
+                "nothing in all blocks. Each at the rate that was best on the first half.",
+            ),
+            results.table(
+                "Residual stream and output",
+                ["design", "variance growth", "untrained", "entropy", "top"],
+                [
+                    [
+                        n,
+                        *(
+                            estimate(found[n][k])
+                            for k in (
+                                "variance growth",
+                                "variance growth, untrained",
+                                "entropy",
+                                "top",
+                            )
+                        ),
+                    ]
+                    for n in ranked(found)
+                ],
+                "Growth is the variance behind the last block over that behind the first; "
+                "untrained, of the initial weights. Entropy in nats, and the largest probability, "
+                "of the prediction: means over positions.",
+            ),
+            comparisons.difference_table(f"Differences from {against}", pairs),
+            *([results.table("By the rule", ["design", "", "because"], verdicts)] if judge else []),
+        ],
+        plots=[comparisons.dots("Validation loss", losses)],
+        notes=[verdict(pairs, against), *notes],
+    )
+    return found
+
+
+def names_of(options, designs, few):
+    """The designs that the flags ask for, the first of them in any case."""
+    first, *others = designs
+    if options.only:
+        others = command.one_of(designs, options.only, "--only")
+    elif options.quick:
+        others = others[: few - 1]
+    return list(dict.fromkeys([first, *others]))
+
+
+def measured(options, designs, rates):
+    """design -> name -> [seeds], and the settings, of designs that are trained here."""
+    shared = {"model.preset": "gf-mh"} | command.common(options, evaluations=10)
+    steps = command.QUICK["train.steps"] if options.quick else options.steps
+    shared["optim.warmup_steps"] = max(steps // 20, 1)
+    configs = {n: lab.make_config(shared | dict(changes)) for n, changes in designs.items()}
+    task = lab.text_task(next(iter(configs.values())))
+    arms = {name: lab.Arm(config, task) for name, config in configs.items()}
+    runs = lab.train(
+        arms,
+        seeds=options.seeds,
+        sweep={"optim.lr": rates},
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )
+    found = {n: of_design(r, arms[n], quick=options.quick) for n, r in runs.items()}
+    config = next(iter(configs.values()))
+    return found, lab.settings(config) | {"rates": list(rates)}
+
+
+def of_design(runs, arm, *, quick):
+    """name -> [seeds] of a design: losses at its best rate, and what its branches are worth."""
+    rate = comparisons.best_rate(runs)
+    best = runs.at({"optim.lr": rate})
+    half = comparisons.second_half(best)
+    first, second = best.loss(slice(0, half.start)), best.loss(half)  # [seeds, evaluations]
+    seeds = np.arange(len(best.points))
+    found = {
+        "loss": second[:, -1],
+        "best loss": second[seeds, first.argmin(-1)],
+        "choosing loss": first[:, -1],
+        "training loss": comparisons.late(best, "loss"),
+        "best rate": np.full(len(seeds), rate),
+        "parameters": np.full(len(seeds), best.parameters),
+        "seconds": np.full(len(seeds), runs.seconds),
+    }
+    terms = [name for name in best.metrics if name.startswith("debate_")]
+    found |= {name: comparisons.late(best, name) for name in terms}
+    if best.model_config.architecture == "hybrid":
+        found |= branches.measure(best, arm, quick=quick)
+    return found
+
+
+def joined(paths):
+    """As `measured`, of results that --only wrote in parts.
+
+    Raises:
+        InputError: a file is no such result.
+    """
+    found, settings = {}, {}
+    for path in paths:
+        part = results.read(path)
+        settings = part["settings"]
+        for name in settings["designs"]:
+            values = {
+                key.removesuffix(f" {name}"): value["values"]
+                for key, value in part["measures"].items()
+                if key.endswith(f" {name}") and "values" in value
+            }
+            found.setdefault(name, {key: np.array(v, float) for key, v in values.items()})
+    return found, settings
+
+
+def ranked(found):
+    """Names, the lowest loss first."""
+    return sorted(found, key=lambda name: np.mean(found[name]["loss"]))
+
+
+def chosen(found, count, *, without=(BASE,)):
+    """The designs with the lowest mean loss on the first half of the validation text."""
+    names = [name for name in found if name not in without]
+    return sorted(names, key=lambda name: np.mean(found[name]["choosing loss"]))[:count]
+
+
+def row(name, found):
+    """A design's line of the table."""
+    keys = ["loss", "best loss", "training loss", "best rate", "RWKV share", "Mamba share"]
+    keys += ["loss added without RWKV", "loss added without Mamba", "gate std, least"]
+    keys += ["blocks closed", "blocks constant"]
+    plain = {"best rate"}
+    cells = [found.get(key) for key in keys]
+    shown = [
+        None if cell is None else float(cell[0]) if key in plain else estimate(cell)
+        for key, cell in zip(keys, cells)
+    ]
+    return [name, int(found["parameters"][0]), *shown]
+
+
+def verdict(pairs, against):
+    """Who is better than the first design, and who is worse, as a sentence."""
+    real = {s: [p["a"] for p in pairs if p["real"] and p["mean"] * s > 0] for s in (-1, 1)}
+    better, worse = (", ".join(real[sign]) or "none" for sign in (-1, 1))
+    return f"Better than {against} beyond its interval: {better}; worse: {worse}."

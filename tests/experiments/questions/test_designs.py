@@ -1,0 +1,156 @@
+"""Designs are what their names say, are compared by one rule, and parts join to the whole."""
+
+import numpy as np
+import pytest
+
+from experiments import lab
+from experiments.lab import designs, phase1, results, rules
+from experiments.lab.statistics import compare, estimate
+from experiments.questions import arbiters, debate, pilot, residual, stability
+from gt_jax.models import FUSIONS, make_model
+from gt_jax.training.debate import make_terms
+from gt_jax.training.model import make_model_config
+
+EVERY = {
+    "arbiters": arbiters.DESIGNS,
+    "debate": debate.DESIGNS,
+    "pilot": pilot.REFERENCES,
+    "residual": residual.DESIGNS,
+    "search": designs.SEARCHED,
+    "stability": stability.DESIGNS,
+}
+
+
+@pytest.mark.parametrize("question", EVERY)
+def test_every_design_is_a_model_with_its_auxiliary_losses(question):
+    for name, changes in EVERY[question].items():
+        config = lab.make_config({"model.preset": "gf-mh", "model.dim": 32} | dict(changes))
+        model_config = make_model_config(config, 11)
+        terms = make_terms(make_model(model_config), config)
+        wanted = {field for field, value in changes.items() if field.endswith("_weight") and value}
+        assert bool(terms) == bool(wanted), name
+    assert "," not in "".join(EVERY[question]), "names are given with commas between them"
+
+
+def test_the_search_is_large_enough_and_names_what_it_changes():
+    assert len(designs.SEARCHED) >= 9 and next(iter(designs.SEARCHED)) == designs.BASE
+    for name, changes in designs.SEARCHED.items():
+        assert ("Mamba path" in name) == (changes.get("model.residual") == "mamba"), name
+        assert ("repaired" in name) == ("debate.arbiter_weight" in changes), name
+        assert ("branch losses" in name) == ("debate.branch_weight" in changes), name
+    assert set(arbiters.ARBITERS) == set(FUSIONS) - {"hy", "gf", "ws", "rf", "cp", "hgf"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The question about auxiliary losses, as a trial: its result, and its file."""
+    folder = tmp_path_factory.mktemp("debate")
+    text, out = folder / "text.txt", folder / "debate.json"
+    text.write_text("whether it is nobler in the mind to suffer the slings of fortune\n" * 200)
+    flags = ["--quick", "--seeds=2", "--only=repaired", "--impl=reference", f"--source={text}"]
+    debate.main([*flags, f"--out={out}"])
+    return results.read(out), out
+
+
+def test_a_trial_measures_losses_and_what_branches_are_worth(run):
+    result, out = run
+    assert out.with_suffix(".png").exists()
+    for name in ("GF-MH", "repaired"):
+        for key in ("loss", "best loss", "training loss", "variance growth, untrained", "top"):
+            assert np.isfinite(result["measures"][f"{key} {name}"]["values"]).all(), key
+        shares = (result["measures"][f"{b} share {name}"]["mean"] for b in ("RWKV", "Mamba"))
+        assert sum(shares) == pytest.approx(1)
+    assert "debate_arbiter repaired" in result["measures"]
+    assert "debate_arbiter GF-MH" not in result["measures"]
+    assert result["measures"]["repaired - GF-MH"]["n"] == 2
+    # The entropy of a model that has seen six batches is that of the alphabet, nearly.
+    assert 2 < result["measures"]["entropy GF-MH"]["mean"] < np.log(27)
+
+
+def test_parts_join_to_the_result_that_they_are_of(run, tmp_path):
+    result, out = run
+    debate.main(["--seeds=2", f"--out={tmp_path / 'whole.json'}", "--parts", str(out)])
+    whole = results.read(tmp_path / "whole.json")
+    assert set(whole["measures"]) == set(result["measures"])
+    for name, measure in result["measures"].items():  # files hold six digits
+        assert whole["measures"][name]["mean"] == pytest.approx(measure["mean"], abs=1e-4), name
+    assert whole["settings"]["designs"] == result["settings"]["designs"]
+
+
+def made_up(**changes):
+    alive = {
+        "RWKV share": [0.4, 0.42, 0.41],
+        "Mamba share": [0.6, 0.58, 0.59],
+        "loss added without RWKV": [0.5, 0.6, 0.55],
+        "loss added without Mamba": [0.2, 0.22, 0.21],
+        "blocks closed": [0, 0, 0],
+        "blocks constant": [0, 0, 0],
+    }
+    return {name: np.array(v, float) for name, v in (alive | changes).items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "because"),
+    [
+        ({}, "alive", "both branches count"),
+        ({"Mamba share": [0.01, 0.012, 0.011]}, "idle", "Mamba share is 0.011"),
+        ({"loss added without Mamba": [-0.1, 0.1, 0.05]}, "undecided", "interval over 0"),
+        ({"blocks closed": [2, 2, 0]}, "idle", "2 gates are closed in most seeds"),
+        ({"blocks constant": [1, 0, 0]}, "undecided", "gates are constant in 33% of the seeds"),
+    ],
+)
+def test_pilot_is_judged_by_its_rule(changes, word, because):
+    said, reason = pilot.verdict(made_up(**changes))
+    assert said == word and because in reason
+
+
+def test_best_designs_are_chosen_on_the_half_that_is_not_reported():
+    found = {
+        "GF-MH": {"choosing loss": [1.0], "loss": [1.0]},
+        "a": {"choosing loss": [1.2], "loss": [0.9]},
+        "b": {"choosing loss": [1.1], "loss": [1.3]},
+    }
+    assert designs.chosen(found, 1) == ["b"]
+    assert designs.ranked(found)[0] == "a"
+
+
+def test_difference_is_named_better_only_beyond_its_interval():
+    losses = {"GF-MH": [1.5, 1.51, 1.49], "a": [1.4, 1.41, 1.39], "b": [1.5, 1.3, 1.7]}
+    said = designs.verdict(compare(losses, against="GF-MH"), "GF-MH")
+    assert said == "Better than GF-MH beyond its interval: a; worse: none."
+
+
+def test_toy_task_of_an_arbiter_is_measured_and_timed():
+    config = arbiters.ModelConfig(2, dim=32, heads=1, fusion="linrec")
+    assert len(arbiters.timed(config, 8, quick=True)) == 2
+    assert np.isfinite(arbiters.toy(config, 0, quick=True))
+    assert arbiters.parameters(config) > 2 * 32
+
+
+def test_claims_of_phase_1_follow_their_rules():
+    share = lambda value: estimate([value, value, value])
+    found = {
+        f"saturated {f}, {init}, 50 steps": share(value)
+        for f in phase1.FAMILIES
+        for init, value in (("BlinkDL init", 0.0), ("normal init", 0.05), ("unit embedding", 0.3))
+    }
+    judged = lambda: phase1.judge_init(lambda measure: found[measure.name]).verdict
+    assert judged() == "reproduced"
+    found |= {name: share(0.0) for name in found if "normal" in name}
+    assert judged() == "artefact"
+    found["saturated GPT, BlinkDL init, 50 steps"] = share(0.2)
+    assert judged() == "refuted"
+    counts = {
+        f"parameters of a block {n}": arbiters.parameters(
+            arbiters.ModelConfig(2, dim=128, heads=1, fusion=n)
+        )
+        for n in phase1.ARBITER_PARAMETERS
+    }
+    sizes = phase1.judge_arbiter_sizes(lambda measure: counts[measure.name])
+    assert sizes.verdict == "reproduced", sizes.ours
+    bounds = [(phase1.arbiter("a", "x"), 4, 9), (phase1.arbiter("b", "x"), None, 1)]
+    _, _, judge = rules.all_within(bounds)
+    verdicts = ((5, 0.5, "reproduced"), (5, 2.0, "refuted"), (3.0, 0.5, "refuted"))
+    for a, b, word in verdicts:
+        values = {"a x": share(a), "b x": share(b)}
+        assert judge(lambda m, values=values: values[m.name]).verdict == word
