@@ -136,9 +136,7 @@ def _existing(kept: list[int]) -> str:
 
 def _no_such(run: Path, name: str, kept: list[int]) -> InputError:
     hint = did_you_mean(name, ["best", "last"])
-    return InputError(
-        f"{run} has no checkpoint @{one_line(name, 40)}{hint}; {_existing(kept)}"
-    )
+    return InputError(f"{run} has no checkpoint @{one_line(name, 40)}{hint}; {_existing(kept)}")
 
 
 def verify(folder: Path, parts: tuple[str, ...] | None = None) -> None:

@@ -31,7 +31,7 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, provenance, stopping
+from gt_jax.training import backend, lock, parallel, provenance, stopping, utilization
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
@@ -140,6 +140,9 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         report = functools.partial(_report, job, speed, metrics)
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
+        if config.train.eval_at_start and not start and not stop:
+            with contextlib.suppress(Interrupted):
+                report(display, {"step": 0} | _evaluate(job, state, stop, carry))
         for step in range(start or 1, steps + 1):
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start
@@ -160,10 +163,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             improved = False
             if due and not stop:
                 with speed.paused(state), contextlib.suppress(Interrupted):
-                    batches = stop.until(job.held_out)
-                    measured = evaluate(
-                        job.eval_step, state.evaluated, batches, carry=carry, per_token=job.per_token
-                    )
+                    measured = _evaluate(job, state, stop, carry)
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
                     is_last |= progress.out_of_patience(config)
@@ -187,6 +187,17 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             if is_last or stop:
                 break
     return step
+
+
+def _evaluate(job: Job, state, stop: Stop, carry) -> dict:
+    """The measures of the parameters that the run evaluates. Raises Interrupted at a stop."""
+    return evaluate(
+        job.eval_step,
+        state.evaluated,
+        stop.until(job.held_out),
+        carry=carry,
+        per_token=job.per_token,
+    )
 
 
 def _open_metrics(job: Job, start: int) -> Metrics:
@@ -251,15 +262,16 @@ def _introduce(job: Job, start: int) -> None:
 def _report(job: Job, speed: Speed, metrics: Metrics, display: Display, row: dict) -> None:
     """Fetch a step's numbers, keep them and show them."""
     row, step = jax.device_get(row), row["step"]
-    if "tokens_per_second" not in row:
-        row["tokens_per_second"] = round(speed.latest(step))
+    if step and "tokens_per_second" not in row:
+        tokens = row["tokens_per_second"] = round(speed.latest(step))
+        row |= utilization.measure(tokens, job.flops, list(job.mesh.devices.flat))
     metrics.write(row)
     if row.get("loss") is not None:
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         display.numbers(
             step,
             f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['tokens_per_second']:,} tokens/s{skipped}",
+            f"{row['tokens_per_second']:,} tokens/s{utilization.describe(row)}{skipped}",
         )
     if "validation_loss" in row:
         said = describe(row, loss_unit(job.text.tokenizer))

@@ -8,7 +8,7 @@ Trains random weights on random tokens with the trainer's own step. Prints secon
 the first step, tokens per second (median of five timed stretches, without evaluation), model FLOPs
 per second and their share of the device's peak, peak memory of the device, and the costliest
 operations of a traced step by device time, like adding to like over the layers.
-lab/flops.py says how model FLOPs are counted.
+gt_jax/training/utilization.py says how model FLOPs are counted.
 """
 
 import collections
@@ -22,11 +22,11 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments.lab import command
-from experiments.lab.flops import flops_per_token
 from experiments.lab.timing import Trainer
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.training import backend
+from gt_jax.training.utilization import flops_per_token
 
 # name in the device's -> FLOPs per second of dense bfloat16 products, by its maker
 PEAK = {"H100": 989e12, "H200": 989e12}

@@ -28,13 +28,15 @@ from gt_jax.training.step import (
     start_from,
 )
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.utilization import flops_per_token
 from gt_jax.training.writer import restore
 
 # What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
-FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += ("train.sample_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
-FREE_ON_RESUME += ("optim.decay_steps", "log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += ("train.eval_at_start", "train.max_nonfinite", "train.sample_every")
+FREE_ON_RESUME += ("train.sample_prompt", "train.sample_tokens", "optim.decay_steps")
+FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every")
+FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
 MOST_LAYERS = 1024  # building so many takes a minute, however small they are
 
 
@@ -52,6 +54,7 @@ class Job(NamedTuple):
     model: Any
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
+    flops: int  # of training on one token
     make_state: Callable  # random key -> TrainState, to be traced
     start_from: Callable  # (fresh TrainState, parameters) -> one with them
     fresh_state: Callable | None  # the same, to be called; None for a run that resumes
@@ -113,6 +116,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
+        flops=flops_per_token(model_config, config.train.seq_len),
         services=services,
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )

@@ -154,7 +154,9 @@ def test_step_that_is_not_finite_leaves_no_trace(variant, build, make_batch):
         before = state.replace(params=broken)
         after, _ = step(before, make_batch(n))
         for part in kept:
-            jax.tree.map(np.testing.assert_array_equal, *(getattr(s, part) for s in (before, after)))
+            jax.tree.map(
+                np.testing.assert_array_equal, *(getattr(s, part) for s in (before, after))
+            )
         assert after.skipped == 1
         state, _ = step(state, make_batch(n))
 
@@ -171,9 +173,7 @@ def test_resumed_run_continues_to_the_bit_and_saves_what_it_evaluates(
     folder = checkpoint.find(tmp_path)
     saved = checkpoint.read_tree(folder, "params", state.params)
     jax.tree.map(np.testing.assert_array_equal, saved, state.evaluated)
-    assert (saved["head"]["kernel"] != state.params["head"]["kernel"]).any() == (
-        variant != "adamw"
-    )
+    assert (saved["head"]["kernel"] != state.params["head"]["kernel"]).any() == (variant != "adamw")
     back = restore(folder, state)
     jax.tree.map(np.testing.assert_array_equal, back, state)
     for n in range(3, 5):

@@ -39,7 +39,20 @@ text = [np.random.default_rng(0).integers(0, 20, 1000, dtype=np.int32)]
 mesh = parallel.make_mesh()
 assert mesh.size == 4
 result = {}
-for mode in ("single", "jit", "pmap"):
+plain = config, schedule, tx, make_step
+config = default_config()
+config.update_from_flattened_dict({
+    "train.batch_size": 16, "train.seq_len": 8, "optim.name": "muon", "optim.ema": 0.5,
+})
+config = from_config_dict(config)
+tx = make_optimizer(config.optim, schedule)
+make_step = functools.partial(make_train_step, model, tx, schedule, config)
+muon = config, schedule, tx, make_step
+for mode, (config, schedule, tx, make_step) in {
+    "single": plain, "jit": plain, "pmap": plain, "muon single": muon, "muon jit": muon,
+    "muon pmap": muon,
+}.items():
+    name, mode = mode, mode.split()[-1]
     batches = make_batches(text, order="tracks", batch_size=16, seq_len=8)
     init = functools.partial(init_state, model, tx, config, jax.random.key(config.seed))
     if mode == "single":
@@ -53,14 +66,15 @@ for mode in ("single", "jit", "pmap"):
         numbers = {name: np.asarray(value).tolist() for name, value in numbers.items()}
         rows.append(numbers)
     if mode != "single":
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+        copied = jax.tree.leaves((state.params, state.opt_state, state.average))
+        assert all(leaf.sharding.is_fully_replicated for leaf in copied)
         for leaf in jax.tree.leaves(state.carry):
             assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [4] * 4
         held_out = next(batches)
         eval_step = parallel.compile_eval_step(make_eval_step(model), mesh)
-        sums, _ = eval_step(state.params, held_out, None)
+        sums, _ = eval_step(state.evaluated, held_out, None)
         rows.append({"loss": float(sums.loss), "tokens": int(sums.tokens)})
-    result[mode] = rows
+    result[name] = rows
 print(json.dumps(result))
 """
 
@@ -78,10 +92,10 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", "pmap", "muon jit", "muon pmap"])
 def test_four_devices_train_like_one(results, mode):
     """With carried state, accumulation and branch dropout; only the order of sums differs."""
-    for several, one in zip(results[mode], results["single"]):
+    for several, one in zip(results[mode], results[mode.replace(mode.split()[-1], "single")]):
         assert several.keys() == one.keys()
         for name in one:
             assert several[name] == pytest.approx(one[name], rel=1e-4), name
@@ -89,6 +103,7 @@ def test_four_devices_train_like_one(results, mode):
 
 def test_four_devices_evaluate_alike_in_both_modes(results):
     assert results["jit"][-1] == pytest.approx(results["pmap"][-1], rel=1e-5)
+    assert results["muon jit"][-1] == pytest.approx(results["muon pmap"][-1], rel=1e-5)
 
 
 def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_batch):
