@@ -12,8 +12,8 @@ import jax
 
 from gt_jax.models import ModelConfig, count_parameters
 
-# FLOP/s of dense bfloat16 products (float16 on V100 and T4) by how `device_kind` begins, of NVIDIA's
-# and Google's data sheets; the first that fits counts.
+# FLOP/s of dense bfloat16 products (float16 on V100 and T4) by how `device_kind` begins; the first
+# that fits counts. Of NVIDIA's and Google's data sheets.
 PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
@@ -54,9 +54,8 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
     return 6 * multiplied + 12 * state
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of a device's bfloat16 products at most; None where that is not known."""
-    kind = device.device_kind
+def peak_flops(kind: str) -> float | None:
+    """FLOP/s of bfloat16 products at most, by a device's `device_kind`; None if it is not known."""
     return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
 
 
@@ -79,7 +78,7 @@ def measure(
     used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in local]
     if used and None not in used:
         found["peak_memory"] = max(used)
-    peak = peak_flops(devices[0])
+    peak = peak_flops(devices[0].device_kind)
     if peak is not None and tokens_per_second:
         found["share_of_peak"] = tokens_per_second * flops / (peak * len(devices))
     return found

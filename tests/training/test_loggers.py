@@ -54,9 +54,7 @@ def test_service_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
     assert said.count("wandb gets no more numbers: no network\n") == 1
     assert metrics.read(tmp_path) == [{**row, "loss": float(f"{row['loss']:.6g}")} for row in ROWS]
     broken.init = fail
-    with pytest.raises(
-        InputError, match=r"log\.wandb=True: no network; set WANDB_MODE=offline"
-    ):
+    with pytest.raises(InputError, match=r"log\.wandb=True: no network; set WANDB_MODE=offline"):
         log_rows(broken, tmp_path, ROWS)
 
 

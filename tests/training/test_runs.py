@@ -1,4 +1,4 @@
-"""Whole runs with every optimizer: resumed to the bit, continued from a model, measured at step 0."""
+"""Whole runs with every optimizer: resumed to the bit, begun from a model, measured at step 0."""
 
 import jax
 import numpy as np

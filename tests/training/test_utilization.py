@@ -39,4 +39,4 @@ def test_what_is_not_known_is_left_out():
     ],
 )
 def test_peak_is_that_of_the_device(kind, peak):
-    assert utilization.peak_flops(device(kind)) == peak
+    assert utilization.peak_flops(kind) == peak
