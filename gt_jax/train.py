@@ -201,12 +201,15 @@ def _evaluate(job: Job, state, stop: Stop, carry) -> dict:
 
 
 def _open_metrics(job: Job, start: int) -> Metrics:
-    """metrics.jsonl and the loggers of a run."""
-    log = job.config.log
+    """metrics.jsonl and the loggers of a run; of several processes the first one logs."""
+    log, is_first = job.config.log, jax.process_index() == 0
     services = [
-        Service(module, job.workdir, to_dict(job.config), log.project) for module in job.services
+        Service(module, job.workdir, to_dict(job.config), log.project)
+        for module in job.services
+        if is_first
     ]
-    return Metrics(job.workdir, start=start, tensorboard=log.tensorboard, services=services)
+    board = log.tensorboard and is_first
+    return Metrics(job.workdir, start=start, tensorboard=board, services=services)
 
 
 def every(interval: int, step: int) -> bool:

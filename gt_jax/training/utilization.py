@@ -75,8 +75,8 @@ def measure(
     """
     found = {}
     local = [d for d in devices if d.process_index == jax.process_index()]
-    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in local]
-    if used and None not in used:
+    used = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in local]
+    if used and min(used) > 0:
         found["peak_memory"] = max(used)
     peak = peak_flops(devices[0].device_kind)
     if peak is not None and tokens_per_second:

@@ -9,7 +9,7 @@ from experiments.questions import optimizers
 def test_comparison_runs(tmp_path, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "optimizers.json"
     text.write_text("to be or not to be that is the question\n" * 100)
-    monkeypatch.setattr(optimizers, "FAMILIES", ("GF-MH", "two Mamba-2"))  # to be quick
+    monkeypatch.setattr(optimizers, "FAMILIES", ("GF-MH",))  # to be quick
     monkeypatch.setattr(optimizers, "RATES", (1e-3, 4e-3))
     optimizers.main(["--quick", "--seeds=2", f"--source={text}", f"--out={out}"])
     result = results.read(out)
@@ -24,6 +24,5 @@ def test_comparison_runs(tmp_path, monkeypatch):
         pair = measures[f"AdamW - Muon, {family}, Muon beside AdamW"]
         expected = [a - b for a, b in zip(losses[family, "AdamW"], losses[family, "Muon"])]
         assert pair["mean"] == pytest.approx(sum(expected) / 2, abs=1e-4)
-    assert [len(t["rows"]) for t in differences] == [1, 1, 1, 1]
+    assert [len(t["rows"]) for t in differences] == [1, 0, 0]  # of one family there are no pairs
     assert "R/M gradient ratio GF-MH, Muon" in measures
-    assert "R/M gradient ratio two Mamba-2, Muon" not in measures
