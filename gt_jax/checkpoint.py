@@ -233,7 +233,7 @@ def load(
         params = jax.tree.map(jnp.add, params, read_tree(other, "params", like))
     if len(folders) > 1:
         params = jax.tree.map(lambda x: x / len(folders), params)
-    if say is not None and folders[0] != Path(path).absolute():
+    if say is not None and folder != Path(path).absolute():
         say(f"checkpoint: {said}")
     return model, params, tokenizer
 

@@ -4,6 +4,7 @@ Whichever it is, gradients come as `join` gives them, and a step that is not fin
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -116,10 +117,11 @@ def update_average(average: Any, params: Any, decay: float, count: jax.Array) ->
     Args:
         average: the mean before, a tree of arrays.
         params: after the update.
-        decay: in [0, 1).
+        decay: above 0 and below 1.
         count: [] int32, updates done, this one included.
     """
-    weight = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+    # 1 - decay^count would keep few digits of a decay near 1.
+    weight = (1 - decay) / -jnp.expm1(count * math.log(decay))
     return jax.tree.map(lambda old, new: old + weight * (new - old), average, params)
 
 
@@ -168,8 +170,8 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
 class MuonState(NamedTuple):
     """State of Muon: optax's of the projections by shape, and AdamW's of the rest."""
 
-    projections: optax.contrib.MuonState
-    rest: optax.ScaleByAdamState
+    projections: Any  # optax.contrib.MuonState
+    rest: Any  # optax.ScaleByAdamState
 
 
 def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -238,7 +240,7 @@ def _stacked(tree: Any) -> dict[str, jax.Array]:
     return {shape: jnp.stack(leaves) for shape, leaves in groups.items()}
 
 
-def _unstacked(stacks: dict[str, jax.Array], like: Any) -> Any:
+def _unstacked(stacks: Any, like: Any) -> Any:
     """Undo `_stacked` of a tree like `like`."""
     left = {shape: iter(stack) for shape, stack in stacks.items()}
     return jax.tree.map(lambda leaf: next(left["x".join(map(str, leaf.shape))]), like)

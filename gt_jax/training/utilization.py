@@ -7,6 +7,7 @@ and value).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -59,15 +60,13 @@ def peak_flops(kind: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
 
 
-def measure(
-    tokens_per_second: float, flops: int, devices: Sequence[jax.Device]
-) -> dict[str, float | int]:
+def measure(tokens_per_second: float, flops: int, devices: Sequence[Any]) -> dict[str, float | int]:
     """What is known of these.
 
     Args:
         tokens_per_second: of all devices together.
         flops: of `flops_per_token`.
-        devices: of the run.
+        devices: of the run, as jax.devices() has them.
 
     Returns:
         peak_memory: bytes, the most that one device of this process had in use so far.
