@@ -199,7 +199,7 @@ def test_average_is_the_weighted_mean_of_parameters_after_updates(build, make_ba
 
 
 def test_average_of_slow_decay_is_the_mean_in_double_precision():
-    values = np.sin(np.arange(1, 50.0))
+    values = 2 + np.sin(np.arange(1, 50.0))
     average = jnp.float32(7)  # the parameters before the first update have no part
     for count, value in enumerate(values, 1):
         average = optimizer.update_average(average, jnp.float32(value), 0.9999, jnp.int32(count))
