@@ -236,7 +236,7 @@ def load(
     if len(folders) > 1:
         params = jax.tree.map(lambda x: x / len(folders), params)
     check_finite(params, str(folder), "use an earlier checkpoint, or make this model again")
-    if say is not None and folders[0] != Path(path).absolute():
+    if say is not None and folder != Path(path).absolute():
         say(f"checkpoint: {said}")
     return model, params, tokenizer
 

@@ -32,7 +32,7 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, provenance, stopping, watch
+from gt_jax.training import backend, lock, parallel, provenance, stopping, utilization, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
@@ -141,6 +141,9 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
+        if config.train.eval_at_start and not start and not stop:
+            with contextlib.suppress(Interrupted):
+                report(display, {"step": 0} | _evaluate(job, state, stop, carry))
         for step in range(start or 1, steps + 1):
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start
@@ -162,14 +165,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             improved = False
             if due and not stop:
                 with speed.paused(state), contextlib.suppress(Interrupted):
-                    batches = stop.until(job.held_out)
-                    measured = evaluate(
-                        job.eval_step,
-                        state.evaluated,
-                        batches,
-                        carry=carry,
-                        per_token=job.per_token,
-                    )
+                    measured = _evaluate(job, state, stop, carry)
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
                     if config.train.stop_rules:
@@ -198,13 +194,27 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     return step
 
 
+def _evaluate(job: Job, state, stop: Stop, carry) -> dict:
+    """The measures of the parameters that the run evaluates. Raises Interrupted at a stop."""
+    return evaluate(
+        job.eval_step,
+        state.evaluated,
+        stop.until(job.held_out),
+        carry=carry,
+        per_token=job.per_token,
+    )
+
+
 def _open_metrics(job: Job, start: int) -> Metrics:
-    """metrics.jsonl and the loggers of a run."""
-    log = job.config.log
+    """metrics.jsonl and the loggers of a run; of several processes the first one logs."""
+    log, is_first = job.config.log, jax.process_index() == 0
     services = [
-        Service(module, job.workdir, to_dict(job.config), log.project) for module in job.services
+        Service(module, job.workdir, to_dict(job.config), log.project)
+        for module in job.services
+        if is_first
     ]
-    return Metrics(job.workdir, start=start, tensorboard=log.tensorboard, services=services)
+    board = log.tensorboard and is_first
+    return Metrics(job.workdir, start=start, tensorboard=board, services=services)
 
 
 def every(interval: int, step: int) -> bool:
@@ -262,9 +272,10 @@ def _report(
 ) -> None:
     """Fetch a step's numbers, keep them and show them."""
     row, step = jax.device_get(row), row["step"]
-    if "tokens_per_second" not in row:
+    if step and "tokens_per_second" not in row:
         rate = speed.latest(step)
         row["tokens_per_second"] = None if rate is None else round(rate)
+        row |= utilization.measure(rate, job.flops, list(job.mesh.devices.flat))
     metrics.write(row)
     if row.get("loss") is not None:
         rate = row["tokens_per_second"]
@@ -274,7 +285,7 @@ def _report(
         display.numbers(
             step,
             f"loss {row['loss']:.4f}{with_terms}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
-            f"{tokens}{skipped}",
+            f"{tokens}{utilization.describe(row)}{skipped}",
         )
     if (news := alarm.look(plain(row))) is not None:
         display.line(f"step {step}/{job.config.train.steps}  {news}")

@@ -1,4 +1,4 @@
-"""RUN, RUN@best, RUN@last, RUN@STEP and RUN@STEP+STEP name what they say, wrong names what exists."""
+"""RUN, RUN@best, RUN@last, RUN@STEP and RUN@STEP+STEP are what they say; wrong ones say why."""
 
 import json
 

@@ -8,7 +8,7 @@ Trains random weights on random tokens with the trainer's own step. Prints secon
 the first step, tokens per second (median of five timed stretches, without evaluation), model FLOPs
 per second and their share of the device's peak, peak memory of the device, and the costliest
 operations of a traced step by device time, like adding to like over the layers.
-lab/flops.py says how model FLOPs are counted.
+gt_jax/training/utilization.py says how model FLOPs are counted.
 """
 
 import collections
@@ -22,14 +22,11 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments.lab import command
-from experiments.lab.flops import flops_per_token
 from experiments.lab.timing import Trainer
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
 from gt_jax.training import backend
-
-# name in the device's -> FLOPs per second of dense bfloat16 products, by its maker
-PEAK = {"H100": 989e12, "H200": 989e12}
+from gt_jax.training.utilization import flops_per_token, peak_flops
 
 
 def main(argv=None):
@@ -69,10 +66,9 @@ def print_flops(config, length, rate, device):
     """Model FLOPs per second and, where it is known, their share of the device's peak."""
     per_token = flops_per_token(config, length)
     line = f"{per_token * rate / 1e12:.4g} TFLOP/s of the model"
-    for name, peak in PEAK.items():
-        if name in device:
-            share = per_token * rate / peak / jax.device_count()
-            line += f", {100 * share:.1f} % of {peak / 1e12:.0f} a device (bfloat16, dense)"
+    if peak := peak_flops(device):
+        share = per_token * rate / peak / jax.device_count()
+        line += f", {100 * share:.1f} % of {peak / 1e12:.0f} a device (bfloat16, dense)"
     print(line)
 
 

@@ -23,13 +23,13 @@ import jax
 from experiments import lab
 from experiments.lab import command, programs, results
 from experiments.lab.families import FAMILIES, HYBRID, match
-from experiments.lab.flops import flops_per_token
 from experiments.lab.statistics import estimate
 from experiments.lab.timing import Decoder, Trainer, random_params, total_bytes
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters, make_model
 from gt_jax.training import backend
 from gt_jax.training.model import make_model_config
+from gt_jax.training.utilization import flops_per_token
 
 VOCAB = 65
 SMALL, LARGE = (128, 8), (384, 10)  # width and blocks of the hybrid

@@ -294,14 +294,15 @@ def _run_group(compiled: programs.Compiled, which: slice, keep_params: bool):
         of_step = [programs.stacked(next(feed) for feed in feeds) for _ in range(steps)]
         batches = programs.stacked(of_step)
         states, numbers = compiled.advance[steps](states, values, of_run, batches)
-        sums = compiled.measure(states.params, held_out)
+        measured_params = jax.vmap(lambda state: state.evaluated)(states)
+        sums = compiled.measure(measured_params, held_out)
         if pending:  # read while the next steps run
             _keep(pending, metrics, measured)
         pending = numbers, sums
     _keep(pending, metrics, measured)
     metrics = jax.tree.map(lambda *x: np.concatenate(x).swapaxes(0, 1), *metrics)
     nats, correct = jax.tree.map(lambda *x: np.stack(x).transpose(2, 0, 1), *measured)
-    params = jax.device_get(states.params) if keep_params else None
+    params = jax.device_get(measured_params) if keep_params else None
     return metrics, nats, correct, params
 
 

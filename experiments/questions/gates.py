@@ -92,13 +92,13 @@ def main(argv=None):
     )
     parser.error = command.refuse
     parser.set_defaults(experiment="gates", about=__doc__.split("\n")[0], quick=False)
-    parser.add_argument("--checkpoint", required=True, nargs="+", help="as gt_jax.load takes it")
+    parser.add_argument("--checkpoint", required=True, nargs="+", help="a run is its last")
     parser.add_argument("--source", help="text, as data.source; default: that of the run")
     parser.add_argument("--out", type=Path, help="a JSON file for the gates")
     options = command.parse(parser, argv)
     options.seeds = range(len(options.checkpoint))
     for path in options.checkpoint:
-        checkpoint.find(path)  # what is not there is said now
+        checkpoint.find(named(path))  # what is not there is said now
     backend.prepare()
     rows, measures, failed = [], {}, False
     for gates in zip(*(gates_of(options, i) for i in options.seeds)):
@@ -117,10 +117,16 @@ def main(argv=None):
     return int(failed)
 
 
+def named(path):
+    """A run without the name of a checkpoint is its last one."""
+    folder, name = checkpoint.split_name(path)
+    return f"{path}@last" if name is None and checkpoint.steps(folder) else path
+
+
 def gates_of(options, i):
     """All gates of a checkpoint."""
     path = options.checkpoint[i]
-    model, params, tokenizer = checkpoint.load(path)
+    model, params, tokenizer = checkpoint.load(named(path))
     train, held_out = texts(path, options.source, tokenizer)
     parts = (of_trained(model, params, train, held_out), of_untrained(model, train, seed=i))
     with ThreadPoolExecutor(len(parts)) as pool:  # programs compile side by side
@@ -129,7 +135,7 @@ def gates_of(options, i):
 
 def texts(path, source, tokenizer):
     """Token ids of the run's own split, or of one tenth of the source held out."""
-    about = checkpoint.read_about(checkpoint.find(path))["config"]
+    about = checkpoint.read_about(checkpoint.find(named(path)))["config"]
     if source is None and "data" not in about:
         raise InputError(
             f"--source is missing: {path} is a converted model and has no text of its own; name a "

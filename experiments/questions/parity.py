@@ -31,8 +31,8 @@ from experiments.lab.families import (
     counted_parameters,
     match,
 )
-from experiments.lab.flops import flops_per_token
 from experiments.lab.statistics import compare, estimate
+from gt_jax.training.utilization import flops_per_token
 
 SIZE = (128, 8)  # width and blocks of the hybrid
 RATES = (1e-3, 2e-3, 4e-3)

@@ -23,11 +23,11 @@ from scipy.optimize import curve_fit
 from experiments import lab
 from experiments.lab import command, results
 from experiments.lab.comparisons import best_rate, final
-from experiments.lab.flops import flops_per_token
 from experiments.lab.statistics import CONFIDENCE, estimate
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters
 from gt_jax.training.model import make_model_config
+from gt_jax.training.utilization import flops_per_token
 
 # name -> width and blocks; the last one is predicted from the others
 SIZES = {

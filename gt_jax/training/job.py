@@ -28,16 +28,17 @@ from gt_jax.training.step import (
     start_from,
 )
 from gt_jax.training.text import Text, characters_per_token, fingerprint, read_text
+from gt_jax.training.utilization import flops_per_token
 from gt_jax.training.watch import make_probe
 from gt_jax.training.writer import restore
 
 # What a resumed run may change; a longer one follows the schedule of its new length from there on.
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
-FREE_ON_RESUME += ("train.max_nonfinite", "train.sample_every", "train.sample_prompt")
-FREE_ON_RESUME += ("train.sample_tokens", "train.stop_rules", "optim.decay_steps")
-FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
-FREE_ON_RESUME += ("log.every", "log.tensorboard", "log.wandb", "log.trackio", "log.project")
-FREE_ON_RESUME += ("log.activations",)
+FREE_ON_RESUME += ("train.eval_at_start", "train.max_nonfinite", "train.sample_every")
+FREE_ON_RESUME += ("train.sample_prompt", "train.sample_tokens", "train.stop_rules")
+FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every")
+FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
+FREE_ON_RESUME += ("log.activations", "optim.decay_steps")
 
 
 class Job(NamedTuple):
@@ -54,6 +55,7 @@ class Job(NamedTuple):
     model: Any
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
+    flops: int  # of training on one token
     make_state: Callable  # random key -> TrainState, to be traced
     start_from: Callable  # (new TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
@@ -118,6 +120,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
+        flops=flops_per_token(model_config, config.train.seq_len),
         services=services,
         probe=make_probe(model, config),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),

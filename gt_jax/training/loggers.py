@@ -38,8 +38,8 @@ class TensorBoard:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row of `gt_jax.training.metrics`."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore  made as it is imported
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore  likewise
 
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(row).items()]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))

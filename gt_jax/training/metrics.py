@@ -10,6 +10,9 @@ import numpy as np
 from gt_jax.data.corpora import replace_file
 from gt_jax.training.loggers import Service, TensorBoard
 
+# What depends on the clock and the device, and so differs between two runs that are the same.
+OF_THE_MACHINE = ("tokens_per_second", "peak_memory", "share_of_peak")
+
 
 class Metrics:
     """Appends one JSON object per logged step to metrics.jsonl, and gives it to the loggers.

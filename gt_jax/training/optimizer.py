@@ -4,6 +4,7 @@ Whichever it is, gradients come as `join` gives them, and a step that is not fin
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -116,10 +117,11 @@ def update_average(average: Any, params: Any, decay: float, count: jax.Array) ->
     Args:
         average: the mean before, a tree of arrays.
         params: after the update.
-        decay: in [0, 1).
+        decay: above 0 and below 1.
         count: [] int32, updates done, this one included.
     """
-    weight = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+    # 1 - decay^count would keep few digits of a decay near 1.
+    weight = (1 - decay) / -jnp.expm1(count * math.log(decay))
     return jax.tree.map(lambda old, new: old + weight * (new - old), average, params)
 
 
@@ -166,27 +168,30 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
 
 
 class MuonState(NamedTuple):
-    """State of Muon: optax's of the projections, and AdamW's of the rest."""
+    """State of Muon: optax's of the projections by shape, and AdamW's of the rest."""
 
-    projections: optax.contrib.MuonState
-    rest: optax.ScaleByAdamState
+    projections: Any  # optax.contrib.MuonState
+    rest: Any  # optax.ScaleByAdamState
 
 
 def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Muon (Jordan 2024) on projections: orthogonalised Nesterov momentum, of AdamW's size."""
+    """Muon (Jordan 2024) on projections: orthogonalised Nesterov momentum, of AdamW's size.
+
+    Projections of one shape are orthogonalised together: a few large products for many small ones.
+    """
     stored, factors = jnp.dtype(optim.moments_dtype), _factors(optim)
     rest = _adamw(optim, schedule)
     orthogonal = optax.contrib.scale_by_muon(
         beta=optim.muon_momentum,
         mu_dtype=stored,
         weight_dimension_numbers=lambda tree: jax.tree.map(
-            lambda _: optax.contrib.MuonDimensionNumbers(), tree
+            lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), tree
         ),
     )
 
     def init(params):
         projections, others = _parted(params, params)
-        return MuonState(orthogonal.init(projections), rest.init(others))
+        return MuonState(orthogonal.init(_stacked(projections)), rest.init(others))
 
     def update(updates, state, params=None, *, finite=True, **_):
         rate = jnp.asarray(schedule(state.rest.count))
@@ -195,7 +200,7 @@ def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformatio
         moved, adam = rest.update(join(others), state.rest, other_values, finite=finite)
         before = state.projections
         whole = before._replace(mu=jax.tree.map(lambda x: x.astype(jnp.float32), before.mu))
-        directions, after = orthogonal.update(grads, whole)
+        directions, after = orthogonal.update(_stacked(grads), whole)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
         def update_of(path, direction, value):
@@ -203,6 +208,7 @@ def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformatio
             step = -rate * factors.get(label(path), 1.0) * (direction + optim.weight_decay * value)
             return jnp.where(finite, step, 0)
 
+        directions = _unstacked(directions, values)
         turned = jax.tree_util.tree_map_with_path(update_of, directions, values)
         both = jax.tree.map(
             lambda a, b: b if a is None else a, turned, moved, is_leaf=lambda x: x is None
@@ -224,6 +230,20 @@ def _schedule_free(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), found), after
 
     return optax.GradientTransformationExtraArgs(free.init, update)
+
+
+def _stacked(tree: Any) -> dict[str, jax.Array]:
+    """ "64x128" -> [n, 64, 128], all matrices of that shape in a tree."""
+    groups = {}
+    for leaf in jax.tree.leaves(tree):
+        groups.setdefault("x".join(map(str, leaf.shape)), []).append(leaf)
+    return {shape: jnp.stack(leaves) for shape, leaves in groups.items()}
+
+
+def _unstacked(stacks: Any, like: Any) -> Any:
+    """Undo `_stacked` of a tree like `like`."""
+    left = {shape: iter(stack) for shape, stack in stacks.items()}
+    return jax.tree.map(lambda leaf: next(left["x".join(map(str, leaf.shape))]), like)
 
 
 def _parted(tree: Any, like: Any) -> tuple[Any, Any]:

@@ -71,7 +71,7 @@ def start_from(
     state: TrainState, params: Any, tx: optax.GradientTransformationExtraArgs, config: Config
 ) -> TrainState:
     """A new TrainState with other parameters."""
-    return state.replace(**_of_params(params, tx, config))
+    return dataclasses.replace(state, **_of_params(params, tx, config))
 
 
 def _of_params(params, tx, config: Config) -> dict:

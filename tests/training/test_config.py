@@ -40,8 +40,12 @@ def test_every_config_file_is_valid_and_survives_json(name):
         (
             "checkpoint.keep_every",
             300,
-            "checkpoint.keep_every=300 must be a multiple of checkpoint.e",
+            "keep_every=300 must be a multiple of checkpoint.every",
         ),
+        ("optim.name", "adam", "optim.name='adam' must be one of adamw, muon, schedule_free; did"),
+        ("optim.decay_steps", 10, "optim.decay_steps=10 is of optim.schedule=wsd; set that, or"),
+        ("optim.name", "schedule_free", "so optim.schedule=cosine must be constant"),
+        ("optim.ema", 1.0, "optim.ema=1.0 must be from 0 to below 1"),
         ("data.order", "track", "must be one of windows, tracks; did you mean 'tracks'?"),
         ("parallel.mode", "xmap", "parallel.mode='xmap' must be one of jit, pmap; did you mean"),
         ("train.carry_state", True, "train.carry_state=True needs text that continues"),
@@ -55,6 +59,14 @@ def test_impossible_value_is_refused_with_its_field_value_and_fix(field, value, 
     with pytest.raises(InputError) as caught:
         from_config_dict(config)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("ema", 0.9), ("b1", 0.0)])
+def test_schedule_free_has_an_average_of_its_own_and_needs_its_share(make_config, field, value):
+    fields = {"optim.name": "schedule_free", "optim.schedule": "constant"}
+    make_config(**fields)
+    with pytest.raises(InputError, match=rf"schedule_free .*optim\.{field}={value}"):
+        make_config(**fields, **{f"optim.{field}": value})
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def straight(nursery, tmp_path_factory):
 
 def results(workdir):
     """What a run leaves: metrics but for the clock's, samples, and the last state's bytes."""
-    rows = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in metrics.read(workdir)]
+    drop = metrics.OF_THE_MACHINE
+    rows = [{k: v for k, v in r.items() if k not in drop} for r in metrics.read(workdir)]
     _, params, _ = checkpoint.load(f"{workdir}@last")
     arrays = [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
     return rows, (workdir / "samples.txt").read_bytes(), arrays, checkpoint.steps(workdir)

@@ -198,6 +198,15 @@ def test_average_is_the_weighted_mean_of_parameters_after_updates(build, make_ba
             state = after.replace(params=state.params)
 
 
+def test_average_of_slow_decay_is_the_mean_in_double_precision():
+    values = 2 + np.sin(np.arange(1, 50.0))
+    average = jnp.float32(7)  # the parameters before the first update have no part
+    for count, value in enumerate(values, 1):
+        average = optimizer.update_average(average, jnp.float32(value), 0.9999, jnp.int32(count))
+    weights = 0.9999 ** np.arange(len(values))[::-1]
+    np.testing.assert_allclose(average, (weights * values).sum() / weights.sum(), rtol=2e-6)
+
+
 @pytest.mark.parametrize("variant", ["schedule_free", "muon, averaged"])
 def test_run_from_other_parameters_averages_those(variant, toy, build, make_config):
     config = make_config(**VARIANTS[variant])

@@ -40,11 +40,22 @@ make_step = functools.partial(make_train_step, model, tx, schedule, config)
 text = [np.random.default_rng(0).integers(0, 20, n, dtype=np.int32) for n in (500, 300, 44, 156)]
 result = {}
 optimizer._LARGE = 1024  # moments of large leaves are cut, and this model has only small ones
-meshes = {"fsdp and sequence": (2, 2)} if len(jax.devices()) == 4 else {
-    "fsdp": (8, 1), "sequence": (1, 2), "fsdp and sequence": (2, 2), "batch and fsdp": (4, 1)
-}
-for mode in ("single", "jit", "pmap", *meshes):
-    mesh = parallel.make_mesh(*meshes.get(mode, ()))
+plain = config, schedule, tx, make_step
+config = default_config()
+config.update_from_flattened_dict({
+    "train.batch_size": 16, "train.seq_len": 8, "optim.name": "muon", "optim.ema": 0.5,
+})
+config = from_config_dict(config)
+tx = make_optimizer(config.optim, schedule)
+make_step = functools.partial(make_train_step, model, tx, schedule, config)
+muon = config, schedule, tx, make_step
+many = len(jax.devices()) > 4
+meshes = {"fsdp and sequence": (2, 2)} | (many and {"fsdp": (8, 1), "sequence": (1, 2)} or {})
+runs = {"single": (plain, ()), "jit": (plain, ()), "pmap": (plain, ()), "muon single": (muon, ())}
+runs |= {name: (plain, mesh) for name, mesh in meshes.items()}
+runs |= {f"muon {name}": (muon, mesh) for name, mesh in meshes.items()}
+for name, ((config, schedule, tx, make_step), mesh) in runs.items():
+    mode, mesh = name.removeprefix("muon "), parallel.make_mesh(*mesh)
     assert mesh.size == len(jax.devices())
     batches = make_batches(text, order="tracks", batch_size=16, seq_len=8)
     init = functools.partial(init_state, model, tx, config, jax.random.key(config.seed))
@@ -71,9 +82,9 @@ for mode in ("single", "jit", "pmap", *meshes):
             assert all(shard.data.shape[0] == each for shard in leaf.addressable_shards)
         held_out = next(batches)
         eval_step = parallel.compile_eval_step(make_eval_step(model), mesh)
-        sums, _ = eval_step(state.params, held_out, None)
+        sums, _ = eval_step(state.evaluated, held_out, None)
         rows.append({"loss": float(sums.loss), "tokens": int(sums.tokens)})
-    result[mode] = rows
+    result[name] = rows
 print(json.dumps(result))
 """
 
@@ -91,13 +102,14 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap", "fsdp and sequence"])
+@pytest.mark.parametrize("mode", ["jit", "pmap", "fsdp and sequence", "muon fsdp and sequence"])
 def test_four_devices_train_like_one(results, mode):
-    """With carried state, accumulation, branch dropout and every auxiliary loss.
+    """With carried state, accumulation, branch dropout and every auxiliary loss; and with Muon.
 
     Only the order of sums differs.
     """
-    for several, one in zip(results[mode], results["single"]):
+    single = "muon single" if mode.startswith("muon") else "single"
+    for several, one in zip(results[mode], results[single]):
         assert several.keys() == one.keys()
         for name in one:
             # A gate that is constant has a deviation of rounding alone.

@@ -52,12 +52,13 @@ def test_loss_is_the_mean_over_counted_targets_and_gradients_are_its_own(toy, bu
     np.testing.assert_allclose(metrics["r_m_ratio"], parts[0] / parts[1], rtol=1e-6)
 
 
-def test_accumulation_gives_the_full_batch_step(build, make_batch):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_accumulation_gives_the_full_batch_step(build, make_batch, name):
     """Also where microbatches hold different numbers of counted targets."""
     batch = make_batch(1)
     batch.targets[::2, 2:] = -1
-    full_state, full_step = build()
-    cut_state, cut_step = build(**{"optim.grad_accumulation": 4})
+    full_state, full_step = build(**{"optim.name": name})
+    cut_state, cut_step = build(**{"optim.name": name, "optim.grad_accumulation": 4})
     for _ in range(3):
         full_state, full = full_step(full_state, batch)
         cut_state, cut = cut_step(cut_state, batch)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.lab.flops import flops_per_token
 from gt_jax.models import make_config, make_model
+from gt_jax.training.utilization import flops_per_token
 
 
 def test_flops_are_three_times_those_of_the_forward_program():
