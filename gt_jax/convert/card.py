@@ -86,7 +86,7 @@ def model_card(
 
 
 def describe(config: ModelConfig) -> str:
-    """A model in a few words."""
+    """A model in a few words, without an article."""
     kind = {"rwkv6": "RWKV-6", "mamba2": "Mamba-2", "gpt2": "GPT-2", "gpt1": "GPT with RMSNorm"}
     name = kind.get(config.architecture, "")
     if config.architecture == "hybrid":

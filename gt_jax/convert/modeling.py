@@ -18,18 +18,19 @@ from flax.traverse_util import flatten_dict
 
 from gt_jax.convert import settings
 from gt_jax.convert.layout import Layout, Rule, count_blocks, keep, shape_of, transpose
-from gt_jax.convert.rwkv6 import rank_fields
+from gt_jax.convert.rwkv6 import rank_fields, ranks
 from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, ModelConfig, make_model
-from gt_jax.models.rwkv6 import hidden_dim, mix_rank
+from gt_jax.models.rwkv6 import hidden_dim
 
 FILE = "modeling_gt_jax.py"
 # In this order; a definition may use those of every other part.
-PARTS = """
-    layers rwkv6 mamba2 legacy fusions hybrid language_model attention causal_lm
-""".split()
+PARTS = (
+    *("layers", "rwkv6", "mamba2", "legacy", "fusions", "hybrid"),
+    *("language_model", "attention", "causal_lm"),
+)
 BLOCKS = {
     "hybrid": "HybridBlock",
     "rwkv6": "RWKV6Block",
@@ -37,9 +38,11 @@ BLOCKS = {
     "gpt2": "AttentionBlock",
     "gpt1": "AttentionBlock",
 }
-HEADER = '''"""A language model from gt_jax in plain PyTorch: prompts, single tokens with state, generate().
+HEADER = '''"""A language model from gt_jax in plain PyTorch, for prompts and for token after token.
 
-A {about}. Alone, with torch and safetensors:
+{about}.
+
+Alone, with torch and safetensors:
 
     model = load("FOLDER")
     logits, state = model(torch.tensor([[1, 2, 3]]))  # a prompt
@@ -176,6 +179,7 @@ def _definitions() -> dict[str, str]:
 # Names of tensors: "blocks_1/rwkv/key/kernel" is "model.blocks.1.rwkv.key.weight".
 
 
+@functools.cache
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The rules of a model, with a * where all blocks have the tensor."""
     model = make_model(dataclasses.replace(config, layers=min(config.layers, 2)))
@@ -206,19 +210,21 @@ def _rule(path: str) -> Rule:
 # Fields of ModelConfig that are of training or of this machine, not of the model.
 _NOT_STORED = ("dtype", "impl", "remat")
 # Those that the PyTorch file has a form for. Any other must have its default.
-_FORMS = """
-    vocab_size architecture dim layers heads state_size mamba_head_dim mamba_groups mix_rank
-    decay_rank fusion gate_init branches branch legacy_wkv init tie_embeddings feed_forward
-    max_positions
-""".split()
+_FORMS = (
+    *("vocab_size", "architecture", "dim", "layers", "heads", "state_size"),
+    *("mamba_head_dim", "mamba_groups", "mix_rank", "decay_rank"),
+    *("fusion", "gate_init", "branches", "branch", "legacy_wkv", "init"),
+    *("tie_embeddings", "feed_forward", "max_positions"),
+)
 
 
 def _stored(config: ModelConfig) -> dict[str, Any]:
     """The fields of ModelConfig, and what the PyTorch file need not derive from them."""
     norms = {"mamba2": 1e-5, "gpt2": 1e-5, "rwkv6": 1e-5 if config.branch == "official" else 1e-6}
+    mix, decay = ranks(config)
     return {name: getattr(config, name) for name in _FORMS} | {
-        "mix_rank": config.mix_rank or mix_rank(config.dim),
-        "decay_rank": config.decay_rank or 2 * mix_rank(config.dim),
+        "mix_rank": mix,
+        "decay_rank": decay,
         "ffn_dim": hidden_dim(config.dim),
         "norm_eps": norms.get(config.architecture, 1e-6),
     }

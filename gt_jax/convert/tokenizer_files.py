@@ -69,8 +69,8 @@ def _byte_pairs(model: bytes) -> dict[str, Any]:
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
-    is_text = lambda i: not (
-        processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i)
+    is_text = lambda i: (
+        not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))
     )
     text = {piece: i for i, piece in enumerate(pieces) if is_text(i)}
     merges = []

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gt_jax.convert.pytorch.layers import FeedForward, RMSNorm, zeros
 from gt_jax.convert.pytorch.language_model import LanguageModel
+from gt_jax.convert.pytorch.layers import FeedForward, RMSNorm, zeros
 
 
 class Attention(nn.Module):
