@@ -121,6 +121,10 @@ def test_tokenizer_travels_with_the_model(tmp_path):
     back = gt_jax.load(tmp_path / "back")[2]
     assert back.encode("f1b").tolist() == [15, 27]
     assert back.to_dict() == tokenizer.to_dict()
+    # Some folders on Hugging Face call the same file vocab.txt.
+    (tmp_path / "there" / "rwkv_vocab_v20230424.txt").rename(tmp_path / "there" / "vocab.txt")
+    import_model(tmp_path / "there", tmp_path / "again")
+    assert gt_jax.load(tmp_path / "again")[2].to_dict() == tokenizer.to_dict()
 
 
 def run(*words):

@@ -90,9 +90,9 @@ REFUSED = [
     *(("mamba-ssm", name, value) for name, value in (
         ("rms_norm", False), ("d_intermediate", 64), ("attn_layer_idx", [1]))),
     *(("mamba2-hf", name, value) for name, value in (
-        ("conv_kernel", 3), ("expand", 1), ("hidden_act", "gelu"), ("layer_norm_epsilon", 1e-6), ("use_bias", True),
-        ("use_conv_bias", False), ("time_step_limit", [0.001, 0.1]), ("rms_norm", False),
-        ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True))),
+        ("conv_kernel", 3), ("expand", 1), ("hidden_act", "gelu"), ("layer_norm_epsilon", 1e-6),
+        ("use_bias", True), ("use_conv_bias", False), ("time_step_limit", [0.001, 0.1]),
+        ("rms_norm", False), ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True))),
     *(("mamba2-fla", name, value) for name, value in (
         ("norm_before_gate", True), ("norm_eps", 1e-6), ("dt_limit", [0.001, 0.1]),
         ("rmsnorm", False), ("D_has_hdim", True))),
