@@ -70,7 +70,7 @@ from torch import Tensor, nn
 
 try:
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError:  # load() needs none of them
 
     class GenerationMixin: ...

@@ -207,7 +207,8 @@ class GatedNorm(nn.Module):
         if self.groups == 1:
             return _gated_norm(y, z, scale, self.epsilon)
         sections = zip(*(jnp.split(x, self.groups, axis=-1) for x in (y, z, scale)))
-        return jnp.concatenate([_gated_norm(*s, self.epsilon) for s in sections], axis=-1)
+        normed = [_gated_norm(y, z, scale, self.epsilon) for y, z, scale in sections]
+        return jnp.concatenate(normed, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -124,7 +124,7 @@ class Mamba2Block(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mamba = Mamba2(config)
 
-    def forward(self, x: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, D] float32, state of the mixer -> x, state."""
         mixed, state = self.mamba(self.mixer_norm(x), state)
         return x + mixed, state
