@@ -220,14 +220,17 @@ _FORMS = (
 
 def _stored(config: ModelConfig) -> dict[str, Any]:
     """The fields of ModelConfig, and what the PyTorch file need not derive from them."""
-    norms = {"mamba2": 1e-5, "gpt2": 1e-5, "rwkv6": 1e-5 if config.branch == "official" else 1e-6}
     mix, decay = ranks(config)
     return {name: getattr(config, name) for name in _FORMS} | {
         "mix_rank": mix,
         "decay_rank": decay,
         "ffn_dim": hidden_dim(config.dim),
-        "norm_eps": norms.get(config.architecture, 1e-6),
     }
+
+
+def _norm_eps(architecture: str, branch: str) -> float:
+    official = architecture == "rwkv6" and branch == "official"
+    return 1e-5 if official or architecture in ("mamba2", "gpt2") else 1e-6
 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
@@ -241,6 +244,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
         "dtype": "float32",
         # Of transformers' own machinery: the PyTorch file ties its embedding itself.
         "tie_word_embeddings": False,
+        "norm_eps": _norm_eps(config.architecture, config.branch),
         **_stored(config),
     }
 
@@ -249,6 +253,12 @@ def _fields(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     settings.check(config, SETTINGS)
     if "architecture" not in config:
         raise InputError("config.json: architecture is missing; export the model again")
+    kind, norm_eps = config["architecture"], config.get("norm_eps")
+    if norm_eps != (ours := _norm_eps(kind, config.get("branch", "official"))):
+        raise InputError(
+            f"config.json: norm_eps={settings.shown(norm_eps)} must be {ours} for architecture="
+            f"{settings.shown(kind)}"
+        )
     vocab_size, dim = shape_of(tensors, "model.embedding.weight", 2)
     fields = {name: config[name] for name in _FORMS if name in config}
     fields |= rank_fields(config.get("mix_rank"), config.get("decay_rank"), dim)
@@ -263,7 +273,7 @@ SETTINGS = Settings(
     defaults={},
     sizes=_stored,
     layers="layers",
-    free=frozenset(["tie_word_embeddings"]),
+    free=frozenset(["tie_word_embeddings", "norm_eps"]),
 )
 LAYOUTS = {
     "pytorch": Layout(
