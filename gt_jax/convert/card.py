@@ -90,8 +90,8 @@ def describe(config: ModelConfig) -> str:
     kind = {"rwkv6": "RWKV-6", "mamba2": "Mamba-2", "gpt2": "GPT-2", "gpt1": "GPT with RMSNorm"}
     name = kind.get(config.architecture, "")
     if config.architecture == "hybrid":
-        name = f"Hybrid of {config.branches.replace('+', ' and ')} by fusion {config.fusion}"
-        name = name.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
+        branches = config.branches.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
+        name = f"Hybrid of {branches.replace('+', ' and ')} by fusion {config.fusion}"
     legacy = ", legacy branch" if config.branch == "legacy" else ""
     return f"{name}{legacy}, {config.layers} blocks of width {config.dim}"
 
