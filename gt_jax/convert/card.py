@@ -93,7 +93,8 @@ def describe(config: ModelConfig) -> str:
         branches = config.branches.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
         name = f"Hybrid of {branches.replace('+', ' and ')} by fusion {config.fusion}"
     legacy = ", legacy branch" if config.branch == "legacy" else ""
-    return f"{name}{legacy}, {config.layers} blocks of width {config.dim}"
+    blocks = "1 block" if config.layers == 1 else f"{config.layers} blocks"
+    return f"{name}{legacy}, {blocks} of width {config.dim}"
 
 
 def _training(folder: Path, about: Mapping[str, Any]) -> list[str]:
