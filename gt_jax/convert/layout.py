@@ -63,7 +63,7 @@ class Layout(NamedTuple):
     about: str
     architecture: str | None
     mark: str
-    rules: tuple[Rule, ...] | Callable
+    rules: tuple[Rule, ...] | Callable[[ModelConfig], tuple[Rule, ...]]
     fields: Callable
     settings: Settings
     config: Callable | None
@@ -133,7 +133,7 @@ def write_arrays(
 
 
 def _table(layout, model_config) -> tuple[Rule, ...]:
-    return layout.rules(model_config) if callable(layout.rules) else layout.rules
+    return layout.rules if isinstance(layout.rules, tuple) else layout.rules(model_config)
 
 
 def _without_tied_head(rules, tensors):

@@ -77,8 +77,9 @@ FLA_MARKS = {"norm_eps", "rmsnorm", "D_has_hdim", "dt_limit", "dt_min", "fuse_no
 # Initialisation, kernels, the loss, and the residual's dtype, always float32 here.
 TRANSFORMERS_FREE = """
     n_groups residual_in_fp32 rescale_prenorm_residual chunk_size time_step_rank time_step_min
-    time_step_max time_step_floor time_step_scale time_step_init_scheme tie_word_embeddings conv_init A_init_range dt_min dt_max dt_init_floor fuse_norm
-    fuse_cross_entropy fuse_linear_cross_entropy use_l2warp
+    time_step_max time_step_floor time_step_scale time_step_init_scheme tie_word_embeddings
+    conv_init A_init_range dt_min dt_max dt_init_floor fuse_norm fuse_cross_entropy
+    fuse_linear_cross_entropy use_l2warp
 """
 
 

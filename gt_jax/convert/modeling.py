@@ -18,26 +18,19 @@ from flax.traverse_util import flatten_dict
 
 from gt_jax.convert import settings
 from gt_jax.convert.layout import Layout, Rule, count_blocks, keep, shape_of, transpose
-from gt_jax.convert.rwkv6 import rank_fields
+from gt_jax.convert.rwkv6 import rank_fields, ranks
 from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, ModelConfig, make_model
-from gt_jax.models.rwkv6 import hidden_dim, mix_rank
+from gt_jax.models.rwkv6 import hidden_dim
 
 FILE = "modeling_gt_jax.py"
 # In this order; a definition may use those of every other part.
-PARTS = [
-    "layers",
-    "rwkv6",
-    "mamba2",
-    "legacy",
-    "fusions",
-    "hybrid",
-    "language_model",
-    "attention",
-    "causal_lm",
-]
+PARTS = (
+    *("layers", "rwkv6", "mamba2", "legacy", "fusions", "hybrid"),
+    *("language_model", "attention", "causal_lm"),
+)
 BLOCKS = {
     "hybrid": "HybridBlock",
     "rwkv6": "RWKV6Block",
@@ -45,9 +38,11 @@ BLOCKS = {
     "gpt2": "AttentionBlock",
     "gpt1": "AttentionBlock",
 }
-HEADER = '''"""A language model from gt_jax in plain PyTorch: prompts, single tokens with state, generate().
+HEADER = '''"""A language model from gt_jax in plain PyTorch, for prompts and for token after token.
 
-A {about}. Alone, with torch and safetensors:
+{about}.
+
+Alone, with torch and safetensors:
 
     model = load("FOLDER")
     logits, state = model(torch.tensor([[1, 2, 3]]))  # a prompt
@@ -75,7 +70,7 @@ from torch import Tensor, nn
 
 try:
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError:  # load() needs none of them
 
     class GenerationMixin: ...
@@ -184,6 +179,7 @@ def _definitions() -> dict[str, str]:
 # Names of tensors: "blocks_1/rwkv/key/kernel" is "model.blocks.1.rwkv.key.weight".
 
 
+@functools.cache
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The rules of a model, with a * where all blocks have the tensor."""
     model = make_model(dataclasses.replace(config, layers=min(config.layers, 2)))
@@ -214,38 +210,27 @@ def _rule(path: str) -> Rule:
 # Fields of ModelConfig that are of training or of this machine, not of the model.
 _NOT_STORED = ("dtype", "impl", "remat")
 # Those that the PyTorch file has a form for. Any other must have its default.
-_FORMS = [
-    "vocab_size",
-    "architecture",
-    "dim",
-    "layers",
-    "heads",
-    "state_size",
-    "mamba_head_dim",
-    "mamba_groups",
-    "mix_rank",
-    "decay_rank",
-    "fusion",
-    "gate_init",
-    "branches",
-    "branch",
-    "legacy_wkv",
-    "init",
-    "tie_embeddings",
-    "feed_forward",
-    "max_positions",
-]
+_FORMS = (
+    *("vocab_size", "architecture", "dim", "layers", "heads", "state_size"),
+    *("mamba_head_dim", "mamba_groups", "mix_rank", "decay_rank"),
+    *("fusion", "gate_init", "branches", "branch", "legacy_wkv", "init"),
+    *("tie_embeddings", "feed_forward", "max_positions"),
+)
 
 
 def _stored(config: ModelConfig) -> dict[str, Any]:
     """The fields of ModelConfig, and what the PyTorch file need not derive from them."""
-    norms = {"mamba2": 1e-5, "gpt2": 1e-5, "rwkv6": 1e-5 if config.branch == "official" else 1e-6}
+    mix, decay = ranks(config)
     return {name: getattr(config, name) for name in _FORMS} | {
-        "mix_rank": config.mix_rank or mix_rank(config.dim),
-        "decay_rank": config.decay_rank or 2 * mix_rank(config.dim),
+        "mix_rank": mix,
+        "decay_rank": decay,
         "ffn_dim": hidden_dim(config.dim),
-        "norm_eps": norms.get(config.architecture, 1e-6),
     }
+
+
+def _norm_eps(architecture: str, branch: str) -> float:
+    official = architecture == "rwkv6" and branch == "official"
+    return 1e-5 if official or architecture in ("mamba2", "gpt2") else 1e-6
 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
@@ -259,6 +244,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
         "dtype": "float32",
         # Of transformers' own machinery: the PyTorch file ties its embedding itself.
         "tie_word_embeddings": False,
+        "norm_eps": _norm_eps(config.architecture, config.branch),
         **_stored(config),
     }
 
@@ -267,6 +253,12 @@ def _fields(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     settings.check(config, SETTINGS)
     if "architecture" not in config:
         raise InputError("config.json: architecture is missing; export the model again")
+    kind, norm_eps = config["architecture"], config.get("norm_eps")
+    if norm_eps != (ours := _norm_eps(kind, config.get("branch", "official"))):
+        raise InputError(
+            f"config.json: norm_eps={settings.shown(norm_eps)} must be {ours} for architecture="
+            f"{settings.shown(kind)}"
+        )
     vocab_size, dim = shape_of(tensors, "model.embedding.weight", 2)
     fields = {name: config[name] for name in _FORMS if name in config}
     fields |= rank_fields(config.get("mix_rank"), config.get("decay_rank"), dim)
@@ -281,7 +273,7 @@ SETTINGS = Settings(
     defaults={},
     sizes=_stored,
     layers="layers",
-    free=frozenset(["tie_word_embeddings"]),
+    free=frozenset(["tie_word_embeddings", "norm_eps"]),
 )
 LAYOUTS = {
     "pytorch": Layout(

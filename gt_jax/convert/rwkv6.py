@@ -6,6 +6,7 @@ from gt_jax.convert import settings
 from gt_jax.convert.layout import Change, Layout, Rule, count_blocks, shape_of, transpose
 from gt_jax.convert.settings import Settings
 from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig
 from gt_jax.models.rwkv6 import hidden_dim, mix_rank
 
 row = Change(lambda x: x[None, None], lambda x: x[0, 0])  # [D] and their [1, 1, D]
@@ -132,6 +133,12 @@ def rank_fields(mix: int | None, decay: int | None, dim: int) -> dict[str, int |
     }
 
 
+def ranks(config: ModelConfig) -> tuple[int, int]:
+    """The ranks of a model's blends and of its decay."""
+    usual = mix_rank(config.dim)
+    return config.mix_rank or usual, config.decay_rank or 2 * usual
+
+
 def _fields(embedding, block, mixer, wanted, ranks_axis):
     """Layout.fields of a layout.
 
@@ -149,6 +156,7 @@ def _fields(embedding, block, mixer, wanted, ranks_axis):
         if config:
             settings.check(config, wanted)
         vocab_size, dim = shape_of(tensors, embedding, 2)
+        heads, _ = shape_of(tensors, bonus, 2)
         blends = shape_of(tensors, mix, 2)[ranks_axis]
         if blends % 5:
             raise InputError(f"{mix} {list(tensors[mix].shape)} must hold five blends of one rank")
@@ -157,7 +165,7 @@ def _fields(embedding, block, mixer, wanted, ranks_axis):
             "vocab_size": vocab_size,
             "dim": dim,
             "layers": count_blocks(tensors, block),
-            "heads": shape_of(tensors, bonus, 2)[0],
+            "heads": heads,
             "tie_embeddings": False,
             **rank_fields(blends // 5, shape_of(tensors, decay, 2)[ranks_axis], dim),
         }
@@ -200,8 +208,8 @@ def _fla_sizes(c):
         "intermediate_size": hidden_dim(c.dim),
         "num_hidden_layers": c.layers,
         "num_heads": c.heads,
-        "proj_low_rank_dim": c.mix_rank or mix_rank(c.dim),
-        "gate_low_rank_dim": c.decay_rank or 2 * mix_rank(c.dim),
+        "proj_low_rank_dim": ranks(c)[0],
+        "gate_low_rank_dim": ranks(c)[1],
     }
 
 

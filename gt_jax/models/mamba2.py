@@ -6,7 +6,7 @@ Parameters carry the names of the mamba_ssm package; dense kernels are [in, out]
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -214,7 +214,8 @@ class GatedNorm(nn.Module):
         if self.groups == 1:
             return _gated_norm(y, z, scale, self.epsilon)
         sections = zip(*(jnp.split(x, self.groups, axis=-1) for x in (y, z, scale)))
-        return jnp.concatenate([_gated_norm(*s, self.epsilon) for s in sections], axis=-1)
+        normed: list[Any] = [_gated_norm(y, z, scale, self.epsilon) for y, z, scale in sections]
+        return jnp.concatenate(normed, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

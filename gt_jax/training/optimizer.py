@@ -45,7 +45,7 @@ def is_decayed(path: tuple[Any, ...], value: jax.Array) -> bool:
 
 def is_projection(path: tuple[Any, ...], value: jax.Array) -> bool:
     """Whether Muon is for a parameter: a matrix inside a block that weight decay acts on."""
-    return is_decayed(path, value) and value.ndim == 2 and "head" not in _pieces(path)
+    return is_decayed(path, value) and value.ndim == 2 and "head" not in _names(path)
 
 
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:

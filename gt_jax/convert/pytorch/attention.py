@@ -55,7 +55,7 @@ class AttentionBlock(nn.Module):
             self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
             self.ffn = FeedForward(config.dim)
 
-    def forward(self, x: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, D] float32, state of the attention -> x, state."""
         mixed, state = self.attention(self.mixer_norm(x), state)
         x = x + mixed

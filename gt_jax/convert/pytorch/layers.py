@@ -48,6 +48,5 @@ class FeedForward(nn.Module):
 
 def previous_token(x: Tensor, last: Tensor | None) -> Tensor:
     """x [B, T, D] one token earlier; `last` [B, D] stands before the first, zeros if None."""
-    if last is None:
-        last = torch.zeros_like(x[:, 0])
-    return torch.cat([last[:, None], x[:, :-1]], dim=1)
+    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]
+    return torch.cat([first, x[:, :-1]], dim=1)

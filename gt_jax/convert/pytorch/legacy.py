@@ -62,14 +62,14 @@ class LegacyBranch(nn.Module):
             self.ffn_key = nn.Linear(D, 4 * D, bias=False)
             self.ffn_value = nn.Linear(4 * D, D, bias=False)
 
-    def forward(self, x: Tensor, state: Tensor | tuple | None = None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """x [B, T, D], state of the recurrence -> y [B, T, D], state."""
         y = x if self.variant == "c" else self.mixer_norm(x)
-        k, v, r = self.key(y).float(), self.value(y).float(), self.receptance(y).float()
+        r, k, v = self.receptance(y).float(), self.key(y).float(), self.value(y).float()
         log_w, u = -self.time_decay.float().exp(), self.time_first.float()
         if self.variant == "a":
-            by_head = [z.unflatten(-1, u.shape) for z in (r, k, v)]
-            y, state = wkv6(*by_head, log_w.expand(by_head[0].shape), u, state)
+            r_, k_, v_ = (z.unflatten(-1, u.shape) for z in (r, k, v))  # [B, T, H, K]
+            y, state = wkv6(r_, k_, v_, log_w.expand(r_.shape), u, state)
             y = y.flatten(2)
         else:
             y, state = decayed_sums(k, v, log_w.flatten(), u.flatten(), state, self.variant)
@@ -91,7 +91,7 @@ class LegacyBlock(nn.Module):
             self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
             self.ffn = FeedForward(config.dim)
 
-    def forward(self, x: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, D] float32, state of the branch -> x, state."""
         mixed, state = self.rwkv(self.mixer_norm(x), state)
         x = x + mixed

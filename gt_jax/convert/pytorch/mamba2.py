@@ -36,8 +36,8 @@ def ssd(
     B, C = (z.repeat_interleave(heads // z.shape[2], dim=2) for z in (B, C))  # [B, T, H, N]
     if state is None:
         state = x.new_zeros(batch, heads, P, B.shape[-1])
-    outputs = []
-    for x, dt, B, C in zip(*(z.split(chunk, dim=1) for z in (x, dt, B, C))):
+    chunks, outputs = zip(*(z.split(chunk, dim=1) for z in (x, dt, B, C))), []
+    for x, dt, B, C in chunks:
         decay = (dt * A).cumsum(dim=1)  # logarithm, from the chunk's start through t  [B, C, H]
         # Token t sees s <= t through the decays of s + 1 ... t.
         seen = torch.ones(x.shape[1], x.shape[1], device=x.device).tril().bool()
@@ -124,7 +124,7 @@ class Mamba2Block(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mamba = Mamba2(config)
 
-    def forward(self, x: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, D] float32, state of the mixer -> x, state."""
         mixed, state = self.mamba(self.mixer_norm(x), state)
         return x + mixed, state

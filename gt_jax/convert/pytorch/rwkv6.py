@@ -33,8 +33,8 @@ def wkv6(
     B, _, H, K = r.shape
     if state is None:
         state = r.new_zeros(B, H, K, v.shape[-1])
-    outputs = []
-    for r, k, v, log_w in zip(*(x.split(chunk, dim=1) for x in (r, k, v, log_w))):
+    chunks, outputs = zip(*(x.split(chunk, dim=1) for x in (r, k, v, log_w))), []
+    for r, k, v, log_w in chunks:
         through = log_w.cumsum(dim=1)  # log of w_1 ... w_t  [B, C, H, K]
         before = through - log_w  # log of w_1 ... w_{t-1}
         # Token t sees s < t through w_{s+1} ... w_{t-1}, and itself through u.
