@@ -135,6 +135,9 @@ class MappedTokens(Sequence[np.ndarray]):
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
         for row, start in enumerate(starts.tolist()):
             first, last = max(start, 0), min(start + length, self.size)
+            if first >= last:  # behind the stream
+                tokens[row] = self.read(np.array([self.size - 1]), 1)[0]
+                continue
             self._copy(first, last, tokens[row], begins[row], first - start)
             tokens[row, : first - start] = tokens[row, first - start]
             tokens[row, last - start :] = tokens[row, last - start - 1]
