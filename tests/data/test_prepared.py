@@ -185,7 +185,7 @@ def test_quotas_add_up_and_a_tiny_weight_is_refused():
 
 def test_memory_is_given_back_while_reading(both, monkeypatch):
     calls = []
-    monkeypatch.setattr(mapped, "_RELEASE_AFTER", 10)
+    monkeypatch.setattr(mapped, "_RELEASE_AFTER", 10 * (mapped._READ_AHEAD + 36))
     monkeypatch.setattr(mapped, "release", lambda: calls.append(shards.release()))
     batches = make_batches(both[1].train, order="windows", batch_size=4, seq_len=7)
     for _ in range(9):
