@@ -67,7 +67,7 @@ def test_sources_are_split_by_package_and_kept_once(packages, tmp_path):
 
 def test_another_wheel_than_the_pinned_one_is_refused(packages, tmp_path):
     write_wheel(tmp_path / "wheels", "one", {"one/a.py": LONG + "other"})
-    with pytest.raises(InputError, match="pip cannot download .* HASH") as found:
+    with pytest.raises(InputError, match=r"pip cannot download .* HASH") as found:
         build_corpus(tmp_path / "out", packages, say=lambda line: None)
     assert "\n" not in str(found.value) and not (tmp_path / "out").exists()
 

@@ -232,7 +232,7 @@ def test_another_source_validates(prepared, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data.tokenizer": "sentencepiece"}, "data.tokenizer='sentencepiece'|data.vocab_size"),
+        ({"data.tokenizer": "sentencepiece"}, "is not the char97 tokenizer of data.source=FOLDER;"),
         ({"data.tokenizer": "FILE"}, "have other tokenizers .*prepare both with one --tokenizer"),
         ({"data.split": "tracks"}, "data.split=tracks cuts text in memory"),
         ({"data.source": "FOLDER:1,FOLDER:2"}, "names .* twice; add its weights up"),
