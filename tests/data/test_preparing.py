@@ -90,6 +90,17 @@ def test_documents_and_ids_are_those_of_the_text_in_memory(small, tmp_path):
     np.testing.assert_array_equal(plain[:30], tokens.train[0][:30])
 
 
+@pytest.mark.parametrize("end", ["b" * 50 + "\n", "漢" * 40, "b" * 20, "漢" * 6 + "b" + "漢"])
+def test_a_cut_near_the_end_of_a_text_loses_no_document(end, small, tmp_path):
+    (tmp_path / "text").mkdir()
+    first = "a\n" * 1490 + end  # the cut falls into its last line
+    for name, text in (("a.txt", first), ("b.txt", "another")):
+        (tmp_path / "text" / name).write_text(text, "utf-8")
+    tokenizer = make_tokenizer("char", load_corpus(str(tmp_path / "text")))
+    prepare(str(tmp_path / "text"), tmp_path / "out", tokenizer=tokenizer, processes=1)
+    assert_same(documents_of(tmp_path / "out"), [tokenizer.encode(t) for t in (first, "another")])
+
+
 def test_named_splits_are_kept_and_test_is_left_out(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / "text" / name).mkdir(parents=True)
