@@ -86,7 +86,7 @@ class MappedTokens(Sequence[np.ndarray]):
         self._copy(start, ids, np.zeros_like(ids))
         return ids
 
-    def slice(self, start: int, stop: int) -> "MappedTokens":
+    def between(self, start: int, stop: int) -> "MappedTokens":
         """Tokens start to stop of the stream, as one source."""
         spans = []
         for span, offset in zip(self._spans, self._offsets):
@@ -100,7 +100,7 @@ class MappedTokens(Sequence[np.ndarray]):
         if size >= self.size:
             return self
         taken = [
-            self.slice(first, first + min(length, max(round(size * weight), 1)))
+            self.between(first, first + min(length, max(round(size * weight), 1)))
             for first, length, weight in self.parts
         ]
         if len(taken) == 1:
@@ -113,7 +113,7 @@ class MappedTokens(Sequence[np.ndarray]):
         length = self.size if count == 1 else count
         cut = min(max(int(length * (1 - fraction)), 1), length - 1)
         place = cut if count == 1 else self._end(cut - 1)
-        return self.slice(0, place), self.slice(place, self.size)
+        return self.between(0, place), self.between(place, self.size)
 
     def digest(self) -> bytes:
         """A hash of the tokens and of where documents end, from the checksums of the shards."""
@@ -130,10 +130,6 @@ class MappedTokens(Sequence[np.ndarray]):
         Returns:
             tokens [B, length] int32; documents [B, length] int32, counted up within each row.
         """
-        self._mapped += len(starts) * (4 * length + _READ_AHEAD)
-        if self._mapped > _RELEASE_AFTER:
-            self._mapped = 0
-            release()
         tokens = np.empty((len(starts), length), np.int32)
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
         for row, start in enumerate(starts.tolist()):
@@ -153,6 +149,10 @@ class MappedTokens(Sequence[np.ndarray]):
 
         A document that begins with the row itself may have no mark.
         """
+        self._mapped += tokens.nbytes + _READ_AHEAD
+        if self._mapped > _RELEASE_AFTER:
+            self._mapped = 0
+            release()
         i, at = bisect_right(self._offsets, start) - 1, 0
         while at < len(tokens):
             span = self._spans[i]

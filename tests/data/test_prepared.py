@@ -190,7 +190,7 @@ def test_memory_is_given_back_while_reading(both, monkeypatch):
     batches = make_batches(both[1].train, order="windows", batch_size=4, seq_len=7)
     for _ in range(9):
         next(batches)
-    assert len(calls) == 3
+    assert len(calls) == 3  # of 36 rows
 
 
 # What a run reads.
