@@ -229,6 +229,8 @@ def is_prepared(source: str | Path) -> bool:
     """Whether a path is a folder that `gt_jax.prepare` made or is making."""
     try:
         folder = Path(source).expanduser()
+        if not str(source):  # the working folder, to pathlib
+            return False
         return (folder / INDEX).is_file() or (folder / UNFINISHED).is_dir()
     except (OSError, ValueError, RuntimeError):
         return False
