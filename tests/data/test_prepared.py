@@ -183,11 +183,12 @@ def test_quotas_add_up_and_a_tiny_weight_is_refused():
         quotas([1, 1e-6])
 
 
-def test_memory_is_given_back_while_reading(both, monkeypatch):
+def test_memory_is_given_back_while_reading(prepared, monkeypatch):
     calls = []
     monkeypatch.setattr(mapped, "_RELEASE_AFTER", 10 * (mapped._READ_AHEAD + 36))
     monkeypatch.setattr(mapped, "release", lambda: calls.append(shards.release()))
-    batches = make_batches(both[1].train, order="windows", batch_size=4, seq_len=7)
+    tokens = load_prepared(prepared[1]).tokens.train
+    batches = make_batches(tokens, order="windows", batch_size=4, seq_len=7)
     for _ in range(9):
         next(batches)
     assert len(calls) == 3  # of 36 rows

@@ -57,6 +57,7 @@ def test_a_sentencepiece_model_of_others_has_their_ids_in_blocks_too(tmp_path, m
         sentence_iterator=iter(TEXT.split("\n") * 3),
         model_writer=model,
         vocab_size=330,
+        hard_vocab_limit=False,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,  # with a space before every text, as Llama's
