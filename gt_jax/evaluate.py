@@ -49,7 +49,7 @@ def encode_documents(
         raise InputError(f"{name}: {error}") from error
     if not any(len(ids) > 1 for ids in tokens):
         raise InputError(f"{name} has fewer than 2 tokens in every document; name a longer text")
-    return tokens
+    return tuple(tokens)
 
 
 def _as_trained(model, params, documents, train):

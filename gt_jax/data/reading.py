@@ -237,7 +237,7 @@ class _Watched(io.RawIOBase):
         return len(data)
 
 
-def _open(raw, path, packing, count) -> io.BufferedReader:
+def _open(raw, path, packing, count) -> IO[bytes]:
     """A buffered reader of a file from where it stands, unpacked."""
     packed = io.BufferedReader(_Watched(raw, count), BLOCK)
     if not packing:

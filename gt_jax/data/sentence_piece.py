@@ -36,7 +36,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         ids = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
-        self.special = SpecialIds(*(i if i >= 0 else None for i in ids))
+        bos, eos, pad = (i if i >= 0 else None for i in ids)
+        self.special = SpecialIds(bos, eos, pad)
         # Models of other makers put a space before every text.
         self._adds_space = self._processor.encode("a", out_type=str)[:1] != ["a"]
 
