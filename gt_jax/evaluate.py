@@ -18,7 +18,7 @@ from absl import flags as absl_flags
 
 from gt_jax import checkpoint, cli
 from gt_jax.config import from_stored
-from gt_jax.data import Corpus, encode_corpus, evaluation_batches, load_held_out
+from gt_jax.data import Corpus, count_tokens, encode_corpus, evaluation_batches, load_held_out
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.finite import check_computed
@@ -42,7 +42,7 @@ def encode_documents(
         raise InputError(f"{name}: {error}") from error
     if not any(len(ids) > 1 for ids in tokens):
         raise InputError(f"{name} has fewer than 2 tokens in every document; name a longer text")
-    return tokens
+    return tuple(tokens)
 
 
 def _as_trained(model, params, documents, train):
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     if flags.source is None and config is not None:
         name = config.data.source
         tokens = read_text(config, tokenizer=tokenizer).tokens.validation
-        documents = [tokenizer.decode(ids) for ids in tokens]
+        documents = (tokenizer.decode(ids) for ids in tokens)
     else:
         assert flags.source is not None, "a converted model without --source was refused above"
         name = flags.source
@@ -131,13 +131,10 @@ def main(argv: list[str]) -> None:
             model, params, tokens, batch_size=flags.batch_size, seq_len=seq_len, stride=stride
         )
     check_computed(nats)
-    count = sum(map(len, tokens))
-    measured = measures_of(
-        nats / targets,
-        targets,
-        sum(map(len, documents)) / count,
-        sum(len(text.encode("utf-8", "surrogatepass")) for text in documents) / count,
-    )
+    count = count_tokens(tokens)
+    sizes = [(len(text), len(text.encode("utf-8", "surrogatepass"))) for text in documents]
+    characters, data = (sum(column) for column in zip(*sizes))
+    measured = measures_of(nats / targets, targets, characters / count, data / count)
     if tokenizer.kind == "ids":  # Text is numbers here, and their digits mean nothing.
         del measured["bits_per_character"], measured["bits_per_byte"]
     print(f"{name}: {describe(measured, loss_unit(tokenizer))}")

@@ -34,9 +34,11 @@ from rich.progress import (
 )
 
 # Worker processes import this module again: nothing at its top may load JAX.
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.learned import LEARNED, train_tokenizer
 from gt_jax.data.preparing import prepare
 from gt_jax.data.shards import SPLITS, check_folder
+from gt_jax.data.sources import Plan
 from gt_jax.data.tokenizers import read_tokenizer
 from gt_jax.errors import InputError
 
@@ -79,22 +81,20 @@ def main(argv: list[str]) -> None:
 
 def _prepare(source: str, target: str, flags) -> None:
     began = time.perf_counter()
-    if flags.tokenizer is not None:
-        tokenizer, make = read_tokenizer(flags.tokenizer, "--tokenizer"), None
-    else:
-        kind, size = flags.train_tokenizer, flags.vocab_size
-        tokenizer = f"{kind} of {size} ids" if kind in ("bpe", "sentencepiece") else kind
+    kind, size = flags.train_tokenizer, flags.vocab_size
 
-        def make(work):
-            print(f"trains {tokenizer} on a sample of {source}", flush=True)
-            return train_tokenizer(kind, source, work, vocab_size=size, field=flags.field)
+    def make(work: Plan) -> Tokenizer:
+        print(f"trains the tokenizer {kind} on {source}", flush=True)
+        return train_tokenizer(kind, source, work, vocab_size=size, field=flags.field)
 
+    given = flags.tokenizer and read_tokenizer(flags.tokenizer, "--tokenizer")
+    sized = f"{kind} of {size} ids" if kind in ("bpe", "sentencepiece") else kind
     with _bar() as progress:
         index = prepare(
             source,
             target,
-            tokenizer=tokenizer,
-            make_tokenizer=make,
+            tokenizer=given or sized,
+            make_tokenizer=None if given else make,
             field=flags.field,
             processes=flags.processes,
             progress=progress,

@@ -53,6 +53,8 @@ ALLOWED = {
     "serve": {"checkpoint", "cli", "generation", "server"},
     "evaluate": {"checkpoint", "cli", "config", "data", "finite", "scoring", "training"},
     "harness": {"checkpoint", "cli", "data", "scoring"},
+    "prepare": {"cli", "data"},
+    "corpus": {"cli", "data"},
     "canaries": {"checkpoint", "cli", "data", "models", "scoring"},
     "inspect": {"analysis", "checkpoint", "cli", "data", "models", "scoring"},
     "train": {

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from gt_jax.data.base import SpecialIds, Tokenizer
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.data.reading import Document, documents
+from gt_jax.data.sentence_piece import THREADS, train_sentencepiece
 from gt_jax.data.sources import Plan
-from gt_jax.data.tokenizers import CharTokenizer, TaggedCharTokenizer, train_sentencepiece
+from gt_jax.data.tokenizers import CharTokenizer, TaggedCharTokenizer
 from gt_jax.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,7 +34,9 @@ def train_tokenizer(
     if kind in _SAMPLE:
         sample = _sample(source, work, field, _SAMPLE[kind])
         try:
-            return (train_bpe if kind == "bpe" else train_sentencepiece)(sample, vocab_size)
+            if kind == "bpe":
+                return train_bpe(sample, vocab_size)
+            return train_sentencepiece(sample, vocab_size, threads=THREADS)
         except InputError as error:
             raise InputError(str(error).removeprefix("data.")) from error
     alphabet = set()

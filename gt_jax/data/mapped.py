@@ -13,7 +13,8 @@ import numpy as np
 
 from gt_jax.data.shards import Shard, release
 
-_RELEASE_AFTER = 4096  # reads, of which each may bring a page of 64 KiB into memory
+_RELEASE_AFTER = 1 << 28  # bytes that were read, and may be mapped
+_READ_AHEAD = 1 << 16  # bytes that one read may map besides its own
 
 
 class Span(NamedTuple):
@@ -53,7 +54,7 @@ class MappedTokens(Sequence[np.ndarray]):
                 self._ends_before[-1] + last - first + (span.closes and not ended)
             )
             self._ended.append(span.closes or ended)
-        self._reads = 0
+        self._mapped = 0
 
     @classmethod
     def of_shards(cls, shards: Sequence[Shard]) -> "MappedTokens":
@@ -81,9 +82,11 @@ class MappedTokens(Sequence[np.ndarray]):
             return [self[n] for n in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         start = self._end(i - 1) if i else 0
-        return self.read(np.array([start]), self._end(i) - start)[0][0]
+        ids = np.empty(self._end(i) - start, np.int32)
+        self._copy(start, ids, np.zeros_like(ids))
+        return ids
 
-    def slice(self, start: int, stop: int) -> "MappedTokens":
+    def between(self, start: int, stop: int) -> "MappedTokens":
         """Tokens start to stop of the stream, as one source."""
         spans = []
         for span, offset in zip(self._spans, self._offsets):
@@ -97,7 +100,7 @@ class MappedTokens(Sequence[np.ndarray]):
         if size >= self.size:
             return self
         taken = [
-            self.slice(first, first + min(length, max(round(size * weight), 1)))
+            self.between(first, first + min(length, max(round(size * weight), 1)))
             for first, length, weight in self.parts
         ]
         if len(taken) == 1:
@@ -110,7 +113,7 @@ class MappedTokens(Sequence[np.ndarray]):
         length = self.size if count == 1 else count
         cut = min(max(int(length * (1 - fraction)), 1), length - 1)
         place = cut if count == 1 else self._end(cut - 1)
-        return self.slice(0, place), self.slice(place, self.size)
+        return self.between(0, place), self.between(place, self.size)
 
     def digest(self) -> bytes:
         """A hash of the tokens and of where documents end, from the checksums of the shards."""
@@ -127,35 +130,40 @@ class MappedTokens(Sequence[np.ndarray]):
         Returns:
             tokens [B, length] int32; documents [B, length] int32, counted up within each row.
         """
-        self._reads += len(starts)
-        if self._reads > _RELEASE_AFTER:
-            self._reads = 0
-            release()
         tokens = np.empty((len(starts), length), np.int32)
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
         for row, start in enumerate(starts.tolist()):
-            first, last = max(start, 0), min(start + length, self.size)
-            self._copy(first, last, tokens[row], begins[row], first - start)
-            tokens[row, : first - start] = tokens[row, first - start]
-            tokens[row, last - start :] = tokens[row, last - start - 1]
+            if start >= 0 and start + length <= self.size:
+                self._copy(start, tokens[row], begins[row])
+                continue
+            inside = np.clip(np.arange(start, start + length), 0, self.size - 1)
+            first, last = int(inside[0]), int(inside[-1]) + 1
+            own, own_begins = (np.zeros(last - first, np.int32) for _ in range(2))
+            self._copy(first, own, own_begins)
+            tokens[row] = own[inside - first]
+            begins[row, 1:] = own_begins[inside - first][1:] * (np.diff(inside) > 0)
         return tokens, begins.cumsum(axis=1, dtype=np.int32)
 
-    def _copy(self, start, stop, tokens, begins, at):
-        """Copy the stream from start to stop to a row's place `at`, and mark where documents begin.
+    def _copy(self, start, tokens, begins):
+        """Copy the stream from `start` on to a row, and mark where documents begin.
 
-        A document that begins with `start` itself may have no mark: the row begins with it.
+        A document that begins with the row itself may have no mark.
         """
-        i = bisect_right(self._offsets, start) - 1
-        while start < stop:
+        self._mapped += tokens.nbytes + _READ_AHEAD
+        if self._mapped > _RELEASE_AFTER:
+            self._mapped = 0
+            release()
+        i, at = bisect_right(self._offsets, start) - 1, 0
+        while at < len(tokens):
             span = self._spans[i]
-            first = span.start + start - self._offsets[i]
-            last = min(first + stop - start, span.stop)
-            tokens[at : at + last - first] = span.shard.read(first, last)
-            ends = span.shard.ends_between(first, last)
-            begins[ends - first + at] = 1
+            first = span.start + start + at - self._offsets[i]
+            last = min(first + len(tokens) - at, span.stop)
+            ids, ends = span.shard.read(first, last)
+            tokens[at : at + last - first] = ids
+            if len(ends):
+                begins[ends - first + at] = 1
             at += last - first
-            start += last - first
-            if last == span.stop and self._ended[i] and at < len(begins):
+            if self._ended[i] and at < len(tokens):
                 begins[at] = 1
             i += 1
 

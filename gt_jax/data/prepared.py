@@ -118,7 +118,7 @@ def count_tokens(documents: Sequence[np.ndarray]) -> int:
 def beginning(documents: Sequence[np.ndarray], size: int) -> np.ndarray:
     """The first `size` ids of the first document, or as many as it has."""
     if isinstance(documents, MappedTokens):
-        return documents.slice(0, min(size, documents.size))[0]
+        return next(iter(documents.between(0, min(size, documents.size))))
     return documents[0][:size]
 
 

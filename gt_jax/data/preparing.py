@@ -54,8 +54,8 @@ def prepare(
         tokenizer: one, or the name of what `make_tokenizer` makes, to tell resumed work by.
         make_tokenizer: trains a tokenizer on the source, once.
         field: where text is in JSON objects and tables.
-        processes: how many work side by side; None for one a core. Workers are spawned, so a script
-            that calls this needs `if __name__ == "__main__":`.
+        processes: how many work side by side; None for one a core. Workers are spawned and import
+            the main module, so a script must call this from its guarded main part alone.
         progress: called now and then with the bytes of files that have been read, and of all.
 
     Returns:

@@ -58,11 +58,12 @@ class WorldTokenizer(Tokenizer):
                 raise InputError(f"{line[:80]!r} has {len(token)} bytes, not {length}")
         self.vocab_size = max(self._bytes) + 1
         self._ids = {token: number for number, token in self._bytes.items() if token}
-        # First byte -> lengths of its tokens, longest first.
-        self._lengths = [set() for _ in range(256)]
+        # First two bytes -> lengths of the tokens that begin so, longest first.
+        lengths: dict[bytes, set[int]] = {}
         for token in self._ids:
-            self._lengths[token[0]].add(len(token))
-        self._lengths = [sorted(lengths, reverse=True) for lengths in self._lengths]
+            if len(token) > 1:
+                lengths.setdefault(token[:2], set()).add(len(token))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
 
     @staticmethod
     def pack(text: str) -> str:
@@ -84,15 +85,17 @@ class WorldTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """[n] int32 ids. Raises InputError for half a surrogate pair."""
         check_text(text)
-        data = text.encode()
+        data, known = text.encode(), self._ids
         ids, start = [], 0
         while start < len(data):
-            for length in self._lengths[data[start]]:
-                number = self._ids.get(data[start : start + length])
+            for length in self._lengths.get(data[start : start + 2], ()):
+                number = known.get(data[start : start + length])
                 if number is not None:
                     break
             else:
-                raise InputError(f"the vocabulary has no token for byte {data[start]}")
+                length, number = 1, known.get(data[start : start + 1])
+                if number is None:
+                    raise InputError(f"the vocabulary has no token for byte {data[start]}")
             ids.append(number)
             start += length
         return np.array(ids, np.int32)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -147,18 +148,19 @@ def _whole_characters(data: bytes) -> int:
 
 
 def _cut(raw, at: int) -> int:
-    """Where a text can be cut: the next line from `at` on, or the next character if none is near.
+    """Where a text can be cut: the next line from `at` on, or else the character there.
 
-    The range before and the range after a cut find the same place.
+    The range before and the range after a cut find the same place, and neither is empty.
     """
     if at == 0:
         return 0
     raw.seek(at - 1)
-    data = raw.read(BLOCK)
-    line = data.find(b"\n")
-    if line >= 0:
-        return at + line
-    return at + next((i for i, byte in enumerate(data[1:5]) if byte & 0xC0 != 0x80), 0)
+    line = at + raw.read(BLOCK).find(b"\n")
+    if at <= line < os.fstat(raw.fileno()).st_size:
+        return line
+    raw.seek(max(at - 3, 0))
+    before = raw.read(min(at, 3) + 1)
+    return at - next((n for n, byte in enumerate(reversed(before)) if byte & 0xC0 != 0x80), 0)
 
 
 def _json_lines(raw, path, part, packing, field, count) -> Iterator[Document | Skipped]:
@@ -235,7 +237,7 @@ class _Watched(io.RawIOBase):
         return len(data)
 
 
-def _open(raw, path, packing, count) -> io.BufferedReader:
+def _open(raw, path, packing, count) -> IO[bytes]:
     """A buffered reader of a file from where it stands, unpacked."""
     packed = io.BufferedReader(_Watched(raw, count), BLOCK)
     if not packing:

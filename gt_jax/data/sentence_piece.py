@@ -16,7 +16,7 @@ from gt_jax.errors import InputError, one_line
 
 _BLOCK_LENGTH = 1_000_000  # characters
 _SAMPLE = 1 << 24  # characters to train on
-_THREADS = 16  # a constant, because the model's file records it
+THREADS = 16  # for large texts; a constant, because the model's file records it
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -42,7 +42,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(f"the SentencePiece model is damaged ({reason})") from error
         self.vocab_size = self._processor.vocab_size()
         ids = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
-        self.special = SpecialIds(*(i if i >= 0 else None for i in ids))
+        bos, eos, pad = (i if i >= 0 else None for i in ids)
+        self.special = SpecialIds(bos, eos, pad)
         self._cached_bytes = functools.cache(self._find_bytes)
         # Models of other makers put a space before every text.
         self._adds_space = self._processor.encode("a", out_type=str)[:1] != ["a"]
@@ -96,10 +97,15 @@ class SentencePieceTokenizer(Tokenizer):
         return {"kind": self.kind, "model": base64.b64encode(self._model).decode()}
 
 
-def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_sentencepiece(
+    documents: Iterable[str], vocab_size: int, *, threads: int = 1
+) -> SentencePieceTokenizer:
     """Trains BPE on documents, the same model every time.
 
-    More than 16 million characters are trained on by a sample of their lines, in threads.
+    Args:
+        documents: text; of more than 16 million characters every second, third ... line is read.
+        vocab_size: ids.
+        threads: used in training; the model's file records them.
 
     Raises:
         InputError: the text cannot support vocab_size.
@@ -109,7 +115,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePi
     documents = list(documents)
     for text in documents:
         check_text(text)
-    stride = 1 + sum(map(len, documents)) // _SAMPLE
+    stride = max(-(-sum(map(len, documents)) // _SAMPLE), 1)
     lines = (line for text in documents for line in text.split("\n"))
     model = io.BytesIO()
     try:
@@ -127,7 +133,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePi
             unk_id=1,
             bos_id=2,
             eos_id=3,
-            num_threads=1 if stride == 1 else _THREADS,
+            num_threads=threads if stride == 1 else THREADS,
             minloglevel=4,
         )
     except (RuntimeError, ValueError) as error:

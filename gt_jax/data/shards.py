@@ -125,12 +125,12 @@ class Shard:
         self.path, self._dtype = path, dtype
         self.tokens, self.ends, self.is_open = record["tokens"], record["ends"], record["open"]
         self.sha256 = record["sha256"]
-        data = self.tokens * np.dtype(dtype).itemsize
+        self._itemsize = np.dtype(dtype).itemsize
+        data = self.tokens * self._itemsize
         self._ends_at = data + -data % _ALIGNED
         self._sums_at = self._ends_at + 8 * self.ends
-        self._layout = (str(path), dtype, self.tokens, self.ends, self._ends_at, self._sums_at)
         blocks = -(-self._sums_at // _BLOCK)
-        self._unchecked = bytearray(b"\1") * blocks
+        self._unchecked, self._ends_checked = bytearray(b"\1") * blocks, False
         expected = self._sums_at + 4 * blocks
         try:
             size = path.stat().st_size
@@ -141,15 +141,22 @@ class Shard:
         if size > expected:
             raise InputError(f"{path} has bytes behind its end, from byte {expected:,}; {_AGAIN}")
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids from position start up to stop: a view that must be copied, not kept.
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids from position start up to stop, and the ends of documents [n] from start to stop - 1.
+
+        Both are views that must be copied, not kept.
 
         Raises:
             InputError: their bytes are not those that were written.
         """
-        size = 2 if self._dtype == "uint16" else 4
-        self._check(start * size, stop * size)
-        return self._views()[0][start:stop]
+        self._check(start * self._itemsize, stop * self._itemsize)
+        ids, ends, *_ = _views(self)
+        if not self._ends_checked:
+            ends = self._checked_ends()
+        first = ends.searchsorted(start)
+        if first == self.ends or ends[first] >= stop:
+            return ids[start:stop], ends[:0]
+        return ids[start:stop], ends[first : ends.searchsorted(stop)]
 
     def ends_until(self, position: int) -> int:
         """How many documents end at or before a position."""
@@ -159,30 +166,32 @@ class Shard:
         """The position after document number i of those that end in the shard."""
         return int(self._checked_ends()[i])
 
-    def ends_between(self, start: int, stop: int) -> np.ndarray:
-        """Ends [n] from position start to stop - 1; a view that must not be kept."""
-        ends = self._checked_ends()
-        first = ends.searchsorted(start)
-        if first == self.ends or ends[first] >= stop:
-            return ends[:0]
-        return ends[first : ends.searchsorted(stop)]
-
     def check(self) -> None:
         """Read everything once. Raises InputError at the first altered byte's block."""
         self._check(0, self._sums_at)
 
-    def _checked_ends(self):
-        self._check(self._ends_at, self._sums_at)
-        return self._views()[1]
+    def map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, memoryview]:
+        """(ids, ends, checksums, bytes), mapped anew."""
+        with self.path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return (
+            np.frombuffer(data, np.dtype(self._dtype).newbyteorder("<"), self.tokens),
+            np.frombuffer(data, "<i8", self.ends, self._ends_at),
+            np.frombuffer(data, "<u4", offset=self._sums_at),
+            memoryview(data),
+        )
 
-    def _views(self):
-        return _views(*self._layout)
+    def _checked_ends(self):
+        if not self._ends_checked:
+            self._check(self._ends_at, self._sums_at)
+            self._ends_checked = True
+        return _views(self)[1]
 
     def _check(self, start, stop):
         """Compare the blocks of bytes start:stop with their checksums, each once."""
         block = self._unchecked.find(1, start // _BLOCK, -(-stop // _BLOCK))
         while block >= 0:
-            *_, sums, data = self._views()
+            *_, sums, data = _views(self)
             first, last = block * _BLOCK, min((block + 1) * _BLOCK, self._sums_at)
             if zlib.crc32(data[first:last]) != sums[block]:
                 raise InputError(
@@ -197,16 +206,9 @@ _AGAIN = "restore it, or delete the folder and prepare it again"
 
 
 @functools.lru_cache(maxsize=_MOST_MAPPED)
-def _views(path, dtype, tokens, ends, ends_at, sums_at):
-    """(ids, ends, checksums, bytes) of a mapped shard; unmapped when no longer referred to."""
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return (
-        np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), tokens),
-        np.frombuffer(data, "<i8", ends, ends_at),
-        np.frombuffer(data, "<u4", offset=sums_at),
-        memoryview(data),
-    )
+def _views(shard: Shard):
+    """What `Shard.map` returns, kept for the shards in use; unmapped when nothing refers to it."""
+    return shard.map()
 
 
 def release() -> None:
@@ -227,6 +229,8 @@ def is_prepared(source: str | Path) -> bool:
     """Whether a path is a folder that `gt_jax.prepare` made or is making."""
     try:
         folder = Path(source).expanduser()
+        if not str(source):  # the working folder, to pathlib
+            return False
         return (folder / INDEX).is_file() or (folder / UNFINISHED).is_dir()
     except (OSError, ValueError, RuntimeError):
         return False

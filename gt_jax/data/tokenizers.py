@@ -79,8 +79,8 @@ def read_tokenizer(path: str, named: str) -> Tokenizer:
         inside = [file / PREPARED_TOKENIZER, file / "tokenizer.json", file / "tokenizer.model"]
         file = next((p for p in inside if p.is_file()), file)
         if not file.exists():
-            hint = did_you_mean(path, _KINDS)
-            raise InputError(f"{where} must be one of {', '.join(_KINDS)}, or a file{hint}")
+            hint = did_you_mean(path, KINDS)
+            raise InputError(f"{where} must be one of {', '.join(KINDS)}, or a file{hint}")
         if file.suffix == ".model":
             return SentencePieceTokenizer(small(file).read_bytes())
         if file.name == PREPARED_TOKENIZER:
@@ -100,7 +100,7 @@ def tokenizer_from_dict(d: Mapping[str, Any]) -> Tokenizer:
     kind, arguments = d["kind"], {k: v for k, v in d.items() if k != "kind"}
     if kind == "sentencepiece":
         return SentencePieceTokenizer(base64.b64decode(arguments["model"]))
-    return (_KINDS | PRETRAINED)[kind](**arguments)
+    return (KINDS | PRETRAINED)[kind](**arguments)
 
 
 def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> CorpusTokens:
@@ -236,4 +236,4 @@ def _code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-_KINDS = {t.kind: t for t in (CharTokenizer, TaggedCharTokenizer, SentencePieceTokenizer)}
+KINDS = {t.kind: t for t in (CharTokenizer, TaggedCharTokenizer, SentencePieceTokenizer)}

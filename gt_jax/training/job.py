@@ -89,7 +89,10 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     hashed = fingerprint(text.tokens)
     if about:
         _check_same_text(about, text, hashed, config, workdir)
-    shape = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len}
+    shape: dict[str, Any] = {
+        "batch_size": config.train.batch_size,
+        "seq_len": config.train.seq_len,
+    }
     batches = make_batches(text.tokens.train, order=config.data.order, seed=config.seed, **shape)
     held_out = evaluation_batches(
         text.tokens.validation,

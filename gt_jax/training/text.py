@@ -22,6 +22,7 @@ from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import load_held_out
 from gt_jax.data.mapped import MappedTokens
 from gt_jax.data.prepared import check_tokenizers
+from gt_jax.data.tokenizers import KINDS, read_tokenizer
 from gt_jax.errors import InputError
 
 
@@ -90,7 +91,12 @@ def _read_prepared(config: Config, folders, others, tokenizer: Tokenizer | None)
     if tokenizer is not None:
         check_tokenizers("model.init_from", tokenizer, data.source, text.tokenizer)
     elif data.tokenizer not in (Data.tokenizer, text.tokenizer.kind):
-        wanted = make_tokenizer(data.tokenizer, Corpus(data.source, (), ()))
+        if data.tokenizer in KINDS:
+            raise InputError(
+                f"data.tokenizer={data.tokenizer} is not the {text.tokenizer.kind} tokenizer of "
+                f"data.source={data.source}; leave data.tokenizer out, or prepare the text again"
+            )
+        wanted = read_tokenizer(data.tokenizer, "data.tokenizer")
         check_tokenizers(f"data.tokenizer={data.tokenizer}", wanted, data.source, text.tokenizer)
     validation, note = text.tokens.validation, text.note
     if others is not None:

@@ -1,7 +1,9 @@
 """Every model of ours leaves as a folder that torch alone and transformers run."""
 
+import dataclasses
 import functools
 import importlib.util
+import json
 import sys
 
 import jax
