@@ -126,7 +126,7 @@ def test_echo_and_logprobs_are_as_openai_lays_them_out(serving, loaded):
 
     [prompt_alone] = serving.post(ask | {"max_tokens": 0, "n": 1})[1]["choices"]
     n = len(ids)
-    assert prompt_alone["text"] == text
+    assert prompt_alone["text"] == text and prompt_alone["finish_reason"] == "length"
     assert prompt_alone["logprobs"] == {name: column[:n] for name, column in found.items()}
     [without] = serving.post(ask | {"logprobs": None})[1]["choices"]
     assert without["text"] == choice["text"] and without["logprobs"] is None

@@ -104,12 +104,14 @@ class Answer(answers.Answer):
 
     def choice(self, delta: Delta, place: int, *, first: bool) -> dict[str, Any]:
         """The choice object of one Delta, or of several joined."""
-        text = delta.text if self.ask.draws else ""
+        text, reason = delta.text, delta.reason
+        if not self.ask.draws:
+            text, reason = "", reason and "length"
         if first and self.ask.echo is not None:
             text = self.ask.echo[delta.index // self.ask.best_of].text + text
         logprobs = None if self.ask.logprobs is None else self._logprobs(delta, first)
         choice = {"index": place, "text": text, "logprobs": logprobs}
-        return choice | {"finish_reason": delta.reason}
+        return choice | {"finish_reason": reason}
 
     chunk_choice = choice
 
