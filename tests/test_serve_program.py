@@ -60,7 +60,7 @@ def test_program_answers_curl_and_finishes_what_runs_when_it_is_ended(folder, tm
         run = lambda *args: subprocess.run(curl_of(port, *args), capture_output=True, text=True)
         answer = run("/v1/completions", {"prompt": "abc", "max_tokens": 5}, "-i").stdout
         assert answer.startswith("HTTP/1.1 200") and "x-request-id: req-" in answer
-        text = json.loads(answer.split("\r\n\r\n")[1])["choices"][0]["text"]
+        text = json.loads(answer.split("\n\n")[1])["choices"][0]["text"]
         assert len(text) == 5
         assert json.loads(run("/v1/models").stdout)["data"][0]["id"] == "small"
         error = json.loads(run("/v1/chat/completions", {"messages": [{"role": "user"}]}).stdout)
@@ -85,11 +85,11 @@ def test_program_answers_curl_and_finishes_what_runs_when_it_is_ended(folder, tm
     assert "POST /v1/completions 200" in log and "6000 drawn" in log
 
 
-@pytest.mark.parametrize("key", ["", " a", "ä"])
+@pytest.mark.parametrize("key", ["", " zq", "äzq"])
 def test_key_that_protects_nothing_is_refused(folder, key):
     from gt_jax import serve
     from gt_jax.errors import InputError
 
     with pytest.raises(InputError, match="--api_key") as caught:
         serve.main(["serve", f"--checkpoint={folder}", f"--api_key={key}"])
-    assert not key or key not in str(caught.value)
+    assert "zq" not in str(caught.value)
