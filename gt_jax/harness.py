@@ -261,7 +261,14 @@ def register() -> type:
         raise InputError(f"the harness is missing ({error}): pip install lm-eval") from error
 
     class GtJax(Adapter, LM):
-        def __init__(self, *, batch_size=8, max_batch_size=None, device=None, **model_args):
+        def __init__(
+            self,
+            *,
+            batch_size: Any = 8,
+            max_batch_size: Any = None,
+            device: Any = None,
+            **model_args: Any,
+        ):
             if list(model_args) != ["checkpoint"]:
                 raise InputError(f"--model_args must be checkpoint=PATH alone, not {model_args}")
             rows = "auto" if re.fullmatch(r"auto(:[\d.]+)?", str(batch_size)) else batch_size

@@ -47,7 +47,7 @@ def render_chat(
             "the tokenizer of this model has no template of dialogues (chat_template in "
             "tokenizer_config.json); send it plain text"
         )
-    names = {
+    names: dict[str, Any] = {
         f"{name}_token": tokenizer.token_text(getattr(tokenizer.special, name))
         for name in ("bos", "eos", "pad")
         if getattr(tokenizer.special, name) is not None

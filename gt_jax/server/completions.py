@@ -117,9 +117,7 @@ class Answer(answers.Answer):
 
     def _logprobs(self, delta, first):
         """tokens, token_logprobs, top_logprobs and text_offset, the prompt's where it is echoed."""
-        entries = []
-        if first:
-            entries = self._start(delta)
+        entries: list[tuple] = self._start(delta) if first else []  # place, value, top, token
         reader = self._readers[delta.index]
         drawn = zip(delta.tokens, delta.log_probabilities, delta.top or [{}] * len(delta.tokens))
         for token, value, top in drawn if self.ask.draws else ():
@@ -133,7 +131,7 @@ class Answer(answers.Answer):
             "text_offset": [entry[1] for entry in entries],
         }
 
-    def _start(self, delta):
+    def _start(self, delta) -> list[tuple]:
         """The entries of an echoed prompt; makes the reader of what follows."""
         prompt = self.ask.requests[delta.index].prompt.tolist()
         if self.ask.echo is None:
