@@ -6,11 +6,15 @@
 All arguments are the harness's own. From Python: `register()`, then its simple_evaluate.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gt_jax import checkpoint, cli
@@ -21,6 +25,7 @@ from gt_jax.errors import InputError
 from gt_jax.scoring import continue_greedily, part, score, windows
 
 _MAX_TOKENS = 256  # generated where a task does not say
+_MOST_ROWS = 64  # side by side, where the batch size is found out
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first counts
 _USUAL = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "</s>")  # begin texts
 
@@ -31,17 +36,37 @@ class Adapter:
     Encoding, scoring and decoding follow the harness's own HFLM, so that results are comparable.
     """
 
-    def __init__(self, checkpoint_path: str | Path, *, batch_size: int = 8):
+    def __init__(
+        self,
+        checkpoint_path: str | Path,
+        *,
+        batch_size: int | str = 8,
+        max_batch_size: int = _MOST_ROWS,
+        progress: Callable | None = None,
+    ):
+        """Args:
+        checkpoint_path: of a run's workdir or one checkpoint.
+        batch_size: rows side by side; "auto" for max_batch_size, or half of it, again and
+            again, where the device's memory is too small.
+        max_batch_size: for "auto"; more rows than 64 only make single calls larger.
+        progress: a class like tqdm's; None shows nothing.
+        """
         self._model, self._params, self._tokenizer = checkpoint.load(checkpoint_path, say=cli.note)
-        self._batch_size = batch_size
+        self._halves = batch_size == "auto"
+        self._batch_size = max_batch_size if self._halves else int(batch_size)
+        self._progress = progress
         self._start = start_id(self._tokenizer)
         self._start_text = self._tokenizer.decode([self._start])
         self._name = str(checkpoint_path).replace("/", "__")
 
-    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """(log p in nats, whether greedy) of each (context, continuation); (0, True) of nothing."""
         pairs = [self._encode_pair(*request.args) for request in requests]
-        scores = iter(self._score([pair for pair in pairs if len(pair[1])]))
+        with self._bar("loglikelihood", len(pairs), disable_tqdm) as advance:
+            scores = iter(self._score([pair for pair in pairs if len(pair[1])], advance))
+            advance(sum(not len(continuation) for _, continuation in pairs))
         answers = []
         for _context, continuation in pairs:
             if len(continuation):
@@ -51,7 +76,9 @@ class Adapter:
                 answers.append((0.0, True))
         return answers
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """log p in nats of each (text,) after the start token.
 
         Recurrent models carry their state to its end, where HFLM reads windows of 2048 tokens;
@@ -60,10 +87,12 @@ class Adapter:
         texts = [np.array([self._start, *self._encode(r.args[0])], np.int32) for r in requests]
         size = self._model.config.position_limit or max(map(len, texts), default=1)
         pairs = [windows([ids], seq_len=size, stride=size) for ids in texts]
-        scores = iter(self._score([pair for of_text in pairs for pair in of_text]))
+        every = [pair for of_text in pairs for pair in of_text]
+        with self._bar("loglikelihood_rolling", len(every), disable_tqdm) as advance:
+            scores = iter(self._score(every, advance))
         return [float(sum(next(scores).log_probs.sum() for _ in of_text)) for of_text in pairs]
 
-    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation of each (context, settings), without the string that ended it.
 
         Raises:
@@ -73,19 +102,20 @@ class Adapter:
         prompts = [self._encode(request.args[0]) for request in requests]
         prompts = [ids if len(ids) else np.array([self._start], np.int32) for ids in prompts]
         limits = [_limit(request.args[1], len(ids)) for request, ids in zip(requests, prompts)]
-        for limit in sorted(set(limits)):
-            rows = [i for i, other in enumerate(limits) if other == limit]
-            stops = [_stops(requests[i].args[1]) for i in rows]
-            found = continue_greedily(
-                self._model,
-                self._params,
-                [prompts[i] for i in rows],
-                max_tokens=limit,
-                done=lambda row, ids, stops=stops: self._cut(ids, stops[row])[1],
-                batch_size=self._batch_size,
-            )
-            for i, ids, stop in zip(rows, found, stops):
-                texts[i] = self._cut(ids, stop)[0]
+        all_stops = [_stops(request.args[1]) for request in requests]
+        with self._bar("generate_until", len(requests), disable_tqdm) as advance:
+            for limit in sorted(set(limits)):
+                rows = [i for i, other in enumerate(limits) if other == limit]
+                stops = [all_stops[i] for i in rows]
+                found = self._in_batches(
+                    continue_greedily,
+                    [prompts[i] for i in rows],
+                    advance,
+                    max_tokens=limit,
+                    done=lambda row, ids, stops=stops: self._cut(ids, stops[row])[1],
+                )
+                for i, ids, stop in zip(rows, found, stops):
+                    texts[i] = self._cut(ids, stop)[0]
         return texts
 
     @property
@@ -105,11 +135,49 @@ class Adapter:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A dialogue, a list of {"role": ..., "content": ...}, as the text that a model reads."""
-        return render_chat(self._tokenizer, chat_history, add_generation_prompt)
+        """A dialogue, a list of {"role": ..., "content": ...}, as the text that a model reads.
 
-    def _score(self, pairs):
-        return score(self._model, self._params, pairs, batch_size=self._batch_size)
+        Without the prompt for an answer, the last message is what the model shall continue.
+        """
+        return render_chat(
+            self._tokenizer,
+            chat_history,
+            add_generation_prompt,
+            continue_final=not add_generation_prompt,
+        )
+
+    def _score(self, pairs, advance):
+        return self._in_batches(score, pairs, advance)
+
+    def _in_batches(self, function, texts, advance, **options):
+        """function(model, params, texts) in batches, smaller ones once memory is too small."""
+        while True:
+            told = []  # rows that the bar has shown
+            try:
+                return function(
+                    self._model,
+                    self._params,
+                    texts,
+                    batch_size=self._batch_size,
+                    on_batch=lambda rows, told=told: (told.append(rows), advance(rows)),
+                    **options,
+                )
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+                if not (self._halves and full and self._batch_size > 1):
+                    raise
+                self._batch_size = max(min(self._batch_size, len(texts)) // 2, 1)
+                advance(-sum(told))  # they are done again
+                print(f"memory is full: batch_size is {self._batch_size} now", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _bar(self, kind, total, hidden) -> Iterator[Callable[[int], Any]]:
+        """A progress bar; gives the function that advances it."""
+        if self._progress is None:
+            yield lambda rows: None
+            return
+        with self._progress(total=total, disable=hidden, desc=f"Running {kind} requests") as bar:
+            yield bar.update
 
     def _encode(self, text):
         """[n] ids with those that the tokenizer puts around a text, unless it begins with one."""
@@ -188,17 +256,36 @@ def register() -> type:
     try:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
+        from tqdm import tqdm
     except ImportError as error:
         raise InputError(f"the harness is missing ({error}): pip install lm-eval") from error
 
     class GtJax(Adapter, LM):
-        def __init__(self, *, batch_size=8, max_batch_size=None, device=None, **model_args):
+        def __init__(
+            self,
+            *,
+            batch_size: Any = 8,
+            max_batch_size: Any = None,
+            device: Any = None,
+            **model_args: Any,
+        ):
             if list(model_args) != ["checkpoint"]:
                 raise InputError(f"--model_args must be checkpoint=PATH alone, not {model_args}")
-            if not str(batch_size).isdecimal() or int(batch_size) < 1:
-                raise InputError(f"--batch_size={batch_size} must be a number of rows, 1 or more")
+            rows = "auto" if re.fullmatch(r"auto(:[\d.]+)?", str(batch_size)) else batch_size
+            for name, value in (("batch_size", rows), ("max_batch_size", max_batch_size)):
+                fine = str(value).isdecimal() and int(value) >= 1
+                if not fine and value not in ("auto", None):
+                    raise InputError(
+                        f"--{name}={value} must be auto, or a number of rows from 1 on"
+                    )
             LM.__init__(self)
-            Adapter.__init__(self, str(model_args["checkpoint"]), batch_size=int(batch_size))
+            Adapter.__init__(
+                self,
+                str(model_args["checkpoint"]),
+                batch_size=8 if rows is None else rows,
+                max_batch_size=int(max_batch_size or _MOST_ROWS),
+                progress=tqdm,
+            )
 
     return register_model("gt_jax")(GtJax)
 
@@ -212,7 +299,11 @@ def _stops(settings) -> list[str]:
 
 
 def _limit(settings, prompt_length) -> int:
-    """How many tokens to generate at most."""
+    """How many tokens to generate at most; refuses what is not greedy."""
+    if settings.get("num_beams") not in (None, 1):
+        raise InputError(
+            f"num_beams={settings['num_beams']} is not supported; run with --gen_kwargs num_beams=1"
+        )
     sampled, temperature = settings.get("do_sample"), settings.get("temperature")
     if sampled is None:
         sampled = bool(temperature)

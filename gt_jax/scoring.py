@@ -68,6 +68,7 @@ def score(
     pairs: Sequence[tuple[Ids, Ids]],
     *,
     batch_size: int = 8,
+    on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[Score]:
     """Log-likelihood of continuations given the tokens before them.
 
@@ -76,6 +77,7 @@ def score(
         pairs: of (context, continuation), int arrays [m] and [n] with m, n >= 1. Attention models
             see the last `max_positions` tokens before the last one.
         batch_size: rows read side by side; the result does not depend on it.
+        on_batch: told the number of rows after each batch.
 
     Raises:
         InputError: a continuation alone is longer than an attention model's positions; an id is
@@ -105,6 +107,7 @@ def score(
             n = len(pairs[i][1])
             check_computed(log_probs[row, -n:])
             scores[i] = Score(log_probs[row, -n:], bool(hits[row, -n:].all()))
+        on_batch(len(rows))
     return scores
 
 
@@ -116,6 +119,7 @@ def continue_greedily(
     max_tokens: int,
     done: Callable[[int, list[int]], bool] = lambda row, ids: False,
     batch_size: int = 8,
+    on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """The likeliest token, again and again, after each of some prompts.
 
@@ -127,6 +131,7 @@ def continue_greedily(
         done: done(index of the prompt, ids so far) says whether to end that prompt. It is asked
             every few tokens, so some tokens may follow the end it looks for.
         batch_size: prompts continued side by side; the result does not depend on it.
+        on_batch: told the number of prompts after each batch.
 
     Raises:
         InputError: max_tokens leaves an attention model no position for a prompt; an id is outside
@@ -156,6 +161,7 @@ def continue_greedily(
                 break
         for i, row in zip(rows, ids):
             texts[i] = row[:max_tokens]
+        on_batch(len(rows))
     return texts
 
 

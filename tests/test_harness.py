@@ -4,12 +4,13 @@ import json
 import string
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, cli, harness
+from gt_jax import checkpoint, cli, harness, scoring
 from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
@@ -120,10 +121,59 @@ def test_generation_ends_at_the_end_of_a_text(folder):
 def test_what_it_cannot_do_is_said(folder, adapter):
     with pytest.raises(InputError, match="do_sample=False"):
         adapter.generate_until(requests(("a", {"do_sample": True, "temperature": 0.7})))
+    with pytest.raises(InputError, match="num_beams=4 is not supported"):
+        adapter.generate_until(requests(("a", {"num_beams": 4})))
     with pytest.raises(InputError, match="holds '猫'"):
         adapter.loglikelihood_rolling(requests(("猫",)))
     with pytest.raises(InputError, match=r"\(ids\) has no token for the end"):
         harness.start_id(IdTokenizer(29))
+
+
+class Bar:
+    """Counts like tqdm's."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *, total, disable, desc):
+        self.total, self.hidden, self.desc, self.count = total, disable, desc, 0
+        self.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, rows):
+        self.count += rows
+
+
+def test_batch_size_is_halved_while_memory_is_full_and_the_bar_counts_every_request(
+    folder, monkeypatch, capsys
+):
+    adapter = harness.Adapter(folder / "letters", batch_size="auto", progress=Bar)
+    expected = harness.Adapter(folder / "letters", batch_size=1)
+    sizes, original = [], scoring._read
+
+    def read(model, params, inputs, targets, batch_size):
+        sizes.append(batch_size)
+        if batch_size > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return original(model, params, inputs, targets, batch_size)
+
+    pairs = requests(("a", "b"), ("the", " cat"), ("c", ""), ("d", "e"), ("", "f"), ("g", "h"))
+    wanted = expected.loglikelihood(pairs)
+    monkeypatch.setattr(scoring, "_read", read)
+    for (mine, greedy), (theirs, also) in zip(adapter.loglikelihood(pairs), wanted, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4) and greedy == also
+    assert sizes[-1] == 2 and "batch_size is 2 now" in capsys.readouterr().err
+    adapter.generate_until(requests(("a", {"max_gen_toks": 2}), ("b", {"max_gen_toks": 3})))
+    adapter.loglikelihood_rolling(requests(("abc",)), disable_tqdm=True)
+    assert all(bar.count == bar.total for bar in Bar.made) and len(Bar.made) == 3
+    assert [bar.hidden for bar in Bar.made] == [False, False, True]
+    fixed = harness.Adapter(folder / "letters", batch_size=3)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fixed.loglikelihood(pairs)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +211,9 @@ def test_harness_runs_local_tasks(folder, tmp_path):
 
     with pytest.raises(InputError, match="--model_args must be checkpoint=PATH alone"):
         harness.register()(checkpint=folder)
-    with pytest.raises(InputError, match="--batch_size=auto must be a number"):
-        harness.register()(checkpoint=folder, batch_size="auto")
-    model = harness.register()(checkpoint=folder / "recurrent", batch_size="4")
+    with pytest.raises(InputError, match="--batch_size=0 must be auto, or a number of rows"):
+        harness.register()(checkpoint=folder, batch_size="0")
+    model = harness.register()(checkpoint=folder / "recurrent", batch_size="auto:2")
     rows = [{"text": f"the {a} sat on the {b}", "choices": [a, b]} for a in ("cat",) for b in "xyz"]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))

@@ -2,20 +2,16 @@
 
 import contextlib
 import functools
-import http.client
 import json
-import socket
 import threading
 import time
 
 import pytest
 
-from gt_jax import server
 from gt_jax.data import tokenizer_from_dict
-from gt_jax.generation import Request, Worker, complete, contexts, engine
+from gt_jax.generation import Request, contexts, engine
 from tests.models.small_models import small_model
-
-uvicorn = pytest.importorskip("uvicorn", reason="serving needs uvicorn")
+from tests.serving import Serving
 
 LETTERS = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmnopq"})
 ENDLESS = 10**8
@@ -23,65 +19,20 @@ HEAD, BODY, WHOLE = 1.0, 1.0, 4.0  # seconds
 LONG = "9" * 5000
 
 
-class Serving:
-    """A server in a thread, on a port of its own."""
-
-    def __init__(self, *, rows, seconds=60, request_seconds=60):
-        small = small_model("mamba2")
-        self.engine = functools.partial(complete, small.model, small.params, rows=rows)
-        expected(self)  # compiles what would take the first request's time
-        self.worker = Worker(small.model, small.params, LETTERS, rows)
-        options = {"max_tokens": ENDLESS, "seconds": seconds, "body_seconds": BODY}
-        app = server.make_app(self.worker, small.model, name="x", **options)
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port = self._socket.getsockname()[1]
-        self._server = server.make_server(
-            app,
-            host="127.0.0.1",
-            port=self.port,
-            request_seconds=request_seconds,
-            head_seconds=HEAD,
-            log_level="critical",
-        )
-        run = functools.partial(self._server.run, [self._socket])
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def stop(self):
-        self._server.should_exit = True
-        self._thread.join()
-
-    def connect(self, data=b""):
-        """A socket on which this was sent."""
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        client.sendall(data)
-        return client
-
-    def post(self, body, **headers):
-        """(status, JSON) of one request."""
-        if isinstance(body, dict):
-            body = json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        headers = {"Content-Type": "application/json"} | headers
-        with contextlib.closing(connection):
-            connection.request("POST", "/v1/completions", body, headers)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-    def text(self, **fields):
-        status, answer = self.post({"prompt": "abc", "max_tokens": 5, "temperature": 0} | fields)
-        assert status == 200, answer
-        return answer["choices"][0]["text"]
+def start_serving(**options):
+    small = small_model("mamba2")
+    options = {"head_seconds": HEAD, "body_seconds": BODY, "max_tokens": ENDLESS} | options
+    return Serving(small.model, small.params, LETTERS, **options)
 
 
 def expected(serving, **fields):
     fields = {"max_tokens": 5, "temperature": 0} | fields
-    return serving.engine([Request(LETTERS.encode("abc"), **fields)], tokenizer=LETTERS)[0].text
+    return serving.engine([Request(LETTERS.encode("abc"), **fields)])[0].text
 
 
 @pytest.fixture(scope="module")
 def serving():
-    serving = Serving(rows=4)
+    serving = start_serving(rows=4)
     yield serving
     serving.stop()
 
@@ -89,7 +40,7 @@ def serving():
 @pytest.fixture(scope="module")
 def single():
     """One row, and little time for a whole request."""
-    serving = Serving(rows=1, request_seconds=WHOLE)
+    serving = start_serving(rows=1, request_seconds=WHOLE)
     yield serving
     serving.stop()
 
@@ -263,7 +214,7 @@ def test_200_clients_at_once_get_what_they_would_alone(serving):
         thread.join()
     assert not errors
     requests = [Request(LETTERS.encode("abc"), **fields(seed)) for seed in seeds]
-    alone = serving.engine(requests, tokenizer=LETTERS)
+    alone = serving.engine(requests)
     assert texts == {seed: completion.text for seed, completion in enumerate(alone)}
     assert not serving.worker.clients
 

@@ -19,17 +19,24 @@ from gt_jax.errors import InputError, one_line
 
 SECONDS = 5  # to render a dialogue
 TEMPLATE_CHARACTERS, TEXT_CHARACTERS = 2**20, 2**23  # of a template, of any text that it makes
+_END = "\ue000end of the last message\ue000 "  # private characters, which no text has
 _WIDTH = 1000  # of numbers that filters and operators take
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = True,
+    *,
+    continue_final: bool = False,
 ) -> str:
     """A dialogue in the form of the tokenizer's template.
 
     Args:
         messages: each {"role": ..., "content": ...}.
         add_generation_prompt: whether the text ends with the beginning of the model's answer.
+        continue_final: whether the text ends with the last message, for the model to continue it,
+            without what the template puts after a message.
 
     Raises:
         InputError: no template, or one that refuses the dialogue, is wrong, or takes too long.
@@ -40,16 +47,27 @@ def render_chat(
             "the tokenizer of this model has no template of dialogues (chat_template in "
             "tokenizer_config.json); send it plain text"
         )
-    names = {
+    names: dict[str, Any] = {
         f"{name}_token": tokenizer.token_text(getattr(tokenizer.special, name))
         for name in ("bos", "eos", "pad")
         if getattr(tokenizer.special, name) is not None
     }
-    render = lambda told: _render(
-        source, messages=told, add_generation_prompt=add_generation_prompt, **names
-    )
+    names["add_generation_prompt"] = add_generation_prompt
+    messages = list(messages)
+    if continue_final and messages:
+        messages[-1] = messages[-1] | {"content": messages[-1]["content"] + _END}
+
+    def render(told):
+        text = _render(source, messages=told, **names)
+        if not continue_final:
+            return text
+        before, end, after = text.rpartition(_END.strip())
+        if not end:
+            raise ValueError("it leaves out the last message, which shall be continued")
+        return before if after.startswith(" ") else before.rstrip()  # a template may trim messages
+
     try:
-        return render(list(messages))
+        return render(messages)
     except _Limit as error:
         raise InputError(f"the chat template {error}") from error
     except Exception:  # perhaps for a system prompt: as HFLM, without it

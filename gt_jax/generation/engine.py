@@ -241,7 +241,7 @@ class _Job:
         if not isinstance(self.context, Context):
             self.text = self.context.tobytes()
             self.context = start_prefill(model, params, self.context)
-        self.reading = None
+        self.reading: Any = None  # of the prompt's scores
         if request.prompt_logprobs:
             self.reading = start_reading(model, params, request.prompt)
         self.left = request.max_tokens

@@ -104,20 +104,20 @@ class Answer(answers.Answer):
 
     def choice(self, delta: Delta, place: int, *, first: bool) -> dict[str, Any]:
         """The choice object of one Delta, or of several joined."""
-        text = delta.text if self.ask.draws else ""
+        text, reason = delta.text, delta.reason
+        if not self.ask.draws:
+            text, reason = "", reason and "length"
         if first and self.ask.echo is not None:
             text = self.ask.echo[delta.index // self.ask.best_of].text + text
         logprobs = None if self.ask.logprobs is None else self._logprobs(delta, first)
         choice = {"index": place, "text": text, "logprobs": logprobs}
-        return choice | {"finish_reason": delta.reason}
+        return choice | {"finish_reason": reason}
 
     chunk_choice = choice
 
     def _logprobs(self, delta, first):
         """tokens, token_logprobs, top_logprobs and text_offset, the prompt's where it is echoed."""
-        entries = []
-        if first:
-            entries = self._start(delta)
+        entries: list[tuple] = self._start(delta) if first else []  # place, value, top, token
         reader = self._readers[delta.index]
         drawn = zip(delta.tokens, delta.log_probabilities, delta.top or [{}] * len(delta.tokens))
         for token, value, top in drawn if self.ask.draws else ():
@@ -131,7 +131,7 @@ class Answer(answers.Answer):
             "text_offset": [entry[1] for entry in entries],
         }
 
-    def _start(self, delta):
+    def _start(self, delta) -> list[tuple]:
         """The entries of an echoed prompt; makes the reader of what follows."""
         prompt = self.ask.requests[delta.index].prompt.tolist()
         if self.ask.echo is None:

@@ -200,6 +200,10 @@ def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
             messages, tokenize=False, add_generation_prompt=prompted
         )
         assert render_chat(tokenizer, messages, prompted) == expected
+    for last in ("x", " x ", "x\n\n"):  # for the model to continue it
+        told = [messages[0], {"role": "assistant", "content": last}]
+        expected = theirs.apply_chat_template(told, tokenize=False, continue_final_message=True)
+        assert render_chat(tokenizer, told, False, continue_final=True) == expected
     with_system = [{"role": "system", "content": "be kind"}, *messages]
     assert render_chat(tokenizer, with_system) == render_chat(tokenizer, messages)
     with pytest.raises(InputError, match="has no template"):

@@ -35,14 +35,14 @@ def equal(one, other):
     jax.tree.map(same, jax.device_get(one), jax.device_get(other))
 
 
-def draw(model, *prompts):
-    """Completions of these prompts, drawn side by side."""
-    settings = [{"temperature": 0.0}, {"seed": 3}, {"seed": 4}, {"seed": 5}]
+def draw(model, *prompts, company=None):
+    """Completions of these prompts, drawn side by side; the others with settings of `company`."""
+    settings = [{"temperature": 0.0}, *[{"seed": 3} | (company or {})] * 3]
     requests = [Request(p, max_tokens=12, **s) for p, s in zip(prompts, settings)]
     return complete(*model, requests, rows=ROWS)
 
 
-def check_bits(model, path):
+def check_bits(model, path, **company):
     parts = [
         range(64, 1500, 64),
         (64, 192, 1088, 1152),
@@ -54,9 +54,9 @@ def check_bits(model, path):
         equal(read(model, [*ends, 1500]), whole)
     equal(read(model, [700, 1400, 1500], path=path), whole)
     alone = draw(model, TEXT[:1500])[0]
-    company = [TEXT[3:80], TEXT[:1500], TEXT[9:11]]
-    assert draw(model, whole, *company)[0] == alone == draw(model, TEXT[:1500], *company)[0]
-    assert draw(model, whole)[0] == alone
+    others = [TEXT[3:80], TEXT[:1500], TEXT[9:11]]
+    assert draw(model, whole, *others, company=company)[0] == alone == draw(model, whole)[0]
+    assert draw(model, TEXT[:1500], *others, company=company)[0] == alone
 
 
 @pytest.mark.parametrize("kind", ["gf", "gpt1"])  # attention sums in other orders at other widths
@@ -69,7 +69,8 @@ def test_bits_do_not_depend_on_how_a_text_is_read(kind, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["gf", "gru", "rwkv6", "mamba2"])
 def test_bits_do_not_depend_on_how_a_text_is_read_on_a_gpu(kind, dtype, tmp_path):
-    check_bits(model_of(kind, dtype=dtype, dim=256, heads=4), tmp_path / "state")
+    model = model_of(kind, dtype=dtype, dim=256, heads=4)
+    check_bits(model, tmp_path / "state", top_p=0.9, top_logprobs=3)
 
 
 def test_chunks_are_those_of_the_whole_text(monkeypatch):
