@@ -100,7 +100,9 @@ def test_importing_the_package_or_its_data_loads_no_jax():
 
 
 def test_importing_everything_touches_no_device():
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in SOURCES]
+    # What an exported model runs is written for PyTorch, which need not be here.
+    imported = [p for p in SOURCES if "pytorch" not in p.parts]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in imported]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = (
         f"import importlib; [importlib.import_module(name) for name in {names}];"

@@ -1,17 +1,22 @@
 """Weights in and out: models of other libraries as ours, and ours as theirs."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 from gt_jax import checkpoint
-from gt_jax.convert import files, foreign, mamba2, rwkv6, settings
+from gt_jax.convert import card, files, foreign, mamba2, modeling, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
+from gt_jax.convert.tokenizer_files import tokenizer_files
+from gt_jax.data import tokenizer_from_dict
+from gt_jax.data.base import Tokenizer
 from gt_jax.data.pretrained import WORLD_FILE, export_files, export_ids, read_tokenizer
-from gt_jax.errors import InputError
+from gt_jax.errors import InputError, one_line
 from gt_jax.models import ModelConfig
 
-LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS
-TOKENIZER_FILES = ("tokenizer.json", WORLD_FILE)
+LAYOUTS = rwkv6.LAYOUTS | mamba2.LAYOUTS | modeling.LAYOUTS
+OWN_TOKENIZER = "tokenizer_gt_jax.json"  # as our own checkpoints hold it
+TOKENIZER_FILES = (OWN_TOKENIZER, "tokenizer.json", WORLD_FILE, "vocab.txt")
 
 
 def import_model(
@@ -73,13 +78,16 @@ def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
     return name, config, settings.check_sizes(found.config, LAYOUTS[name].settings, config)
 
 
-def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
+def export_model(
+    source: str | Path, target: str | Path, *, layout: str | None, licence: str | None = None
+) -> str:
     """Write one of our models as another library stores it, with its tokenizer if that has a file.
 
     Args:
         source: what `gt_jax.load` takes.
         target: file or folder to make, whichever the layout uses.
-        layout: a key of LAYOUTS.
+        layout: a key of LAYOUTS; None for the only one that can hold the model.
+        licence: of the weights, for the model card of layout "pytorch"; None if unsaid.
 
     Returns:
         A line that says what was exported.
@@ -92,14 +100,19 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
     model, params, tokenizer = checkpoint.load(source)
     config = model.config
     fitting = [name for name, other in LAYOUTS.items() if _fits(other, config)]
+    if layout is None and len(fitting) == 1:
+        layout = fitting[0]
     if layout not in fitting:
-        fix = f"must be {' or '.join(fitting)}" if fitting else "cannot be: nothing else holds it"
+        fix = f"must be {' or '.join(fitting)}"
         raise InputError(f"--format={layout} for {_describe(config)} {fix}")
     weights = LAYOUTS[layout].weights
     if weights is None and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")
     if (weights or target.name).endswith(".safetensors"):
         files.import_safetensors()
+    texts = export_files(tokenizer)
+    if layout == "pytorch":
+        texts = _files_of_pytorch(source, config, tokenizer, licence)
     arrays = write_arrays(LAYOUTS[layout], config, params)
     with files.new(target) as unfinished:
         if weights is None:
@@ -111,9 +124,22 @@ def export_model(source: str | Path, target: str | Path, *, layout: str) -> str:
             if "model_type" in theirs:  # read by transformers
                 theirs |= export_ids(tokenizer)
             files.write_folder(unfinished, weights, arrays, theirs)
-            for name, text in export_files(tokenizer).items():
+            for name, text in texts.items():
                 (unfinished / name).write_text(text, "utf-8")
     return f"{_describe(config)}, written as {layout}: {target}"
+
+
+def _files_of_pytorch(source, config, tokenizer, licence) -> dict[str, str]:
+    """Name -> text of what stands beside config.json and the weights in layout "pytorch"."""
+    texts = tokenizer_files(tokenizer)
+    has_tokenizer = "tokenizer.json" in texts
+    return texts | {
+        modeling.FILE: modeling.modeling_file(config, card.describe(config)),
+        "README.md": card.model_card(
+            source, config, tokenizer, licence=licence, has_tokenizer=has_tokenizer
+        ),
+        OWN_TOKENIZER: json.dumps(tokenizer.to_dict()) + "\n",
+    }
 
 
 def _find_layout(tensors):
@@ -128,11 +154,23 @@ def _find_layout(tensors):
 
 def _fits(layout, config):
     """Whether a layout can hold a model of ours."""
+    if layout.architecture is None:
+        return True
     if config.architecture != layout.architecture or config.segment_token is not None:
         return False
     if config.architecture == "mamba2":
         return not config.mamba_feed_forward
     return config.branch == "official" and config.feed_forward
+
+
+def _own_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that an export of ours brought along."""
+    try:
+        return tokenizer_from_dict(files.read_json(path))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of damaged content
+        raise InputError(
+            f"{path} is no tokenizer ({one_line(error)}); --tokenizer=ids does without"
+        ) from error
 
 
 def _describe(config):
@@ -158,7 +196,10 @@ def _find_tokenizer(wanted, folder: Path, config):
             path = Path(package.origin).parent / WORLD_FILE
     if wanted == "ids":
         path = None
-    tokenizer = read_tokenizer(path, folder, config.vocab_size)
+    if path is not None and path.name == OWN_TOKENIZER:
+        tokenizer = _own_tokenizer(path)
+    else:
+        tokenizer = read_tokenizer(path, folder, config.vocab_size)
     largest = tokenizer.vocab_size - 1
     if largest >= config.vocab_size:
         token = settings.shown(tokenizer.token_text(largest))

@@ -1,7 +1,7 @@
 """Read models of other libraries, write ours for them, and make models out of models.
 
     python -m gt_jax.convert import SRC DST [--tokenizer=FILE]
-    python -m gt_jax.convert export SRC DST --format=NAME
+    python -m gt_jax.convert export SRC DST [--format=NAME] [--licence=NAME]
     python -m gt_jax.convert graft DST --rwkv=SRC --mamba=SRC [--fusion=gf] [--gate=0.3]
     python -m gt_jax.convert expand SRC DST [--layers=16] [--dim=256]
 
@@ -11,7 +11,8 @@ expand: a model of more blocks or a multiple of the width that computes what SRC
 Either is trained on by python -m gt_jax.train with --config.model.init_from=DST.
 import: SRC is a file of weights (.pth, .safetensors) or a folder of config.json and weights; DST
 becomes a folder for `gt_jax.load` and `gt_jax.generate`. No code in SRC is run.
-export: SRC is what `gt_jax.load` takes, of a pure RWKV-6 or Mamba-2 model; NAME is one of
+export: SRC is what `gt_jax.load` takes. A hybrid needs no --format: "pytorch" takes every model,
+the others a pure RWKV-6 or Mamba-2. NAME is one of
 """
 
 import functools
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
         'import: a tokenizer.json, an RWKV vocabulary, or "ids" for none. Default: beside SRC.',
     )
     text("format", None, "export: what to write.")
+    text("licence", None, "export: of the weights, for the model card, such as apache-2.0.")
     text("rwkv", None, "graft: an RWKV-6, a run or a converted model.")
     text("mamba", None, "graft: a Mamba-2, a run or a converted model.")
     text("fusion", "gf", "graft: how the branches are joined.")
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
         case ["import", source, target]:
             print(import_model(source, target, tokenizer=flags.tokenizer))
         case ["export", source, target]:
-            print(export_model(source, target, layout=flags.format))
+            print(export_model(source, target, layout=flags.format, licence=flags.licence))
         case ["graft", target] if flags.rwkv and flags.mamba:
             print(
                 graft(

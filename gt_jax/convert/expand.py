@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gt_jax.convert import files, params
+from gt_jax.convert import files, params, rwkv6
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig
 
@@ -78,7 +78,17 @@ def _larger(old: ModelConfig, layers: int, dim: int) -> ModelConfig:
             f"--layers={layers} must be {old.layers} for model.residual={old.residual!r}, whose "
             "branches add their input, so that no new block can add nothing"
         )
-    return dataclasses.replace(old, layers=layers, dim=dim, heads=old.heads * (dim // old.dim))
+    times = dim // old.dim
+    groups = old.mamba_groups * (times if old.mamba_groups > 1 else 1)
+    mix, decay = rwkv6.ranks(old)  # which the wider model would else choose by its width
+    return dataclasses.replace(
+        old,
+        layers=layers,
+        dim=dim,
+        heads=old.heads * times,
+        mamba_groups=groups,
+        **rwkv6.rank_fields(mix, decay, dim),
+    )
 
 
 def _widen(weights, old: ModelConfig, new: ModelConfig, rng) -> dict[str, np.ndarray]:
@@ -112,7 +122,8 @@ def _sums(path: str, axis: int) -> bool:
 
 def _sections(path: str, size: int, c: ModelConfig) -> list[tuple[int, bool]]:
     """The sections along an axis that grows: the size of each, and whether it grows."""
-    per_group = [(c.state_size, False)] * 2  # Mamba's B and C, which its heads share
+    # Mamba's B and C. One group of all heads stays one; several are copied with their heads.
+    per_group = [(c.mamba_groups * c.state_size, c.mamba_groups > 1)] * 2
     if path.endswith("/in_proj/kernel") and size != c.dim:
         inner = (c.mamba_dim, True)
         return [inner, inner, *per_group, (c.mamba_heads, True)]

@@ -112,7 +112,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     if start[:4] == b"PK\3\4":
         return pth.read(path)
-    if start[:1] == b"\x80":  # a pickle without a zip around it
+    # A pickle without a zip around it; the length of a safetensors header may begin like one.
+    if start[:1] == b"\x80" and start[8:9] != b"{":
         raise InputError(f"{path} is in torch's format before 1.6; torch.load and torch.save it")
     try:
         return _read_safetensors(path)

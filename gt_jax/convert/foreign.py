@@ -32,7 +32,7 @@ MODEL_TYPES = {
     "falcon_h1": "Falcon-H1, Mamba-2 with attention layers",
     "granitemoehybrid": "Granite 4, Mamba-2 with attention layers",
 }
-OURS = ("rwkv6", "mamba2")
+OURS = ("rwkv6", "mamba2", "mamba_ssm", "gt_jax")
 
 
 def refuse(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

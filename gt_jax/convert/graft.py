@@ -101,6 +101,8 @@ def _config(paths, parents, fusion, gate, rest) -> ModelConfig:
         mamba,
         architecture="hybrid",
         heads=rwkv.heads,
+        mix_rank=rwkv.mix_rank,
+        decay_rank=rwkv.decay_rank,
         fusion=fusion,
         gate_init=gate,
         branch="official",

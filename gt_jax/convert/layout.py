@@ -48,9 +48,10 @@ class Layout(NamedTuple):
 
     Attributes:
         about: what it is, for people.
-        architecture: ModelConfig.architecture.
+        architecture: ModelConfig.architecture; None if it holds all.
         mark: a tensor that no other layout has.
-        rules: the table. Tied embeddings make do without the rule of "head".
+        rules: the table, or ModelConfig -> the table. Tied embeddings make do without the rule of
+            "head".
         fields: (tensors, config.json) -> fields of ModelConfig. Raises InputError for a model that
             ours cannot be.
         settings: what config.json may say.
@@ -59,9 +60,9 @@ class Layout(NamedTuple):
     """
 
     about: str
-    architecture: str
+    architecture: str | None
     mark: str
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] | Callable[[ModelConfig], tuple[Rule, ...]]
     fields: Callable
     settings: Settings
     config: Callable | None
@@ -91,7 +92,7 @@ def read_params(layout: Layout, model_config: ModelConfig, tensors: dict[str, Te
             the message names them and the shapes they should have.
     """
     if model_config.tie_embeddings:
-        tensors = _without_tied_head(layout, tensors)
+        tensors = _without_tied_head(_table(layout, model_config), tensors)
     rules = _rules(layout, model_config)
     theirs = _their_shapes(layout, model_config, tensors)
     faults = [f"{name} {list(theirs[name])} is missing" for name in theirs if name not in tensors]
@@ -118,7 +119,7 @@ def write_arrays(
     """Our parameters as their tensors, float32 by name; a tied head is written out."""
     rules = [
         _of_block(rule, number)
-        for rule in layout.rules
+        for rule in _table(layout, model_config)
         for number in _numbers(rule, model_config.layers)
     ]
     ours = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
@@ -126,10 +127,14 @@ def write_arrays(
     return {rule.theirs: rule.change.there(*(ours[p] for p in _paths(rule))) for rule in rules}
 
 
-def _without_tied_head(layout, tensors):
+def _table(layout, model_config) -> tuple[Rule, ...]:
+    return layout.rules if isinstance(layout.rules, tuple) else layout.rules(model_config)
+
+
+def _without_tied_head(rules, tensors):
     """The tensors less a head that repeats the embedding."""
-    by_path = {rule.ours: rule.theirs for rule in layout.rules}
-    head, embedding = by_path["head"], by_path["embedding/embedding"]
+    by_path = {rule.ours: rule.theirs for rule in rules}
+    head, embedding = by_path.get("head"), by_path["embedding/embedding"]
     if head not in tensors:
         return tensors
     if not np.array_equal(tensors[head].read(), tensors[embedding].read()):
@@ -139,9 +144,8 @@ def _without_tied_head(layout, tensors):
 
 def _rules(layout, model_config):
     """The rules with block numbers filled in, less the one of a tied head."""
-    rules = [
-        rule for rule in layout.rules if rule.ours != "head" or not model_config.tie_embeddings
-    ]
+    table = _table(layout, model_config)
+    rules = [rule for rule in table if rule.ours != "head" or not model_config.tie_embeddings]
     return [_of_block(r, number) for r in rules for number in _numbers(r, model_config.layers)]
 
 
@@ -170,7 +174,7 @@ def _their_shapes(layout, model_config, tensors) -> dict[str, tuple[int, ...]]:
             f"{held:,}"
         )
     theirs = {}
-    for rule in layout.rules:
+    for rule in _table(layout, model_config):
         if rule.ours == "head" and model_config.tie_embeddings:
             continue
         shape = _their_shape(_of_block(rule, 0), shapes)

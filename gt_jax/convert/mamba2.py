@@ -9,7 +9,7 @@ from gt_jax.convert import settings
 from gt_jax.convert.layout import Change, Layout, Rule, count_blocks, shape_of, transpose
 from gt_jax.convert.settings import Settings
 from gt_jax.errors import InputError
-from gt_jax.models.config import MAMBA_EXPAND, MAMBA_HEAD_DIM
+from gt_jax.models.config import MAMBA_EXPAND
 from gt_jax.models.mamba2 import CONV_WIDTH
 
 taps = Change(lambda x: x[:, None], lambda x: x[:, 0])  # [channels, 4] and their [channels, 1, 4]
@@ -36,8 +36,6 @@ MAMBA_SSM_MIXER_WANTED = {
     "layer": "Mamba2",
     "d_conv": CONV_WIDTH,
     "expand": MAMBA_EXPAND,
-    "headdim": MAMBA_HEAD_DIM,
-    "ngroups": 1,
     "d_ssm": None,
     "D_has_hdim": False,
     "rmsnorm": True,
@@ -60,8 +58,6 @@ MAMBA_SSM_FREE = """
 TRANSFORMERS_WANTED = {
     "conv_kernel": CONV_WIDTH,
     "expand": MAMBA_EXPAND,
-    "head_dim": MAMBA_HEAD_DIM,
-    "n_groups": 1,
     "hidden_act": "silu",
     "layer_norm_epsilon": 1e-5,
     "use_bias": False,
@@ -80,21 +76,42 @@ FLA_WANTED = {
 FLA_MARKS = {"norm_eps", "rmsnorm", "D_has_hdim", "dt_limit", "dt_min", "fuse_norm"}
 # Initialisation, kernels, the loss, and the residual's dtype, always float32 here.
 TRANSFORMERS_FREE = """
-    residual_in_fp32 rescale_prenorm_residual chunk_size time_step_rank time_step_min time_step_max
-    time_step_floor tie_word_embeddings conv_init A_init_range dt_min dt_max dt_init_floor fuse_norm
-    fuse_cross_entropy fuse_linear_cross_entropy use_l2warp
+    n_groups residual_in_fp32 rescale_prenorm_residual chunk_size time_step_rank time_step_min
+    time_step_max time_step_floor time_step_scale time_step_init_scheme tie_word_embeddings
+    conv_init A_init_range dt_min dt_max dt_init_floor fuse_norm fuse_cross_entropy
+    fuse_linear_cross_entropy use_l2warp
 """
 
 
-def _fields(tensors, embedding, tied):
+def _fields(tensors, embedding, tied, groups, said):
+    """The fields of ModelConfig.
+
+    Args:
+        tensors: by name.
+        embedding: its name.
+        tied: whether the head is the embedding.
+        groups: how many config.json says share B and C; no tensor's shape tells.
+        said: how it says so, for messages.
+    """
     vocab_size, dim = shape_of(tensors, embedding, 2)
     channels, _, _ = shape_of(tensors, "backbone.layers.0.mixer.conv1d.weight", 3)
+    (heads,) = shape_of(tensors, "backbone.layers.0.mixer.A_log", 1)
+    inner = MAMBA_EXPAND * dim
+    if inner % heads:
+        raise InputError(f"the {inner} channels of the mixer are no multiple of its {heads} heads")
+    if type(groups) is not int or groups < 1 or heads % groups or (channels - inner) % (2 * groups):
+        raise InputError(
+            f"config.json: {said}={settings.shown(groups)} must divide the {heads} heads and the "
+            f"{(channels - inner) // 2} channels of B that its tensors have"
+        )
     return {
         "architecture": "mamba2",
         "vocab_size": vocab_size,
         "dim": dim,
         "layers": count_blocks(tensors, "backbone.layers.*."),
-        "state_size": (channels - MAMBA_EXPAND * dim) // 2,  # B and C beside the values
+        "state_size": (channels - inner) // (2 * groups),  # B and C beside the values
+        "mamba_head_dim": inner // heads,
+        "mamba_groups": groups,
         "tie_embeddings": bool(tied),
     }
 
@@ -104,16 +121,19 @@ def _mamba_ssm_fields(tensors, config):
     mixer = config.get("ssm_cfg", {})
     mixer = {} if mixer is None else mixer
     settings.check_values(mixer, MAMBA_SSM_MIXER_WANTED, {"layer": "Mamba1"}, "ssm_cfg.")
-    known = {*MAMBA_SSM_MIXER_WANTED, *MAMBA_SSM_MIXER_FREE.split(), "d_state"}
+    sizes = {"d_state": "state_size", "headdim": "mamba_head_dim", "ngroups": "mamba_groups"}
+    known = {*MAMBA_SSM_MIXER_WANTED, *MAMBA_SSM_MIXER_FREE.split(), *sizes}
     settings.check_known(mixer, known, "ssm_cfg.")
     tied = settings.flag(config, "tie_embeddings", True)
-    fields = _fields(tensors, "backbone.embedding.weight", tied)
+    groups = mixer.get("ngroups", 1)
+    fields = _fields(tensors, "backbone.embedding.weight", tied, groups, "ssm_cfg.ngroups")
     _check_vocabulary(config, fields["vocab_size"])
-    if mixer.get("d_state") not in (None, fields["state_size"]):
-        raise InputError(
-            f"config.json: ssm_cfg.d_state={settings.shown(mixer['d_state'])}, but its tensors "
-            f"have {fields['state_size']}"
-        )
+    for name, field in sizes.items():
+        if mixer.get(name) not in (None, fields[field]):
+            raise InputError(
+                f"config.json: ssm_cfg.{name}={settings.shown(mixer[name])}, but its tensors have "
+                f"{fields[field]}"
+            )
     return fields
 
 
@@ -132,10 +152,13 @@ def _check_vocabulary(config, rows):
 
 def _transformers_fields(tensors, config):
     of_fla = FLA_MARKS & set(config) and "layer_norm_epsilon" not in config
-    wanted = TRANSFORMERS_SETTINGS._replace(defaults={"n_groups": 1 if of_fla else 8})
-    settings.check(config, wanted)
+    wanted = TRANSFORMERS_SETTINGS.wanted
+    if not of_fla:  # Codestral's configuration says true, but no version of transformers reads it
+        wanted = {name: value for name, value in wanted.items() if name != "norm_before_gate"}
+    settings.check(config, TRANSFORMERS_SETTINGS._replace(wanted=wanted))
     tied = settings.flag(config, "tie_word_embeddings", False)
-    return _fields(tensors, "backbone.embeddings.weight", tied)
+    groups = config.get("n_groups", 1 if of_fla else 8)
+    return _fields(tensors, "backbone.embeddings.weight", tied, groups, "n_groups")
 
 
 def _mamba_ssm_sizes(c):
@@ -148,6 +171,7 @@ def _transformers_sizes(c):
         "hidden_size": c.dim,
         "num_hidden_layers": c.layers,
         "num_heads": c.mamba_heads,
+        "head_dim": c.mamba_head_dim,
         "state_size": c.state_size,
         "intermediate_size": c.mamba_dim,
     }
@@ -158,7 +182,12 @@ def _mamba_ssm_config(c):
         "d_model": c.dim,
         "n_layer": c.layers,
         "vocab_size": c.vocab_size,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": c.state_size},
+        "ssm_cfg": {
+            "layer": "Mamba2",
+            "d_state": c.state_size,
+            "headdim": c.mamba_head_dim,
+            "ngroups": c.mamba_groups,
+        },
         "pad_vocab_size_multiple": 1,
         "tie_embeddings": c.tie_embeddings,
         "residual_in_fp32": True,
@@ -176,6 +205,8 @@ def _transformers_config(c):
         "hidden_size": c.dim,
         "num_hidden_layers": c.layers,
         "num_heads": c.mamba_heads,
+        "head_dim": c.mamba_head_dim,
+        "n_groups": c.mamba_groups,
         "state_size": c.state_size,
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": "float32",
@@ -196,7 +227,7 @@ TRANSFORMERS_SETTINGS = Settings(
     model_types=("mamba2",),
     architectures=("Mamba2ForCausalLM",),
     wanted=TRANSFORMERS_WANTED | FLA_WANTED,
-    defaults={"n_groups": 8},
+    defaults={},
     sizes=_transformers_sizes,
     layers="num_hidden_layers",
     free=frozenset(TRANSFORMERS_FREE.split()),

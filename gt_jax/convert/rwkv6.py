@@ -6,6 +6,7 @@ from gt_jax.convert import settings
 from gt_jax.convert.layout import Change, Layout, Rule, count_blocks, shape_of, transpose
 from gt_jax.convert.settings import Settings
 from gt_jax.errors import InputError
+from gt_jax.models import ModelConfig
 from gt_jax.models.rwkv6 import hidden_dim, mix_rank
 
 row = Change(lambda x: x[None, None], lambda x: x[0, 0])  # [D] and their [1, 1, D]
@@ -55,6 +56,7 @@ def _hugging_face(name):
     return name if name == "head.weight" else f"rwkv.{name}"
 
 
+MIXER = ("att.time_faaaa", "att.time_maa_w1", "att.time_decay_w1")  # see _fields
 HUGGING_FACE = tuple(rule._replace(theirs=_hugging_face(rule.theirs)) for rule in RWKV_LM)
 
 # fla joins what belongs to the five inputs, in an order of its own.
@@ -73,6 +75,7 @@ mix_out = Change(  # [5, R, D] and their [D, 5 R]
 # with values an eighth as large all variances are 1/64 and both norms give the same.
 eighth = Change(lambda x: x.T / 8, lambda x: x.T * 8)
 
+FLA_MIXER = ("attn.bonus", "attn.x_proj.0.linear.weight", "attn.w_proj.linear.lora.0.weight")
 FLA = (
     Rule("embedding/embedding", "model.embeddings.weight"),
     Rule("head", "lm_head.weight", transpose),
@@ -121,29 +124,58 @@ FLA = (
 )
 
 
-def _fields(embedding, blocks, bonus, wanted):
-    """Layout.fields from the names of the embedding and the bonus, and config.json's settings."""
+def rank_fields(mix: int | None, decay: int | None, dim: int) -> dict[str, int | None]:
+    """The ModelConfig fields of these low ranks: None where they are those of the width."""
+    usual = mix_rank(dim)
+    return {
+        "mix_rank": None if mix == usual else mix,
+        "decay_rank": None if decay == 2 * usual else decay,
+    }
+
+
+def ranks(config: ModelConfig) -> tuple[int, int]:
+    """The ranks of a model's blends and of its decay."""
+    usual = mix_rank(config.dim)
+    return config.mix_rank or usual, config.decay_rank or 2 * usual
+
+
+def _fields(embedding, block, mixer, wanted, ranks_axis):
+    """Layout.fields of a layout.
+
+    Args:
+        embedding: its name.
+        block: names of block 0 begin so, with a * for the 0.
+        mixer: names in a block of the bonus and of the matrices into the low ranks of the blends
+            and of the decay.
+        wanted: its Settings.
+        ranks_axis: of those two matrices, the axis of the ranks.
+    """
+    bonus, mix, decay = (block.replace("*", "0") + name for name in mixer)
 
     def fields(tensors, config):
         if config:
             settings.check(config, wanted)
         vocab_size, dim = shape_of(tensors, embedding, 2)
+        heads, _ = shape_of(tensors, bonus, 2)
+        blends = shape_of(tensors, mix, 2)[ranks_axis]
+        if blends % 5:
+            raise InputError(f"{mix} {list(tensors[mix].shape)} must hold five blends of one rank")
         return {
             "architecture": "rwkv6",
             "vocab_size": vocab_size,
             "dim": dim,
-            "layers": count_blocks(tensors, blocks),
-            "heads": shape_of(tensors, bonus, 2)[0],
+            "layers": count_blocks(tensors, block),
+            "heads": heads,
             "tie_embeddings": False,
+            **rank_fields(blends // 5, shape_of(tensors, decay, 2)[ranks_axis], dim),
         }
 
     return fields
 
 
 def _fla_fields(tensors, config):
-    fields = _fields(
-        "model.embeddings.weight", "model.layers.*.", "model.layers.0.attn.bonus", FLA_SETTINGS
-    )(tensors, config)
+    read = _fields("model.embeddings.weight", "model.layers.*.", FLA_MIXER, FLA_SETTINGS, 0)
+    fields = read(tensors, config)
     if config.get("intermediate_size") is None and "hidden_ratio" in config:
         ratio, dim = config["hidden_ratio"], fields["dim"]
         ratio = 3.5 if ratio is None else ratio
@@ -176,8 +208,8 @@ def _fla_sizes(c):
         "intermediate_size": hidden_dim(c.dim),
         "num_hidden_layers": c.layers,
         "num_heads": c.heads,
-        "proj_low_rank_dim": mix_rank(c.dim),
-        "gate_low_rank_dim": 2 * mix_rank(c.dim),
+        "proj_low_rank_dim": ranks(c)[0],
+        "gate_low_rank_dim": ranks(c)[1],
     }
 
 
@@ -257,7 +289,7 @@ LAYOUTS = {
         architecture="rwkv6",
         mark="emb.weight",
         rules=RWKV_LM,
-        fields=_fields("emb.weight", "blocks.*.", "blocks.0.att.time_faaaa", HUGGING_FACE_SETTINGS),
+        fields=_fields("emb.weight", "blocks.*.", MIXER, HUGGING_FACE_SETTINGS, 1),
         settings=HUGGING_FACE_SETTINGS,
         config=None,
         weights=None,
@@ -270,8 +302,9 @@ LAYOUTS = {
         fields=_fields(
             "rwkv.embeddings.weight",
             "rwkv.blocks.*.",
-            "rwkv.blocks.0.attention.time_faaaa",
+            [name.replace("att.", "attention.") for name in MIXER],
             HUGGING_FACE_SETTINGS,
+            1,
         ),
         settings=HUGGING_FACE_SETTINGS,
         config=_hugging_face_config,

@@ -1,11 +1,11 @@
 """Every architecture choice of a model, checked when it is made."""
 
 import dataclasses
+import math
 
 from gt_jax.errors import InputError
 from gt_jax.settings import ABOVE_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Range, check, setting
 
-MAMBA_HEAD_DIM = 64
 MAMBA_EXPAND = 2
 
 
@@ -31,9 +31,19 @@ class ModelConfig:
     dim: int = setting(128, "width of the residual stream", POSITIVE)
     layers: int = setting(8, "number of blocks", POSITIVE)
     heads: int = setting(
-        4, "RWKV or attention heads, must divide dim; Mamba-2 has 2 dim / 64", POSITIVE
+        4, "RWKV or attention heads, must divide dim; Mamba-2 has 2 dim / mamba_head_dim", POSITIVE
     )
     state_size: int = setting(64, "Mamba-2 state channels per head", POSITIVE)
+    mamba_head_dim: int = setting(64, "channels of a Mamba-2 head, must divide 2 dim", POSITIVE)
+    mamba_groups: int = setting(
+        1, "groups of Mamba-2 heads; a group shares B, C and the last norm", POSITIVE
+    )
+    mix_rank: int | None = setting(
+        None, "rank of RWKV-6's five blends; None: 32, and 64 from dim 4096", POSITIVE
+    )
+    decay_rank: int | None = setting(
+        None, "rank of RWKV-6's decay; None: 64, and 128 from dim 4096", POSITIVE
+    )
     fusion: str = setting("gf", "how a hybrid joins its branches, a key of gt_jax.models.FUSIONS")
     gate_init: float | None = setting(
         None,
@@ -134,10 +144,18 @@ class ModelConfig:
         mixers = self.branches if self.architecture == "hybrid" else self.architecture
         if mixers not in ("mamba2", "mamba+mamba") and self.dim % self.heads:
             raise InputError(f"model.dim={self.dim} must be a multiple of model.heads={self.heads}")
-        if "mamba" in mixers and MAMBA_EXPAND * self.dim % MAMBA_HEAD_DIM:
+        if "mamba" not in mixers:
+            return
+        if self.mamba_dim % self.mamba_head_dim:
+            fits = self.mamba_head_dim // math.gcd(MAMBA_EXPAND, self.mamba_head_dim)
             raise InputError(
-                f"model.dim={self.dim} must be a multiple of {MAMBA_HEAD_DIM // MAMBA_EXPAND}: "
-                f"Mamba-2 heads have {MAMBA_HEAD_DIM} channels"
+                f"model.dim={self.dim} must be a multiple of {fits}: "
+                f"Mamba-2 heads have {self.mamba_head_dim} channels"
+            )
+        if self.mamba_heads % self.mamba_groups:
+            raise InputError(
+                f"model.mamba_groups={self.mamba_groups} must divide the {self.mamba_heads} heads "
+                "of Mamba-2, which are 2 model.dim / model.mamba_head_dim"
             )
 
     def _check_gate(self):
@@ -210,4 +228,4 @@ class ModelConfig:
     @property
     def mamba_heads(self) -> int:
         """Heads of the Mamba-2 mixer."""
-        return self.mamba_dim // MAMBA_HEAD_DIM
+        return self.mamba_dim // self.mamba_head_dim

@@ -6,7 +6,7 @@ Parameters carry the names of the mamba_ssm package; dense kernels are [in, out]
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from gt_jax.kernels import ssd, ssd_step
-from gt_jax.models.config import MAMBA_HEAD_DIM, ModelConfig
+from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
     branch_output_init,
@@ -33,14 +33,16 @@ CONV_WIDTH = 4
 
 
 class MambaState(NamedTuple):
-    """What a mixer remembers: ssm [B, H, P, N] float32, the last conv inputs [B, 3, 2D + 2N]."""
+    """What a mixer remembers: ssm [B, H, P, N] float32, last conv inputs [B, 3, 2D + 2 G N]."""
 
     ssm: jax.Array
     conv: jax.Array
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 mixer with one group, inner width E = 2D, heads of P = 64 channels.
+    """The Mamba-2 mixer of inner width E = 2D: H heads of P channels in G groups.
+
+    The heads of a group share B and C, and the last norm is over the channels of a group.
 
     z, xBC, dt = split(W_in x);   x, B, C = split(silu(conv(xBC)))
     y = ssd(x, softplus(dt + bias), -exp(A_log), B, C) + D x
@@ -65,18 +67,18 @@ class Mamba2(nn.Module):
             y [B, T, D] in the computation dtype, and the MambaState after the last token.
         """
         c = self.config
-        E, N, H = c.mamba_dim, c.state_size, c.mamba_heads
+        E, N, H, G = c.mamba_dim, c.state_size, c.mamba_heads, c.mamba_groups
         batch, T, _ = x.shape
 
-        projected = dense(c, 2 * E + 2 * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
-        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * N], axis=-1)
+        projected = dense(c, 2 * E + 2 * G * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
+        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * G * N], axis=-1)
         tail = None if state is None else state.conv
         xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
         if T == 1:  # without the barrier, XLA convolves once for each of the three
             xBC = jax.lax.optimization_barrier(xBC)
-        values, B, C = jnp.split(xBC, [E, E + N], axis=-1)
-        values = values.reshape(batch, T, H, MAMBA_HEAD_DIM)
-        B, C = B[:, :, None], C[:, :, None]  # [B, T, G=1, N]
+        values, B, C = jnp.split(xBC, [E, E + G * N], axis=-1)
+        values = values.reshape(batch, T, H, c.mamba_head_dim)
+        B, C = (y.reshape(batch, T, G, N) for y in (B, C))
         dt = dt.astype(jnp.float32)
 
         A = -jnp.exp(self.param("A_log", log_decay_rate_init, (H,)))
@@ -92,7 +94,7 @@ class Mamba2(nn.Module):
             initial = None if state is None else state.ssm
             options |= {"initial_state": initial, "segment_ids": segment_ids}
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
-        y = GatedNorm(1e-5, name="norm")(y.reshape(batch, T, E), z)
+        y = GatedNorm(1e-5, G, name="norm")(y.reshape(batch, T, E), z)
         official_out = fan_in_uniform(c.layers**-0.5)
         return dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y), MambaState(
             ssm, tail
@@ -194,14 +196,22 @@ _silu_of_conv.defvjp(_silu_of_conv_forward, _silu_of_conv_backward)
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm of y silu(z) with a scale, [B, T, E] -> [B, T, E] in the dtype of y."""
+    """RMSNorm of y silu(z) with a scale, [B, T, E] -> [B, T, E] in the dtype of y.
+
+    The mean of squares is over each of `groups` sections of the channels, as in mamba_ssm.
+    """
 
     epsilon: float
+    groups: int = 1
 
     @nn.compact
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         scale = self.param("scale", initializers.ones, (y.shape[-1],))
-        return _gated_norm(y, z, scale, self.epsilon)
+        if self.groups == 1:
+            return _gated_norm(y, z, scale, self.epsilon)
+        sections = zip(*(jnp.split(x, self.groups, axis=-1) for x in (y, z, scale)))
+        normed: list[Any] = [_gated_norm(y, z, scale, self.epsilon) for y, z, scale in sections]
+        return jnp.concatenate(normed, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -119,7 +119,7 @@ class TimeMix(nn.Module):
             )
             for name in "xwkvrg"
         }
-        rank = mix_rank(D)
+        rank = self.config.mix_rank or mix_rank(D)
         w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * rank))
         w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, rank, D))
 
@@ -140,7 +140,7 @@ class TimeMix(nn.Module):
         """-exp(omega) in float32: small decays and their gradients need the range."""
         D = x_w.shape[-1]
         base = self.param("time_decay", decay_init(self.layer, self.config.layers), (D,))
-        rank = 2 * mix_rank(D)
+        rank = self.config.decay_rank or 2 * mix_rank(D)
         w1 = self.param("time_decay_w1", initializers.zeros, (D, rank))
         w2 = self.param("time_decay_w2", symmetric_uniform(0.01), (rank, D))
         change = project(jnp.tanh(project(x_w, w1)), w2)
@@ -238,7 +238,10 @@ def hidden_dim(dim: int) -> int:
 
 
 def mix_rank(dim: int) -> int:
-    """Rank of each input's blend; the decay's is twice that. The official 7B model doubles both."""
+    """Rank of each input's blend in official models, twice as high from the width of the 7B model.
+
+    The decay's rank is twice that.
+    """
     return 64 if dim >= 4096 else 32
 
 

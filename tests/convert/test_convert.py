@@ -61,6 +61,18 @@ def test_large_models_are_written_and_read_in_shards(tmp_path, monkeypatch, layo
     small.assert_same(params, small.params_of("mamba2"))
 
 
+def test_a_header_of_any_length_is_one_of_safetensors(tmp_path):
+    """The first byte of the file is the last of the header's length; pickles begin with 0x80."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    first_bytes = set()
+    for length in range(0, 256, 8):
+        path, note = tmp_path / f"{length}.safetensors", {"note": "x" * length}
+        numpy.save_file({"a": np.ones(3, np.float32)}, path, metadata=note)
+        first_bytes.add(path.read_bytes()[0])
+        np.testing.assert_array_equal(files.read(path).tensors["a"].read(), np.ones(3))
+    assert 0x80 in first_bytes
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_floating_point_types_are_read(tmp_path, suffix, dtype):
@@ -109,6 +121,10 @@ def test_tokenizer_travels_with_the_model(tmp_path):
     back = gt_jax.load(tmp_path / "back")[2]
     assert back.encode("f1b").tolist() == [15, 27]
     assert back.to_dict() == tokenizer.to_dict()
+    # Some folders on Hugging Face call the same file vocab.txt.
+    (tmp_path / "there" / "rwkv_vocab_v20230424.txt").rename(tmp_path / "there" / "vocab.txt")
+    import_model(tmp_path / "there", tmp_path / "again")
+    assert gt_jax.load(tmp_path / "again")[2].to_dict() == tokenizer.to_dict()
 
 
 def run(*words):
@@ -155,13 +171,13 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
 
-def test_model_without_feed_forward_has_no_other_layout(tmp_path):
+def test_model_without_feed_forward_has_no_layout_but_pytorch(tmp_path):
     config = dataclasses.replace(small.MODELS["rwkv6"], feed_forward=False)
     params = flatten_dict(small.params_of("rwkv6"))
     params = {p: x for p, x in params.items() if not any(name.startswith("ffn") for name in p)}
     params = unflatten_dict(params)
     checkpoint.save_model(tmp_path / "ours", config, params, IdTokenizer(small.VOCAB))
-    message = "--format=fla for rwkv6, without feed-forward, of 2 blocks.* cannot be: nothing else"
+    message = "--format=fla for rwkv6, without feed-forward, of 2 blocks.* must be pytorch"
     with pytest.raises(InputError, match=message):
         export_model(tmp_path / "ours", tmp_path / "b", layout="fla")
     assert not (tmp_path / "b").exists()

@@ -7,6 +7,7 @@ the carried state.
 """
 
 import collections
+import inspect
 import os
 
 import jax.numpy as jnp
@@ -105,10 +106,13 @@ def transformers_model(tied):
 
 @torch.no_grad()
 def transformers_logits(model):
+    # What versions of transformers call the state, the newest first.
+    arguments = inspect.signature(model.forward).parameters
+    state = next(n for n in ("cache", "past_key_values", "cache_params") if n in arguments)
     output = model(torch.tensor(TOKENS[None, :PROMPT]), use_cache=True)
     logits = [output.logits[0].numpy()]
     for token in TOKENS[PROMPT:]:
-        output = model(torch.tensor([[token]]), cache_params=output.cache_params, use_cache=True)
+        output = model(torch.tensor([[token]]), **{state: output[state]}, use_cache=True)
         logits.append(output.logits[0].numpy())
     return np.concatenate(logits)
 

@@ -90,13 +90,12 @@ REFUSED = [
     *(("mamba-ssm", name, value) for name, value in (
         ("rms_norm", False), ("d_intermediate", 64), ("attn_layer_idx", [1]))),
     *(("mamba2-hf", name, value) for name, value in (
-        ("conv_kernel", 3), ("expand", 1), ("head_dim", 32), ("n_groups", 2), ("n_groups", 8),
-        ("hidden_act", "gelu"), ("layer_norm_epsilon", 1e-6), ("use_bias", True),
-        ("use_conv_bias", False), ("time_step_limit", [0.001, 0.1]), ("rms_norm", False),
-        ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True))),
+        ("conv_kernel", 3), ("expand", 1), ("hidden_act", "gelu"), ("layer_norm_epsilon", 1e-6),
+        ("use_bias", True), ("use_conv_bias", False), ("time_step_limit", [0.001, 0.1]),
+        ("rms_norm", False), ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True))),
     *(("mamba2-fla", name, value) for name, value in (
         ("norm_before_gate", True), ("norm_eps", 1e-6), ("dt_limit", [0.001, 0.1]),
-        ("rmsnorm", False), ("D_has_hdim", True), ("n_groups", 2))),
+        ("rmsnorm", False), ("D_has_hdim", True))),
 ]  # fmt: skip
 
 
@@ -113,7 +112,10 @@ def test_other_mathematics_is_refused_with_its_value(recognise, layout, name, va
         ({"layer": "Mamba1"}, "ssm_cfg.layer='Mamba1' must be 'Mamba2'"),
         ({"layer": "Mamba3"}, "ssm_cfg.layer='Mamba3' must be 'Mamba2'"),
         ({"d_conv": 3}, "ssm_cfg.d_conv=3 must be 4"),
-        ({"headdim": 128}, "ssm_cfg.headdim=128 must be 64"),
+        ({"headdim": 128}, "ssm_cfg.headdim=128, but its tensors have 64"),
+        ({"ngroups": 3}, "ssm_cfg.ngroups=3 must divide the 2 heads and the 16 channels of B"),
+        ({"ngroups": 2}, "ssm_cfg.d_state=16, but its tensors have 8"),
+        ({"ngroups": "1"}, "ssm_cfg.ngroups='1' must divide the 2 heads"),
         ({"norm_before_gate": True}, "ssm_cfg.norm_before_gate=True must be False"),
         ({"dt_limit": [0, 1]}, r"ssm_cfg.dt_limit=\[0, 1\] must be"),
         ({"d_ssm": 64}, "ssm_cfg.d_ssm=64 must be None"),
@@ -191,11 +193,36 @@ def test_model_type_decides(recognise, layout, kind):
 
 
 def test_silence_means_the_library_s_default(recognise):
-    with pytest.raises(InputError, match="n_groups=8 must be 1"):  # transformers
+    with pytest.raises(InputError, match="n_groups=8 must divide the 2 heads"):  # transformers
         recognise("mamba2-hf", {"n_groups": ...})
     assert recognise("mamba2-fla", {"n_groups": ...})[1].state_size == 16  # fla has one group
     with pytest.raises(InputError, match=r"expand_k=0\.5 must be 1\.0"):
         recognise("fla", {"expand_k": ...})
+
+
+@pytest.mark.parametrize("groups", [0, 3, 8, -1, 1.0, True, None, "2", [1]])
+@pytest.mark.parametrize("layout", ["mamba2-hf", "mamba2-fla"])
+def test_groups_that_the_tensors_cannot_have_are_named(recognise, layout, groups):
+    with pytest.raises(InputError, match=r"config.json: n_groups=.* must divide the 2 heads and"):
+        recognise(layout, {"n_groups": groups})
+    with pytest.raises(InputError, match=r"state_size=16, but its tensors have 8"):
+        recognise(layout, {"n_groups": 2})
+
+
+# Codestral's, of a file made with transformers 4.44, but for its sizes.
+CODESTRAL = {
+    "norm_before_gate": True,
+    "time_step_init_scheme": "random",
+    "time_step_scale": 1.0,
+    "time_step_rank": 256,
+    "rms_norm": True,
+    "rescale_prenorm_residual": False,
+}
+
+
+def test_codestral_s_configuration_is_taken_and_what_no_library_reads_is_left(recognise):
+    found = recognise("mamba2-hf", CODESTRAL | {"n_groups": 2, "state_size": 8})[1]
+    assert (found.mamba_groups, found.state_size, found.mamba_head_dim) == (2, 8, 64)
 
 
 def test_hidden_ratio_of_fla_counts_where_no_size_is_given(recognise):

@@ -1,0 +1,151 @@
+"""The model card of an exported folder: what the model is, learned from, scored, and how to use it.
+
+Where the model is a run's, the run's own files tell: config.json, metrics.jsonl, provenance.jsonl.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gt_jax import checkpoint
+from gt_jax.data.base import Tokenizer
+from gt_jax.models import ModelConfig, count_parameters
+
+USE = """\
+## Use
+
+With transformers, after a look at `modeling_gt_jax.py`, the code that it runs:
+
+```python
+{imports}
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+{prompt}
+print({shown})
+```
+
+Alone, with torch and safetensors, from inside the folder:
+
+```python
+import torch
+from modeling_gt_jax import load
+
+model = load(".")
+logits, state = model(torch.tensor([[1, 2, 3]]))  # a prompt
+logits, state = model(torch.tensor([[4]]), state)  # one more token
+```
+
+In JAX again: `python -m gt_jax.convert import FOLDER runs/model`, with the same bits.
+"""
+
+
+def model_card(
+    source: str | Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    licence: str | None,
+    has_tokenizer: bool,
+) -> str:
+    """README.md of an exported folder.
+
+    Args:
+        source: what `gt_jax.load` took.
+        config: the model's.
+        tokenizer: the model's.
+        licence: of the weights, an identifier such as "apache-2.0"; None if nobody said.
+        has_tokenizer: whether the folder has one that transformers reads.
+    """
+    folder = checkpoint.find(source)
+    about = checkpoint.read_about(folder)
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gt_jax]"]
+    if licence:
+        head.insert(0, f"license: {licence}")
+    parameters = count_parameters(config)["total"]
+    weights = f"Weights: {licence}." if licence else "Weights: no licence was stated."
+    lines = [
+        "---",
+        *head,
+        "---",
+        "",
+        f"# {folder.parent.parent.name if about.get('step') is not None else folder.name}",
+        "",
+        f"A {describe(config)}: {parameters:,} parameters, tokenizer {tokenizer.kind} of "
+        f"{tokenizer.vocab_size:,} ids.",
+        "",
+        *_training(folder, about),
+        "## Licence",
+        "",
+        f"{weights} The code in `modeling_gt_jax.py`: MIT.",
+        "",
+        _use(has_tokenizer),
+    ]
+    return "\n".join(lines)
+
+
+def describe(config: ModelConfig) -> str:
+    """A model in a few words, without an article."""
+    kind = {"rwkv6": "RWKV-6", "mamba2": "Mamba-2", "gpt2": "GPT-2", "gpt1": "GPT with RMSNorm"}
+    name = kind.get(config.architecture, "")
+    if config.architecture == "hybrid":
+        name = f"hybrid of {config.branches.replace('+', ' and ')} by fusion {config.fusion}"
+        name = name.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
+    legacy = ", legacy branch" if config.branch == "legacy" else ""
+    return f"{name}{legacy}, {config.layers} blocks of width {config.dim}"
+
+
+def _training(folder: Path, about: Mapping[str, Any]) -> list[str]:
+    """Data, loss and command of the run that a checkpoint is of; nothing for a converted model."""
+    step, settings = about.get("step"), about.get("config", {})
+    if step is None:
+        return []
+    workdir, data, train = folder.parent.parent, settings["data"], settings["train"]
+    tokens = step * train["batch_size"] * train["seq_len"]
+    lines = [
+        "## Training",
+        "",
+        f"- Data: {data['source']}, {tokens:,} tokens in {step:,} steps of {train['batch_size']} x "
+        f"{train['seq_len']}",
+    ]
+    rows = [row for row in _rows(workdir / "metrics.jsonl") if row.get("step", step + 1) <= step]
+    for name in ("validation_loss", "loss"):
+        values = [row[name] for row in rows if isinstance(row.get(name), float)]
+        if values:
+            lines.append(f"- {name.replace('_', ' ').capitalize()}: {values[-1]:.4f} nats a token")
+    commands = [row["command"] for row in _rows(workdir / "provenance.jsonl") if "command" in row]
+    if commands:
+        command = re.sub(r"^\S*python\S*", "python", commands[-1])
+        lines += ["- Command:", "", f"      {command}"]
+    changed = ", ".join(f"{name}={value}" for name, value in sorted(settings["optim"].items()))
+    return [*lines, f"- Optimizer: {changed}; seed {settings['seed']}", ""]
+
+
+def _rows(path: Path) -> list[dict]:
+    """The JSON objects in the lines of a file; none where there is no file."""
+    rows = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _use(has_tokenizer: bool) -> str:
+    """The section on how to use the folder; the tokenizer where transformers can read it."""
+    if not has_tokenizer:
+        prompt = "ids = torch.tensor([[1, 2, 3]])  # there is no tokenizer that transformers reads"
+        return USE.format(
+            imports="import torch\nfrom transformers import AutoModelForCausalLM",
+            prompt=prompt,
+            shown="model.generate(ids, max_new_tokens=100, do_sample=True)",
+        )
+    return USE.format(
+        imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
+        prompt='tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+        shown="tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0])",
+    )
