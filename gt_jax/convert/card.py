@@ -72,7 +72,7 @@ def model_card(
         "",
         f"# {folder.parent.parent.name if about.get('step') is not None else folder.name}",
         "",
-        f"A {describe(config)}: {parameters:,} parameters, tokenizer {tokenizer.kind} of "
+        f"{describe(config)}: {parameters:,} parameters, tokenizer {tokenizer.kind} with "
         f"{tokenizer.vocab_size:,} ids.",
         "",
         *_training(folder, about),
@@ -86,14 +86,15 @@ def model_card(
 
 
 def describe(config: ModelConfig) -> str:
-    """A model in a few words, without an article."""
+    """A model in a few words, as a sentence begins."""
     kind = {"rwkv6": "RWKV-6", "mamba2": "Mamba-2", "gpt2": "GPT-2", "gpt1": "GPT with RMSNorm"}
     name = kind.get(config.architecture, "")
     if config.architecture == "hybrid":
-        name = f"hybrid of {config.branches.replace('+', ' and ')} by fusion {config.fusion}"
-        name = name.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
+        branches = config.branches.replace("rwkv", "RWKV-6").replace("mamba", "Mamba-2")
+        name = f"Hybrid of {branches.replace('+', ' and ')} by fusion {config.fusion}"
     legacy = ", legacy branch" if config.branch == "legacy" else ""
-    return f"{name}{legacy}, {config.layers} blocks of width {config.dim}"
+    blocks = "1 block" if config.layers == 1 else f"{config.layers} blocks"
+    return f"{name}{legacy}, {blocks} of width {config.dim}"
 
 
 def _training(folder: Path, about: Mapping[str, Any]) -> list[str]:

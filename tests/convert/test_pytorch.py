@@ -257,7 +257,7 @@ def test_the_card_has_data_loss_command_and_licence(tmp_path, monkeypatch):
         "Data: shakespeare, 163,840 tokens in 40 steps of 64 x 64",
         "Validation loss: 1.7500 nats a token",
         "      python -m gt_jax.train --config=gf_mh",
-        "A hybrid of RWKV-6 and Mamba-2 by fusion gf",
+        "Hybrid of RWKV-6 and Mamba-2 by fusion gf, 8 blocks of width 128: ",
         "Weights: apache-2.0.",
     ):
         assert part in text, part
