@@ -23,6 +23,7 @@ from gt_jax.convert.settings import Settings
 from gt_jax.convert.tensor import Tensor
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, ModelConfig, make_model
+from gt_jax.models.gates import BRANCH_EPSILON
 from gt_jax.models.rwkv6 import hidden_dim
 
 FILE = "modeling_gt_jax.py"
@@ -127,7 +128,11 @@ def _named_for(config) -> dict[str, str]:
     if config.architecture == "hybrid":
         changes["HybridBlock"] = _branches(config) | {"Gate": _fusion(config.fusion)}
     definitions = _definitions()
-    return {name: _replace(definitions[name], words) for name, words in changes.items()}
+    texts = {name: _replace(definitions[name], words) for name, words in changes.items()}
+    if config.architecture == "hybrid" and getattr(FUSIONS[config.fusion], "reads_input", False):
+        block = texts["HybridBlock"]
+        texts["HybridBlock"] = block.replace(", fusion_state)\n", ", fusion_state, n)\n", 1)
+    return texts
 
 
 def _block(config):
@@ -214,16 +219,22 @@ _FORMS = (
     *("vocab_size", "architecture", "dim", "layers", "heads", "state_size"),
     *("mamba_head_dim", "mamba_groups", "mix_rank", "decay_rank"),
     *("fusion", "gate_init", "branches", "branch", "legacy_wkv", "init"),
-    *("tie_embeddings", "feed_forward", "max_positions"),
+    *("tie_embeddings", "feed_forward", "mamba_feed_forward", "max_positions"),
+    *("residual", "post_norm", "branch_epsilon"),
+    # How a model starts, and what it keeps where one document follows another: here there is one.
+    *("branch_start", "rwkv_carry"),
 )
 
 
 def _stored(config: ModelConfig) -> dict[str, Any]:
     """The fields of ModelConfig, and what the PyTorch file need not derive from them."""
     mix, decay = ranks(config)
+    fusion = FUSIONS.get(config.fusion)
     return {name: getattr(config, name) for name in _FORMS} | {
         "mix_rank": mix,
         "decay_rank": decay,
+        "fusion_eps": config.branch_epsilon or getattr(fusion, "branch_epsilon", BRANCH_EPSILON),
+        "post_norm_eps": config.branch_epsilon or BRANCH_EPSILON,
         "ffn_dim": hidden_dim(config.dim),
     }
 

@@ -14,6 +14,8 @@ class HybridBlock(nn.Module):
     """Two mixers read the same input, a fusion joins them, a feed-forward follows.
 
     n = RMSNorm(x);   x += fuse(rwkv(n), mamba(n));   x += FeedForward(RMSNorm(x))
+
+    config.residual adds n to what a branch says; config.post_norm norms what the fusion says.
     """
 
     def __init__(self, config: Any, layer: int):
@@ -22,6 +24,9 @@ class HybridBlock(nn.Module):
         self.rwkv = TimeMix(config)
         self.mamba = Mamba2(config)
         self.fusion = Gate(config)
+        self.residual = config.residual  # the second branch or both add the input, or none
+        if config.post_norm:
+            self.fused_norm = RMSNorm(config.dim, eps=config.post_norm_eps)
         if config.feed_forward:
             self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
             self.ffn = FeedForward(config.dim)
@@ -32,7 +37,13 @@ class HybridBlock(nn.Module):
         n = self.mixer_norm(x)
         rwkv, rwkv_state = self.rwkv(n, rwkv_state)
         mamba, mamba_state = self.mamba(n, mamba_state)
+        if self.residual == "both":
+            rwkv = n + rwkv
+        if self.residual != "none":
+            mamba = n + mamba
         fused, fusion_state = self.fusion(rwkv, mamba, fusion_state)
+        if hasattr(self, "fused_norm"):
+            fused = self.fused_norm(fused)
         x = x + fused
         if hasattr(self, "ffn"):
             x = x + self.ffn(self.ffn_norm(x))

@@ -46,6 +46,16 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+def linear_scan(decay: Tensor, x: Tensor, state: Tensor | None) -> Tensor:
+    """s_t = decay_t s_{t-1} + x_t; decay and x [B, T, C], s before [B, C] or None for zeros."""
+    s = torch.zeros_like(x[:, 0]) if state is None else state
+    seen = []
+    for decay_t, x_t in zip(decay.unbind(dim=1), x.unbind(dim=1)):
+        s = decay_t * s + x_t
+        seen.append(s)
+    return torch.stack(seen, dim=1)
+
+
 def previous_token(x: Tensor, last: Tensor | None) -> Tensor:
     """x [B, T, D] one token earlier; `last` [B, D] stands before the first, zeros if None."""
     first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]

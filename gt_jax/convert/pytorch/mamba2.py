@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gt_jax.convert.pytorch.layers import RMSNorm, zeros
+from gt_jax.convert.pytorch.layers import FeedForward, RMSNorm, zeros
 
 
 def ssd(
@@ -117,14 +117,20 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """x += Mamba2(RMSNorm x)."""
+    """x += Mamba2(RMSNorm x), and x += FeedForward(RMSNorm x) where there is one."""
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mamba = Mamba2(config)
+        if config.mamba_feed_forward:
+            self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
+            self.ffn = FeedForward(config.dim)
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, D] float32, state of the mixer -> x, state."""
         mixed, state = self.mamba(self.mixer_norm(x), state)
-        return x + mixed, state
+        x = x + mixed
+        if hasattr(self, "ffn"):
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, state
