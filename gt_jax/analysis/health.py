@@ -1,5 +1,7 @@
 """What a model's numbers look like on a text: spread of activations, its guesses, its memories."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -42,7 +44,7 @@ def measure_health(
     variance = lambda arrays: jnp.stack([jnp.var(x.astype(jnp.float32)) for x in arrays])
     outputs = (sown["intermediates"][block]["__call__"][0][0] for block in blocks)
     found["stream_variance"] = variance(outputs)
-    recorded = sown.get("activations", {})
+    recorded: Any = sown.get("activations", {})
     if "rwkv_out" in recorded.get(blocks[0], {}):
         for part in ("rwkv", "mamba"):
             arrays = (recorded[block][f"{part}_out"][0] for block in blocks)

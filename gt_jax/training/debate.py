@@ -23,8 +23,9 @@ microbatches and devices add up to its exact gradient. The balance is of rows, w
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def make_terms(model: LanguageModel, config: Config) -> Callable | None:
         make = {
             "diversity": lambda: _diversity(settings, found),
             "arbiter": lambda: _arbiter(settings, found, nats),
-            "branch": lambda: sum(r + m for r, m in nats.values()) / (2 * len(nats)),
+            "branch": lambda: _total(r + m for r, m in nats.values()) / (2 * len(nats)),
             "entropy": lambda: _entropy(settings, found),
             "balance": lambda: _balance(found, counted),
         }
@@ -106,7 +107,7 @@ def make_terms(model: LanguageModel, config: Config) -> Callable | None:
 def weighted(settings: Debate, step: jax.Array, steps: int, terms: Mapping) -> jax.Array:
     """[] sum of the terms, each times its weight and the schedule at a step."""
     scale = schedule(settings, step, steps)
-    return scale * sum(getattr(settings, f"{name}_weight") * terms[name] for name in terms)
+    return scale * _total(getattr(settings, f"{name}_weight") * terms[name] for name in terms)
 
 
 def schedule(settings: Debate, step: jax.Array | int, steps: int) -> jax.Array | float:
@@ -182,7 +183,11 @@ def _branches(config, blocks) -> list[_Branches]:
 
 def _mean(found, name) -> jax.Array:
     """Over blocks."""
-    return sum(getattr(branches, name) for branches in found) / len(found)
+    return _total(getattr(branches, name) for branches in found) / len(found)
+
+
+def _total(arrays: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, arrays)
 
 
 def _cosine(a, b) -> jax.Array:
@@ -194,7 +199,7 @@ def _cosine(a, b) -> jax.Array:
 def _diversity(settings, found) -> jax.Array:
     if settings.diversity == "published":
         return 0.5 * (1 + _cosine(_mean(found, "r"), _mean(found, "m")))
-    return sum(jnp.square(_cosine(b.own_r, b.own_m)) for b in found) / len(found)
+    return _total(jnp.square(_cosine(b.own_r, b.own_m)) for b in found) / len(found)
 
 
 def _cross_entropy(q, w) -> jax.Array:
@@ -213,7 +218,7 @@ def _arbiter(settings, found, nats) -> jax.Array:
         losses = (
             _cross_entropy(jax.lax.stop_gradient(q), found[layer].w) for layer, q in targets.items()
         )
-        return sum(losses) / len(targets)
+        return _total(losses) / len(targets)
     r, m, w = (_mean(found, name) for name in ("r", "m", "w"))
     target = found[-1].y
     if settings.arbiter_target == "mix":
@@ -225,21 +230,21 @@ def _arbiter(settings, found, nats) -> jax.Array:
 
 def _entropy(settings, found) -> jax.Array:
     entropies = (_cross_entropy(b.w, b.w) for b in found)
-    mean = sum(entropies) / len(found)
+    mean = _total(entropies) / len(found)
     return mean if settings.entropy == "published" else 1 - mean / jnp.log(2.0)
 
 
 def _balance(found, counted) -> jax.Array:
     """[B, T], the same at every position of a row."""
-    losses = 0.0
+    losses = []
     for b in found:
         of_r = jnp.sum(jnp.square(b.w[..., None] * b.r), axis=-1)
         of_m = jnp.sum(jnp.square((1 - b.w[..., None]) * b.m), axis=-1)
         share = of_r / (of_r + of_m + 1e-12)
         total = jnp.sum(share, axis=1, where=counted, keepdims=True)
         row = total / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1)  # [B, 1]
-        losses += jnp.square(row - 0.5)
-    return jnp.broadcast_to(losses, counted.shape)
+        losses.append(jnp.square(row - 0.5))
+    return jnp.broadcast_to(_total(losses), counted.shape)
 
 
 def _branch_nats(config, params, layer, branches, targets) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +257,7 @@ def _branch_nats(config, params, layer, branches, targets) -> tuple[jax.Array, j
         if config.post_norm:
             own = params[f"blocks_{layer}"]["fused_norm"]
             branch = post_norm(config, "fused_norm").apply({"params": own}, branch)
-        x = norm.apply({"params": params["final_norm"]}, branches.x + branch)
+        x: Any = norm.apply({"params": params["final_norm"]}, branches.x + branch)
         flat = token_nats(x.reshape(-1, config.dim), head, targets.ravel())
         return flat.reshape(targets.shape)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gt_jax.config import Optim
 from gt_jax.training.optimizer import label
@@ -19,7 +20,7 @@ def scaled(groups: dict[str, Any], optim: Optim) -> dict[str, Any]:
     return groups | {"mamba": jax.tree.map(lambda g: scale * g, groups["mamba"])}
 
 
-def paced(updates: Any, optim: Optim, count: jax.Array, rate: jax.Array) -> Any:
+def paced(updates: Any, optim: Optim, count: jax.Array, rate: ArrayLike) -> Any:
     """Updates of an optimizer, held back where a part warms up longer or waits.
 
     Args:
