@@ -91,8 +91,9 @@ def _spread(gradients: Callable, mesh: Mesh) -> Callable:
 
     def spread(params, carry, batch, rng, step):
         rows, cut = P(_row_axes(mesh)), _param_specs(params, mesh)
-        found = Gradients(cut, P(), P(), P(), rows, P())
         specs = (cut, rows, _batch_specs(batch, mesh), P(), P())
+        each: list[Any] = [cut, P(), P(), P(), rows, P()]
+        found = Gradients(*each)
         return _by_device(gradients, mesh, specs, found)(params, carry, batch, rng, step)
 
     return spread

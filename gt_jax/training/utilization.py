@@ -60,11 +60,13 @@ def peak_flops(kind: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
 
 
-def measure(tokens_per_second: float, flops: int, devices: Sequence[Any]) -> dict[str, float | int]:
+def measure(
+    tokens_per_second: float | None, flops: int, devices: Sequence[Any]
+) -> dict[str, float | int]:
     """What is known of these.
 
     Args:
-        tokens_per_second: of all devices together.
+        tokens_per_second: of all devices together; None where no step was timed yet.
         flops: of `flops_per_token`.
         devices: of the run, as jax.devices() has them.
 
