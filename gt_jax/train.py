@@ -25,9 +25,9 @@ from pathlib import Path
 import jax
 from absl import flags as absl_flags
 
-from gt_jax import checkpoint, cli, kernels
+from gt_jax import cli
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
-from gt_jax.data import beginning, count_tokens
+from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
@@ -43,6 +43,7 @@ from gt_jax.training.plot import draw_curve
 from gt_jax.training.progress import FiniteWatch, Progress
 from gt_jax.training.samples import Samples
 from gt_jax.training.stopping import Interrupted, Stop
+from gt_jax.training.summary import conclude, introduce
 from gt_jax.training.writer import Writer, newest
 
 
@@ -84,7 +85,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
             named = "train.sample_prompt"
             prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
         make_state = functools.partial(first_state, job, folder, about)
-        _introduce(job, start)
+        introduce(job, start)
         written = json.dumps(to_dict(config), indent=2) + "\n"
         replace_file(workdir / "config.json", written.encode())
         provenance.record(workdir, step=start, text=job.fingerprint)
@@ -100,7 +101,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
             writer.finish(best_step=progress.best_step)
             _draw(job)
         stop.work_to_lose = False
-        _conclude(job, progress, step, stop, speed, time.perf_counter() - began)
+        conclude(job, progress, step, stop, speed, time.perf_counter() - began)
         wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
 
@@ -239,34 +240,6 @@ def _is_finished(config: Config, workdir: Path, start: int, progress: Progress) 
     return progress.evaluated == start and sampled and (workdir / "curve.png").exists()
 
 
-def _introduce(job: Job, start: int) -> None:
-    """Say what is about to be trained, on what, and how."""
-    model_config, text, mesh = job.model_config, job.text, job.mesh
-    counts = {name: n for name, n in job.parameters.items() if name != "total"}
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    name, init_from = job.config.model.preset, job.config.model.init_from
-    if init_from:
-        name = f"{model_config.architecture} from {init_from}"
-    say(f"model:  {name}, {job.parameters['total']:,} parameters ({parts})")
-    device = mesh.devices.flat[0].device_kind
-    say(f"device: {mesh.size} x {device}, {model_config.dtype}, {job.config.parallel.mode}")
-    ops = {"rwkv": "wkv6", "mamba": "ssd"}
-    for op in (op for part, op in ops.items() if part in counts):
-        name, reason = kernels.choose_impl(op)
-        if model_config.impl != "auto":
-            name, reason = model_config.impl, "set by model.impl"
-        say(f"{op + ':':8}{name} ({reason})")
-    tokens, kind = text.tokens, text.tokenizer.kind
-    sizes = [count_tokens(documents) for documents in (tokens.train, tokens.validation)]
-    say(
-        f"data:   {text.corpus.name}, {sizes[0]:,} tokens to train on and {sizes[1]:,} to "
-        f"validate; vocabulary of {text.tokenizer.vocab_size} ({kind})"
-    )
-    if text.corpus.note:
-        say(f"        {text.corpus.note}")
-    say(f"run:    {job.workdir}" + (f", resuming at step {start}" if start else ""))
-
-
 def _report(
     job: Job, speed: Speed, metrics: Metrics, alarm: watch.Alarm, display: Display, row: dict
 ) -> None:
@@ -315,28 +288,6 @@ def _draw(job: Job) -> None:
         draw_curve(job.workdir, title=title, unit=f"nats per {unit}", judged_from=judged)
     except (ValueError, OSError) as error:
         say(f"curve.png is not drawn: {' '.join(str(error).split())}")
-
-
-def _conclude(job: Job, progress: Progress, step: int, stop: Stop, speed: Speed, seconds) -> None:
-    """Say why the run is over and where everything is."""
-    config, workdir, unit = job.config, job.workdir, loss_unit(job.text.tokenizer)
-    if stop:
-        say(f"stopped by {stop.reason} after step {step}; the same command continues from there")
-        return
-    early = f", stopped early by {progress.stops_early(config)}"
-    rate = speed.overall(step)
-    in_training = "" if rate is None else f"; {rate:,.0f} tokens/s in training"
-    best = "no finite validation loss"
-    if progress.best_step is not None:
-        best = f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
-    say(
-        f"\nstep {step} after {seconds:.0f} s{early if step < config.train.steps else ''}"
-        f"{in_training}\n"
-        f"{best}, last {progress.last_loss:.4f} nats/{unit}\n"
-        f"curve:       {workdir / 'curve.png'}\n"
-        f"samples:     {workdir / 'samples.txt'}\n"
-        f"checkpoints: {workdir / checkpoint.FOLDER} (best {progress.best_step}, last {step})"
-    )
 
 
 def main(argv: list[str]) -> int | None:

@@ -76,7 +76,7 @@ def grain_batches(tokens, batch_size, seq_len):
 
     def row(i):
         start = np.array([i * seq_len])
-        return stream.batch(start, seq_len, fresh=True, crossing=True)
+        return stream.batch(start, seq_len, resets=True, crossing=True)
 
     windows = grain.MapDataset.range((tokens.size - seq_len) // seq_len).seed(0).shuffle()
     return iter(windows.repeat().map(row).batch(batch_size))

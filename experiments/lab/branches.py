@@ -136,8 +136,8 @@ def measure(runs, arm, *, quick):
     seen = {name: np.stack([each[name] for each, _ in found]) for name in found[0][0]}
     lost = np.stack([values for _, values in found])  # [seeds, S]
     closed, constant = collapsed(seen["gate"], seen["gate_std"])
-    fresh = initial_params(arm, [point["seed"] for point in runs.points])
-    untrained = [jax.device_get(spread(one(fresh, i))) for i in range(len(runs.points))]
+    initial = initial_params(arm, [point["seed"] for point in runs.points])
+    untrained = [jax.device_get(spread(one(initial, i))) for i in range(len(runs.points))]
     measures = {
         "RWKV share": seen["share"].mean(-1),
         "Mamba share": 1 - seen["share"].mean(-1),

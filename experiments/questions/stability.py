@@ -56,9 +56,9 @@ def main(argv=None):
             keep_params=True,
             compile_fast=options.quick,
         )[name]
-        fresh = branches.initial_params(lab.Arm(config, task), options.seeds)
+        initial = branches.initial_params(lab.Arm(config, task), options.seeds)
         measures[f"loss {name}"] = estimate(runs.loss()[:, -1])
-        for when, params in (("untrained", fresh), ("trained", runs.params)):
+        for when, params in (("untrained", initial), ("trained", runs.params)):
             for length in lengths:
                 found = looked_at(runs.model_config, params, task, length, quick=options.quick)
                 estimates = {
@@ -85,7 +85,7 @@ def looked_at(model_config, params, task, length, *, quick):
     """name -> [seeds] (and "gate by block" [seeds, layers]) of some weights on rows of a length."""
     model = make_model(model_config)
     rows = task.held_out[0]
-    batch = Batch(rows.inputs[:, :length], rows.targets[:, :length], None, rows.fresh)
+    batch = Batch(rows.inputs[:, :length], rows.targets[:, :length], None, rows.resets)
     targets = np.where(np.arange(length) < length - LAST, -1, batch.targets)
 
     @lab.jit(quick)

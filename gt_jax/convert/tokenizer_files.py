@@ -68,20 +68,20 @@ def _byte_pairs(model: bytes) -> dict[str, Any]:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    subwords = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     is_text = lambda i: (
         not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))
     )
-    text = {piece: i for i, piece in enumerate(pieces) if is_text(i)}
+    text = {subword: i for i, subword in enumerate(subwords) if is_text(i)}
     merges = []
-    for piece in sorted(text, key=lambda piece: -processor.get_score(text[piece])):
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    for subword in sorted(text, key=lambda subword: -processor.get_score(text[subword])):
+        splits = ((subword[:cut], subword[cut:]) for cut in range(1, len(subword)))
         merges += [list(pair) for pair in splits if pair[0] in text and pair[1] in text]
-    control = [i for i in range(len(pieces)) if processor.is_control(i)]
+    control = [i for i in range(len(subwords)) if processor.is_control(i)]
     unknown = processor.unk_id()
     return {
         "version": "1.0",
-        "added_tokens": [_special(i, pieces[i]) for i in sorted([*control, unknown])],
+        "added_tokens": [_special(i, subwords[i]) for i in sorted([*control, unknown])],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "decoder": {
             "type": "Sequence",
@@ -93,9 +93,9 @@ def _byte_pairs(model: bytes) -> dict[str, Any]:
         },
         "model": {
             "type": "BPE",
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "vocab": {subword: i for i, subword in enumerate(subwords)},
             "merges": merges,
-            "unk_token": pieces[unknown],
+            "unk_token": subwords[unknown],
             "fuse_unk": True,
             "byte_fallback": True,
         },

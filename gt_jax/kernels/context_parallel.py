@@ -26,8 +26,8 @@ def current_axis() -> str | None:
     return AXIS if AXIS in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
-def starts_segment(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
-    """Whether a segment starts with this device's first token.
+def first_token_resets(segment_ids: jax.Array | None, axis_name: str) -> jax.Array | None:
+    """Whether the state is reset before this device's first token.
 
     Args:
         segment_ids: [B, T] int, of this device's tokens, or None.
@@ -51,7 +51,7 @@ def from_device_before(
         x: [B, ...].
         first: [B, ...], the result on the first device; zeros if None.
         axis_name: of the devices.
-        starts: [B] bool from `starts_segment`: where True the result is zero.
+        starts: [B] bool from `first_token_resets`: where True the result is zero.
     """
     devices = lax.axis_size(axis_name)
     before = lax.ppermute(x, axis_name, [(i, i + 1) for i in range(devices - 1)])
@@ -146,7 +146,7 @@ def _weights_and_decay(log_decay, segment_ids):
 
 def _compose(decay, added, initial_state, segment_ids, axis_name):
     """The maps S -> decay S + added of the devices before this one, applied to initial_state."""
-    starts = starts_segment(segment_ids, axis_name)
+    starts = first_token_resets(segment_ids, axis_name)
     if starts is not None:
         decay = jnp.where(_per_row(starts, decay), 0, decay)
     device = lax.axis_index(axis_name)

@@ -294,7 +294,7 @@ def inputs_before(
     axis = context_parallel.current_axis()
     if axis is None:
         return initial
-    starts = context_parallel.starts_segment(segment_ids, axis)
+    starts = context_parallel.first_token_resets(segment_ids, axis)
     return context_parallel.from_device_before(last, initial, axis, starts)
 
 

@@ -61,7 +61,7 @@ def both(prepared):
 
 def assert_same(batch, other):
     """Equal, with segment ids that change at the same places."""
-    for name in ("inputs", "targets", "fresh"):
+    for name in ("inputs", "targets", "resets"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))
     for a, b in ((batch, other), (other, batch)):
         if a.segment_ids is None:
@@ -87,7 +87,7 @@ def test_rows_anywhere_are_those_of_the_stream_in_memory(both, data):
     length = data.draw(st.integers(1, 300))
     starts = data.draw(st.lists(st.integers(0, memory.size - 1), min_size=1, max_size=5))
     stops = np.full(len(starts), data.draw(st.integers(1, memory.size - 1)))
-    same = {"fresh": False, "crossing": True, "stops": stops}
+    same = {"resets": False, "crossing": True, "stops": stops}
     starts = np.array(starts)
     assert_same(disk.batch(starts, length, **same), memory.batch(starts, length, **same))
 
@@ -171,7 +171,7 @@ def test_a_mixture_has_the_shares_of_its_weights_and_reads_each_source_whole(tmp
         windows = (size - 30) // 30
         assert len(np.unique(own[:windows])) == windows  # its first epoch
     full = MappedStream(text.tokens.train)
-    inputs = full.batch(np.array([parts[1][0] - 5]), 10, fresh=True, crossing=True)
+    inputs = full.batch(np.array([parts[1][0] - 5]), 10, resets=True, crossing=True)
     assert (np.diff(inputs.segment_ids) != 0).sum() == 1  # sources are documents apart
     capped = text.tokens.validation.head(200)
     assert [round(size / 200, 2) for _, size, _ in capped.parts] == [0.5, 0.15, 0.35]

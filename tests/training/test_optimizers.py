@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def fresh(toy, make_config):
+def initial(toy, make_config):
     """A TrainState of AdamW's."""
     config = make_config()
     tx = optimizer.make_optimizer(config.optim, optimizer.make_schedule(config.optim, 20))
@@ -35,13 +35,13 @@ def fresh(toy, make_config):
 
 
 @pytest.fixture(scope="module")
-def params(fresh):
-    return fresh.params
+def params(initial):
+    return initial.params
 
 
 @pytest.fixture(scope="module")
-def build(toy, fresh, make_config):
-    """variant -> (fresh state, jitted train step), made once."""
+def build(toy, initial, make_config):
+    """variant -> (initial state, jitted train step), made once."""
 
     @functools.cache
     def make(variant):
@@ -49,7 +49,7 @@ def build(toy, fresh, make_config):
         schedule = optimizer.make_schedule(config.optim, config.train.steps)
         tx = optimizer.make_optimizer(config.optim, schedule)
         step = jax.jit(make_train_step(toy, tx, schedule, config))
-        return start_from(fresh, fresh.params, tx, config), step
+        return start_from(initial, initial.params, tx, config), step
 
     return make
 

@@ -15,16 +15,16 @@ def test_numbers_of_steps_are_shares_of_all(tmp_path):
     variants.add_flags(parser)
     options = command.parse(parser, [f"--source={tmp_path / 'text.txt'}", "--steps=200"])
     names = ["ramp and delay", "gate frozen at first", "balanced", interventions.PLAIN]
-    optims = [arms_without_pieces(options, names)[name].config.optim for name in names]
+    optims = [arms_without_subwords(options, names)[name].config.optim for name in names]
     assert (optims[0].part_warmup_steps.rwkv, optims[0].frozen_steps.mamba) == (100, 20)
     assert [optim.frozen_steps.gate for optim in optims] == [0, 40, 0, 0]
     assert {optim.warmup_steps for optim in optims} == {20}
 
 
-def arms_without_pieces(options, names):
-    """The arms of some interventions; the tokenizer of pieces takes seconds to train."""
+def arms_without_subwords(options, names):
+    """The arms of some interventions; the tokenizer of subwords takes seconds to train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interventions, "TEXTS", {"pieces": {}})
+        patch.setattr(interventions, "TEXTS", {"subwords": {}})
         return interventions.arms_of(options, names)
 
 

@@ -1,0 +1,61 @@
+"""What a run says first and last."""
+
+from gt_jax import checkpoint, kernels
+from gt_jax.data import count_tokens
+from gt_jax.scoring import loss_unit
+from gt_jax.training.display import Speed, say
+from gt_jax.training.job import Job
+from gt_jax.training.progress import Progress
+from gt_jax.training.stopping import Stop
+
+
+def introduce(job: Job, start: int) -> None:
+    """Say what is about to be trained, on what, and how."""
+    model_config, text, mesh = job.model_config, job.text, job.mesh
+    counts = {name: n for name, n in job.parameters.items() if name != "total"}
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    name, init_from = job.config.model.preset, job.config.model.init_from
+    if init_from:
+        name = f"{model_config.architecture} from {init_from}"
+    say(f"model:  {name}, {job.parameters['total']:,} parameters ({parts})")
+    device = mesh.devices.flat[0].device_kind
+    say(f"device: {mesh.size} x {device}, {model_config.dtype}, {job.config.parallel.mode}")
+    ops = {"rwkv": "wkv6", "mamba": "ssd"}
+    for op in (op for part, op in ops.items() if part in counts):
+        name, reason = kernels.choose_impl(op)
+        if model_config.impl != "auto":
+            name, reason = model_config.impl, "set by model.impl"
+        say(f"{op + ':':8}{name} ({reason})")
+    tokens, kind = text.tokens, text.tokenizer.kind
+    sizes = [count_tokens(documents) for documents in (tokens.train, tokens.validation)]
+    say(
+        f"data:   {text.corpus.name}, {sizes[0]:,} tokens to train on and {sizes[1]:,} to "
+        f"validate; vocabulary of {text.tokenizer.vocab_size} ({kind})"
+    )
+    if text.corpus.note:
+        say(f"        {text.corpus.note}")
+    say(f"run:    {job.workdir}" + (f", resuming at step {start}" if start else ""))
+
+
+def conclude(
+    job: Job, progress: Progress, step: int, stop: Stop, speed: Speed, seconds: float
+) -> None:
+    """Say why the run is over after `step`, `seconds` after its start, and where everything is."""
+    config, workdir, unit = job.config, job.workdir, loss_unit(job.text.tokenizer)
+    if stop:
+        say(f"stopped by {stop.reason} after step {step}; the same command continues from there")
+        return
+    early = f", stopped early by {progress.stops_early(config)}"
+    rate = speed.overall(step)
+    in_training = "" if rate is None else f"; {rate:,.0f} tokens/s in training"
+    best = "no finite validation loss"
+    if progress.best_step is not None:
+        best = f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
+    say(
+        f"\nstep {step} after {seconds:.0f} s{early if step < config.train.steps else ''}"
+        f"{in_training}\n"
+        f"{best}, last {progress.last_loss:.4f} nats/{unit}\n"
+        f"curve:       {workdir / 'curve.png'}\n"
+        f"samples:     {workdir / 'samples.txt'}\n"
+        f"checkpoints: {workdir / checkpoint.FOLDER} (best {progress.best_step}, last {step})"
+    )
