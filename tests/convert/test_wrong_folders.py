@@ -40,7 +40,7 @@ WRONG = [
     (change("config", vocab_size=30), "config.json: vocab_size=30, but its tensors have 29"),
     (change("config", norm_eps=1e-5), "config.json: norm_eps=1e-05 must be 1e-06 for"),
     (change("config", heads="2"), "model.heads='2' must be a whole number"),
-    (change("config", residual="both"), "config.json: residual='both' is unknown and may change"),
+    (change("config", twist="both"), "config.json: twist='both' is unknown and may change"),
     (
         change("config", architecture="mamba2"),
         "norm_eps=1e-06 must be 1e-05 for architecture='mamb",
