@@ -39,8 +39,6 @@ FREE_ON_RESUME += ("train.sample_prompt", "train.sample_tokens", "train.stop_rul
 FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every")
 FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
 FREE_ON_RESUME += ("log.activations", "optim.decay_steps")
-# A checkpoint holds whole arrays: other devices compute the same, but for the order of sums.
-FREE_ON_RESUME += ("parallel.mode", "parallel.fsdp", "parallel.sequence")
 
 
 class Job(NamedTuple):

@@ -6,9 +6,8 @@ import pytest
 
 import gt_jax
 from gt_jax import checkpoint, train
-from gt_jax.config import default_config, from_config_dict, to_dict
+from gt_jax.config import default_config, from_config_dict
 from gt_jax.training import metrics
-from gt_jax.training.job import check_same_run
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -86,13 +85,3 @@ def test_evaluation_before_the_first_step_changes_nothing_else(run, tmp_path):
     assert first["validation_loss"] > others[-1]["validation_loss"]
     assert others == rows(tmp_path / "without")
     assert progress.best_step in checkpoint.steps(tmp_path / "with")
-
-
-def test_run_of_many_devices_continues_on_others(tmp_path):
-    config = default_config()
-    config.parallel.fsdp = 2
-    began = to_dict(from_config_dict(config))
-    for fields in ({}, {"fsdp": 4, "sequence": 2}, {"mode": "pmap"}):
-        config = default_config()
-        config.parallel.update(fields)
-        check_same_run(began, from_config_dict(config), tmp_path)
