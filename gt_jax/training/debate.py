@@ -33,11 +33,10 @@ import jax.numpy as jnp
 
 from gt_jax.config import Config, Debate
 from gt_jax.errors import InputError
-from gt_jax.kernels import context_parallel
 from gt_jax.models import LanguageModel, ModelConfig, make_model
 from gt_jax.models.gates import post_norm
 from gt_jax.models.hybrid import with_residuals
-from gt_jax.models.layers import rms_norm
+from gt_jax.models.layers import over_devices_of_row, rms_norm
 
 NAMES = ("diversity", "arbiter", "branch", "entropy", "balance")
 NEED_WEIGHT = ("arbiter", "entropy", "balance")  # of a fusion, one a position
@@ -238,14 +237,12 @@ def _entropy(settings, found) -> jax.Array:
 
 def _balance(found, counted) -> jax.Array:
     """[B, T], the same at every position of a row."""
-    axis = context_parallel.current_axis()
-    over_row = lambda x: jax.lax.psum(x, axis) if axis else x
-    losses, tokens = [], over_row(jnp.sum(counted, axis=1, keepdims=True))  # [B, 1]
+    losses, tokens = [], over_devices_of_row(jnp.sum(counted, axis=1, keepdims=True))  # [B, 1]
     for b in found:
         of_r = jnp.sum(jnp.square(b.w[..., None] * b.r), axis=-1)
         of_m = jnp.sum(jnp.square((1 - b.w[..., None]) * b.m), axis=-1)
         share = of_r / (of_r + of_m + 1e-12)
-        total = over_row(jnp.sum(share, axis=1, where=counted, keepdims=True))
+        total = over_devices_of_row(jnp.sum(share, axis=1, where=counted, keepdims=True))
         row = total / jnp.maximum(tokens, 1)  # [B, 1]
         losses.append(jnp.square(row - 0.5))
     return jnp.broadcast_to(_total(losses), counted.shape)
