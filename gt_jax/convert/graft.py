@@ -97,9 +97,17 @@ def _config(paths, parents, fusion, gate, rest) -> ModelConfig:
             f"{paths['rwkv']} and another {other.kind} of {other.vocab_size} in {paths['mamba']}; "
             "train both on the same text"
         )
+    if rest == "rwkv" and rwkv.segment_token is not None:
+        raise InputError(
+            f"--rest=rwkv cannot take the segment embedding of {paths['rwkv']} "
+            f"(model.segment_token={rwkv.segment_token}), which RWKV-6 norms with its embedding; "
+            "give --rest=mamba or --rest=new"
+        )
     config = dataclasses.replace(
         mamba,
         architecture="hybrid",
+        rwkv_carry=rwkv.rwkv_carry,
+        segment_token=None if rest == "rwkv" else mamba.segment_token,
         heads=rwkv.heads,
         mix_rank=rwkv.mix_rank,
         decay_rank=rwkv.decay_rank,
@@ -137,6 +145,8 @@ def _ends(weights, hybrid) -> dict[str, np.ndarray]:
         "final_norm/scale": weights["final_norm/scale"],
         "head": weights.get("head", embedding.T),
     }
+    if "segment_embedding" in weights:
+        taken["segment_embedding"] = weights["segment_embedding"]
     if (norm := "blocks_0/embedding_norm") + "/scale" in weights:  # store the embedding normed
         centred = embedding - embedding.mean(-1, keepdims=True)
         unit = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
@@ -151,6 +161,7 @@ def _table(config, paths, rest, target) -> str:
     share = "" if config.gate_init is None else f", {100 * config.gate_init:g} % RWKV"
     origins = {
         "embedding": ends,
+        "segment_embedding": ends,
         "head": ends,
         "rwkv": f"{paths['rwkv']}, with its norm's scale",
         "mamba": f"{paths['mamba']}, with its norm's scale",

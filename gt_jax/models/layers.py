@@ -302,3 +302,9 @@ def inputs_after(last: jax.Array) -> jax.Array:
     """The last inputs [B, ...] of the whole sequence, from those of x."""
     axis = context_parallel.current_axis()
     return last if axis is None else context_parallel.of_last_device(last, axis)
+
+
+def over_devices_of_row(x: jax.Array) -> jax.Array:
+    """The sum of x [...] over the devices that share a row's tokens; x itself where none do."""
+    axis = context_parallel.current_axis()
+    return jax.lax.psum(x, axis) if axis else x

@@ -19,7 +19,8 @@ diversity is least where m = -c r, two branches that say one thing; the mix is n
 branch weighs more already; the entropy, added, is least where one branch has all the weight.
 
 Each term is a sum over the counted tokens of a batch, to be divided by the whole batch's count: so
-microbatches and devices add up to its exact gradient. The balance is of rows, which are never cut.
+microbatches and devices add up to its exact gradient. The balance is of whole rows: devices that
+share them (parallel.sequence) add up their tokens first.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import LanguageModel, ModelConfig, make_model
 from gt_jax.models.gates import post_norm
 from gt_jax.models.hybrid import with_residuals
-from gt_jax.models.layers import rms_norm
+from gt_jax.models.layers import over_devices_of_row, rms_norm
 
 NAMES = ("diversity", "arbiter", "branch", "entropy", "balance")
 NEED_WEIGHT = ("arbiter", "entropy", "balance")  # of a fusion, one a position
@@ -236,13 +237,13 @@ def _entropy(settings, found) -> jax.Array:
 
 def _balance(found, counted) -> jax.Array:
     """[B, T], the same at every position of a row."""
-    losses = []
+    losses, tokens = [], over_devices_of_row(jnp.sum(counted, axis=1, keepdims=True))  # [B, 1]
     for b in found:
         of_r = jnp.sum(jnp.square(b.w[..., None] * b.r), axis=-1)
         of_m = jnp.sum(jnp.square((1 - b.w[..., None]) * b.m), axis=-1)
         share = of_r / (of_r + of_m + 1e-12)
-        total = jnp.sum(share, axis=1, where=counted, keepdims=True)
-        row = total / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1)  # [B, 1]
+        total = over_devices_of_row(jnp.sum(share, axis=1, where=counted, keepdims=True))
+        row = total / jnp.maximum(tokens, 1)  # [B, 1]
         losses.append(jnp.square(row - 0.5))
     return jnp.broadcast_to(_total(losses), counted.shape)
 

@@ -134,13 +134,16 @@ def lower_programs(
     key = jax.random.key(0)
 
     state = jax.eval_shape(make_state, key)
-    state = shapes_on(state_sharding(mesh, state), state)
+    sharding = state_sharding(mesh, state)
+    state = shapes_on(sharding, state)
+    # An average of schedule-free's is computed, which shapes alone cannot be.
+    evaluated = shapes_on(sharding.params, jax.eval_shape(lambda s: s.evaluated, state))
     training, held_out = (shapes_on(batch_shardings(batch, mesh), batch) for batch in batches)
     carry = shapes_on(NamedSharding(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
     return {
         "train": lambda: train_step.lower(state, training),
-        "evaluate": lambda: evaluate.lower(state.evaluated, held_out, carry),
+        "evaluate": lambda: evaluate.lower(evaluated, held_out, carry),
         "init": lambda: make_state.lower(key),
     }
 

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import gt_jax
 from gt_jax import checkpoint
-from gt_jax.convert import __main__
+from gt_jax.convert import __main__, params
 from gt_jax.convert.graft import graft
 from gt_jax.data.pretrained import IdTokenizer
 from gt_jax.errors import InputError
@@ -60,6 +60,29 @@ def test_rwkv_branch_reads_what_it_read(parents, tmp_path):
     want = apply(parent.config, its_block, x * its_block["mixer_norm"]["scale"])
     got = apply(model.config, block, x * block["mixer_norm"]["scale"])
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * abs(want).max())
+
+
+def test_graft_keeps_what_its_parents_carry_and_their_segments(parents, tmp_path):
+    def changed(name, fields, more, target=None):
+        stored = params.read(parents[name])
+        config = dataclasses.replace(stored.config, **fields)
+        stored = params.Stored(config, stored.params | more, stored.tokenizer)
+        params.write(tmp_path / (target or name), stored)
+        return tmp_path / (target or name)
+
+    table = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    segments = {"segment_token": 2}, {"segment_embedding": table}
+    rwkv = changed("rwkv", {"rwkv_carry": 0.5}, {})
+    mamba = changed("mamba", *segments)
+    assert "segment_embedding" in graft(rwkv, mamba, tmp_path / "c")
+    model, found, _ = gt_jax.load(tmp_path / "c")
+    assert (model.config.rwkv_carry, model.config.segment_token) == (0.5, 2)
+    np.testing.assert_array_equal(found["segment_embedding"], table)
+    graft(rwkv, mamba, tmp_path / "d", rest="rwkv")
+    assert params.read(tmp_path / "d").config.segment_token is None
+    normed = changed("rwkv", *segments, "normed")
+    with pytest.raises(InputError, match="--rest=rwkv cannot take the segment embedding"):
+        graft(normed, mamba, tmp_path / "e", rest="rwkv")
 
 
 @pytest.mark.parametrize("fusion", ["gf", "hgf", "ws", "gru"])

@@ -32,7 +32,10 @@ config.update_from_flattened_dict({
     **{f"debate.{name}_weight": 0.1 for name in debate.NAMES},
 })
 config = from_config_dict(config)
-model = make_model(make_config("gf-mh", vocab_size=20, dim=32, layers=1, heads=2, state_size=8))
+# Groups of heads; and an RWKV branch that says something, as the balance of a row compares them.
+sizes = {"dim": 32, "layers": 1, "heads": 2, "state_size": 8, "mamba_head_dim": 16}
+fields = sizes | {"mamba_groups": 2, "branch_start": "neither"}
+model = make_model(make_config("gf-mh", vocab_size=20, **fields))
 schedule = make_schedule(config.optim, 20)
 tx = make_optimizer(config.optim, schedule)
 make_step = functools.partial(make_train_step, model, tx, schedule, config)
@@ -85,6 +88,30 @@ for name, ((config, schedule, tx, make_step), mesh) in runs.items():
         sums, _ = eval_step(state.evaluated, held_out, None)
         rows.append({"loss": float(sums.loss), "tokens": int(sums.tokens)})
     result[name] = rows
+
+# The balance of rows whose halves differ, and its gradient, on devices that share them or not.
+P = jax.sharding.PartitionSpec
+def balance(w, r, m):
+    branches = debate._Branches(None, None, r, m, None, None, w)
+    counted = w > 0.1
+    return jax.numpy.sum(debate._balance([branches], counted), where=counted)
+mesh, rows = parallel.make_mesh(1, 2), P("batch", "sequence")
+shared = jax.shard_map(
+    jax.value_and_grad(balance), mesh=mesh, in_specs=rows, out_specs=(P(), rows), check_vma=False
+)
+def on_devices(*arrays):
+    total = jax.shard_map(
+        lambda *x: jax.lax.psum(balance(*x), mesh.axis_names), mesh=mesh, in_specs=rows,
+        out_specs=P(), check_vma=False,
+    )(*arrays)
+    return total, shared(*arrays)[1]
+rng = np.random.default_rng(0)
+arrays = [rng.uniform(size=shape).astype("f") for shape in ((4, 8), (4, 8, 2), (4, 8, 2))]
+arrays[1][:, :4] *= 9
+result["balance"] = [
+    [float(value), np.asarray(slope).tolist()]
+    for value, slope in (f(*arrays) for f in (on_devices, jax.value_and_grad(balance)))
+]
 print(json.dumps(result))
 """
 
@@ -115,6 +142,12 @@ def test_four_devices_train_like_one(results, mode):
             # A gate that is constant has a deviation of rounding alone.
             rounding = {"abs": 1e-6} if name == "gate_std" else {}
             assert several[name] == pytest.approx(one[name], rel=1e-4, **rounding), name
+
+
+def test_balance_is_of_whole_rows_where_devices_share_them(results):
+    (value, slope), (expected, expected_slope) = results["balance"]
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-6)
 
 
 def test_four_devices_evaluate_alike_in_every_mode(results):
