@@ -32,7 +32,11 @@ def main(argv: list[str]) -> None:
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     whole = functools.partial(absl_flags.DEFINE_integer, flag_values=flags)
     real = functools.partial(absl_flags.DEFINE_float, flag_values=flags)
-    text("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
+    text(
+        "checkpoint",
+        None,
+        "RUN (its best), RUN@last, RUN@STEP, the mean RUN@STEP+STEP, or a folder.",
+    )
     text("prompt", None, "Text to continue; without it you are asked.")
     whole("max_tokens", 256, "Tokens to add.")
     real("temperature", 1.0, "0 takes the likeliest token.")

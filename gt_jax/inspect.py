@@ -164,7 +164,11 @@ def default_out(checkpoint: str | Path) -> Path:
 def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    define("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
+    define(
+        "checkpoint",
+        None,
+        "RUN (its best), RUN@last, RUN@STEP, the mean RUN@STEP+STEP, or a folder.",
+    )
     define("text", None, "The text to look at.")
     define("file", None, "A file that holds it, UTF-8.")
     define("out", None, "The page to write; default inspect.html in the run's folder, else here.")

@@ -48,7 +48,11 @@ def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     number = functools.partial(absl_flags.DEFINE_integer, flag_values=flags, lower_bound=1)
     text = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
-    text("checkpoint", None, "A run, RUN@last, RUN@STEP, or one folder.")
+    text(
+        "checkpoint",
+        None,
+        "RUN (its best), RUN@last, RUN@STEP, the mean RUN@STEP+STEP, or a folder.",
+    )
     text("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all, whoever may call there.")
     number("port", 8000, "Port to listen at.", upper_bound=65535)
     number("rows", 8, "Requests drawn at once; the others wait.")
@@ -127,6 +131,7 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("gt_jax.server")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False  # other libraries' handlers would print each line once more
 
 
 if __name__ == "__main__":

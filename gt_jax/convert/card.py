@@ -146,7 +146,7 @@ def _use(has_tokenizer: bool) -> str:
         )
     return USE.format(
         imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
-        prompt='tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        prompt='tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n'
         'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
         shown="tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0])",
     )

@@ -247,6 +247,8 @@ def open_prepared(source: str | Path) -> Prepared:
             preparation.
     """
     folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name one that `python -m gt_jax.prepare` made")
     if not (folder / INDEX).is_file():
         raise InputError(
             f"{folder} is not prepared to the end; run the same `python -m gt_jax.prepare` again"

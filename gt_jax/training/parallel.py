@@ -106,7 +106,15 @@ def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
 
 def put_batches(eval_step: Callable, mesh: Mesh) -> Callable:
     """The eval step of `lower_programs`, compiled, with the batch as NumPy rows of all devices."""
-    return lambda params, batch, carry: eval_step(params, put_batch(batch, mesh), carry)
+    # XLA's CPU backend runs everything in one pool of threads, where several programs in flight
+    # that exchange sums can wait for each other until it gives up.
+    ready = mesh.size > 1 and jax.default_backend() == "cpu"
+
+    def step(params, batch, carry):
+        found = eval_step(params, put_batch(batch, mesh), carry)
+        return jax.block_until_ready(found) if ready else found
+
+    return step
 
 
 def lower_programs(

@@ -46,6 +46,7 @@ def run(text, tmp_path_factory):
         said = []
         patch.setattr("gt_jax.training.display.say", said.append)
         patch.setattr("gt_jax.train.say", said.append)
+        patch.setattr("gt_jax.training.summary.say", said.append)
         progress = train(from_config_dict(config), workdir)
     return workdir, progress, "\n".join(said)
 
