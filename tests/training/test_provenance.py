@@ -1,18 +1,20 @@
 import json
 import subprocess
+import sys
 
 import jax
 
 from gt_jax.training import provenance
 
 
-def test_every_start_of_a_run_leaves_what_is_needed_to_repeat_it(tmp_path):
+def test_every_start_of_a_run_leaves_what_is_needed_to_repeat_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "gt_jax.train", "--workdir=a b"])
     for step in (0, 40):
         provenance.record(tmp_path, step=step, text="ab12")
     first, second = map(json.loads, (tmp_path / "provenance.jsonl").read_text().splitlines())
     assert (first["step"], second["step"], first["text"]) == (0, 40, "ab12")
     assert first["versions"]["jax"] == jax.__version__ and "optax" in first["versions"]
-    assert "python" in first["command"] and "pytest" in first["command"]
+    assert first["command"] == "python -m gt_jax.train '--workdir=a b'"
     assert first["devices"].endswith(jax.devices()[0].device_kind)
 
 
