@@ -30,7 +30,14 @@ from gt_jax.generation.prompt_scores import (
     tokens_left,
 )
 from gt_jax.generation.requests import Completion, Delta, Failure, Request, check_request
-from gt_jax.generation.slots import advance, empty_slots, fill_slot, one_slot, rows_of_batch
+from gt_jax.generation.slots import (
+    Drawn,
+    advance,
+    empty_slots,
+    fill_slot,
+    one_slot,
+    rows_of_batch,
+)
 from gt_jax.generation.text import TextOut
 from gt_jax.generation.weights import prepare_weights
 from gt_jax.models import LanguageModel, Params
@@ -182,7 +189,7 @@ def run_queue(
         for row, job in drawing.items():
             drew = drawn.tokens[:, row] >= 0
             if drew.any():
-                news = job.take(jax.tree.map(lambda x, drew=drew, row=row: x[drew, row], drawn))
+                news = job.take(Drawn(*(x[drew, row] for x in drawn)))
                 if isinstance(news, Failure) or news.reason:
                     del jobs[row]
                 yield news
@@ -278,13 +285,15 @@ class _Job:
                 prompt, self.reading = scores_of(reading, top), None
         except Exception as error:
             return Failure(self.index, error)
-        named = likeliest_of(drawn.top_ids[:used, :top], drawn.top_values[:used, :top])
+        named = []
+        if top:
+            named = likeliest_of(drawn.top_ids[:used, :top], drawn.top_values[:used, :top])
         return Delta(
             self.index,
             tokens[:used],
             log_probabilities[:used],
             text,
             reason,
-            named if top else [],
+            named,
             prompt,
         )
