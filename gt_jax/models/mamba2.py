@@ -98,9 +98,8 @@ class Mamba2(nn.Module):
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
         y = GatedNorm(1e-5, G, name="norm")(y.reshape(batch, T, E), z)
         official_out = fan_in_uniform(c.layers**-0.5)
-        return dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y), MambaState(
-            ssm, tail
-        )
+        y = dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y)
+        return y, MambaState(ssm, tail)
 
 
 class CausalConv(nn.Module):
