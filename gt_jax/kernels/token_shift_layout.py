@@ -1,0 +1,187 @@
+"""Tiles of 64 tokens as the kernels of token shifts hold them in registers.
+
+A quad of threads holds 32 channels of a token, each thread eight neighbours: 16 bytes of bfloat16,
+one access to memory. A product by warps wants other columns in a thread, 2 q + {0, 1} of every
+eight for thread q of the quad. Which column of a product stands for which channel is free, however:
+with the matrix's channels in the order of `in_order_of_products`, the registers of an accumulator
+or of a left operand are those of a tile, grouped otherwise.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas.devices import interpreting
+from gt_jax.kernels.pallas.launch import CHUNK
+from gt_jax.kernels.pallas.warps import inline
+
+GROUP = 32  # channels of a quad: the order of channels changes within them
+
+TILE = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((64, 32), (16, 32), (8, 32), (8,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+# Any multiple of 16 rows of 32 channels, for copies.
+_ROWS = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((32, 32), (8, 32), (8,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+_ACC = plgpu.Layout.WGMMA
+
+
+def in_order_of_products(w: jax.Array, axis: int) -> jax.Array:
+    """w with an axis of channels (a multiple of 32) in the order that products want; see above."""
+    axis %= w.ndim
+    shape = (*w.shape[:axis], -1, 4, 4, 2, *w.shape[axis + 1 :])
+    return w.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(w.shape)
+
+
+def matrix(*shape):
+    """Shared memory for matrices of which 32 columns are taken at a time."""
+    transforms = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(2 * GROUP))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def copy_in(source, matrix):
+    """Copies rows (a multiple of 32) of 16-bit numbers into a matrix; sync behind it."""
+    matrix[...] = source[...] if interpreting() else plgpu.load(
+        source, layout=_ROWS, optimized=False
+    )  # fmt: skip
+
+
+def load(ref):
+    """A tile [64, columns] of global or shared memory, in its dtype."""
+    return ref[...] if interpreting() else plgpu.load(ref, layout=TILE, optimized=False)
+
+
+def load_before(ref, first, columns):
+    """Rows first - 1 to first + 62 of ref [N, D]; for first = 0, row 0 twice."""
+    lowest = jnp.where(first == 0, 0, -1)
+    if interpreting():
+        edge = ref[pl.ds(first + lowest, 1), columns]
+        return jnp.concatenate([edge, ref[pl.ds(first, CHUNK), columns][:-1]])
+    source = ref.at[pl.ds(first, CHUNK), columns]
+    result = plgpu.ShapeDtypeStruct((CHUNK, columns.size), ref.dtype, layout=TILE)
+
+    @inline((plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), result)
+    def load(_, source, lowest):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        c = lambda n: mgpu.utils.c(n, i32)
+        element = ir.MemRefType(source.type).element_type
+        thread = mgpu.utils.thread_idx()
+        thread = arith.remui(thread, c(mgpu.utils.WARPGROUP_SIZE))
+        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
+        row = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
+        column = arith.muli(arith.remui(lane, c(4)), c(8))
+        layout = TILE.to_mgpu()
+        registers = np.empty((columns.size // GROUP, 2), dtype=object)
+        for (group, half), _ in np.ndenumerate(registers):
+            before = arith.maxsi(arith.addi(row, c(8 * half - 1)), lowest.registers.item())
+            at = arith.index_cast(index, before), arith.index_cast(
+                index, arith.addi(column, c(GROUP * group))
+            )
+            numbers = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], 8)))
+            pointer = mgpu.utils.memref_ptr(numbers)
+            registers[group, half] = llvm.load(ir.VectorType.get((8,), element), pointer)
+        shape = layout.registers_shape((CHUNK, columns.size))
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+        )
+
+    return load(source, lowest)
+
+
+def load_rows(ref, columns):
+    """[64] float32 of global memory -> [64, columns], the same in every column."""
+    if interpreting():
+        return tiles.over_columns(ref[...], (CHUNK, columns))
+    v = plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
+    return plgpu.layout_cast(tiles.over_columns(v, (CHUNK, columns)), TILE)
+
+
+def load_columns(ref):
+    """[columns] float32 of global or shared memory, to be spread by over_rows."""
+    return ref[...] if interpreting() else plgpu.load(
+        ref, layout=TILE.reduce(0), optimized=False
+    )  # fmt: skip
+
+
+def over_rows(v):
+    """[columns] -> [64, columns], the same in every row."""
+    z = tiles.over_rows(v, (CHUNK, v.shape[0]))
+    return z if interpreting() else plgpu.layout_cast(z, TILE)
+
+
+def zeros(columns):
+    """A tile of float32."""
+    z = jnp.zeros((CHUNK, columns), jnp.float32)
+    return z if interpreting() else plgpu.layout_cast(z, TILE)
+
+
+def left(x):
+    """A tile of bfloat16 as a left operand whose columns are in the order of products."""
+    if interpreting():
+        return in_order_of_products(x, 1)
+    layout = plgpu.Layout.MMA_LHS(x.dtype)
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+
+    @inline((TILE,), result)
+    def regroup(_, z):
+        registers = np.empty((x.shape[1] // GROUP, 4, 2), dtype=object)
+        for (group, n, half), _ in np.ndenumerate(registers):
+            eight = z.registers.reshape(-1, 2)[group, half]
+            registers[group, n, half] = mgpu.utils.vector_slice(eight, slice(2 * n, 2 * n + 2))
+        to = layout.to_mgpu()
+        registers = registers.reshape(to.registers_shape(x.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
+
+    return regroup(x)
+
+
+def from_product(x):
+    """An accumulator [64, columns] whose columns are in the order of products, as a tile."""
+    if interpreting():
+        return in_order_of_products(x, 1)
+
+    @inline((_ACC,), plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=TILE))
+    def regroup(_, z):
+        pairs = z.registers.reshape(-1, 4, 2)  # [groups, eights, halves of the rows]
+        registers = np.empty((pairs.shape[0], 2), dtype=object)
+        for (group, half), _ in np.ndenumerate(registers):
+            registers[group, half] = mgpu.utils.vector_concat(list(pairs[group, :, half]))
+        to = TILE.to_mgpu()
+        registers = registers.reshape(to.registers_shape(x.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
+
+    return regroup(x)
+
+
+def row_sums(acc, a):
+    """acc [64, 8] + the sum of every row of a left operand [64, k], in all eight columns."""
+    if interpreting():
+        return acc + jnp.sum(a.astype(jnp.float32), axis=1, keepdims=True)
+    ones = jnp.ones((a.shape[1], 8), a.dtype)
+    return plgpu.mma(acc, a, plgpu.layout_cast(ones, plgpu.Layout.MMA_RHS(a.dtype)))
+
+
+def product_sums(shape):
+    """An accumulator of zeros."""
+    return warps.zeros(*shape)
+
+
+def rows(m):
+    """The tokens of tile m."""
+    return pl.ds(lax.convert_element_type(m * CHUNK, jnp.int32), CHUNK)
