@@ -61,7 +61,7 @@ def _hidden(refs, first, j, rank):
 
 def _share(refs, j, hidden, columns, of_slab, rank):
     """s_j, a float32 tile."""
-    share = layout.over_rows(layout.load_columns(refs.mu_gmem.at[j, columns]))
+    share = layout.in_every_row(layout.load_columns(refs.mu_gmem.at[j, columns]))
     if hidden is None:
         return share
     w = refs.w.at[pl.ds(j * rank, rank), of_slab]
@@ -156,11 +156,8 @@ def input_gradients(
         tile = lax.axis_index("tokens")
         first = tile * CHUNK
         tokens = pl.ds(first, CHUNK)
-        # Tile rows below the last have no next token here.
-        if not rank:
-            refs.e[pl.ds(CHUNK, 8)] = jnp.zeros((8, SLAB), f32)
-        else:
-            refs.e[pl.ds(CHUNK, 8)] = jnp.zeros((8, SLAB), f32)
+        # The last token's next one is in another tile.
+        refs.e[pl.ds(CHUNK, 8)] = jnp.zeros((8, SLAB), f32)
 
         def step(slab, dhidden):
             dhidden = list(dhidden)

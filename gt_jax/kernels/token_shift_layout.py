@@ -10,13 +10,12 @@ or of a left operand are those of a tile, grouped otherwise.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import tiles, warps
+from gt_jax.kernels.pallas import tiles
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import CHUNK
 from gt_jax.kernels.pallas.warps import inline
@@ -29,8 +28,8 @@ TILE = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-# Any multiple of 16 rows of 32 channels, for copies.
-_ROWS = plgpu.Layout.TILED(
+# The same for 32 tokens, of which a thread holds half as much; also for copies of more rows.
+SMALL_TILE = plgpu.Layout.TILED(
     fragmented_array.Tiling(((32, 32), (8, 32), (8,))),
     warp_dims=(-5,),
     lane_dims=(-3, -2),
@@ -55,13 +54,19 @@ def matrix(*shape):
 def copy_in(source, matrix):
     """Copies rows (a multiple of 32) of 16-bit numbers into a matrix; sync behind it."""
     matrix[...] = source[...] if interpreting() else plgpu.load(
-        source, layout=_ROWS, optimized=False
+        source, layout=SMALL_TILE, optimized=False
     )  # fmt: skip
 
 
+def _layout(rows):
+    return TILE if rows == CHUNK else SMALL_TILE
+
+
 def load(ref):
-    """A tile [64, columns] of global or shared memory, in its dtype."""
-    return ref[...] if interpreting() else plgpu.load(ref, layout=TILE, optimized=False)
+    """A tile [64 or 32, columns] of global or shared memory, in its dtype."""
+    if interpreting():
+        return ref[...]
+    return plgpu.load(ref, layout=_layout(ref.shape[0]), optimized=False)
 
 
 def load_before(ref, first, columns):
@@ -105,30 +110,36 @@ def load_before(ref, first, columns):
 
 
 def load_rows(ref, columns):
-    """[64] float32 of global memory -> [64, columns], the same in every column."""
+    """[64 or 32] float32 of global memory -> [rows, columns], the same in every column."""
     if interpreting():
-        return tiles.over_columns(ref[...], (CHUNK, columns))
-    v = plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
-    return plgpu.layout_cast(tiles.over_columns(v, (CHUNK, columns)), TILE)
+        return in_every_column(ref[...], columns)
+    layout = _layout(ref.shape[0]).reduce(1)
+    return in_every_column(plgpu.load(ref, layout=layout, optimized=False), columns)
 
 
-def load_columns(ref):
-    """[columns] float32 of global or shared memory, to be spread by over_rows."""
-    return ref[...] if interpreting() else plgpu.load(
-        ref, layout=TILE.reduce(0), optimized=False
-    )  # fmt: skip
+def in_every_column(v, columns):
+    """A number for each row of a tile -> [rows, columns]."""
+    z = tiles.over_columns(v, (v.shape[0], columns))
+    return z if interpreting() else plgpu.layout_cast(z, _layout(v.shape[0]))
 
 
-def over_rows(v):
-    """[columns] -> [64, columns], the same in every row."""
-    z = tiles.over_rows(v, (CHUNK, v.shape[0]))
-    return z if interpreting() else plgpu.layout_cast(z, TILE)
+def load_columns(ref, rows=CHUNK):
+    """[columns] float32 of global or shared memory, to be spread by in_every_row."""
+    if interpreting():
+        return ref[...]
+    return plgpu.load(ref, layout=_layout(rows).reduce(0), optimized=False)
 
 
-def zeros(columns):
+def in_every_row(v, rows=CHUNK):
+    """[columns] -> [rows, columns]."""
+    z = tiles.over_rows(v, (rows, v.shape[0]))
+    return z if interpreting() else plgpu.layout_cast(z, _layout(rows))
+
+
+def zeros(columns, rows=CHUNK):
     """A tile of float32."""
-    z = jnp.zeros((CHUNK, columns), jnp.float32)
-    return z if interpreting() else plgpu.layout_cast(z, TILE)
+    z = jnp.zeros((rows, columns), jnp.float32)
+    return z if interpreting() else plgpu.layout_cast(z, _layout(rows))
 
 
 def left(x):
@@ -169,6 +180,28 @@ def from_product(x):
     return regroup(x)
 
 
+def sum_of_rows(x):
+    """The sum over the rows of a small float32 tile, [columns] in the order of products.
+
+    Putting it in the order of products once more gives back the order of channels.
+    """
+    if interpreting():
+        return jnp.sum(in_order_of_products(x, 1), axis=0)
+    shape = (CHUNK, x.shape[1])
+
+    @inline((SMALL_TILE,), plgpu.ShapeDtypeStruct(shape, x.dtype, layout=_ACC))
+    def with_zeros(_, z):  # as an accumulator, whose other rows are zero
+        zero = mgpu.FragmentedArray.splat(mgpu.c(0.0, z.mlir_dtype), shape, _ACC.to_mgpu())
+        registers = zero.registers.reshape(-1, 4, 2).copy()
+        for group, eight in enumerate(z.registers.flat):
+            for n in range(4):
+                registers[group, n, 0] = mgpu.utils.vector_slice(eight, slice(2 * n, 2 * n + 2))
+        registers = registers.reshape(zero.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=zero.layout, _is_signed=None)
+
+    return jnp.sum(with_zeros(x), axis=0)
+
+
 def row_sums(acc, a):
     """acc [64, 8] + the sum of every row of a left operand [64, k], in all eight columns."""
     if interpreting():
@@ -176,12 +209,3 @@ def row_sums(acc, a):
     ones = jnp.ones((a.shape[1], 8), a.dtype)
     return plgpu.mma(acc, a, plgpu.layout_cast(ones, plgpu.Layout.MMA_RHS(a.dtype)))
 
-
-def product_sums(shape):
-    """An accumulator of zeros."""
-    return warps.zeros(*shape)
-
-
-def rows(m):
-    """The tokens of tile m."""
-    return pl.ds(lax.convert_element_type(m * CHUNK, jnp.int32), CHUNK)
