@@ -13,7 +13,6 @@ Everything is computed once in float32 and rounded at the end; operands of produ
 Layouts and the order of channels: token_shift_layout.py.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -171,8 +170,8 @@ def input_gradients(
                 columns = pl.ds(slab * SLAB + start, GROUP)
                 _, d = _difference(refs, first, columns)
                 total, e = layout.zeros(GROUP), layout.zeros(GROUP)
-                load = lambda j: layout.load(getattr(refs, f"g{j}_gmem").at[tokens, columns])
-                cotangents = [load(j) for j in range(n)]
+                at = tokens, columns
+                cotangents = [layout.load(getattr(refs, f"g{j}_gmem").at[at]) for j in range(n)]
                 for j, g in enumerate(cotangents):
                     z = _hidden(refs, first, j, rank) if rank else None
                     share = _share(refs, j, z, columns, of_slab, rank)

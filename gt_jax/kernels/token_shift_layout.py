@@ -71,7 +71,7 @@ def load(ref):
 
 def load_before(ref, first, columns):
     """Rows first - 1 to first + 62 of ref [N, D]; for first = 0, row 0 twice."""
-    lowest = jnp.where(first == 0, 0, -1)
+    lowest = jnp.where(first == 0, jnp.int32(0), jnp.int32(-1))
     if interpreting():
         edge = ref[pl.ds(first + lowest, 1), columns]
         return jnp.concatenate([edge, ref[pl.ds(first, CHUNK), columns][:-1]])
@@ -95,8 +95,9 @@ def load_before(ref, first, columns):
         registers = np.empty((columns.size // GROUP, 2), dtype=object)
         for (group, half), _ in np.ndenumerate(registers):
             before = arith.maxsi(arith.addi(row, c(8 * half - 1)), lowest.registers.item())
-            at = arith.index_cast(index, before), arith.index_cast(
-                index, arith.addi(column, c(GROUP * group))
+            at = (
+                arith.index_cast(index, before),
+                arith.index_cast(index, arith.addi(column, c(GROUP * group))),
             )
             numbers = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], 8)))
             pointer = mgpu.utils.memref_ptr(numbers)
@@ -208,4 +209,3 @@ def row_sums(acc, a):
         return acc + jnp.sum(a.astype(jnp.float32), axis=1, keepdims=True)
     ones = jnp.ones((a.shape[1], 8), a.dtype)
     return plgpu.mma(acc, a, plgpu.layout_cast(ones, plgpu.Layout.MMA_RHS(a.dtype)))
-
