@@ -22,18 +22,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels import token_shift_layout as layout
-from gt_jax.kernels.pallas import tiles, warps
-from gt_jax.kernels.pallas.launch import CHUNK, kernel, loop, lowered_once
+from gt_jax.kernels.pallas import copies, tiles, warps
+from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.token_shift_layout import GROUP
 
 SLAB = 64  # channels a block of the grid works on at once: a cache line of bfloat16
 
 
 class Tuning(NamedTuple):
-    """Most tiles of 64 tokens that a block of the grid walks."""
+    """How the work is cut, and what is asked for early."""
 
-    forward_tiles: int = 2
-    sums_tiles: int = 24
+    forward_tiles: int = 2  # of 64 tokens, that a block of the grid walks at most
+    sums_blocks: int = 264  # of the grid, that sum over tokens: two for each multiprocessor
+    sums_tiles: int = 2  # of 64 tokens, that one of them walks at least
+    prefetch: bool = True
 
 
 TUNING = Tuning()
@@ -44,12 +46,23 @@ def _divisor(n, most):
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
-def _difference(refs, first, columns):
-    """x and before - x, float32 tiles of tokens from `first`."""
-    x = layout.load(refs.x_gmem.at[pl.ds(first, CHUNK), columns]).astype(jnp.float32)
-    before = layout.load_before(refs.x_gmem, first, columns).astype(jnp.float32)
-    keep = layout.load_rows(refs.keep_gmem.at[pl.ds(first, CHUNK)], columns.size)
+def _load_pair(refs, first, columns):
+    """The tile of tokens from `first`, and of the tokens before."""
+    x = layout.load(refs.x_gmem.at[pl.ds(first, CHUNK), columns])
+    return x, layout.load_before(refs.x_gmem, first, columns)
+
+
+def _difference(refs, first, x, before):
+    """x and before - x in float32."""
+    x, before = x.astype(jnp.float32), before.astype(jnp.float32)
+    keep = layout.load_rows(refs.keep_gmem.at[pl.ds(first, CHUNK)], x.shape[1])
     return x, before * keep - x
+
+
+def _prefetch(refs, tokens, columns, n):
+    """Asks for what a later step reads: that comes from the second-level cache then."""
+    for name in ("x", *(f"g{j}" for j in range(n))):
+        copies.prefetch(getattr(refs, f"{name}_gmem").at[tokens, columns])
 
 
 def _hidden(refs, first, j, rank):
@@ -100,19 +113,25 @@ def blends(
 
     def body(refs):
         first = lax.axis_index("tokens") * (walked * CHUNK)
-        columns = pl.ds(lax.axis_index("slabs") * SLAB, SLAB)
+        slab = lax.axis_index("slabs")
         if rank:
-            layout.copy_in(refs.w_gmem.at[:, columns], refs.w)
+            layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
             warps.sync()
 
         def step(i, carry):
             at = first + i * CHUNK
-            x, d = _difference(refs, at, columns)
-            for j in range(n):
-                hidden = _hidden(refs, at, j, rank) if rank else None
-                y = x + d * _share(refs, j, hidden, columns, pl.ds(0, SLAB), rank)
-                to = getattr(refs, f"y{j}_gmem").at[pl.ds(at, CHUNK), columns]
-                to[...] = y.astype(jnp.bfloat16)
+            tokens = pl.ds(at, CHUNK)
+            # All loads come first: none may pass a store, which could be to the same place.
+            hidden = [_hidden(refs, at, j, rank) if rank else None for j in range(n)]
+            halves = [pl.ds(slab * SLAB + start, GROUP) for start in range(0, SLAB, GROUP)]
+            loaded = [_load_pair(refs, at, columns) for columns in halves]
+            for half, (columns, pair) in enumerate(zip(halves, loaded)):
+                x, d = _difference(refs, at, *pair)
+                of_slab = pl.ds(half * GROUP, GROUP)
+                for j in range(n):
+                    y = x + d * _share(refs, j, hidden[j], columns, of_slab, rank)
+                    to = getattr(refs, f"y{j}_gmem").at[tokens, columns]
+                    to[...] = y.astype(jnp.bfloat16)
             return carry
 
         loop(walked, step, jnp.int32(0))
@@ -128,7 +147,7 @@ def blends(
     )
 
 
-@lowered_once()
+@lowered_once("tuning")
 def input_gradients(
     x: jax.Array,
     keep: jax.Array,
@@ -136,12 +155,15 @@ def input_gradients(
     hidden: jax.Array | None,
     w: jax.Array | None,
     cotangents: list[jax.Array],
+    *,
+    tuning: Tuning,
 ) -> list[jax.Array]:
     """Gradients by x and hidden; a block of the grid walks the channels of 64 tokens.
 
     Args:
         x, keep, mu, hidden, w: as of `blends`.
         cotangents: n arrays [N, D] bfloat16.
+        tuning: how the work is cut.
 
     Returns:
         dx [N, D] bfloat16, without what e of the next tile adds to a tile's last token; e of each
@@ -164,11 +186,14 @@ def input_gradients(
             if rank:
                 layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
                 warps.sync()
+            if tuning.prefetch:
+                following = jnp.minimum(slab + 1, D // SLAB - 1)
+                _prefetch(refs, tokens, pl.ds(following * SLAB, SLAB), n)
             own = []
             for start in range(0, SLAB, GROUP):
                 of_slab = pl.ds(start, GROUP)
                 columns = pl.ds(slab * SLAB + start, GROUP)
-                _, d = _difference(refs, first, columns)
+                _, d = _difference(refs, first, *_load_pair(refs, first, columns))
                 total, e = layout.zeros(GROUP), layout.zeros(GROUP)
                 at = tokens, columns
                 cotangents = [layout.load(getattr(refs, f"g{j}_gmem").at[at]) for j in range(n)]
@@ -239,25 +264,29 @@ def parameter_gradients(
     (N, D), n = x.shape, len(cotangents)
     rank = 0 if hidden is None else hidden.shape[1] // n
     f32, bf16 = jnp.float32, jnp.bfloat16
-    walked = _divisor(N // CHUNK, tuning.sums_tiles)
-    stretches = N // (walked * CHUNK)
+    count, slabs = N // CHUNK, D // SLAB
+    stretches = min(pl.cdiv(tuning.sums_blocks, slabs), pl.cdiv(count, tuning.sums_tiles))
 
     def body(refs):
         stretch = lax.axis_index("tokens")
-        first = stretch * (walked * CHUNK)
+        start, _ = divide(stretch * count, stretches)
+        end, _ = divide((stretch + 1) * count, stretches)
         columns = pl.ds(lax.axis_index("slabs") * SLAB, SLAB)
 
         def step(i, sums):
             dmu, dw = map(list, sums)
-            at = first + i * CHUNK
+            at = (start + i) * CHUNK
             tokens = pl.ds(at, CHUNK)
-            _, d = _difference(refs, at, columns)
+            _, d = _difference(refs, at, *_load_pair(refs, at, columns))
             if rank:
                 layout.copy_in(refs.hidden_gmem.at[tokens], refs.hidden)
             for j in range(n):
                 g = layout.load(getattr(refs, f"g{j}_gmem").at[tokens, columns])
                 refs.p.at[j][...] = (g.astype(f32) * d).astype(bf16)
             warps.sync()
+            if tuning.prefetch:
+                following = pl.ds(jnp.minimum(start + i + 1, end - 1) * CHUNK, CHUNK)
+                _prefetch(refs, following, columns, n)
             for j in range(n):
                 p = warps.load_left(refs.p.at[j].T)  # [channels, tokens]
                 dmu[j] = layout.row_sums(dmu[j], p)
@@ -267,7 +296,7 @@ def parameter_gradients(
             return tuple(dmu), tuple(dw)
 
         zeros = lambda columns, count: tuple(warps.zeros(SLAB, columns) for _ in range(count))
-        dmu, dw = loop(walked, step, (zeros(8, n), zeros(rank, n if rank else 0)))
+        dmu, dw = loop(end - start, step, (zeros(8, n), zeros(rank, n if rank else 0)))
         for j in range(n):
             refs.dmu_gmem.at[stretch, j, columns][...] = dmu[j]
             if rank:
@@ -286,6 +315,6 @@ def parameter_gradients(
             "p": tiles.tile(n, CHUNK, SLAB),
             "hidden": layout.matrix(CHUNK, n * rank) if rank else None,
         },
-        grid={"tokens": stretches, "slabs": D // SLAB},
+        grid={"tokens": stretches, "slabs": slabs},
         threads=1,
     )
