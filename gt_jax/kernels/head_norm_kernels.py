@@ -97,7 +97,7 @@ def gated(
             at = pl.ds(first + i * ROWS, ROWS), columns
             y, g = _load(refs.y_gmem, at), _load(refs.g_gmem, at)
             z = _normalised(y, epsilon)[0] * scale + bias
-            refs.out_gmem.at[at][...] = (z * g * _sigmoid(g)).astype(jnp.bfloat16)
+            layout.store(refs.out_gmem.at[at], (z * g * _sigmoid(g)).astype(jnp.bfloat16))
             return carry
 
         loop(walked, step, jnp.int32(0))
@@ -152,16 +152,16 @@ def gradients(
             scale, bias = (_parameter(z, columns) for z in (refs.scale_gmem, refs.bias_gmem))
             q = _sigmoid(g)
             dg = dout * (n * scale + bias) * (q * (1 + g * (1 - q)))
-            refs.dg_gmem.at[at][...] = dg.astype(bf16)
+            layout.store(refs.dg_gmem.at[at], dg.astype(bf16))
             dz = dout * (g * q)
             dn = dz * scale
             dy = inverse * (dn - _mean(dn) - n * _mean(dn * n))
-            refs.dy_gmem.at[at][...] = dy.astype(bf16)
+            layout.store(refs.dy_gmem.at[at], dy.astype(bf16))
             return sums[0] + dz * n, sums[1] + dz
 
         sums = loop(walked, step, (layout.zeros(V, ROWS), layout.zeros(V, ROWS)))
         for z, to in zip(sums, (refs.dscale_gmem, refs.dbias_gmem)):
-            to.at[stretch, columns][...] = layout.sum_of_rows(z)
+            layout.store(to.at[stretch, columns], layout.sum_of_rows(z))
 
     wide, sums = jax.ShapeDtypeStruct(g.shape, bf16), jax.ShapeDtypeStruct((stretches, H * V), f32)
     dy, dg, *sums = kernel(

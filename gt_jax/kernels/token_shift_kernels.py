@@ -131,7 +131,7 @@ def blends(
                 for j in range(n):
                     y = x + d * _share(refs, j, hidden[j], columns, of_slab, rank)
                     to = getattr(refs, f"y{j}_gmem").at[tokens, columns]
-                    to[...] = y.astype(jnp.bfloat16)
+                    layout.store(to, y.astype(jnp.bfloat16))
             return carry
 
         loop(walked, step, jnp.int32(0))
@@ -214,14 +214,15 @@ def input_gradients(
                 of_slab = pl.ds(start, GROUP)
                 columns = pl.ds(slab * SLAB + start, GROUP)
                 following = layout.load(refs.e.at[pl.ds(1, CHUNK), of_slab])
-                refs.dx_gmem.at[tokens, columns][...] = (z + following).astype(bf16)
-                refs.edges_gmem.at[tile, columns][...] = layout.load_columns(refs.e.at[0, of_slab])
+                layout.store(refs.dx_gmem.at[tokens, columns], (z + following).astype(bf16))
+                edge = layout.load_columns(refs.e.at[0, of_slab])
+                layout.store(refs.edges_gmem.at[tile, columns], edge)
             return tuple(dhidden)
 
         sums = tuple(warps.zeros(CHUNK, rank) for _ in range(n if rank else 0))
         for j, z in enumerate(loop(D // SLAB, step, sums)):
             to = refs.dhidden_gmem.at[tokens, pl.ds(j * rank, rank)]
-            to[...] = layout.from_product(z).astype(bf16)
+            layout.store(to, layout.from_product(z).astype(bf16))
 
     return kernel(
         body,
@@ -298,9 +299,9 @@ def parameter_gradients(
         zeros = lambda columns, count: tuple(warps.zeros(SLAB, columns) for _ in range(count))
         dmu, dw = loop(end - start, step, (zeros(8, n), zeros(rank, n if rank else 0)))
         for j in range(n):
-            refs.dmu_gmem.at[stretch, j, columns][...] = dmu[j]
+            layout.store(refs.dmu_gmem.at[stretch, j, columns], dmu[j])
             if rank:
-                refs.dw_gmem.at[stretch, j, columns][...] = dw[j]
+                layout.store(refs.dw_gmem.at[stretch, j, columns], dw[j])
 
     return kernel(
         body,

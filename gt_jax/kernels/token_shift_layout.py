@@ -69,6 +69,14 @@ def load(ref):
     return plgpu.load(ref, layout=_layout(ref.shape[0]), optimized=False)
 
 
+def store(ref, value):
+    """Writes to global memory half a cache line of a row at a time, or a sum's few numbers."""
+    if interpreting() or not hasattr(plgpu, "store"):
+        ref[...] = value
+    else:  # JAX 0.12 refuses less than whole cache lines unless told that they are wanted
+        plgpu.store(ref, value, optimized=False)
+
+
 def load_before(ref, first, columns):
     """Rows first - 1 to first + 62 of ref [N, D]; for first = 0, row 0 twice."""
     lowest = jnp.where(first == 0, jnp.int32(0), jnp.int32(-1))
