@@ -208,7 +208,7 @@ def input_gradients(
                         dhidden[j] = warps.dot(dhidden[j], p, w.T)
                 own.append(total - e)
                 keep = layout.load_rows(refs.keep_gmem.at[tokens], GROUP)
-                refs.e.at[pl.ds(0, CHUNK), of_slab][...] = e * keep
+                layout.store(refs.e.at[pl.ds(0, CHUNK), of_slab], e * keep)
             warps.sync()
             for start, z in zip(range(0, SLAB, GROUP), own):
                 of_slab = pl.ds(start, GROUP)

@@ -70,10 +70,10 @@ def load(ref):
 
 
 def store(ref, value):
-    """Writes to global memory half a cache line of a row at a time, or a sum's few numbers."""
+    """Writes a tile, or a sum's few numbers, in the accesses that its layout gives."""
     if interpreting() or not hasattr(plgpu, "store"):
         ref[...] = value
-    else:  # JAX 0.12 refuses less than whole cache lines unless told that they are wanted
+    else:  # JAX 0.12 refuses half a cache line of a row, or 32 bytes a thread, unless told
         plgpu.store(ref, value, optimized=False)
 
 
