@@ -3,8 +3,6 @@
 Each direction reads its inputs once and writes its outputs once.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -52,8 +50,7 @@ def gated(
     return out.reshape(g.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(epsilon, y, g, scale, bias):
+def _value(epsilon, y, g, scale, bias) -> jax.Array:
     return _forward(epsilon, y, g, scale, bias)[0]
 
 
@@ -73,4 +70,5 @@ def _backward(epsilon, residuals, dout):
     return dy.reshape(residuals[0].shape), dg, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
 
 
+_gated = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _gated.defvjp(_forward, _backward)

@@ -66,7 +66,7 @@ def blends(
     first = x[:, 0].astype(jnp.float32)
     d = last.astype(jnp.float32) - first
     shares = mu[:, None].astype(jnp.float32)  # [n, 1, D]
-    if hidden is not None:
+    if hidden is not None and w is not None:
         each = hidden[:, 0].reshape(B, len(mu), -1)
         shares = shares + jnp.einsum(
             "bnr,nrd->nbd", each, w.astype(x.dtype), preferred_element_type=jnp.float32
