@@ -64,10 +64,11 @@ def _forward(epsilon, y, g, scale, bias):
 def _backward(epsilon, residuals, dout):
     from gt_jax.kernels import head_norm_kernels as kernels
 
+    y, g, scale, bias = residuals
     dy, dg, dscale, dbias = kernels.gradients(
-        *residuals, dout, epsilon=epsilon, tuning=kernels.TUNING
+        y, g, scale, bias, dout, epsilon=epsilon, tuning=kernels.TUNING
     )
-    return dy.reshape(residuals[0].shape), dg, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
+    return dy.reshape(y.shape), dg, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
 
 
 _gated = jax.custom_vjp(_value, nondiff_argnums=(0,))
