@@ -33,6 +33,8 @@ GPUS = {
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
 MOST_SPILLED = {
+    "Blends, gradients by input": 160,
+    "Blends, gradients by parameters": 40,
     "WKV6 portable, forward": 40,
     "WKV6 portable, forward that saves": 40,
     "WKV6 portable, backward": 1180,
@@ -61,6 +63,15 @@ VARIANTS = {
     "SSD Hopper": ("ssd", "mosaic", "bfloat16"),
     "WKV6 Hopper, float32": ("wkv6", "mosaic", "float32"),
     "SSD Hopper, float32": ("ssd", "mosaic", "float32"),
+    "Blends": ("blends", "portable", "bfloat16"),
+    "Blends of constant shares": ("constant_blends", "portable", "bfloat16"),
+    "Head norm": ("head_norm", "portable", "bfloat16"),
+}
+# Kernels in the order they run, of what is no recurrence.
+OTHERS = {
+    "blends": ("forward", "gradients by input", "gradients by parameters"),
+    "constant_blends": ("forward", "gradients by input", "gradients by parameters"),
+    "head_norm": ("forward", "backward"),
 }
 
 
@@ -130,6 +141,9 @@ def prepare(wheels):
 
 def kernels(op, impl, dtype, capability):
     """(name, serialised kernel) of everything that an implementation may launch."""
+    if op in OTHERS:
+        yield from zip(OTHERS[op], lowered(op, impl, dtype, capability, (8, 4096, 12)), strict=True)
+        return
     many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
     yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
     saving, backward = lowered(op, impl, dtype, capability, many)
@@ -147,18 +161,28 @@ def lowered(op, impl, dtype, capability, shape, *, gradient=True):
     from jaxlib.mlir import ir
 
     from gt_jax import kernels
+    from gt_jax.kernels import head_norm, token_shift
     from gt_jax.kernels.pallas import devices
     from gt_jax.kernels.pallas.architectures import lowered_for
 
     B, T, H = shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     wide = array(B, T, H, 64, dtype=dtype)
+    flat, of_model = array(B, T, H * 64, dtype=dtype), array(H * 64)
+    shared = array(B, T, 1, 128, dtype=dtype)
+    function = lambda *inputs: getattr(kernels, op)(*inputs, impl=impl)
     if op == "wkv6":
         inputs = [wide, wide, wide, array(B, T, H, 64), array(H, 64)]
-    else:
-        shared = array(B, T, 1, 128, dtype=dtype)
+    elif op == "ssd":
         inputs = [wide, array(B, T, H), array(H), shared, shared]
-    function = lambda *inputs: getattr(kernels, op)(*inputs, impl=impl)
+    elif op == "head_norm":
+        inputs = [wide, flat, of_model, of_model]
+        function = lambda *inputs: head_norm.gated(*inputs, 64e-5)
+    else:
+        inputs = [flat, array(5, H * 64)]
+        if op == "blends":
+            inputs += [array(B, T, 5 * 32, dtype=dtype), array(5, 32, H * 64)]
+        function = lambda x, *shares: token_shift.blends(x, None, None, *shares)
 
     def gradients(*inputs):
         outputs, pull_back = jax.vjp(function, *inputs)
