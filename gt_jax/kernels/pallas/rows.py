@@ -1,0 +1,262 @@
+"""Tokens by rows of threads: what kernels without matrix products share.
+
+A block of the grid is 128 threads in rows of `lanes`. A thread holds VECTOR neighbouring channels of
+a token, 16 bytes of 16-bit numbers, and every row reads its own token: a row's number in the block,
+`own_row`, is a scalar that differs from row to row, and all that is computed from it does as well.
+So values here are what one row holds, [lanes * VECTOR] channels, and kernels are written for a row.
+In the interpreter a block is a single row.
+
+    x = load(ref, (own_row(lanes) + first,), column, lanes)
+
+reads `lanes * VECTOR` channels from `column` on of the row's token.
+"""
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels.pallas.devices import interpreting
+
+VECTOR = 8  # channels of a thread
+_THREADS = 128  # of a block
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def lanes_for(*widths: int) -> int | None:
+    """The most threads of a row whose channels divide all widths, or None."""
+    return next((n for n in (32, 16, 8) if all(w % (n * VECTOR) == 0 for w in widths)), None)
+
+
+def rows_of_block(lanes: int) -> int:
+    """How many rows of threads a block has."""
+    return 1 if interpreting() else _THREADS // lanes
+
+
+def own_row(lanes):
+    """Number of the row in its block, int32."""
+    if interpreting():
+        return jnp.int32(0)
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=_scalar(jnp.int32))
+    def row(_):
+        from jaxlib.mlir.dialects import arith
+
+        number = arith.divui(mgpu.utils.thread_idx(), _constant(lanes))
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return row()
+
+
+def load(source, index, column, lanes, keep=None):
+    """Channels of a row's token, or zeros where not `keep`; the index has to be valid anyway.
+
+    Args:
+        source: reference [..., channels], or a list of pairs (reference [..., channels], first
+            column) for arrays that count as one, side by side; `column` lies in one of them.
+        index: scalars, one for each axis of a reference but the last.
+        column: the row's first channel.
+        lanes: threads of a row.
+        keep: bool scalar or None.
+    """
+    sources = source if isinstance(source, list) else [(source, 0)]
+    if interpreting():
+        inside = lambda z, ref: jnp.clip(z, 0, ref.shape[-1] - lanes * VECTOR)
+        parts = [
+            ref[(*index, _ds(inside(column - first, ref), lanes))] for ref, first in sources
+        ]
+        x = parts[0]
+        for part, (_, first) in zip(parts[1:], sources[1:]):
+            x = jnp.where(column >= first, part, x)
+        return x if keep is None else jnp.where(keep, x, 0)
+    refs, firsts = zip(*sources)
+    scalars = (*index, column) if keep is None else (*index, column, keep)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * len(refs) + (_SCALAR,) * len(scalars),
+        return_type=_value(refs[0].dtype),
+    )
+    def read(_, *arguments):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, vector
+
+        memrefs, scalars = arguments[: len(refs)], _registers(arguments[len(refs) :])
+        kept = scalars.pop() if keep is not None else None
+        vector_type = ir.VectorType.get((VECTOR,), ir.MemRefType(memrefs[0].type).element_type)
+        x = llvm.load(vector_type, _address(memrefs, firsts, scalars, lanes), alignment=16)
+        if kept is not None:
+            zero = mgpu.utils.c(0, vector_type.element_type)
+            x = arith.select(kept, x, vector.broadcast(vector_type, zero))
+        return _array(x, refs[0].dtype)
+
+    return read(*refs, *scalars)
+
+
+def store(target, index, column, value, lanes, keep=None):
+    """Writes a row's channels, where `keep`; as load."""
+    targets = target if isinstance(target, list) else [(target, 0)]
+    if interpreting():
+        _store_interpreted(targets, index, column, value, lanes, keep)
+        return
+    refs, firsts = zip(*targets)
+    scalars = (*index, column) if keep is None else (*index, column, keep)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * len(refs) + (_SCALAR,) * len(scalars) + (_layout(),),
+        return_type=None,
+    )
+    def write(_, *arguments):
+        from jaxlib.mlir.dialects import llvm
+
+        scalars = _registers(arguments[len(refs) : -1])
+        kept = scalars.pop() if keep is not None else None
+        address = _address(arguments[: len(refs)], firsts, scalars, lanes)
+        (x,) = arguments[-1].registers.flat
+        if kept is None:
+            llvm.store(x, address, alignment=16)
+        else:
+            with mgpu.utils.when(kept):
+                llvm.store(x, address, alignment=16)
+
+    write(*refs, *scalars, value)
+
+
+def _store_interpreted(targets, index, column, value, lanes, keep):
+    from jax.experimental import pallas as pl
+
+    ends = [first for _, first in targets[1:]] + [2**30]
+    for (ref, first), end in zip(targets, ends):
+        here = (column >= first) & (column < end)
+        here = here if keep is None else here & keep
+
+        @pl.when(here)
+        def _(ref=ref, first=first):
+            ref[(*index, _ds(column - first, lanes))] = value
+
+
+def masked(x, keep):
+    """x where the bool scalar `keep` of the row is true, else zeros."""
+    if interpreting():
+        return jnp.where(keep, x, 0)
+
+    @plgpu.inline_mgpu(arg_types=(_layout(), _SCALAR), return_type=_value(x.dtype))
+    def select(_, x, keep):
+        from jaxlib.mlir.dialects import arith, vector
+
+        (z,), (kept,) = x.registers.flat, _registers((keep,))
+        zero = vector.broadcast(z.type, mgpu.utils.c(0, z.type.element_type))
+        return _array(arith.select(kept, z, zero), x_dtype)
+
+    x_dtype = x.dtype
+    return select(x, keep)
+
+
+def sum_over_row(x, lanes):
+    """The sum of a float32 value over the channels of the row, a scalar in all its threads."""
+    if interpreting():
+        return jnp.sum(x)
+
+    @plgpu.inline_mgpu(arg_types=(_layout(),), return_type=_scalar(jnp.float32))
+    def total(_, x):
+        from jaxlib.mlir.dialects import arith, vector
+
+        (z,) = x.registers.flat
+        terms = [
+            vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(VECTOR)
+        ]
+        while len(terms) > 1:
+            terms = [arith.addf(a, b) for a, b in zip(terms[::2], terms[1::2])]
+        (z,) = terms
+        distance = 1
+        while distance < lanes:
+            z = arith.addf(z, mgpu.utils.shfl_bfly(z, distance))
+            distance *= 2
+        return mgpu.FragmentedArray.splat(z, ())
+
+    return total(x)
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
+    y = 1 + jnp.exp2(x * -1.4426950408889634)  # log2(e)
+    if interpreting():
+        return 1 / y
+
+    @plgpu.inline_mgpu(arg_types=(_layout(),), return_type=_value(jnp.float32))
+    def reciprocal(_, y):
+        return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
+
+    return reciprocal(y)
+
+
+def zeros(lanes):
+    """A float32 value."""
+    if interpreting():
+        return jnp.zeros(lanes * VECTOR, jnp.float32)
+    return plgpu.layout_cast(jnp.zeros(_THREADS * VECTOR, jnp.float32), _layout())
+
+
+def _ds(column, lanes):
+    from jax.experimental import pallas as pl
+
+    return pl.ds(column, lanes * VECTOR)
+
+
+def _layout():
+    return plgpu.Layout.WG_STRIDED((_THREADS * VECTOR,), vec_size=VECTOR)
+
+
+def _value(dtype):
+    return plgpu.ShapeDtypeStruct((_THREADS * VECTOR,), dtype, layout=_layout())
+
+
+def _scalar(dtype):
+    return plgpu.ShapeDtypeStruct((), dtype, layout=_SCALAR)
+
+
+def _constant(n):
+    from jaxlib.mlir import ir
+
+    return mgpu.utils.c(n, ir.IntegerType.get_signless(32))
+
+
+def _registers(scalars):
+    return [z.registers.item() for z in scalars]
+
+
+def _array(register, dtype):
+    import numpy as np
+
+    registers = np.empty((1,), dtype=object)
+    registers[0] = register
+    signed = True if jnp.issubdtype(dtype, jnp.signedinteger) else None
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=_layout().to_mgpu(), _is_signed=signed
+    )
+
+
+def _address(memrefs, firsts, scalars, lanes):
+    """Where the thread's channels begin, in the last memref that begins before the column."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    i64 = ir.IntegerType.get_signless(64)
+    wide = lambda z: arith.extsi(i64, z)
+    *index, column = scalars
+    lane = arith.remui(mgpu.utils.thread_idx(), _constant(lanes))
+    own = arith.addi(column, arith.muli(lane, _constant(VECTOR)))
+    address = None
+    for memref, first in zip(memrefs, firsts):
+        kind = ir.MemRefType(memref.type)
+        strides, _ = kind.get_strides_and_offset()
+        offset = wide(arith.subi(own, _constant(first)))
+        for n, stride in zip(index, strides[:-1], strict=True):
+            offset = arith.addi(offset, arith.muli(wide(n), mgpu.utils.c(stride, i64)))
+        base = mgpu.utils.memref_ptr(memref)
+        if not mgpu.utils.is_smem_ref(kind):
+            base = llvm.addrspacecast(llvm.PointerType.get(1), base)  # global memory
+        here = mgpu.utils.getelementptr(base, [offset], kind.element_type)
+        if address is not None:
+            begun = arith.cmpi(arith.CmpIPredicate.sge, column, _constant(first))
+            here = arith.select(begun, here, address)
+        address = here
+    return address
