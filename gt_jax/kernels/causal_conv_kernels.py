@@ -23,10 +23,10 @@ _TAPS = WIDTH - 1  # tokens before
 
 
 class Tuning(NamedTuple):
-    """Tokens that a row of threads walks, and those it reads at once."""
+    """Channels of a thread, tokens that a row walks, tokens that it reads at once (4 or more)."""
 
-    forward: tuple[int, int] = (32, 8)
-    backward: tuple[int, int] = (64, 4)
+    forward: tuple[int, int, int] = (4, 32, 4)
+    backward: tuple[int, int, int] = (4, 64, 4)
 
 
 TUNING = Tuning()
@@ -35,24 +35,20 @@ TUNING = Tuning()
 class Grid(NamedTuple):
     """How tokens and channels are divided among rows of threads."""
 
-    lanes: int  # threads of a row
+    row: rows.Row
     span: int  # tokens that a row walks
     group: int  # tokens that it reads at once
-    rows: int  # of a block
     per_sequence: int  # rows that share a sequence
     blocks: int  # along the tokens
 
 
-def grid_for(sizes: Sizes, batch: int, length: int, tuning: tuple[int, int]) -> Grid | None:
+def grid_for(sizes: Sizes, batch: int, length: int, tuning: tuple[int, int, int]) -> Grid | None:
     """The longest spans that fit, or None."""
-    lanes = rows.lanes_for(sizes.inner, sizes.state)
-    if lanes is None:
-        return None
-    many, (span, group) = rows.rows_of_block(lanes), tuning
-    while span >= 4:
-        if length % span == 0 and batch * length // span % many == 0:
-            group = min(group, span)
-            return Grid(lanes, span, group, many, length // span, batch * length // span // many)
+    vector, span, group = tuning
+    row = rows.widest_row(vector, sizes.inner, sizes.state)
+    while row is not None and span >= group:
+        if length % span == 0 and batch * length // span % row.number == 0:
+            return Grid(row, span, group, length // span, batch * length // span // row.number)
         span //= 2
     return None
 
@@ -80,31 +76,35 @@ def forward(projected: jax.Array, taps: jax.Array, seen: jax.Array | None, *, si
     """
     models, batch, length, width = projected.shape
     grid = grid_for(sizes, batch, length, TUNING.forward)
-    lanes, span, group = grid.lanes, grid.span, grid.group
+    row, span, group = grid.row, grid.span, grid.group
 
     def body(refs):
-        m, row, column, first = _place(grid)
-        weights = _weights(refs, m, column, lanes)
+        m, number, column, first = _place(grid)
+        weights = _weights(refs, m, column, row)
         x = lambda token, keep=None: rows.load(
-            refs.x_gmem, (m, token), sizes.inner + column, lanes, keep
+            refs.x_gmem, (m, token), sizes.inner + column, row, keep
         )
-        begin = row * span
+        begin = number * span
         before = [x(jnp.maximum(begin + n - _TAPS, 0), ~first) for n in range(_TAPS)]
         outputs = _beside(sizes, refs.values_gmem, refs.B_gmem, refs.C_gmem)
 
-        def step(n, before):
+        def read(n):
+            n = jnp.minimum(n, span // group - 1)
+            return tuple(x(begin + n * group + j) for j in range(group))
+
+        def step(n, carry):
+            before, here = carry
             at = begin + n * group
-            window = [*before, *(x(at + j) for j in range(group))]
-            results = []
+            following = read(n + 1)  # arrives while this group is computed
+            window = [*before, *here]
             for j in range(group):
                 marks = None if refs.seen_gmem is None else refs.seen_gmem[m, at + j]
                 y = _convolve(weights, window[j : j + WIDTH], marks)
-                results.append((y * rows.sigmoid(y)).astype(jnp.bfloat16))
-            for j, y in enumerate(results):
-                rows.store(outputs, (m, at + j), column, y, lanes)
-            return tuple(window[group:])
+                y = (y * rows.sigmoid(y)).astype(jnp.bfloat16)
+                rows.store(outputs, (m, at + j), column, y, row)
+            return tuple(window[group:]), following
 
-        loop(span // group, step, tuple(before))
+        loop(span // group, step, (tuple(before), read(jnp.int32(0))))
 
     tokens = batch * length
     array = lambda width: jax.ShapeDtypeStruct((models, tokens, width), projected.dtype)
@@ -148,23 +148,23 @@ def backward(
         d_projected: as projected; only the columns of z have to be valid.
         d_values, dB, dC: as the results of `forward`.
     """
-    models, batch, length, width = projected.shape
+    models, batch, length, _ = projected.shape
     grid = grid_for(sizes, batch, length, TUNING.backward)
-    lanes, span, group = grid.lanes, grid.span, grid.group
+    row, span, group = grid.row, grid.span, grid.group
     tokens = batch * length
     flat = lambda z: z.reshape(models, tokens, -1)
 
     def body(refs):
-        m, row, column, first = _place(grid)
-        last = lax.rem(row, jnp.int32(grid.per_sequence)) == grid.per_sequence - 1
-        weights = _weights(refs, m, column, lanes)
+        m, number, column, first = _place(grid)
+        last = lax.rem(number, jnp.int32(grid.per_sequence)) == grid.per_sequence - 1
+        weights = _weights(refs, m, column, row)
         x = lambda token, keep=None: rows.load(
-            refs.x_gmem, (m, token), sizes.inner + column, lanes, keep
+            refs.x_gmem, (m, token), sizes.inner + column, row, keep
         )
         outputs = _beside(sizes, refs.d_values_gmem, refs.dB_gmem, refs.dC_gmem)
-        dy = lambda token, keep=None: rows.load(outputs, (m, token), column, lanes, keep)
+        dy = lambda token, keep=None: rows.load(outputs, (m, token), column, row, keep)
         marks = lambda token: None if refs.seen_gmem is None else refs.seen_gmem[m, token]
-        begin, end = row * span, (row + 1) * span
+        begin, end = number * span, (number + 1) * span
 
         def slope(window, seen, dy):
             """g of the window's last token."""
@@ -182,17 +182,22 @@ def backward(
             known_seen.append(marks(token))
             known.append(slope(window[n : n + WIDTH], known_seen[-1], dy(token, ~last)))
 
+        def read(n):
+            """x of the three tokens before a group, those of its own that `after` lacks, and dy."""
+            n = jnp.maximum(n, 0)
+            at = begin + n * group
+            inside = ~first | (n > 0)
+            xs = [x(jnp.maximum(at - _TAPS + j, 0), inside) for j in range(_TAPS)]
+            xs += [x(at + j) for j in range(group - _TAPS)]
+            return tuple(xs), tuple(dy(at + j) for j in range(group))
+
         def step(n, carry):
-            after, known, known_seen, sums = carry
-            at = begin + (span // group - 1 - n) * group
-            inside = ~first | (n < span // group - 1)
-            # The tokens at - 3 ... at + group - 1, of which the last three are there.
-            window = [x(jnp.maximum(at - _TAPS + j, 0), inside) for j in range(_TAPS)]
-            window += [x(at + j) for j in range(group - _TAPS)]
-            window += after
-            dys = [dy(at + j) for j in range(group)]
+            (xs, dys), after, known, known_seen, sums = carry
+            n = span // group - 1 - n
+            at = begin + n * group
+            following = read(n - 1)  # arrives while this group is computed
+            window = [*xs, *after]  # the tokens at - 3 ... at + group - 1
             known, known_seen, sums = list(known), list(known_seen), list(sums)
-            results = []
             for j in reversed(range(group)):
                 seen = marks(at + j)
                 seeing = window[j : j + WIDTH]
@@ -205,14 +210,15 @@ def backward(
                 for d in range(1, WIDTH):
                     z = known[d] if seen is None else rows.masked(known[d], known_seen[d] >= d)
                     dx += weights[_TAPS - d] * z
-                results.append((at + j, dx.astype(jnp.bfloat16)))
+                dx = dx.astype(jnp.bfloat16)
+                rows.store(refs.d_gmem, (m, at + j), sizes.inner + column, dx, row)
                 known, known_seen = known[:_TAPS], known_seen[:_TAPS]
-            for token, dx in results:
-                rows.store(refs.d_gmem, (m, token), sizes.inner + column, dx, lanes)
-            return tuple(window[:_TAPS]), tuple(known), tuple(known_seen), tuple(sums)
+            carry = window[:_TAPS], known, known_seen, sums
+            return following, *(tuple(z) for z in carry)
 
-        start = tuple(rows.zeros(lanes) for _ in range(WIDTH + 1))
-        carry = tuple(after), tuple(known), tuple(known_seen), start
+        start = tuple(rows.zeros(row) for _ in range(WIDTH + 1))
+        carry = read(jnp.int32(span // group - 1)), tuple(after), tuple(known)
+        carry = (*carry, tuple(known_seen), start)
         *_, sums = loop(span // group, step, carry)
         _write_sums(refs, grid, m, column, sums)
 
@@ -234,7 +240,7 @@ def backward(
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, WIDTH + 1, channels), jnp.float32)
         },
         scratch={
-            "sums": plgpu.SMEM((WIDTH + 1, grid.rows, lanes * rows.VECTOR), jnp.float32),
+            "sums": plgpu.SMEM((WIDTH + 1, grid.row.number, row.channels), jnp.float32),
         },
         grid=_axes(models, grid, sizes),
         threads=1,
@@ -243,7 +249,7 @@ def backward(
 
 
 def _axes(models, grid, sizes):
-    columns = sizes.channels // (grid.lanes * rows.VECTOR)
+    columns = sizes.channels // (grid.row.channels)
     return {"models": models, "tokens": grid.blocks, "columns": columns}
 
 
@@ -251,13 +257,13 @@ def _place(grid):
     """Of a row of threads: model, number among all rows, first channel, and whether it walks the
     first tokens of a sequence."""
     m, block, column = (lax.axis_index(name) for name in ("models", "tokens", "columns"))
-    row = block * grid.rows + rows.own_row(grid.lanes)
-    first = lax.rem(row, jnp.int32(grid.per_sequence)) == 0
-    return m, row, column * (grid.lanes * rows.VECTOR), first
+    number = block * grid.row.number + rows.own_row(grid.row)
+    first = lax.rem(number, jnp.int32(grid.per_sequence)) == 0
+    return m, number, column * (grid.row.channels), first
 
 
-def _weights(refs, m, column, lanes):
-    return [rows.load(refs.taps_gmem, (m, jnp.int32(i)), column, lanes) for i in range(WIDTH + 1)]
+def _weights(refs, m, column, row):
+    return [rows.load(refs.taps_gmem, (m, jnp.int32(i)), column, row) for i in range(WIDTH + 1)]
 
 
 def _beside(sizes, values, B, C):
@@ -281,16 +287,16 @@ def _convolve(weights, window, seen):
 
 def _write_sums(refs, grid, m, column, sums):
     """Adds what the rows of a block have summed and writes it."""
-    own, block = rows.own_row(grid.lanes), lax.axis_index("tokens")
+    own, block = rows.own_row(grid.row), lax.axis_index("tokens")
     zero = jnp.int32(0)
     for i, z in enumerate(sums):
-        rows.store(refs.sums, (jnp.int32(i), own), zero, z, grid.lanes)
+        rows.store(refs.sums, (jnp.int32(i), own), zero, z, grid.row)
     warps.sync()
-    for begin in range(0, len(sums), grid.rows):
+    for begin in range(0, len(sums), grid.row.number):
         i = begin + own
         at = jnp.minimum(i, len(sums) - 1)
-        total = rows.zeros(grid.lanes)
-        for row in range(grid.rows):
-            total += rows.load(refs.sums, (at, jnp.int32(row)), zero, grid.lanes)
+        total = rows.zeros(grid.row)
+        for n in range(grid.row.number):
+            total += rows.load(refs.sums, (at, jnp.int32(n)), zero, grid.row)
         target = (m, block, at)
-        rows.store(refs.sums_gmem, target, column, total, grid.lanes, i < len(sums))
+        rows.store(refs.sums_gmem, target, column, total, grid.row, i < len(sums))

@@ -1,15 +1,16 @@
 """Tokens by rows of threads: what kernels without matrix products share.
 
-A block of the grid is 128 threads in rows of `lanes`. A thread holds VECTOR neighbouring channels of
-a token, 16 bytes of 16-bit numbers, and every row reads its own token: a row's number in the block,
-`own_row`, is a scalar that differs from row to row, and all that is computed from it does as well.
-So values here are what one row holds, [lanes * VECTOR] channels, and kernels are written for a row.
-In the interpreter a block is a single row.
+A block of the grid is 128 threads in rows. A thread holds a few neighbouring channels of a token,
+and every row reads its own token: a row's number in the block, `own_row`, is a scalar that differs
+from row to row, and all that is computed from it does as well. So values here are what one row
+holds, and kernels are written for a row. In the interpreter a block is a single row.
 
-    x = load(ref, (own_row(lanes) + first,), column, lanes)
+    x = load(ref, (own_row(row) + first,), column, row)
 
-reads `lanes * VECTOR` channels from `column` on of the row's token.
+reads `row.channels` channels from `column` on of the row's token.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
@@ -17,37 +18,48 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas.devices import interpreting
 
-VECTOR = 8  # channels of a thread
 _THREADS = 128  # of a block
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-def lanes_for(*widths: int) -> int | None:
-    """The most threads of a row whose channels divide all widths, or None."""
-    return next((n for n in (32, 16, 8) if all(w % (n * VECTOR) == 0 for w in widths)), None)
+class Row(NamedTuple):
+    """Threads of a row, a part of a warp, and the neighbouring channels that each of them holds."""
+
+    lanes: int
+    vector: int
+
+    @property
+    def channels(self) -> int:
+        return self.lanes * self.vector
+
+    @property
+    def number(self) -> int:
+        """How many rows a block has."""
+        return 1 if interpreting() else _THREADS // self.lanes
 
 
-def rows_of_block(lanes: int) -> int:
-    """How many rows of threads a block has."""
-    return 1 if interpreting() else _THREADS // lanes
+def widest_row(vector: int, *widths: int) -> Row | None:
+    """The longest row whose channels divide all widths, or None."""
+    rows = (Row(lanes, vector) for lanes in (32, 16, 8))
+    return next((row for row in rows if all(w % row.channels == 0 for w in widths)), None)
 
 
-def own_row(lanes):
+def own_row(row):
     """Number of the row in its block, int32."""
     if interpreting():
         return jnp.int32(0)
 
     @plgpu.inline_mgpu(arg_types=(), return_type=_scalar(jnp.int32))
-    def row(_):
+    def number(_):
         from jaxlib.mlir.dialects import arith
 
-        number = arith.divui(mgpu.utils.thread_idx(), _constant(lanes))
-        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+        n = arith.divui(mgpu.utils.thread_idx(), _constant(row.lanes))
+        return mgpu.FragmentedArray.splat(n, (), is_signed=True)
 
-    return row()
+    return number()
 
 
-def load(source, index, column, lanes, keep=None):
+def load(source, index, column, row, keep=None):
     """Channels of a row's token, or zeros where not `keep`; the index has to be valid anyway.
 
     Args:
@@ -55,15 +67,13 @@ def load(source, index, column, lanes, keep=None):
             column) for arrays that count as one, side by side; `column` lies in one of them.
         index: scalars, one for each axis of a reference but the last.
         column: the row's first channel.
-        lanes: threads of a row.
+        row: the row.
         keep: bool scalar or None.
     """
     sources = source if isinstance(source, list) else [(source, 0)]
     if interpreting():
-        inside = lambda z, ref: jnp.clip(z, 0, ref.shape[-1] - lanes * VECTOR)
-        parts = [
-            ref[(*index, _ds(inside(column - first, ref), lanes))] for ref, first in sources
-        ]
+        inside = lambda z, ref: jnp.clip(z, 0, ref.shape[-1] - row.channels)
+        parts = [ref[(*index, _ds(inside(column - first, ref), row))] for ref, first in sources]
         x = parts[0]
         for part, (_, first) in zip(parts[1:], sources[1:]):
             x = jnp.where(column >= first, part, x)
@@ -73,7 +83,7 @@ def load(source, index, column, lanes, keep=None):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),) * len(refs) + (_SCALAR,) * len(scalars),
-        return_type=_value(refs[0].dtype),
+        return_type=_value(refs[0].dtype, row.vector),
     )
     def read(_, *arguments):
         from jaxlib.mlir import ir
@@ -81,8 +91,9 @@ def load(source, index, column, lanes, keep=None):
 
         memrefs, scalars = arguments[: len(refs)], _registers(arguments[len(refs) :])
         kept = scalars.pop() if keep is not None else None
-        vector_type = ir.VectorType.get((VECTOR,), ir.MemRefType(memrefs[0].type).element_type)
-        x = llvm.load(vector_type, _address(memrefs, firsts, scalars, lanes), alignment=16)
+        vector_type = ir.VectorType.get((row.vector,), ir.MemRefType(memrefs[0].type).element_type)
+        address = _address(memrefs, firsts, scalars, row)
+        x = llvm.load(vector_type, address, alignment=_alignment(refs[0], row))
         if kept is not None:
             zero = mgpu.utils.c(0, vector_type.element_type)
             x = arith.select(kept, x, vector.broadcast(vector_type, zero))
@@ -91,17 +102,19 @@ def load(source, index, column, lanes, keep=None):
     return read(*refs, *scalars)
 
 
-def store(target, index, column, value, lanes, keep=None):
+def store(target, index, column, value, row, keep=None):
     """Writes a row's channels, where `keep`; as load."""
     targets = target if isinstance(target, list) else [(target, 0)]
     if interpreting():
-        _store_interpreted(targets, index, column, value, lanes, keep)
+        _store_interpreted(targets, index, column, value, row, keep)
         return
     refs, firsts = zip(*targets)
     scalars = (*index, column) if keep is None else (*index, column, keep)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),) * len(refs) + (_SCALAR,) * len(scalars) + (_layout(),),
+        arg_types=(plgpu.RefType(),) * len(refs)
+        + (_SCALAR,) * len(scalars)
+        + (_layout(row.vector),),
         return_type=None,
     )
     def write(_, *arguments):
@@ -109,18 +122,18 @@ def store(target, index, column, value, lanes, keep=None):
 
         scalars = _registers(arguments[len(refs) : -1])
         kept = scalars.pop() if keep is not None else None
-        address = _address(arguments[: len(refs)], firsts, scalars, lanes)
+        address = _address(arguments[: len(refs)], firsts, scalars, row)
         (x,) = arguments[-1].registers.flat
         if kept is None:
-            llvm.store(x, address, alignment=16)
+            llvm.store(x, address, alignment=_alignment(refs[0], row))
         else:
             with mgpu.utils.when(kept):
-                llvm.store(x, address, alignment=16)
+                llvm.store(x, address, alignment=_alignment(refs[0], row))
 
     write(*refs, *scalars, value)
 
 
-def _store_interpreted(targets, index, column, value, lanes, keep):
+def _store_interpreted(targets, index, column, value, row, keep):
     from jax.experimental import pallas as pl
 
     ends = [first for _, first in targets[1:]] + [2**30]
@@ -130,7 +143,7 @@ def _store_interpreted(targets, index, column, value, lanes, keep):
 
         @pl.when(here)
         def _(ref=ref, first=first):
-            ref[(*index, _ds(column - first, lanes))] = value
+            ref[(*index, _ds(column - first, row))] = value
 
 
 def masked(x, keep):
@@ -138,7 +151,9 @@ def masked(x, keep):
     if interpreting():
         return jnp.where(keep, x, 0)
 
-    @plgpu.inline_mgpu(arg_types=(_layout(), _SCALAR), return_type=_value(x.dtype))
+    @plgpu.inline_mgpu(
+        arg_types=(_layout(_vector(x)), _SCALAR), return_type=_value(x.dtype, _vector(x))
+    )
     def select(_, x, keep):
         from jaxlib.mlir.dialects import arith, vector
 
@@ -150,24 +165,24 @@ def masked(x, keep):
     return select(x, keep)
 
 
-def sum_over_row(x, lanes):
+def sum_over_row(x, row):
     """The sum of a float32 value over the channels of the row, a scalar in all its threads."""
     if interpreting():
         return jnp.sum(x)
 
-    @plgpu.inline_mgpu(arg_types=(_layout(),), return_type=_scalar(jnp.float32))
+    @plgpu.inline_mgpu(arg_types=(_layout(row.vector),), return_type=_scalar(jnp.float32))
     def total(_, x):
         from jaxlib.mlir.dialects import arith, vector
 
         (z,) = x.registers.flat
         terms = [
-            vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(VECTOR)
+            vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(row.vector)
         ]
         while len(terms) > 1:
             terms = [arith.addf(a, b) for a, b in zip(terms[::2], terms[1::2])]
         (z,) = terms
         distance = 1
-        while distance < lanes:
+        while distance < row.lanes:
             z = arith.addf(z, mgpu.utils.shfl_bfly(z, distance))
             distance *= 2
         return mgpu.FragmentedArray.splat(z, ())
@@ -181,36 +196,48 @@ def sigmoid(x):
     if interpreting():
         return 1 / y
 
-    @plgpu.inline_mgpu(arg_types=(_layout(),), return_type=_value(jnp.float32))
+    @plgpu.inline_mgpu(
+        arg_types=(_layout(_vector(y)),), return_type=_value(jnp.float32, _vector(y))
+    )
     def reciprocal(_, y):
         return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
 
     return reciprocal(y)
 
 
-def zeros(lanes):
+def zeros(row):
     """A float32 value."""
     if interpreting():
-        return jnp.zeros(lanes * VECTOR, jnp.float32)
-    return plgpu.layout_cast(jnp.zeros(_THREADS * VECTOR, jnp.float32), _layout())
+        return jnp.zeros(row.channels, jnp.float32)
+    return plgpu.layout_cast(jnp.zeros(_THREADS * row.vector, jnp.float32), _layout(row.vector))
 
 
-def _ds(column, lanes):
+def _ds(column, row):
     from jax.experimental import pallas as pl
 
-    return pl.ds(column, lanes * VECTOR)
+    return pl.ds(column, row.channels)
 
 
-def _layout():
-    return plgpu.Layout.WG_STRIDED((_THREADS * VECTOR,), vec_size=VECTOR)
+def _vector(x):
+    """Channels of a thread."""
+    return x.shape[0] // _THREADS
 
 
-def _value(dtype):
-    return plgpu.ShapeDtypeStruct((_THREADS * VECTOR,), dtype, layout=_layout())
+def _layout(vector):
+    return plgpu.Layout.WG_STRIDED((_THREADS * vector,), vec_size=vector)
+
+
+def _value(dtype, vector):
+    return plgpu.ShapeDtypeStruct((_THREADS * vector,), dtype, layout=_layout(vector))
 
 
 def _scalar(dtype):
     return plgpu.ShapeDtypeStruct((), dtype, layout=_SCALAR)
+
+
+def _alignment(ref, row):
+    """Of a thread's channels, in bytes."""
+    return min(16, row.vector * jnp.dtype(ref.dtype).itemsize)
 
 
 def _constant(n):
@@ -225,16 +252,17 @@ def _registers(scalars):
 
 def _array(register, dtype):
     import numpy as np
+    from jaxlib.mlir import ir
 
     registers = np.empty((1,), dtype=object)
     registers[0] = register
     signed = True if jnp.issubdtype(dtype, jnp.signedinteger) else None
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=_layout().to_mgpu(), _is_signed=signed
-    )
+    (vector,) = ir.VectorType(register.type).shape
+    layout = _layout(vector).to_mgpu()
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def _address(memrefs, firsts, scalars, lanes):
+def _address(memrefs, firsts, scalars, row):
     """Where the thread's channels begin, in the last memref that begins before the column."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
@@ -242,8 +270,8 @@ def _address(memrefs, firsts, scalars, lanes):
     i64 = ir.IntegerType.get_signless(64)
     wide = lambda z: arith.extsi(i64, z)
     *index, column = scalars
-    lane = arith.remui(mgpu.utils.thread_idx(), _constant(lanes))
-    own = arith.addi(column, arith.muli(lane, _constant(VECTOR)))
+    lane = arith.remui(mgpu.utils.thread_idx(), _constant(row))
+    own = arith.addi(column, arith.muli(lane, _constant(row.vector)))
     address = None
     for memref, first in zip(memrefs, firsts):
         kind = ir.MemRefType(memref.type)
