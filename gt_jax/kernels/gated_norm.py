@@ -30,9 +30,7 @@ def unsupported(width: int, tokens: int, dtype: str) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_norm(
-    epsilon: float, y: jax.Array, projected: jax.Array, scale: jax.Array
-) -> jax.Array:
+def gated_norm(epsilon: float, y: jax.Array, projected: jax.Array, scale: jax.Array) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * scale of x = y silu(z), in float32.
 
     Args:

@@ -18,14 +18,14 @@ from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 
 class Tuning(NamedTuple):
-    """Channels that a thread reads at once and the most tokens that a row of threads walks."""
+    """The most channels that a thread should hold, and the most tokens that a row walks."""
 
-    forward: tuple[int, int] = (8, 8)
-    backward: tuple[int, int] = (8, 16)
+    forward: tuple[int, int] = (16, 8)
+    backward: tuple[int, int] = (16, 32)
 
 
 TUNING = Tuning()
-_MOST_CHANNELS = 64  # of a thread, which has 255 registers
+_MOST_CHANNELS = 32  # of a thread, which has 255 registers
 
 
 class Grid(NamedTuple):
@@ -39,14 +39,21 @@ class Grid(NamedTuple):
 
 def grid_for(width: int, tokens: int, tuning: tuple[int, int]) -> Grid | None:
     """The most tokens per row that fit, or None."""
-    vector, steps = tuning
-    row = rows.widest_row(vector, width)
-    while row is not None and steps and width // row.lanes <= _MOST_CHANNELS:
+    most, steps = tuning
+    row = _row_for(width, most) or _row_for(width, _MOST_CHANNELS)
+    while row is not None and steps:
         blocks, rest = divmod(tokens, steps * row.number)
         if rest == 0:
             return Grid(row, steps, blocks, width // row.channels)
         steps //= 2
     return None
+
+
+def _row_for(width, most):
+    """The shortest row whose threads hold at most `most` channels each, or None."""
+    choices = (rows.Row(lanes, vector) for lanes in (8, 16, 32, 64, 128) for vector in (8, 4))
+    fits = lambda row: width % row.channels == 0 and width // row.lanes <= most
+    return next(filter(fits, choices), None)
 
 
 def unsupported(width: int, tokens: int) -> str | None:
@@ -75,28 +82,32 @@ def forward(y: jax.Array, projected: jax.Array, scale: jax.Array, *, epsilon: fl
         m, token_of = _place(grid)
         scales = [rows.load(refs.scale_gmem, (m,), c, row) for c in columns]
 
-        def step(n, carry):
-            at = (m, token_of(n))
-            ys = [rows.load(refs.y_gmem, at, c, row) for c in columns]
-            zs = [rows.load(refs.z_gmem, at, c, row) for c in columns]
+        def read(n):
+            at = (m, token_of(jnp.minimum(n, grid.steps - 1)))
+            return _read((refs.y_gmem, refs.z_gmem), at, columns, row)
+
+        def step(n, here):
+            following = read(n + 1)  # arrives while this token is computed
             xs = []
-            for y, z in zip(ys, zs):
+            for y, z in zip(*here):
                 z = z.astype(jnp.float32)
                 xs.append(y.astype(jnp.float32) * (z * rows.sigmoid(z)))
-            inverse = _inverse(xs, row, width, epsilon)
+            squares = sum((x * x for x in xs), rows.zeros(row))
+            (squares,) = rows.sums_over_row([squares], row, refs.sums, lax.rem(n, jnp.int32(2)))
+            inverse = lax.rsqrt(squares * (1 / width) + epsilon)
             for c, x, scale in zip(columns, xs, scales):
-                out = x * (inverse * scale)
-                rows.store(refs.out_gmem, at, c, out.astype(jnp.bfloat16), row)
-            return carry
+                out = (x * (inverse * scale)).astype(jnp.bfloat16)
+                rows.store(refs.out_gmem, (m, token_of(n)), c, out, row)
+            return following
 
-        loop(grid.steps, step, jnp.int32(0))
+        loop(grid.steps, step, read(jnp.int32(0)))
 
     (out,) = kernel(
         body,
         name="gated_norm_forward",
         inputs={"y": _flat(y), "z": _flat(projected), "scale": scale},
         outputs={"out": jax.ShapeDtypeStruct((models, tokens, width), y.dtype)},
-        scratch={},
+        scratch={"sums": rows.sums_scratch(1)},
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
     )
@@ -122,22 +133,29 @@ def backward(
         columns = _columns(grid)
         m, token_of = _place(grid)
 
-        def step(n, sums):
+        scales = [rows.load(refs.scale_gmem, (m,), c, row) for c in columns]
+
+        def read(n):
+            at = (m, token_of(jnp.minimum(n, grid.steps - 1)))
+            return _read((refs.d_out_gmem, refs.y_gmem, refs.z_gmem), at, columns, row)
+
+        def step(n, carry):
+            here, sums = carry
             at = (m, token_of(n))
-            # Kept in 16 bits, and multiplied out again for the second pass over the channels.
-            read = [
-                [rows.load(ref, at, c, row) for c in columns]
-                for ref in (refs.d_out_gmem, refs.y_gmem, refs.z_gmem)
-            ]
-            wide = lambda n: [z[n].astype(jnp.float32) for z in read]
+            following = read(n + 1)  # arrives while this token is computed
+            # Multiplied out again for the second pass, which saves registers.
+            wide = lambda i: [z[i].astype(jnp.float32) for z in here]
             squares = along = rows.zeros(row)
-            for i, c in enumerate(columns):
+            for i, scale in enumerate(scales):
                 g, y, z = wide(i)
                 x = y * (z * rows.sigmoid(z))
                 squares += x * x
-                along += g * x * rows.load(refs.scale_gmem, (m,), c, row)
-            inverse = lax.rsqrt(rows.sum_over_row(squares, row) * (1 / width) + epsilon)
-            along = rows.sum_over_row(along, row) * (1 / width) * inverse * inverse
+                along += g * x * scale
+            squares, along = rows.sums_over_row(
+                [squares, along], row, refs.row_sums, lax.rem(n, jnp.int32(2))
+            )
+            inverse = lax.rsqrt(squares * (1 / width) + epsilon)
+            along *= inverse * inverse * inverse * (1 / width)
             results = []
             for i, c in enumerate(columns):
                 g, y, z = wide(i)
@@ -145,13 +163,14 @@ def backward(
                 silu = z * share
                 x, g = y * silu, g * inverse
                 results.append(sums[i] + g * x)
-                dx = g * rows.load(refs.scale_gmem, (m,), c, row) - x * (inverse * along)
+                dx = g * scales[i] - x * along
                 rows.store(refs.dy_gmem, at, c, (dx * silu).astype(jnp.bfloat16), row)
                 dz = dx * y * (share * (1 + z * (1 - share)))
                 rows.store(refs.d_gmem, at, c, dz.astype(jnp.bfloat16), row)
-            return tuple(results)
+            return following, tuple(results)
 
-        sums = loop(grid.steps, step, tuple(rows.zeros(row) for _ in columns))
+        start = read(jnp.int32(0)), tuple(rows.zeros(row) for _ in columns)
+        _, sums = loop(grid.steps, step, start)
         own, block = rows.own_row(row), lax.axis_index("tokens")
         for c, z in zip(columns, sums):
             rows.store(refs.sums, (own,), c, z, row)
@@ -176,7 +195,10 @@ def backward(
             "d": jax.ShapeDtypeStruct(_flat(projected).shape, projected.dtype),
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, width), jnp.float32),
         },
-        scratch={"sums": plgpu.SMEM((row.number, width), jnp.float32)},
+        scratch={
+            "sums": plgpu.SMEM((row.number, width), jnp.float32),
+            "row_sums": rows.sums_scratch(2),
+        },
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
     )
@@ -198,7 +220,6 @@ def _place(grid):
     return lax.axis_index("models"), lambda n: first + n * grid.row.number
 
 
-def _inverse(xs, row, width, epsilon):
-    """1 / sqrt(mean(x^2) + epsilon), a scalar."""
-    squares = sum((x * x for x in xs), rows.zeros(row))
-    return lax.rsqrt(rows.sum_over_row(squares, row) * (1 / width) + epsilon)
+def _read(refs, at, columns, row):
+    """A token of every reference, by sections."""
+    return tuple(tuple(rows.load(ref, at, c, row) for c in columns) for ref in refs)

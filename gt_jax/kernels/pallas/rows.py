@@ -19,11 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels.pallas.devices import interpreting
 
 _THREADS = 128  # of a block
+_WARP = 32
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 class Row(NamedTuple):
-    """Threads of a row, a part of a warp, and the neighbouring channels that each of them holds."""
+    """Threads of a row, a power of two, and the neighbouring channels that each of them holds."""
 
     lanes: int
     vector: int
@@ -165,29 +166,73 @@ def masked(x, keep):
     return select(x, keep)
 
 
-def sum_over_row(x, row):
-    """The sum of a float32 value over the channels of the row, a scalar in all its threads."""
+def sums_over_row(values, row, scratch, turn):
+    """Sums of float32 values over the channels of the row, scalars in all its threads.
+
+    Args:
+        values: a list.
+        row: the row.
+        scratch: sums_scratch of as many values.
+        turn: int32 scalar that alternates between 0 and 1 from call to call, so that one barrier a
+            call is enough.
+    """
     if interpreting():
-        return jnp.sum(x)
+        return [jnp.sum(x) for x in values]
+    kinds = (_layout(row.vector),) * len(values)
+    result = [_scalar(jnp.float32)] * len(values)
 
-    @plgpu.inline_mgpu(arg_types=(_layout(row.vector),), return_type=_scalar(jnp.float32))
-    def total(_, x):
-        from jaxlib.mlir.dialects import arith, vector
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, *kinds), return_type=result)
+    def total(_, memref, turn, *values):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+        from jaxlib.mlir.dialects import memref as memrefs
 
-        (z,) = x.registers.flat
-        terms = [
-            vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(row.vector)
-        ]
-        while len(terms) > 1:
-            terms = [arith.addf(a, b) for a, b in zip(terms[::2], terms[1::2])]
-        (z,) = terms
-        distance = 1
-        while distance < row.lanes:
-            z = arith.addf(z, mgpu.utils.shfl_bfly(z, distance))
-            distance *= 2
-        return mgpu.FragmentedArray.splat(z, ())
+        sums = [_sum_over_warp(x, row) for x in values]
+        if row.lanes > _WARP:
+            index = lambda z: arith.index_cast(ir.IndexType.get(), z)
+            thread = mgpu.utils.thread_idx()
+            warp = arith.divui(thread, _constant(_WARP))
+            first = arith.muli(
+                arith.divui(thread, _constant(row.lanes)), _constant(row.lanes // _WARP)
+            )
+            at = lambda i, n: [index(turn.registers.item()), index(_constant(i)), index(n)]
+            for i, z in enumerate(sums):  # all threads of a warp write the same
+                memrefs.store(z, memref, at(i, warp))
+            mgpu.utils.warpgroup_barrier()
+            for i in range(len(sums)):
+                warps = [arith.addi(first, _constant(n)) for n in range(row.lanes // _WARP)]
+                sums[i] = _tree([memrefs.load(memref, at(i, n)) for n in warps])
+        return [mgpu.FragmentedArray.splat(z, ()) for z in sums]
 
-    return total(x)
+    return total(scratch, turn, *values)
+
+
+def sums_scratch(count: int):
+    """Shared memory for sums_over_row of `count` values."""
+    return plgpu.SMEM((2, count, _THREADS // _WARP), jnp.float32)
+
+
+def _sum_over_warp(x, row):
+    from jaxlib.mlir.dialects import arith, vector
+
+    (z,) = x.registers.flat
+    z = _tree(
+        [vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(row.vector)]
+    )
+    distance = 1
+    while distance < min(row.lanes, _WARP):
+        z = arith.addf(z, mgpu.utils.shfl_bfly(z, distance))
+        distance *= 2
+    return z
+
+
+def _tree(terms):
+    """The sum of a power of two of terms."""
+    from jaxlib.mlir.dialects import arith
+
+    while len(terms) > 1:
+        terms = [arith.addf(a, b) for a, b in zip(terms[::2], terms[1::2])]
+    return terms[0]
 
 
 def sigmoid(x):
@@ -270,7 +315,7 @@ def _address(memrefs, firsts, scalars, row):
     i64 = ir.IntegerType.get_signless(64)
     wide = lambda z: arith.extsi(i64, z)
     *index, column = scalars
-    lane = arith.remui(mgpu.utils.thread_idx(), _constant(row))
+    lane = arith.remui(mgpu.utils.thread_idx(), _constant(row.lanes))
     own = arith.addi(column, arith.muli(lane, _constant(row.vector)))
     address = None
     for memref, first in zip(memrefs, firsts):
