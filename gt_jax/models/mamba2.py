@@ -33,6 +33,7 @@ from gt_jax.models.layers import (
 )
 
 CONV_WIDTH = 4
+_FUSED = True  # whether the Pallas kernels of the convolution and the norm may run
 
 
 class MambaState(NamedTuple):
@@ -124,7 +125,9 @@ def _projection_sizes(config: ModelConfig) -> causal_conv.Sizes:
 def _takes_fused_kernels(config: ModelConfig, batch: int, T: int, tail: jax.Array | None) -> bool:
     """Whether Pallas kernels compute the convolution and the norm: where those of the recurrence
     run, from the start of sequences that one device holds."""
-    if config.impl in ("chunked", "reference") or config.mamba_groups > 1 or tail is not None:
+    if not _FUSED or config.impl in ("chunked", "reference"):
+        return False
+    if config.mamba_groups > 1 or tail is not None:
         return False
     if context_parallel.current_axis() is not None:
         return False
@@ -185,7 +188,7 @@ class CausalConv(nn.Module):
         """What `causal_conv.split_and_convolve` gives of [B, T, width], and the new tail."""
         index = segment_index(segment_ids, projected.shape[:2])
         seen = None if segment_ids is None else causal_conv.tokens_seen(index)
-        weight, bias = self.weights(sizes.channels)
+        weight, bias = (z.astype(jnp.float32) for z in self.weights(sizes.channels))
         parts = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
         of_last = (index[:, 1 - self.width :] == index[:, -1:])[..., None]
         tail = projected[:, 1 - self.width :, sizes.inner : sizes.inner + sizes.channels]
@@ -262,7 +265,8 @@ class GatedNorm(nn.Module):
 
     def of_projection(self, y: jax.Array, projected: jax.Array) -> jax.Array:
         """The norm with z in the first columns of what `split_projection` hands on."""
-        return gated_norm.gated_norm(self.epsilon, y, projected, self.scale(y.shape[-1]))
+        scale = self.scale(y.shape[-1]).astype(jnp.float32)
+        return gated_norm.gated_norm(self.epsilon, y, projected, scale)
 
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         scale = self.scale(y.shape[-1])
