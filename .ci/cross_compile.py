@@ -249,7 +249,7 @@ def compiled(compiler, module):
     return {
         "registers": number(r"Used (\d+) registers"),
         "spilled": number(r"(\d+) bytes spill stores"),
-        "shared": number(r"(\d+) bytes of shared memory"),
+        "shared": max(0, number(r"(\d+) bytes of shared memory")),  # not said where none is used
     }
 
 
