@@ -109,12 +109,16 @@ def compile_all(gpu, wheels):
     compiler = prepare(wheels)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
+    capability = tuple(map(int, gpu.split(".")))
+    found = mamba2_kernels(capability)
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
-            for kernel, module in kernels(op, impl, dtype, tuple(map(int, gpu.split(".")))):
-                row = {"gpu": gpu, "kernel": f"{variant}, {kernel}"} | compiled(compiler, module)
-                print(row, file=sys.stderr)
-                rows.append(row)
+            of_variant = kernels(op, impl, dtype, capability)
+            found += [(f"{variant}, {kernel}", module) for kernel, module in of_variant]
+    for kernel, module in found:
+        row = {"gpu": gpu, "kernel": kernel} | compiled(compiler, module)
+        print(row, file=sys.stderr)
+        rows.append(row)
     return rows
 
 
@@ -154,16 +158,40 @@ def kernels(op, impl, dtype, capability):
     yield "splits, backward", backwards
 
 
+def mamba2_kernels(capability):
+    """(name, serialised kernel) of what Mamba-2's mixer launches beside its recurrence."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels import causal_conv
+    from gt_jax.kernels.gated_norm import gated_norm
+
+    found, names = [], ("conv, forward", "norm, forward", "norm, backward", "conv, backward")
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    for inner, documents in ((1536, True), (384, False), (2048, False)):
+        sizes, tokens = causal_conv.Sizes(inner, 128, inner // 64), (16, 2048)
+        parameters = (sizes.channels, 4), (sizes.channels,), (inner,)
+        weight, bias, scale = (array(*shape, dtype=jnp.float32) for shape in parameters)
+
+        def mixer(projected, weight, bias, y, scale, sizes=sizes, documents=documents):
+            seen = jnp.zeros(y.shape[:2], jnp.int32) if documents else None
+            z, *parts = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
+            return parts, gated_norm(1e-5, y, z, scale)
+
+        projected, y = array(*tokens, sizes.padded_width), array(*tokens, inner)
+        calls = calls_of(mixer, [projected, weight, bias, y, scale], capability)
+        kind = f"{inner} channels" + (", documents" if documents else "")
+        found += [(f"Mamba-2 {name}, {kind}", z) for name, z in zip(names, calls, strict=True)]
+    return found
+
+
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):
     """Serialised kernels of one call in the order they run."""
     import jax
     import jax.numpy as jnp
-    from jaxlib.mlir import ir
 
     from gt_jax import kernels
     from gt_jax.kernels import head_norm, token_shift
-    from gt_jax.kernels.pallas import devices
-    from gt_jax.kernels.pallas.architectures import lowered_for
 
     B, T, H = shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
@@ -183,6 +211,16 @@ def lowered(op, impl, dtype, capability, shape, *, gradient=True):
         if op == "blends":
             inputs += [array(B, T, 5 * 32, dtype=dtype), array(5, 32, H * 64)]
         function = lambda x, *shares: token_shift.blends(x, None, None, *shares)
+    return calls_of(function, inputs, capability, gradient=gradient)
+
+
+def calls_of(function, inputs, capability, *, gradient=True):
+    """Serialised kernels of a function and its gradient in the order they run."""
+    import jax
+    from jaxlib.mlir import ir
+
+    from gt_jax.kernels.pallas import devices
+    from gt_jax.kernels.pallas.architectures import lowered_for
 
     def gradients(*inputs):
         outputs, pull_back = jax.vjp(function, *inputs)
@@ -235,7 +273,7 @@ def compiled(compiler, module):
     return {
         "registers": number(r"Used (\d+) registers"),
         "spilled": number(r"(\d+) bytes spill stores"),
-        "shared": number(r"(\d+) bytes of shared memory"),
+        "shared": max(0, number(r"(\d+) bytes of shared memory")),  # not said where none is used
     }
 
 
