@@ -55,7 +55,7 @@ def grid_for(sizes: Sizes, batch: int, length: int, tuning: tuple[int, int, int]
             return Grid(row, span, group, length // span, batch * length // span // row.number)
         span //= 2
     raise NotImplementedError(
-        f"the fused convolution cannot divide {batch} x {length} tokens of {sizes} among its threads"
+        f"the fused convolution cannot divide {batch} x {length} tokens of {sizes} among threads"
     )
 
 
