@@ -42,25 +42,30 @@ class Grid(NamedTuple):
     blocks: int  # along the tokens
 
 
-def grid_for(sizes: Sizes, batch: int, length: int, tuning: tuple[int, int, int]) -> Grid | None:
-    """The longest spans that fit, or None."""
+def grid_for(sizes: Sizes, batch: int, length: int, tuning: tuple[int, int, int]) -> Grid:
+    """The longest spans that fit.
+
+    Raises:
+        NotImplementedError: none does.
+    """
     vector, span, group = tuning
     row = rows.widest_row(vector, sizes.inner, sizes.state)
     while row is not None and span >= group:
         if length % span == 0 and batch * length // span % row.number == 0:
             return Grid(row, span, group, length // span, batch * length // span // row.number)
         span //= 2
-    return None
+    raise NotImplementedError(
+        f"the fused convolution cannot divide {batch} x {length} tokens of {sizes} among threads"
+    )
 
 
 def unsupported(sizes: Sizes, batch: int, length: int) -> str | None:
     """Why the kernels do not take these sizes, or None."""
-    for tuning in TUNING:
-        if grid_for(sizes, batch, length, tuning) is None:
-            return (
-                "the fused convolution is for widths that 64 divides and tokens that 64 divides; "
-                f"these are {sizes} and {batch} x {length}"
-            )
+    try:
+        for tuning in TUNING:
+            grid_for(sizes, batch, length, tuning)
+    except NotImplementedError as reason:
+        return str(reason)
     return None
 
 

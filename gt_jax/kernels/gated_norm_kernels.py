@@ -37,8 +37,12 @@ class Grid(NamedTuple):
     sections: int  # parts of a token that a row reads at once
 
 
-def grid_for(width: int, tokens: int, tuning: tuple[int, int]) -> Grid | None:
-    """The most tokens per row that fit, or None."""
+def grid_for(width: int, tokens: int, tuning: tuple[int, int]) -> Grid:
+    """The most tokens per row that fit.
+
+    Raises:
+        NotImplementedError: a row of threads cannot hold a token.
+    """
     most, steps = tuning
     row = _row_for(width, most) or _row_for(width, _MOST_CHANNELS)
     while row is not None and steps:
@@ -46,7 +50,7 @@ def grid_for(width: int, tokens: int, tuning: tuple[int, int]) -> Grid | None:
         if rest == 0:
             return Grid(row, steps, blocks, width // row.channels)
         steps //= 2
-    return None
+    raise NotImplementedError(f"the fused norm is not for {tokens} tokens of {width} channels")
 
 
 def _row_for(width, most):
@@ -58,9 +62,12 @@ def _row_for(width, most):
 
 def unsupported(width: int, tokens: int) -> str | None:
     """Why the kernels do not take these sizes, or None."""
-    if all(grid_for(width, tokens, tuning) for tuning in TUNING):
-        return None
-    return f"the fused norm is not for {tokens} tokens of {width} channels"
+    try:
+        for tuning in TUNING:
+            grid_for(width, tokens, tuning)
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
 
 
 @lowered_once("epsilon")

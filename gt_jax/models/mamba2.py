@@ -186,10 +186,11 @@ class CausalConv(nn.Module):
         self, sizes: causal_conv.Sizes, projected: jax.Array, segment_ids: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """What `causal_conv.split_and_convolve` gives of [B, T, width], and the new tail."""
-        index = segment_index(segment_ids, projected.shape[:2])
+        batch, T, _ = projected.shape
+        index = segment_index(segment_ids, (batch, T))
         seen = None if segment_ids is None else causal_conv.tokens_seen(index)
         weight, bias = (z.astype(jnp.float32) for z in self.weights(sizes.channels))
-        parts = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
+        parts: Any = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
         of_last = (index[:, 1 - self.width :] == index[:, -1:])[..., None]
         tail = projected[:, 1 - self.width :, sizes.inner : sizes.inner + sizes.channels]
         return parts, jnp.where(of_last, tail, 0)

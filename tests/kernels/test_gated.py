@@ -118,7 +118,7 @@ def test_a_mixer_with_remat_lowers_to_one_kernel_a_direction(capability):
     "sizes, tokens, dtype, reason",
     [
         (SIZES, (2, 16), "float32", "is for bfloat16; this is float32"),
-        (causal_conv.Sizes(96, 64, 6), (2, 16), "bfloat16", "widths that"),
+        (causal_conv.Sizes(100, 64, 6), (4, 64), "bfloat16", "Sizes(inner=100"),
         (SIZES, (2, 7), "bfloat16", "2 x 7"),
     ],
 )
