@@ -64,13 +64,11 @@ VARIANTS = {
     "WKV6 Hopper, float32": ("wkv6", "mosaic", "float32"),
     "SSD Hopper, float32": ("ssd", "mosaic", "float32"),
     "Blends": ("blends", "portable", "bfloat16"),
-    "Blends of constant shares": ("constant_blends", "portable", "bfloat16"),
     "Head norm": ("head_norm", "portable", "bfloat16"),
 }
 # Kernels in the order they run, of what is no recurrence.
 OTHERS = {
     "blends": ("forward", "gradients by input", "gradients by parameters"),
-    "constant_blends": ("forward", "gradients by input", "gradients by parameters"),
     "head_norm": ("forward", "backward"),
 }
 
@@ -208,8 +206,7 @@ def lowered(op, impl, dtype, capability, shape, *, gradient=True):
         function = lambda *inputs: head_norm.gated(*inputs, 64e-5)
     else:
         inputs = [flat, array(5, H * 64)]
-        if op == "blends":
-            inputs += [array(B, T, 5 * 32, dtype=dtype), array(5, 32, H * 64)]
+        inputs += [array(B, T, 5 * 32, dtype=dtype), array(5, 32, H * 64)]
         function = lambda x, *shares: token_shift.blends(x, None, None, *shares)
     return calls_of(function, inputs, capability, gradient=gradient)
 

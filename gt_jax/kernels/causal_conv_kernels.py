@@ -26,7 +26,7 @@ class Tuning(NamedTuple):
     """Channels of a thread, tokens that a row walks, tokens that it reads at once (4 or more)."""
 
     forward: tuple[int, int, int] = (4, 32, 4)
-    backward: tuple[int, int, int] = (4, 64, 4)
+    backward: tuple[int, int, int] = (8, 64, 4)
 
 
 TUNING = Tuning()

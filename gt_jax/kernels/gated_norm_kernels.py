@@ -21,7 +21,7 @@ class Tuning(NamedTuple):
     """The most channels that a thread should hold, and the most tokens that a row walks."""
 
     forward: tuple[int, int] = (16, 8)
-    backward: tuple[int, int] = (16, 32)
+    backward: tuple[int, int] = (16, 16)
 
 
 TUNING = Tuning()

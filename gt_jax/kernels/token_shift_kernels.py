@@ -74,8 +74,6 @@ def _hidden(refs, first, j, rank):
 def _share(refs, j, hidden, columns, of_slab, rank):
     """s_j, a float32 tile."""
     share = layout.in_every_row(layout.load_columns(refs.mu_gmem.at[j, columns]))
-    if hidden is None:
-        return share
     w = refs.w.at[pl.ds(j * rank, rank), of_slab]
     return share + layout.from_product(warps.dot(warps.zeros(CHUNK, columns.size), hidden, w))
 
@@ -89,8 +87,8 @@ def blends(
     x: jax.Array,
     keep: jax.Array,
     mu: jax.Array,
-    hidden: jax.Array | None,
-    w: jax.Array | None,
+    hidden: jax.Array,
+    w: jax.Array,
     *,
     tuning: Tuning,
 ) -> list[jax.Array]:
@@ -100,29 +98,28 @@ def blends(
         x: [N, D] bfloat16, N and D multiples of 64.
         keep: [N] float32: 1, or 0 where the token before is another sequence's.
         mu: [n, D] float32.
-        hidden: [N, n rank] bfloat16, rank a multiple of 32, or None for constant shares.
-        w: [n rank, D] bfloat16, each rank and D in the order of products; or None likewise.
+        hidden: [N, n rank] bfloat16, rank a multiple of 32.
+        w: [n rank, D] bfloat16, each rank and D in the order of products.
         tuning: how the work is cut.
 
     Returns:
         n arrays [N, D] bfloat16.
     """
     (N, D), n = x.shape, mu.shape[0]
-    rank = 0 if hidden is None else hidden.shape[1] // n
+    rank = hidden.shape[1] // n
     walked = _divisor(N // CHUNK, tuning.forward_tiles)
 
     def body(refs):
         first = lax.axis_index("tokens") * (walked * CHUNK)
         slab = lax.axis_index("slabs")
-        if rank:
-            layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
-            warps.sync()
+        layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
+        warps.sync()
 
         def step(i, carry):
             at = first + i * CHUNK
             tokens = pl.ds(at, CHUNK)
             # All loads come first: none may pass a store, which could be to the same place.
-            hidden = [_hidden(refs, at, j, rank) if rank else None for j in range(n)]
+            hidden = [_hidden(refs, at, j, rank) for j in range(n)]
             halves = [pl.ds(slab * SLAB + start, GROUP) for start in range(0, SLAB, GROUP)]
             loaded = [_load_pair(refs, at, columns) for columns in halves]
             for half, (columns, pair) in enumerate(zip(halves, loaded)):
@@ -141,7 +138,7 @@ def blends(
         name="token_shift",
         inputs=_inputs(x, keep, mu, hidden, w),
         outputs={f"y{j}": jax.ShapeDtypeStruct(x.shape, x.dtype) for j in range(n)},
-        scratch={"w": layout.matrix(n * rank, SLAB) if rank else None},
+        scratch={"w": layout.matrix(n * rank, SLAB)},
         grid={"tokens": N // (walked * CHUNK), "slabs": D // SLAB},
         threads=1,
     )
@@ -152,8 +149,8 @@ def input_gradients(
     x: jax.Array,
     keep: jax.Array,
     mu: jax.Array,
-    hidden: jax.Array | None,
-    w: jax.Array | None,
+    hidden: jax.Array,
+    w: jax.Array,
     cotangents: list[jax.Array],
     *,
     tuning: Tuning,
@@ -167,10 +164,10 @@ def input_gradients(
 
     Returns:
         dx [N, D] bfloat16, without what e of the next tile adds to a tile's last token; e of each
-        tile's first token [N / 64, D] float32; dhidden like hidden, unless that is None.
+        tile's first token [N / 64, D] float32; dhidden like hidden.
     """
     (N, D), n = x.shape, mu.shape[0]
-    rank = 0 if hidden is None else hidden.shape[1] // n
+    rank = hidden.shape[1] // n
     f32, bf16 = jnp.float32, jnp.bfloat16
 
     def body(refs):
@@ -183,9 +180,8 @@ def input_gradients(
         def step(slab, dhidden):
             dhidden = list(dhidden)
             warps.sync()  # all have read what the step before wrote
-            if rank:
-                layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
-                warps.sync()
+            layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
+            warps.sync()
             if tuning.prefetch:
                 following = jnp.minimum(slab + 1, D // SLAB - 1)
                 _prefetch(refs, tokens, pl.ds(following * SLAB, SLAB), n)
@@ -198,14 +194,13 @@ def input_gradients(
                 at = tokens, columns
                 cotangents = [layout.load(getattr(refs, f"g{j}_gmem").at[at]) for j in range(n)]
                 for j, g in enumerate(cotangents):
-                    z = _hidden(refs, first, j, rank) if rank else None
+                    z = _hidden(refs, first, j, rank)
                     share = _share(refs, j, z, columns, of_slab, rank)
                     g = g.astype(f32)
                     total, e = total + g, e + share * g
-                    if rank:
-                        w = refs.w.at[pl.ds(j * rank, rank), of_slab]
-                        p = layout.left((g * d).astype(bf16))
-                        dhidden[j] = warps.dot(dhidden[j], p, w.T)
+                    w = refs.w.at[pl.ds(j * rank, rank), of_slab]
+                    p = layout.left((g * d).astype(bf16))
+                    dhidden[j] = warps.dot(dhidden[j], p, w.T)
                 own.append(total - e)
                 keep = layout.load_rows(refs.keep_gmem.at[tokens], GROUP)
                 layout.store(refs.e.at[pl.ds(0, CHUNK), of_slab], e * keep)
@@ -219,7 +214,7 @@ def input_gradients(
                 layout.store(refs.edges_gmem.at[tile, columns], edge)
             return tuple(dhidden)
 
-        sums = tuple(warps.zeros(CHUNK, rank) for _ in range(n if rank else 0))
+        sums = tuple(warps.zeros(CHUNK, rank) for _ in range(n))
         for j, z in enumerate(loop(D // SLAB, step, sums)):
             to = refs.dhidden_gmem.at[tokens, pl.ds(j * rank, rank)]
             layout.store(to, layout.from_product(z).astype(bf16))
@@ -231,10 +226,10 @@ def input_gradients(
         outputs={
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "edges": jax.ShapeDtypeStruct((N // CHUNK, D), f32),
-            "dhidden": jax.ShapeDtypeStruct(hidden.shape, bf16) if rank else None,
+            "dhidden": jax.ShapeDtypeStruct(hidden.shape, bf16),
         },
         scratch={
-            "w": layout.matrix(n * rank, SLAB) if rank else None,
+            "w": layout.matrix(n * rank, SLAB),
             "e": plgpu.SMEM((CHUNK + 8, SLAB), f32),
         },
         grid={"tokens": N // CHUNK},
@@ -246,7 +241,7 @@ def input_gradients(
 def parameter_gradients(
     x: jax.Array,
     keep: jax.Array,
-    hidden: jax.Array | None,
+    hidden: jax.Array,
     cotangents: list[jax.Array],
     *,
     tuning: Tuning,
@@ -260,10 +255,10 @@ def parameter_gradients(
 
     Returns:
         Sums of stretches of tokens, to be added over the first axis: of p, [S, n, D, 8] float32,
-        eight times the same; unless hidden is None, of p by hidden, [S, n, D, rank] float32.
+        eight times the same; of p by hidden, [S, n, D, rank] float32.
     """
     (N, D), n = x.shape, len(cotangents)
-    rank = 0 if hidden is None else hidden.shape[1] // n
+    rank = hidden.shape[1] // n
     f32, bf16 = jnp.float32, jnp.bfloat16
     count, slabs = N // CHUNK, D // SLAB
     stretches = min(pl.cdiv(tuning.sums_blocks, slabs), pl.cdiv(count, tuning.sums_tiles))
@@ -279,8 +274,7 @@ def parameter_gradients(
             at = (start + i) * CHUNK
             tokens = pl.ds(at, CHUNK)
             _, d = _difference(refs, at, *_load_pair(refs, at, columns))
-            if rank:
-                layout.copy_in(refs.hidden_gmem.at[tokens], refs.hidden)
+            layout.copy_in(refs.hidden_gmem.at[tokens], refs.hidden)
             for j in range(n):
                 g = layout.load(getattr(refs, f"g{j}_gmem").at[tokens, columns])
                 refs.p.at[j][...] = (g.astype(f32) * d).astype(bf16)
@@ -291,17 +285,15 @@ def parameter_gradients(
             for j in range(n):
                 p = warps.load_left(refs.p.at[j].T)  # [channels, tokens]
                 dmu[j] = layout.row_sums(dmu[j], p)
-                if rank:
-                    dw[j] = warps.dot(dw[j], p, refs.hidden.at[:, pl.ds(j * rank, rank)])
+                dw[j] = warps.dot(dw[j], p, refs.hidden.at[:, pl.ds(j * rank, rank)])
             warps.sync()
             return tuple(dmu), tuple(dw)
 
-        zeros = lambda columns, count: tuple(warps.zeros(SLAB, columns) for _ in range(count))
-        dmu, dw = loop(end - start, step, (zeros(8, n), zeros(rank, n if rank else 0)))
+        zeros = lambda columns: tuple(warps.zeros(SLAB, columns) for _ in range(n))
+        dmu, dw = loop(end - start, step, (zeros(8), zeros(rank)))
         for j in range(n):
             layout.store(refs.dmu_gmem.at[stretch, j, columns], dmu[j])
-            if rank:
-                layout.store(refs.dw_gmem.at[stretch, j, columns], dw[j])
+            layout.store(refs.dw_gmem.at[stretch, j, columns], dw[j])
 
     return kernel(
         body,
@@ -310,11 +302,11 @@ def parameter_gradients(
         | {f"g{j}": g for j, g in enumerate(cotangents)},
         outputs={
             "dmu": jax.ShapeDtypeStruct((stretches, n, D, 8), f32),
-            "dw": jax.ShapeDtypeStruct((stretches, n, D, rank), f32) if rank else None,
+            "dw": jax.ShapeDtypeStruct((stretches, n, D, rank), f32),
         },
         scratch={
             "p": tiles.tile(n, CHUNK, SLAB),
-            "hidden": layout.matrix(CHUNK, n * rank) if rank else None,
+            "hidden": layout.matrix(CHUNK, n * rank),
         },
         grid={"tokens": stretches, "slabs": slabs},
         threads=1,

@@ -33,7 +33,6 @@ from gt_jax.models.layers import (
 )
 
 CONV_WIDTH = 4
-_FUSED = True  # whether the Pallas kernels of the convolution and the norm may run
 
 
 class MambaState(NamedTuple):
@@ -125,7 +124,7 @@ def _projection_sizes(config: ModelConfig) -> causal_conv.Sizes:
 def _takes_fused_kernels(config: ModelConfig, batch: int, T: int, tail: jax.Array | None) -> bool:
     """Whether Pallas kernels compute the convolution and the norm: where those of the recurrence
     run, from the start of sequences that one device holds."""
-    if not _FUSED or config.impl in ("chunked", "reference"):
+    if config.impl in ("chunked", "reference"):
         return False
     if config.mamba_groups > 1 or tail is not None:
         return False

@@ -5,7 +5,6 @@ channel by a small network; the decay of the recurrence is chosen the same way. 
 official names; dense kernels are [in, out].
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -128,15 +127,14 @@ class TimeMix(nn.Module):
         w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, rank, D))
 
         last = None if state is None else state.last
-        if token_shift.fits(self.config.impl, x, rank):
-            blend = functools.partial(_fused_blends, x, last, segment_ids)
-            (mixed,) = blend([shares["x"]])
-            w, k, v, r, g = blend(
-                [shares[name] for name in "wkvrg"], jnp.tanh(project(mixed, w1)), w2
-            )
-            return w, r, k, v, g
         delta = previous_token(x, last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
+        if token_shift.fits(self.config.impl, x, rank):
+            last = inputs_before(x[:, -1], last, segment_ids)
+            starts = None if segment_ids is None else resets(segment_ids)
+            mu = jnp.stack([shares[name] for name in "wkvrg"])
+            w, k, v, r, g = token_shift.blends(x, last, starts, mu, hidden, w2)
+            return w, r, k, v, g
         if is_launch_bound(x):
             stacked = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
             products = (stacked @ w2.astype(x.dtype)).reshape(5, *x.shape)
@@ -201,22 +199,12 @@ class ChannelMix(nn.Module):
             self.param(f"time_maa_{name}", shift_init(self.layer, c.layers, "channel"), (D,))
             for name in "kr"
         )
-        if token_shift.fits(c.impl, x):
-            x_k, x_r = _fused_blends(x, last, segment_ids, [share_k, share_r])
-        else:
-            delta = previous_token(x, last, segment_ids) - x
-            x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
+        delta = previous_token(x, last, segment_ids) - x
+        x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
         k = dense(c, hidden_dim(D), "key", kernel_init(c, orthogonal(1.0)))(x_k)
         r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
         y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))
         return jax.nn.sigmoid(r.astype(jnp.float32)) * y, inputs_after(x[:, -1])
-
-
-def _fused_blends(x, last, segment_ids, shares, *products):
-    """The blends of x [B, T, D] with the token before, by a kernel; see token_shift.blends."""
-    starts = None if segment_ids is None else resets(segment_ids)
-    last = inputs_before(x[:, -1], last, segment_ids)
-    return token_shift.blends(x, last, starts, jnp.stack(shares), *products)
 
 
 class BlockState(NamedTuple):

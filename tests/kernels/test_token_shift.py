@@ -17,14 +17,14 @@ pytestmark = too_old
 BLENDS, RANK = 2, 32
 
 
-def make_blends(batch, length, dim, products=True, documents=False, last=False):
+def make_blends(batch, length, dim, documents=False, last=False):
     """x, last, resets, mu, hidden and w of token_shift.blends."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     normal = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16)
     x = normal(batch, length, dim)
     mu = jax.random.uniform(next(keys), (BLENDS, dim), jnp.float32)
-    hidden = jnp.tanh(normal(batch, length, BLENDS * RANK)) if products else None
-    w = 0.2 * normal(BLENDS, RANK, dim).astype(jnp.float32) if products else None
+    hidden = jnp.tanh(normal(batch, length, BLENDS * RANK))
+    w = 0.2 * normal(BLENDS, RANK, dim).astype(jnp.float32)
     resets = (
         jnp.zeros((batch, length), bool)
         .at[:, [1, length // 2 - 1, length // 2, length - 1]]
@@ -39,10 +39,8 @@ def plain_blends(x, last, resets, mu, hidden, w):
     before = jnp.concatenate([last[:, None], x[:, :-1]], axis=1)
     if resets is not None:
         before = jnp.where(resets[..., None], 0, before)
-    shares = mu[:, None, None]
-    if hidden is not None:
-        each = jnp.moveaxis(hidden.reshape(*x.shape[:2], len(mu), -1), 2, 0)
-        shares = shares + jnp.einsum("jbtr,jrd->jbtd", each, w)
+    each = jnp.moveaxis(hidden.reshape(*x.shape[:2], len(mu), -1), 2, 0)
+    shares = mu[:, None, None] + jnp.einsum("jbtr,jrd->jbtd", each, w)
     return list(x + (before - x) * shares)
 
 
@@ -73,7 +71,7 @@ def assert_close(ours, exact):
     "shape, options",
     [
         ((1, 128, 128), {"documents": True, "last": True}),
-        ((2, 32, 64), {"products": False}),
+        ((2, 32, 64), {}),
     ],
 )
 def test_interpreted_blends_match_the_plain_form_in_float64(
@@ -144,7 +142,6 @@ def test_several_models_at_once_are_what_each_gives(float64_in_every_thread):
 def test_kernels_lower_for_every_kind_of_gpu(capability):
     for function, inputs in (
         (token_shift.blends, make_blends(1, 64, 64)),
-        (token_shift.blends, make_blends(1, 64, 64, products=False)),
         (fused_norm, make_norm(1, 32, 1, 64)),
     ):
 
@@ -161,12 +158,13 @@ def test_kernels_lower_for_every_kind_of_gpu(capability):
 def test_calls_that_no_kernel_takes_are_left_to_the_plain_form():
     x = jax.ShapeDtypeStruct((2, 64, 64), jnp.bfloat16)
     changed = lambda **z: jax.ShapeDtypeStruct(**{"shape": x.shape, "dtype": x.dtype} | z)
-    assert not token_shift.fits("auto", x)  # no GPU
+    fits = lambda impl, x, rank=32: token_shift.fits(impl, x, rank)
+    assert not fits("auto", x)  # no GPU
     with devices.simulated("lower"):
-        assert token_shift.fits("auto", x, 32) and token_shift.fits("portable", x)
-        assert not token_shift.fits("chunked", x)
-        assert not token_shift.fits("auto", x, 24)
-        assert not token_shift.fits("auto", changed(dtype=jnp.float32))
-        assert not token_shift.fits("auto", changed(shape=(2, 33, 64)))
-        assert not token_shift.fits("auto", changed(shape=(64, 1, 64)))  # a step of decoding
-        assert not token_shift.fits("auto", changed(shape=(2, 64, 96)))
+        assert fits("auto", x) and fits("portable", x)
+        assert not fits("chunked", x)
+        assert not fits("auto", x, 24)
+        assert not fits("auto", changed(dtype=jnp.float32))
+        assert not fits("auto", changed(shape=(2, 33, 64)))
+        assert not fits("auto", changed(shape=(64, 1, 64)))  # a step of decoding
+        assert not fits("auto", changed(shape=(2, 64, 96)))
