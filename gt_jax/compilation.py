@@ -17,11 +17,13 @@ from gt_jax.errors import InputError
 # XLA's options on a GPU, by kind of program.
 #
 # Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
-# the first step, and train no faster (H100, configs/gf_mh_base.py). Kernels of both branches side
-# by side, as in decoding, make a small step faster (gf_mh at 64 x 64 on an H200: 3.67 ms instead of
-# 4.25, temporaries 858 MiB instead of 505), but what runs at once shares no memory; at 8 x 2048, a
-# build with this and other changes was slower in 2.6 times the memory, so it is left out.
+# the first step, and train no faster (H100, configs/gf_mh_base.py).
 TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+# A small step, which kernels' starts bind: kernels of both branches run side by side. What runs at
+# once shares no memory. H200, gf_mh: at 64 x 64 tokens 2.76 ms instead of 4.12, temporaries 779 MiB
+# instead of 407; at 8 x 2048 9.19 ms instead of 7.99.
+SMALL_TRAINING = TRAINING | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+_SMALL = 2**20  # numbers of one activation, tokens x width; these two have 0.8 and 3.1 million
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
 # it sums, since summing the parts takes longer than is saved.
 DECODING = {
@@ -47,6 +49,15 @@ _WORTH_KEEPING_SECONDS = 0.2
 def options(on_gpu: dict) -> dict | None:
     """Compiler options for jax.jit: `on_gpu`, as DECODING, on a GPU and None elsewhere."""
     return on_gpu if jax.default_backend() == "gpu" else None
+
+
+def training(activation: int) -> dict:
+    """The options of a training step on one GPU: TRAINING or SMALL_TRAINING.
+
+    Args:
+        activation: numbers of one activation, tokens x width.
+    """
+    return SMALL_TRAINING if activation <= _SMALL else TRAINING
 
 
 def default_cache() -> Path:

@@ -98,6 +98,11 @@ def test_options_of_a_gpu_are_for_a_gpu_alone(monkeypatch):
     assert compilation.options(compilation.TRAINING) == compilation.TRAINING
 
 
+def test_a_step_of_few_tokens_runs_kernels_side_by_side():
+    assert compilation.training(64 * 64 * 192) == compilation.SMALL_TRAINING
+    assert compilation.training(8 * 2048 * 192) == compilation.TRAINING
+
+
 def test_programs_compile_side_by_side_and_errors_come_where_results_are_asked_for():
     caller, seen = threading.current_thread(), []
 

@@ -43,7 +43,8 @@ class Trainer:
 
         began = time.perf_counter()
         make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
-        train_step = parallel.compile_train_step(make_step, mesh, "jit")
+        activation = B * T * self.model.config.dim
+        train_step = parallel.compile_train_step(make_step, mesh, "jit", activation=activation)
         with LOWERING:
             lowered = train_step.lower(self.state, next(self.feed)[0])
         self.compiled = lowered.compile()

@@ -144,7 +144,8 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
         if size := fsdp.indivisible(shapes.params, devices):
             raise InputError(f"parallel.fsdp={devices} must divide {size}")
     sharding = parallel.state_sharding(mesh, shapes)
-    train_step = parallel.compile_train_step(make_step, mesh, mode, shapes)
+    activation = config.train.batch_size * config.train.seq_len * model.config.dim
+    train_step = parallel.compile_train_step(make_step, mesh, mode, shapes, activation=activation)
     make_state = jax.jit(make_state, out_shardings=sharding)
     restart = jax.jit(functools.partial(start_from, tx=tx, config=config), out_shardings=sharding)
     eval_step = make_eval_step(model)

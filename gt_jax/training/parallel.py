@@ -55,7 +55,12 @@ def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
 
 
 def compile_train_step(
-    make_step: Callable, mesh: Mesh, mode: str, state: TrainState | None = None
+    make_step: Callable,
+    mesh: Mesh,
+    mode: str,
+    state: TrainState | None = None,
+    *,
+    activation: int,
 ) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
@@ -64,6 +69,7 @@ def compile_train_step(
         mesh: from `make_mesh`.
         mode: "jit" or "pmap".
         state: as for `state_sharding`.
+        activation: numbers of one activation, tokens x width; says how a lone GPU compiles.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
@@ -71,12 +77,13 @@ def compile_train_step(
     if mode == "jit":
         shardings = state_sharding(mesh, state)
         one = mesh.size == 1
+        options = compilation.training(activation) if one else compilation.TRAINING
         return jax.jit(
             make_step() if one else make_step(mesh.axis_names, lambda f: _spread(f, mesh)),
             in_shardings=(shardings, None),
             out_shardings=(shardings, NamedSharding(mesh, P())),
             donate_argnums=0,
-            compiler_options=compilation.options(compilation.TRAINING),
+            compiler_options=compilation.options(options),
         )
 
     axes = _by_part(None, carry=0)

@@ -50,7 +50,7 @@ def report(sizes):
         shapes = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
         return 4 * sum(map(math.prod, shapes))
 
-    step = parallel.compile_train_step(make_step, mesh, "jit", state)
+    step = parallel.compile_train_step(make_step, mesh, "jit", state, activation=2**16)
     text = [np.arange(rows * (length + 2), dtype=np.int32) % 64]
     batch = next(make_batches(text, order="windows", batch_size=rows, seq_len=length))
     state = parallel.shapes_on(shardings, state)

@@ -53,7 +53,7 @@ def train(preset, **fields):
     state = jax.jit(functools.partial(init_state, model, tx, config))(jax.random.key(0))
     state = jax.device_put(state, parallel.state_sharding(mesh))
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
-    step = parallel.compile_train_step(make_step, mesh, "jit")
+    step = parallel.compile_train_step(make_step, mesh, "jit", activation=2**16)
     feed, losses = parallel.prefetch(batches, mesh, "jit"), []
     for _ in range(20):
         state, metrics = step(state, next(feed)[0])

@@ -68,7 +68,7 @@ for name, ((config, schedule, tx, make_step), mesh) in runs.items():
         shapes = jax.eval_shape(init)
         state = jax.jit(init, out_shardings=parallel.state_sharding(mesh, shapes))()
         compiled_mode = "pmap" if mode == "pmap" else "jit"
-        step = parallel.compile_train_step(make_step, mesh, compiled_mode, shapes)
+        step = parallel.compile_train_step(make_step, mesh, compiled_mode, shapes, activation=2**16)
     rows = []
     for _ in range(4):
         batch = next(batches)
@@ -164,7 +164,7 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
         functools.partial(init_state, toy, tx, config), out_shardings=parallel.state_sharding(mesh)
     )
     make_step = functools.partial(make_train_step, toy, tx, schedule, config)
-    step = parallel.compile_train_step(make_step, mesh, "jit")
+    step = parallel.compile_train_step(make_step, mesh, "jit", activation=2**16)
     measure = make_eval_step(toy)
     batch, carry = make_batch(0), toy.init_state(8)
     lower = parallel.lower_programs(make_state, step, measure, mesh, (batch, batch), carry)
