@@ -1,7 +1,7 @@
 """Log-likelihoods and greedy continuations of many texts side by side, for any model.
 
 Rows of different lengths are padded on the left. A new segment begins where the padding ends, so
-every row starts from the zero state and padding changes no result. Long rows are read in chunks
+every row starts as a document does and padding changes no result. Long rows are read in chunks
 that pass the state on, so memory does not grow with their length.
 """
 
@@ -18,6 +18,7 @@ from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.finite import check_computed
 from gt_jax.models import LanguageModel, Params
+from gt_jax.models.carry import choose_rows, first_state
 
 Ids = Sequence[int] | np.ndarray  # token ids [n]
 
@@ -223,7 +224,7 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
         pad[i] = columns - len(pair[0])
         rows[:, i, pad[i] :] = pair
     segments = (np.arange(columns) >= pad[:, None]).astype(np.int32)
-    state = _zero_state(model, batch_size)
+    state = _zeros(model, batch_size)
     for start in range(0, columns, size):
         part = np.s_[:, start : start + size]
         resets = start <= pad  # the row was padding so far
@@ -233,15 +234,14 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
 
 
 @functools.lru_cache(maxsize=4)
-def _zero_state(model, batch_size):
+def _zeros(model, batch_size):
     return model.init_state(batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _step(model, params, inputs, targets, segment_ids, resets, state) -> _Chunk:
-    state = jax.tree.map(
-        lambda x: jnp.where(resets.reshape(-1, *[1] * (x.ndim - 1)), 0, x).astype(x.dtype), state
-    )
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    state = choose_rows(resets, first_state(model.config, params, zeros), state)
     logits, state = model.apply({"params": params}, inputs, state, segment_ids=segment_ids)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)

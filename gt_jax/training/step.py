@@ -125,7 +125,7 @@ def make_gradients(
                 {"params": params},
                 batch.inputs,
                 batch.targets,
-                start_documents(model.config, jax.lax.stop_gradient(carry), batch.resets),
+                start_documents(model.config, params, jax.lax.stop_gradient(carry), batch.resets),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
@@ -252,7 +252,7 @@ def make_eval_step(model: LanguageModel) -> Callable:
             {"params": params},
             batch.inputs,
             batch.targets,
-            start_documents(model.config, carry, batch.resets),
+            start_documents(model.config, params, carry, batch.resets),
             segment_ids=batch.segment_ids,
             method="loss",
         )
