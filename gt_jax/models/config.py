@@ -222,8 +222,8 @@ class ModelConfig:
         legacy = self.branch == "legacy" and self.architecture in ("hybrid", "rwkv6")
         if legacy or self.position_limit is not None:
             raise InputError(
-                f"model.learned_states=True needs official RWKV-6 or Mamba-2, not {self.branch} "
-                f"{self.architecture}; leave it unset"
+                f"model.learned_states=True, which train.tune=state sets, needs official RWKV-6 or "
+                f"Mamba-2, not {self.branch} {self.architecture}; leave both unset"
             )
         for name, off in {"rwkv_carry": 0.0, "mamba_reset": None}.items():
             if getattr(self, name) != off:

@@ -176,8 +176,8 @@ def test_zero_states_give_the_bits_of_a_model_without():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"architecture": "gpt2"}, "needs official RWKV-6 or Mamba-2, not official gpt2"),
-        ({"branch": "legacy"}, "needs official RWKV-6 or Mamba-2, not legacy hybrid"),
+        ({"architecture": "gpt2"}, "not official gpt2; leave both unset"),
+        ({"branch": "legacy"}, "not legacy hybrid; leave both unset"),
         ({"rwkv_carry": 0.5}, "model.rwkv_carry=0.5 also says what a document begins with"),
         ({"mamba_reset": 0.5}, "model.mamba_reset=0.5 also says what a document begins with"),
     ],
