@@ -155,6 +155,8 @@ def _find_layout(tensors):
 
 def _fits(layout, config):
     """Whether a layout can hold a model of ours."""
+    if config.learned_states and not layout.states:
+        return False
     if layout.architecture is None:
         return True
     if config.architecture != layout.architecture or config.segment_token is not None:
@@ -181,6 +183,8 @@ def _describe(config):
         without = ", with a feed-forward," if config.mamba_feed_forward else ""
     if config.segment_token is not None:
         without += " with segment embeddings,"
+    if config.learned_states:
+        without += " with learned states,"
     return (
         f"{config.architecture}{branch}{without} of {config.layers} blocks, dim {config.dim}, "
         f"vocabulary {config.vocab_size:,}"

@@ -43,7 +43,8 @@ FUSED = {name: {"fusion": name} for name in FUSIONS}
 TWINS = {kind: {"branches": kind} for kind in ("rwkv+rwkv", "mamba+mamba")}
 LEGACY = {f"legacy-{v}": {"branch": "legacy", "legacy_wkv": v} for v in ("a", "b1", "b2", "c")}
 OTHERS = {
-    "ranks, heads and groups": {"mix_rank": 3, "mamba_head_dim": 8, "mamba_groups": 2},
+    "ranks, heads and groups": {"mix_rank": 3, "mamba_head_dim": 8, "mamba_groups": 2}
+    | {"learned_states": True},
     "twin-debate": {"fusion": "mingru", "residual": "mamba", "post_norm": True},
     "both residual": {"residual": "both", "fusion": "pscan", "branch_epsilon": 1e-3},
     "mamba2 with feed-forward": {"architecture": "mamba2", "mamba_feed_forward": True},
