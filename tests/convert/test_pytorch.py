@@ -249,9 +249,8 @@ def test_the_card_has_data_loss_command_and_licence(tmp_path, monkeypatch):
     (tmp_path / "my_run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nx")
     command = {"command": "/usr/bin/python3 -m gt_jax.train --config=gf_mh"}
     (tmp_path / "my_run" / "provenance.jsonl").write_text(json.dumps(command))
-    text = card.model_card(
-        "runs/x", ModelConfig(17), IdTokenizer(17), licence="apache-2.0", has_tokenizer=True
-    )
+    options = {"licence": "apache-2.0", "has_tokenizer": True, "code": ["a.py"]}
+    text = card.model_card("runs/x", ModelConfig(17), IdTokenizer(17), **options)
     for part in (
         "license: apache-2.0",
         "# my_run",
