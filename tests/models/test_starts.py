@@ -117,7 +117,7 @@ def assert_same_read(one, other):
     jax.tree.map(same, one, other)
 
 
-@pytest.mark.parametrize("kind", ["gf", "mamba2"])
+@pytest.mark.parametrize("kind", ["rwkv6", "mamba2"])
 def test_every_document_is_read_as_if_it_were_alone(kind):
     """Packed, from the first state, and in a row that the last document leaves a state in."""
     small = small_with(kind)
