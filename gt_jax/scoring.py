@@ -5,6 +5,7 @@ every row starts as a document does and padding changes no result. Long rows are
 that pass the state on, so memory does not grow with their length.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.finite import check_computed
-from gt_jax.models import LanguageModel, Params
+from gt_jax.models import LanguageModel, Params, make_model
 from gt_jax.models.carry import choose_rows, first_state
 
 Ids = Sequence[int] | np.ndarray  # token ids [n]
@@ -211,6 +212,8 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
     Few shapes have to be compiled: `batch_size` rows, and chunks of one length or, for short rows,
     of a power of two of columns.
     """
+    # Padding is no document that could leave a share of its state to the text after it.
+    model = make_model(dataclasses.replace(model.config, rwkv_carry=0.0))
     size = max(_CHUNK >> (batch_size - 1).bit_length(), _SHORTEST)
     size = min(size, model.config.position_limit or size)
     longest = max(map(len, inputs))

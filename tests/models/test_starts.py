@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gt_jax.errors import InputError
-from gt_jax.generation import Request, complete
+from gt_jax.generation.contexts import start_prefill
 from gt_jax.kernels import ssd, wkv6
 from gt_jax.kernels.cases import ssd_inputs, wkv6_inputs
 from gt_jax.kernels.pallas import devices
@@ -143,8 +143,9 @@ def test_scores_and_generated_text_begin_with_it():
     long, short = score(small.model, small.params, pairs)
     assert_allclose(long.log_probs, exact, atol=2e-4)
     assert_allclose(short.log_probs, exact[:3], atol=2e-4)
-    [drawn] = complete(small.model, small.params, [Request(tokens, max_tokens=1, temperature=0.0)])
-    assert drawn.tokens == [logits[-1].argmax()]
+    context = start_prefill(small.model, small.params, tokens)
+    first = first_state(small.model.config, small.params, small.model.init_state(1))
+    jax.tree.map(np.testing.assert_array_equal, context.state, first)
     zeroed = jax.tree_util.tree_map_with_path(
         lambda path, x: 0 * x if "state" in path[-1].key else x, small.params
     )
@@ -161,15 +162,13 @@ def test_each_branch_has_its_own():
 
 
 def test_zero_states_give_the_bits_of_a_model_without():
-    plain, learned = small_model("gf", layers=1), small_with("gf")
+    plain, learned = small_model("rwkv6", layers=1), small_with("rwkv6")
     tokens, ids = random_tokens(2, 7), jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2)
-    params = {**plain.params, "blocks_0": dict(plain.params["blocks_0"])}
-    shapes = jax.eval_shape(learned.model.init, jax.random.key(0), tokens)["params"]["blocks_0"]
-    for name, leaf in (("rwkv", "time_state"), ("mamba", "init_states")):
-        zero = jnp.zeros(shapes[name][leaf].shape)
-        params["blocks_0"][name] = params["blocks_0"][name] | {leaf: zero}
+    block = plain.params["blocks_0"]
+    zeros = jnp.zeros_like(learned.params["blocks_0"]["rwkv"]["time_state"])
+    block = block | {"rwkv": block["rwkv"] | {"time_state": zeros}}
     one = read(plain, tokens, segment_ids=ids)
-    other = learned.apply({"params": params}, tokens, segment_ids=ids)
+    other = learned.apply({"params": plain.params | {"blocks_0": block}}, tokens, segment_ids=ids)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
