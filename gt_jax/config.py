@@ -190,6 +190,11 @@ def _check_together(config: Config) -> None:
             f"train.carry_state=True needs text that continues from batch to batch: set "
             f'data.order="tracks" (it is "{config.data.order}")'
         )
+    if train.tune != "none" and config.model.init_from is None:
+        raise InputError(
+            f"train.tune={train.tune} trains a part of a stored model; name one with "
+            "model.init_from=RUN"
+        )
     _check_optimizer(config.optim)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every and (not every or keep_every % every):

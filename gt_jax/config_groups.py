@@ -126,6 +126,12 @@ class Train:
     """train.*: length, batches, evaluation, samples."""
 
     steps: int = setting(500, "batches to learn from", POSITIVE)
+    tune: str = setting(
+        "none",
+        "trains a part of model.init_from, all else frozen: state, what each RWKV-6 and Mamba-2"
+        " recurrence begins a document with (model.learned_states); none: the whole model",
+        choices=("none", "state"),
+    )
     max_minutes: float = setting(
         0.0, "stop after so long, for the same command to continue; 0 for no limit", NOT_NEGATIVE
     )

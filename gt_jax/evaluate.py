@@ -55,7 +55,8 @@ def _as_trained(model, params, documents, train):
     )
     carry = model.init_state(train.batch_size) if train.carry_state else None
     measured = evaluate(jax.jit(make_eval_step(model)), params, batches, carry=carry)
-    how = f"windows of {train.seq_len}, each from the zero state"
+    start = "learned" if model.config.learned_states else "zero"
+    how = f"windows of {train.seq_len}, each from the {start} state"
     if train.carry_state:
         how = f"{train.batch_size} tracks side by side, state carried along each"
     tokens = int(measured["validation_tokens"])

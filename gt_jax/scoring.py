@@ -1,10 +1,11 @@
 """Log-likelihoods and greedy continuations of many texts side by side, for any model.
 
 Rows of different lengths are padded on the left. A new segment begins where the padding ends, so
-every row starts from the zero state and padding changes no result. Long rows are read in chunks
+every row starts as a document does and padding changes no result. Long rows are read in chunks
 that pass the state on, so memory does not grow with their length.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ import numpy as np
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
 from gt_jax.finite import check_computed
-from gt_jax.models import LanguageModel, Params
+from gt_jax.models import LanguageModel, Params, make_model
+from gt_jax.models.carry import choose_rows, first_state
 
 Ids = Sequence[int] | np.ndarray  # token ids [n]
 
@@ -210,6 +212,8 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
     Few shapes have to be compiled: `batch_size` rows, and chunks of one length or, for short rows,
     of a power of two of columns.
     """
+    # Padding is no document that could leave a share of its state to the text after it.
+    model = make_model(dataclasses.replace(model.config, rwkv_carry=0.0))
     size = max(_CHUNK >> (batch_size - 1).bit_length(), _SHORTEST)
     size = min(size, model.config.position_limit or size)
     longest = max(map(len, inputs))
@@ -223,7 +227,7 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
         pad[i] = columns - len(pair[0])
         rows[:, i, pad[i] :] = pair
     segments = (np.arange(columns) >= pad[:, None]).astype(np.int32)
-    state = _zero_state(model, batch_size)
+    state = _zeros(model, batch_size)
     for start in range(0, columns, size):
         part = np.s_[:, start : start + size]
         resets = start <= pad  # the row was padding so far
@@ -233,15 +237,14 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
 
 
 @functools.lru_cache(maxsize=4)
-def _zero_state(model, batch_size):
+def _zeros(model, batch_size):
     return model.init_state(batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _step(model, params, inputs, targets, segment_ids, resets, state) -> _Chunk:
-    state = jax.tree.map(
-        lambda x: jnp.where(resets.reshape(-1, *[1] * (x.ndim - 1)), 0, x).astype(x.dtype), state
-    )
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    state = choose_rows(resets, first_state(model.config, params, zeros), state)
     logits, state = model.apply({"params": params}, inputs, state, segment_ids=segment_ids)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)

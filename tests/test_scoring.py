@@ -132,3 +132,12 @@ def test_ids_of_another_type_are_an_error(wrong):
     with pytest.raises(InputError, match="token ids must be whole numbers, not "):
         check_ids(model, [np.array([1]), wrong])
     check_ids(model, [[], [0, 9]])
+
+
+def test_padding_leaves_no_share_of_its_state():
+    """Where documents do: a short text has the score that it has without a longer one beside it."""
+    small = small_model("rwkv6", layers=1, rwkv_carry=0.9)
+    text = np.asarray(random_tokens(1, 30)[0])
+    pairs = [(text[:1], text[1:5]), (text[:1], text[1:])]
+    beside, alone = (score(small.model, small.params, p)[0] for p in (pairs, pairs[:1]))
+    np.testing.assert_allclose(beside.log_probs, alone.log_probs, atol=2e-4)

@@ -15,7 +15,7 @@ def measure_health(
     tokens: jax.Array,
     segment_ids: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Measures of a model of L blocks on tokens [B, T], read from the zero state.
+    """Measures of a model of L blocks on tokens [B, T], each row from its start.
 
     Args:
         model, params: from `gt_jax.load`.

@@ -15,6 +15,7 @@ import numpy as np
 from gt_jax.analysis.contributions import measure_block
 from gt_jax.analysis.states import memories, norm
 from gt_jax.models import LanguageModel, Params
+from gt_jax.models.carry import first_state
 
 
 class Trace(NamedTuple):
@@ -39,7 +40,7 @@ class Trace(NamedTuple):
 def trace(
     model: LanguageModel, params: Params, ids: Sequence[int] | np.ndarray, *, points: int = 256
 ) -> Trace:
-    """Read ids [T] from the zero state; T at most model.config.max_positions for a GPT.
+    """Read ids [T] from the start of a document; T at most model.config.max_positions for a GPT.
 
     Args:
         model, params: from `gt_jax.load`.
@@ -92,4 +93,5 @@ def _read(model, params, chunks, targets):
         norms = {part: jnp.concatenate([norm(k[part]) for k in kept]) for part in kept[0]}  # [L]
         return output.state, (measured, norms)
 
-    return jax.lax.scan(read, model.init_state(1), (chunks, targets))[1]
+    first = first_state(c, params, model.init_state(1))
+    return jax.lax.scan(read, first, (chunks, targets))[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from gt_jax import checkpoint
 from gt_jax.convert import card, files, foreign, mamba2, modeling, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
-from gt_jax.convert.tokenizer_files import tokenizer_files
+from gt_jax.convert.tokenizer_files import tokenizer_files, world_files
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.pretrained import WORLD_FILE, export_files, export_ids, read_tokenizer
@@ -111,7 +111,7 @@ def export_model(
         raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")
     if (weights or target.name).endswith(".safetensors"):
         files.import_safetensors()
-    texts = export_files(tokenizer)
+    texts = export_files(tokenizer) | world_files(tokenizer)
     if layout == "pytorch":
         texts = _files_of_pytorch(source, config, tokenizer, licence)
     arrays = write_arrays(LAYOUTS[layout], config, params)
@@ -133,11 +133,12 @@ def export_model(
 def _files_of_pytorch(source, config, tokenizer, licence) -> dict[str, str]:
     """Name -> text of what stands beside config.json and the weights in layout "pytorch"."""
     texts = tokenizer_files(tokenizer)
-    has_tokenizer = "tokenizer.json" in texts
+    code = [modeling.FILE, *(name for name in texts if name.endswith(".py"))]
+    has_tokenizer = "tokenizer_config.json" in texts
     return texts | {
         modeling.FILE: modeling.modeling_file(config, card.describe(config)),
         "README.md": card.model_card(
-            source, config, tokenizer, licence=licence, has_tokenizer=has_tokenizer
+            source, config, tokenizer, licence=licence, has_tokenizer=has_tokenizer, code=code
         ),
         OWN_TOKENIZER: json.dumps(tokenizer.to_dict()) + "\n",
     }
@@ -155,6 +156,8 @@ def _find_layout(tensors):
 
 def _fits(layout, config):
     """Whether a layout can hold a model of ours."""
+    if config.learned_states and not layout.states:
+        return False
     if layout.architecture is None:
         return True
     if config.architecture != layout.architecture or config.segment_token is not None:
@@ -181,6 +184,8 @@ def _describe(config):
         without = ", with a feed-forward," if config.mamba_feed_forward else ""
     if config.segment_token is not None:
         without += " with segment embeddings,"
+    if config.learned_states:
+        without += " with learned states,"
     return (
         f"{config.architecture}{branch}{without} of {config.layers} blocks, dim {config.dim}, "
         f"vocabulary {config.vocab_size:,}"

@@ -6,7 +6,7 @@ Where the model is a run's, the run's own files tell: config.json, metrics.jsonl
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gt_jax.models import ModelConfig, count_parameters
 USE = """\
 ## Use
 
-With transformers, after a look at `modeling_gt_jax.py`, the code that it runs:
+With transformers, after a look at {code}, the code that it runs:
 
 ```python
 {imports}
@@ -50,6 +50,7 @@ def model_card(
     *,
     licence: str | None,
     has_tokenizer: bool,
+    code: Sequence[str],
 ) -> str:
     """README.md of an exported folder.
 
@@ -59,6 +60,7 @@ def model_card(
         tokenizer: the model's.
         licence: of the weights, an identifier such as "apache-2.0"; None if nobody said.
         has_tokenizer: whether the folder has one that transformers reads.
+        code: names of the folder's Python files.
     """
     folder = checkpoint.find(source)
     about = checkpoint.read_about(folder)
@@ -66,6 +68,7 @@ def model_card(
     if licence:
         head.insert(0, f"license: {licence}")
     parameters = count_parameters(config)["total"]
+    files = " and ".join(f"`{name}`" for name in code)
     weights = f"Weights: {licence}." if licence else "Weights: no licence was stated."
     lines = [
         "---",
@@ -80,9 +83,9 @@ def model_card(
         *_training(folder, about),
         "## Licence",
         "",
-        f"{weights} The code in `modeling_gt_jax.py`: MIT.",
+        f"{weights} The code in {files}: MIT.",
         "",
-        _use(has_tokenizer),
+        _use(has_tokenizer, files),
     ]
     return "\n".join(lines)
 
@@ -163,16 +166,18 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def _use(has_tokenizer: bool) -> str:
+def _use(has_tokenizer: bool, code: str) -> str:
     """The section on how to use the folder; the tokenizer where transformers can read it."""
     if not has_tokenizer:
         prompt = "ids = torch.tensor([[1, 2, 3]])  # there is no tokenizer that transformers reads"
         return USE.format(
+            code=code,
             imports="import torch\nfrom transformers import AutoModelForCausalLM",
             prompt=prompt,
             shown="model.generate(ids, max_new_tokens=100, do_sample=True)",
         )
     return USE.format(
+        code=code,
         imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
         prompt='tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n'
         'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',

@@ -107,6 +107,7 @@ def _config(paths, parents, fusion, gate, rest) -> ModelConfig:
         mamba,
         architecture="hybrid",
         rwkv_carry=rwkv.rwkv_carry,
+        learned_states=rwkv.learned_states or mamba.learned_states,
         segment_token=None if rest == "rwkv" else mamba.segment_token,
         heads=rwkv.heads,
         mix_rank=rwkv.mix_rank,

@@ -58,6 +58,7 @@ class Layout(NamedTuple):
         settings: what config.json may say.
         config: ModelConfig -> config.json; None where weights are a bare file.
         weights: file name of the weights in their folder, or None.
+        states: whether it holds learned states (model.learned_states).
     """
 
     about: str
@@ -68,6 +69,7 @@ class Layout(NamedTuple):
     settings: Settings
     config: Callable | None
     weights: str | None
+    states: bool = False
 
 
 def count_blocks(tensors: Mapping[str, Tensor], pattern: str) -> int:

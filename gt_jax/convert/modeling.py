@@ -220,7 +220,7 @@ _FORMS = (
     *("mamba_head_dim", "mamba_groups", "mix_rank", "decay_rank"),
     *("fusion", "gate_init", "branches", "branch", "legacy_wkv", "init"),
     *("tie_embeddings", "feed_forward", "mamba_feed_forward", "max_positions"),
-    *("residual", "post_norm", "branch_epsilon"),
+    *("residual", "post_norm", "branch_epsilon", "learned_states"),
     # How a model starts, and what it keeps where one document follows another: here there is one.
     *("branch_start", "rwkv_carry"),
 )
@@ -296,5 +296,6 @@ LAYOUTS = {
         settings=SETTINGS,
         config=_config,
         weights="model.safetensors",
+        states=True,
     )
 }

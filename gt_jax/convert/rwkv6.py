@@ -49,6 +49,21 @@ RWKV_LM = (
 )
 
 
+# RWKV-PEFT's learned states, as the rwkv package begins a text with them: [H, V, K].
+swapped = Change(lambda x: x.swapaxes(-2, -1), lambda x: x.swapaxes(-2, -1))
+STATE = Rule("blocks_*/rwkv/time_state", "blocks.*.att.time_state", swapped)
+
+
+def _rwkv_lm(config: ModelConfig) -> tuple[Rule, ...]:
+    return (*RWKV_LM, STATE) if config.learned_states else RWKV_LM
+
+
+def _rwkv_lm_fields(tensors, config):
+    read = _fields("emb.weight", "blocks.*.", MIXER, HUGGING_FACE_SETTINGS, 1)
+    learned = STATE.theirs.replace("*", "0") in tensors
+    return read(tensors, config) | {"learned_states": learned}
+
+
 def _hugging_face(name):
     """Hugging Face's name for RWKV-LM's."""
     name = name.replace(".ln0.", ".pre_ln.").replace(".att.", ".attention.")
@@ -288,11 +303,12 @@ LAYOUTS = {
         about="RWKV-LM's x060, a .pth or .safetensors file",
         architecture="rwkv6",
         mark="emb.weight",
-        rules=RWKV_LM,
-        fields=_fields("emb.weight", "blocks.*.", MIXER, HUGGING_FACE_SETTINGS, 1),
+        rules=_rwkv_lm,
+        fields=_rwkv_lm_fields,
         settings=HUGGING_FACE_SETTINGS,
         config=None,
         weights=None,
+        states=True,
     ),
     "rwkv-hf": Layout(
         about="Hugging Face's Rwkv6ForCausalLM, a folder",

@@ -1,26 +1,27 @@
-"""tokenizer.json for transformers, of the tokenizers that gt_jax makes from a corpus.
+"""What transformers reads of a tokenizer: tokenizer.json, or Python for RWKV's World vocabulary.
 
 Characters are words of one character. SentencePiece's BPE is a list of merges, best score first.
 """
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 from gt_jax.data.base import Tokenizer
-from gt_jax.data.pretrained import export_files
+from gt_jax.data.pretrained import WorldTokenizer, export_files
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's own
 _NAMED = ("bos", "eos", "pad")
+WORLD_CODE = "tokenization_rwkv_world.py"
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """Name -> content of the files that transformers reads of any tokenizer that it has a form for.
 
-    Those of IdTokenizer and of RWKV's World vocabulary have none: generation_config.json alone, and
-    the vocabulary.
+    An IdTokenizer has none: generation_config.json alone.
     """
-    texts = export_files(tokenizer)
+    texts = export_files(tokenizer) | world_files(tokenizer)
     model = _model(tokenizer)
     if model is None:
         return texts
@@ -35,6 +36,26 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     return texts | {
         "tokenizer.json": json.dumps(model, indent=1, ensure_ascii=False) + "\n",
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def world_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name -> content of what, beside the vocabulary, AutoTokenizer needs of a WorldTokenizer.
+
+    No form of tokenizer.json takes the longest byte string, so the folder has Python of its own,
+    which runs with trust_remote_code=True. Of other tokenizers {}.
+    """
+    if not isinstance(tokenizer, WorldTokenizer):
+        return {}
+    settings = {
+        "tokenizer_class": "RwkvWorldTokenizer",
+        "auto_map": {"AutoTokenizer": [f"{WORLD_CODE[:-3]}.RwkvWorldTokenizer", None]},
+        "clean_up_tokenization_spaces": False,
+    }
+    code = Path(__file__).parent / "pytorch" / "world_tokenizer.py"
+    return {
+        WORLD_CODE: code.read_text("utf-8").replace("  # noqa: RUF012", ""),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
     }
 
 

@@ -30,6 +30,7 @@ from gt_jax.errors import InputError, one_line
 from gt_jax.finite import check_finite
 from gt_jax.generation.checks import check_ids, token_ids
 from gt_jax.models import LanguageModel, Params
+from gt_jax.models.carry import first_state
 
 PREFILL_CHUNKS = (64, 256, 1024, 4096, 16384)  # tokens; few sizes are few compilations
 LARGEST_ABOUT = 1 << 20  # bytes of what a file says of its model, some 4 kB
@@ -113,13 +114,13 @@ def start_prefill(
 def _return_to_mark(model, params, context, length) -> Context:
     """The context where the chunks of a text of this length first differ from its own."""
     if context.state is None:
-        return context._replace(state=zero_state(model, params))
+        return context._replace(state=start_state(model, params))
     read = context.length - len(context.waiting)
     own, longer = _ends_of_chunks(context.length), _ends_of_chunks(length)
     to = next((end for end, other in zip(own, longer) if end != other), read)
     states = {mark.position: mark.state for mark in context.marks} | {read: context.state}
     if to == 0:
-        states[0] = zero_state(model, params)
+        states[0] = start_state(model, params)
     again = read - to
     if to not in states or again > len(context.recent):  # an earlier version saved it
         return context
@@ -154,14 +155,13 @@ def prefill_chunk(model: LanguageModel, params: Params, context: Context) -> Con
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"), keep_unused=True)
-def zero_state(model: LanguageModel, params: Params, rows: int = 1) -> Any:
-    """The model's state before any token, for this many rows.
+def start_state(model: LanguageModel, params: Params, rows: int = 1) -> Any:
+    """The model's state before any token, zero or learned, for this many rows.
 
     It lives on the device of `params`. Anywhere else, every function that takes it would be
     compiled twice: for the first call, and for later ones with a state that has moved.
     """
-    del params
-    return model.init_state(rows)
+    return first_state(model.config, params, model.init_state(rows))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -219,7 +219,7 @@ def load_context(path: str | Path, model: LanguageModel, params: Params) -> Cont
             f"{path} is the state of the same kind of model with other parameters; "
             "use the checkpoint it was saved with"
         )
-    like = jax.eval_shape(functools.partial(zero_state, model), params)
+    like = jax.eval_shape(functools.partial(start_state, model), params)
     try:
         return _restore(stored, length, marks, like, model.config)
     except Exception as error:  # as above

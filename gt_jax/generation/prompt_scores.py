@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.generation.contexts import PREFILL_CHUNKS, zero_state
+from gt_jax.generation.contexts import PREFILL_CHUNKS, start_state
 from gt_jax.generation.requests import MOST_TOP_LOGPROBS, Scores
 from gt_jax.models import LanguageModel, Params
 
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
 def start_reading(model: LanguageModel, params: Params, ids: np.ndarray) -> Reading:
     """The Reading of a checked prompt, ids [T], with nothing read."""
-    return Reading(ids.astype(np.int32), zero_state(model, params), 0, ())
+    return Reading(ids.astype(np.int32), start_state(model, params), 0, ())
 
 
 def tokens_left(reading: Reading) -> int:

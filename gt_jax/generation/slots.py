@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax import compilation
-from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, zero_state
+from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, start_state
 from gt_jax.generation.requests import MOST_TOP_LOGPROBS, Request
 from gt_jax.generation.sampling import Settings, choose
 from gt_jax.generation.weights import decode_step
@@ -69,7 +69,7 @@ def empty_slots(model: LanguageModel, params: Params, rows: int) -> Slots:
     """Slots whose rows have nothing to do."""
     full = lambda value: jnp.full(rows, value, jnp.result_type(value))
     return Slots(
-        zero_state(model, params, rows),
+        start_state(model, params, rows),
         queue=jnp.zeros((rows, PREFILL_CHUNKS[0]), jnp.int32),
         waiting=full(1),
         seen=jnp.zeros((rows, model.config.vocab_size), bool),

@@ -120,6 +120,11 @@ class ModelConfig:
         " slow running mean of the block's input; None: documents alone reset it",
         Range(lambda v: 0 < v < 2, "above 0 and below 2"),
     )
+    learned_states: bool = setting(
+        False,
+        "RWKV-6 and Mamba-2 begin every document with a learned state of their recurrence, zero in"
+        " a new model; what train.tune=state trains",
+    )
     max_positions: int = setting(
         1024, "longest document of gpt2 and gpt1 (learned positions, key-value cache)", POSITIVE
     )
@@ -145,6 +150,7 @@ class ModelConfig:
         self._check_gate()
         self._check_branch()
         self._check_segments()
+        self._check_states()
 
     def _check_widths(self):
         mixers = self.branches if self.architecture == "hybrid" else self.architecture
@@ -209,6 +215,22 @@ class ModelConfig:
                 f"model.segment_token={first} must be the first of three ids below the tokenizer's "
                 f"{self.vocab_size}"
             )
+
+    def _check_states(self):
+        if not self.learned_states:
+            return
+        legacy = self.branch == "legacy" and self.architecture in ("hybrid", "rwkv6")
+        if legacy or self.position_limit is not None:
+            raise InputError(
+                f"model.learned_states=True, which train.tune=state sets, needs official RWKV-6 or "
+                f"Mamba-2, not {self.branch} {self.architecture}; leave both unset"
+            )
+        for name, off in {"rwkv_carry": 0.0, "mamba_reset": None}.items():
+            if getattr(self, name) != off:
+                raise InputError(
+                    f"model.{name}={getattr(self, name)} also says what a document begins with; "
+                    f"leave it or model.learned_states=True unset"
+                )
 
     @property
     def position_limit(self) -> int | None:

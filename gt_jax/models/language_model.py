@@ -77,7 +77,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: [B, T] int.
-            state: `Output.state` of the tokens before, or `init_state`; None is the zero state.
+            state: `Output.state` of the tokens before, or `first_state` of gt_jax.models.carry,
+                which is what None stands for.
                 With T = 1 and a state every recurrence takes its single-token form.
             segment_ids: [B, T] int; a token whose id differs from the token before starts a
                 document that sees nothing of what came before. `state` belongs to the first one.
@@ -178,7 +179,10 @@ class LanguageModel(nn.Module):
         return lookup(table, place)
 
     def init_state(self, batch_size: int) -> Any:
-        """The state before any token: a pytree of zeros with the structure of `Output.state`."""
+        """Zeros with the structure of `Output.state`: the state before any token.
+
+        With model.learned_states that is `first_state` of gt_jax.models.carry.
+        """
         key, tokens = jax.random.key(0), jnp.zeros((batch_size, 1), jnp.int32)
         output, _ = jax.eval_shape(self.init_with_output, key, tokens)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output.state)
@@ -223,7 +227,8 @@ def confined_to_device(config: ModelConfig) -> str | None:
         return "attention reads every token before"
     if config.branch == "legacy" and config.legacy_wkv != "a":
         return f"model.legacy_wkv={config.legacy_wkv} sums over the tokens of one device"
-    for name, off in {"segment_token": None, "rwkv_carry": 0.0, "mamba_reset": None}.items():
+    off_in = {"segment_token": None, "rwkv_carry": 0.0, "mamba_reset": None}
+    for name, off in (off_in | {"learned_states": False}).items():
         value = getattr(config, name)
         if value != off:
             return f"model.{name}={value} follows the tokens of one device"

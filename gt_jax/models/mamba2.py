@@ -15,6 +15,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from gt_jax.kernels import causal_conv, context_parallel, gated_norm, ssd, ssd_step
+from gt_jax.models import starts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
@@ -62,9 +63,10 @@ class Mamba2(nn.Module):
 
         Args:
             x: [B, T, D] normalised input in the computation dtype.
-            state: MambaState before the first token; None is zeros. With T = 1 this is a step.
-            segment_ids: [B, T] int; the state is zero before a token whose id differs from the
-                token before. `state` belongs to the first segment.
+            state: MambaState before the first token; None is that of a document's beginning: zeros,
+                or with model.learned_states init_states [H, P, N]. With T = 1 this is a step.
+            segment_ids: [B, T] int; a document begins with a token whose id differs from the token
+                before. `state` belongs to the first segment.
 
         Returns:
             y [B, T, D] in the computation dtype, and the MambaState after the last token.
@@ -101,13 +103,22 @@ class Mamba2(nn.Module):
             "dt_bias": self.param("dt_bias", step_bias_init, (H,)),
             "dt_softplus": True,
         }
+        start = None
+        if c.learned_states:
+            start = self.param("init_states", initializers.zeros, (H, c.mamba_head_dim, N))
         if state is not None and T == 1:
             y, ssm = ssd_step(values[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.ssm, **options)
             y = y[:, None]
         else:
             initial = None if state is None else state.ssm
+            if state is None and start is not None:
+                initial = starts.repeated(start, batch)
             options |= {"initial_state": initial, "segment_ids": segment_ids}
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
+            if start is not None and segment_ids is not None:
+                log_w = jax.nn.softplus(dt + options["dt_bias"]) * A
+                y, ssm = starts.add_to_ssd(y, ssm, start, log_w, C, segment_ids)
+                y = y.astype(values.dtype)
         y = y.reshape(batch, T, E)
         y = norm.of_projection(y, projected) if fused else norm(y, z)
         official_out = fan_in_uniform(c.layers**-0.5)

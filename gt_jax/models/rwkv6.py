@@ -16,6 +16,7 @@ from jax.nn import initializers
 
 from gt_jax.kernels import head_norm, token_shift, wkv6, wkv6_step
 from gt_jax.kernels.segments import resets
+from gt_jax.models import starts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     apply_each,
@@ -71,9 +72,10 @@ class TimeMix(nn.Module):
 
         Args:
             x: [B, T, D] normalised input in the computation dtype.
-            state: TimeMixState before the first token; None is zeros. With T = 1 this is a step.
-            segment_ids: [B, T] int; the state is zero before a token whose id differs from the
-                token before. `state` belongs to the first segment.
+            state: TimeMixState before the first token; None is that of a document's beginning:
+                zeros, or with model.learned_states time_state [H, K, V]. With T = 1 this is a step.
+            segment_ids: [B, T] int; a document begins with a token whose id differs from the token
+                before. `state` belongs to the first segment.
 
         Returns:
             y [B, T, D] in the computation dtype, and the TimeMixState after the last token.
@@ -88,6 +90,10 @@ class TimeMix(nn.Module):
         r, k, v, g = apply_each(layers, inputs)
         log_w = self._log_decay(x_w)  # float32
         u = self.param("time_faaaa", bonus_init(self.layer, c.layers), (H, K))
+
+        start = None
+        if c.learned_states:
+            start = self.param("time_state", initializers.zeros, (H, K, K))
 
         r, k, v, log_w = (z.reshape(B, T, H, K) for z in (r, k, v, log_w))
         bonus = None
@@ -105,9 +111,13 @@ class TimeMix(nn.Module):
             y = y[:, None]
         else:
             initial = None if state is None else state.wkv
+            if state is None and start is not None:
+                initial = starts.repeated(start, B)
             y, wkv = recurrence(
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
+            if start is not None and segment_ids is not None:
+                y, wkv = starts.add_to_wkv6(y, wkv, start, r, log_w, segment_ids)
         y = y if bonus is None else y + bonus
         y = HeadNorm(c, self.layer, name="ln_x")(y, g)  # [B, T, D]
         y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)

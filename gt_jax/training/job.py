@@ -15,7 +15,7 @@ from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
-from gt_jax.training import memory, parallel
+from gt_jax.training import memory, parallel, tuning
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
@@ -56,6 +56,7 @@ class Job(NamedTuple):
     model: Any
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
+    trained: int  # how many of them are trained
     flops: int  # of training on one token
     make_state: Callable  # random key -> TrainState, to be traced
     start_from: Callable  # (new TrainState, parameters) -> one with them
@@ -110,7 +111,9 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     if model_config.position_limit is not None:
         fields += f" and model.max_positions={model_config.max_positions}"
-    memory.check_fits(counts["total"], config.optim, fields)
+    tune = config.train.tune
+    trained = counts["total"] if tune == "none" else tuning.count(model_config, tune)
+    memory.check_fits(counts["total"], config.optim, fields, trained)
     model = make_model(model_config)
     return Job(
         config=config,
@@ -124,7 +127,8 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         model=model,
         model_config=model_config,
         parameters=counts,
-        flops=flops_per_token(model_config, config.train.seq_len),
+        trained=trained,
+        flops=flops_per_token(model_config, config.train.seq_len, frozen=tune != "none"),
         services=services,
         probe=make_probe(model, config),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
@@ -194,6 +198,7 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh, state).params
+        params = tuning.completed(params, state.params)
         state = job.start_from(state, jax.device_put(params, sharding))
     return state
 

@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def check_fits(parameters: int, optim: Optim, fields: str) -> None:
+def check_fits(parameters: int, optim: Optim, fields: str, trained: int | None = None) -> None:
     """Refuse a model before it is compiled if its training state alone exceeds the memory.
 
     Activations come on top, and depend on the batch and on model.remat.
@@ -50,16 +50,18 @@ def check_fits(parameters: int, optim: Optim, fields: str) -> None:
         parameters: how many the model has.
         optim: uses what decides how many copies of the parameters there are.
         fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
+        trained: how many of them are trained; None for all.
 
     Raises:
         InputError: float32 parameters, their gradients and what the optimizer keeps need more bytes
             than the device (or, on a CPU, this process) can have.
     """
     have, where = _memory()
-    need = _state_bytes(parameters, optim)
+    trained = parameters if trained is None else trained
+    need = _state_bytes(parameters, trained, optim)
     if have is not None and need > have:
         smaller = ""
-        if _state_bytes(parameters, replace(optim, moments_dtype="bfloat16")) <= have:
+        if _state_bytes(parameters, trained, replace(optim, moments_dtype="bfloat16")) <= have:
             smaller = ", or set optim.moments_dtype=bfloat16"
         raise InputError(
             f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
@@ -68,11 +70,12 @@ def check_fits(parameters: int, optim: Optim, fields: str) -> None:
         )
 
 
-def _state_bytes(parameters: int, optim: Optim) -> int:
-    """Of parameters, gradients and averages, in float32, and of moments; of Muon the least."""
+def _state_bytes(parameters: int, trained: int, optim: Optim) -> int:
+    """Of parameters in float32; of trained ones also gradients, averages and (least) moments."""
     moments = {"muon": 1}.get(optim.name, 2)
     averages = (optim.ema > 0) + (optim.name == "schedule_free")
-    return parameters * (4 * (2 + averages) + moments * jnp.dtype(optim.moments_dtype).itemsize)
+    of_trained = 4 * (1 + averages) + moments * jnp.dtype(optim.moments_dtype).itemsize
+    return 4 * parameters + trained * of_trained
 
 
 def _memory() -> tuple[int | None, str]:

@@ -31,6 +31,8 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
         of_run = {name: fields.pop(name) for name in ("dtype", "impl", "remat")}
         assert stored is not None, "model.init_from is set, so its checkpoint has been read"
         its = ModelConfig(**stored["model"])
+        if config.train.tune == "state" or fields["learned_states"]:
+            its = dataclasses.replace(its, learned_states=True)
         for name, value in fields.items():
             if value not in (None, getattr(its, name)):
                 raise InputError(

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from gt_jax.config import Optim
+from gt_jax.training import tuning
 
 # Name in a path -> label. Everything else (embedding, feed-forward, norms, head) is "rest".
 LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
 
 # What is no projection, though some of it is a matrix: embeddings, fusions, RWKV's token-shift
-# mixes and decays with their low-rank factors, Mamba's depthwise convolution.
-NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv")
+# mixes and decays with their low-rank factors, Mamba's depthwise convolution, learned states.
+NOT_DECAYED = ("embedding", "positions", "fusion", "time_", "conv", "init_states")
 
 # Size of an update of Muon's, root mean square before the learning rate, near that of AdamW's
 # (Liu et al. 2025, arXiv:2502.16982): the two then share their rate and their decay.
@@ -96,15 +97,17 @@ def evaluated(params: Any, opt_state: Any, average: Any = None) -> Any:
     Args:
         params: those that gradients are taken at.
         opt_state: of `make_optimizer`.
-        average: the mean of optim.ema, if there is one.
+        average: the mean of optim.ema, if there is one; like opt_state, of what is trained.
 
     Returns:
         The average; else schedule-free's own; else params.
     """
     if average is not None:
-        return average
+        return tuning.joined(average, params)
     if isinstance(opt_state, optax.contrib.ScheduleFreeState):
-        return optax.contrib.schedule_free_eval_params(opt_state, params)
+        part = tuning.like(opt_state.z, params)
+        average = optax.contrib.schedule_free_eval_params(opt_state, part)
+        return tuning.joined(average, params)
     return params
 
 

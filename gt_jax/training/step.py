@@ -19,7 +19,7 @@ import optax
 from gt_jax.config import Config
 from gt_jax.models import LanguageModel, fsdp
 from gt_jax.models.carry import start_documents
-from gt_jax.training import debate, optimizer, pace
+from gt_jax.training import debate, optimizer, pace, tuning
 
 
 @flax.struct.dataclass
@@ -33,7 +33,7 @@ class TrainState:
     carry: Any  # recurrent state at the end of the last batch, leaves [B, ...], or None
     skipped: jax.Array  # [] int32, steps without an update because of a non-finite loss or gradient
     skipped_in_a_row: jax.Array  # [] int32
-    average: Any = None  # mean of the parameters where optim.ema is set
+    average: Any = None  # mean of the trained parameters where optim.ema is set
 
     @property
     def evaluated(self) -> Any:
@@ -76,14 +76,15 @@ def start_from(
 
 def _of_params(params, tx, config: Config) -> dict:
     """The fields of a new TrainState that depend on its parameters."""
-    average = jax.tree.map(jnp.copy, params) if config.optim.ema else None
-    return {"params": params, "opt_state": tx.init(params), "average": average}
+    part = tuning.trained(params, config.train.tune)
+    average = jax.tree.map(jnp.copy, part) if config.optim.ema else None
+    return {"params": params, "opt_state": tx.init(part), "average": average}
 
 
 class Gradients(NamedTuple):
     """What a step finds on the whole batch, before it changes anything."""
 
-    grads: Any  # of the objective, like the parameters
+    grads: Any  # of the objective, like the parameters that are trained
     loss: jax.Array  # [] float32, the task's, nats per counted token
     terms: dict[str, jax.Array]  # of the debate group, with their sum "objective"; may be empty
     gates: Any  # ([layers] mean, [layers] standard deviation over positions), or None
@@ -98,7 +99,8 @@ def make_gradients(
 
     Args:
         model: a gt_jax.models module.
-        config: uses optim.grad_accumulation, train.steps, train.rwkv_dropout_* and debate.
+        config: uses optim.grad_accumulation, train.steps, train.tune, train.rwkv_dropout_* and
+            debate.
         axis_name: of the devices under shard_map or pmap, one or several: sums over them make the
             result the whole batch's.
 
@@ -119,13 +121,15 @@ def make_gradients(
             drop = dropout[0] + (dropout[1] - dropout[0]) * step / config.train.steps
         tokens = over_devices(jax.lax.psum, jnp.sum(batch.targets >= 0))
 
-        def loss_of(params, index, batch, carry):
-            params = fsdp.gather_outside_blocks(params)
+        part = tuning.trained(params, config.train.tune)
+
+        def loss_of(part, index, batch, carry):
+            whole = fsdp.gather_outside_blocks(tuning.joined(part, params))
             output, sown = model.apply(
-                {"params": params},
+                {"params": whole},
                 batch.inputs,
                 batch.targets,
-                start_documents(model.config, jax.lax.stop_gradient(carry), batch.resets),
+                start_documents(model.config, whole, jax.lax.stop_gradient(carry), batch.resets),
                 segment_ids=batch.segment_ids,
                 rwkv_drop=drop,
                 rngs={"dropout": jax.random.fold_in(key, index)},
@@ -135,7 +139,7 @@ def make_gradients(
             loss = objective = output.nats / jnp.maximum(tokens, 1)
             terms = {}
             if make_terms is not None:
-                sums = make_terms(params, sown, batch.targets)
+                sums = make_terms(whole, sown, batch.targets)
                 terms = {name: x / jnp.maximum(tokens, 1) for name, x in sums.items()}
                 extra = debate.weighted(config.debate, step, config.train.steps, terms)
                 objective = loss + extra
@@ -144,13 +148,13 @@ def make_gradients(
             carry = None if carry is None else output.state
             return objective, (loss, terms, gate_moments(sown), carry)
 
-        def add_microbatch(grads, part):
-            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(params, *part)
+        def add_microbatch(grads, rows):
+            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(part, *rows)
             return jax.tree.map(jnp.add, grads, more), aux
 
         grads, (losses, terms, gates, carry) = jax.lax.scan(
             add_microbatch,
-            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(jnp.zeros_like, part),
             (jnp.arange(microbatches), *_split((batch, carry), microbatches)),
             unroll=microbatches == 1,
         )
@@ -206,19 +210,20 @@ def make_train_step(
 
         # A step that is not finite leaves no trace but its count, the carried state included.
         finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+        part = tuning.trained(state.params, config.train.tune)
+        updates, opt_state = tx.update(grads, state.opt_state, part, finite=finite)
         done = state.step - state.skipped
         updates = pace.paced(updates, config.optim, done, schedule(done))
-        params = optax.apply_updates(state.params, updates)
+        part = optax.apply_updates(part, updates)
         average, decay = state.average, config.optim.ema
         if average is not None:
-            moved = optimizer.update_average(average, params, decay, done + 1)
+            moved = optimizer.update_average(average, part, decay, done + 1)
             average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
         carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found.carry, state.carry)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=params,
+            params=tuning.joined(part, state.params),
             opt_state=opt_state,
             average=average,
             carry=carry,
@@ -252,7 +257,7 @@ def make_eval_step(model: LanguageModel) -> Callable:
             {"params": params},
             batch.inputs,
             batch.targets,
-            start_documents(model.config, carry, batch.resets),
+            start_documents(model.config, params, carry, batch.resets),
             segment_ids=batch.segment_ids,
             method="loss",
         )

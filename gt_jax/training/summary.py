@@ -18,6 +18,8 @@ def introduce(job: Job, start: int) -> None:
     if init_from:
         name = f"{model_config.architecture} from {init_from}"
     say(f"model:  {name}, {job.parameters['total']:,} parameters ({parts})")
+    if (tune := job.config.train.tune) != "none":
+        say(f"tune:   {tune}, {job.trained:,} parameters; all others stay as they are")
     device = mesh.devices.flat[0].device_kind
     say(f"device: {mesh.size} x {device}, {model_config.dtype}, {job.config.parallel.mode}")
     ops = {"rwkv": "wkv6", "mamba": "ssd"}

@@ -34,12 +34,13 @@ PEAKS = {
 }
 
 
-def flops_per_token(config: ModelConfig, length: int) -> int:
+def flops_per_token(config: ModelConfig, length: int, *, frozen: bool = False) -> int:
     """FLOPs of training on one token in rows of `length` tokens.
 
     Args:
         config: of the model.
         length: tokens in a row; only attention's count depends on it.
+        frozen: matrices have no gradients, which are a third of their products.
     """
     parts = count_parameters(config)
     multiplied = parts["total"] - parts.get("positions", 0)
@@ -52,7 +53,7 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
     }
     mixers = config.branches.split("+") if config.architecture == "hybrid" else parts
     state = config.layers * sum(states.get(mixer, 0) for mixer in mixers)
-    return 6 * multiplied + 12 * state
+    return (4 if frozen else 6) * multiplied + 12 * state
 
 
 def peak_flops(kind: str) -> float | None:

@@ -22,6 +22,7 @@ from gt_jax import checkpoint
 from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
 from gt_jax.errors import InputError
 from gt_jax.finite import check_finite
+from gt_jax.training import tuning
 from gt_jax.training.display import say
 from gt_jax.training.optimizer import is_averaged
 from gt_jax.training.step import TrainState
@@ -168,7 +169,7 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
             f"begin another run with its weights: --config.model.init_from={folder}"
         ) from error
-    average = None if like.average is None else params
+    average = None if like.average is None else tuning.like(like.average, params)
     state = TrainState(**{"params": params} | training, average=average)
     if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
         raise InputError(

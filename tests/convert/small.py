@@ -17,6 +17,9 @@ from gt_jax.models import ModelConfig, make_model
 VOCAB = 29
 MODELS = {
     "rwkv6": ModelConfig(VOCAB, "rwkv6", dim=64, layers=2, heads=2, tie_embeddings=False),
+    "rwkv6-states": ModelConfig(
+        VOCAB, "rwkv6", dim=64, layers=2, heads=2, tie_embeddings=False, learned_states=True
+    ),
     "mamba2": ModelConfig(VOCAB, "mamba2", dim=64, layers=2, state_size=16, tie_embeddings=False),
     "mamba2-tied": ModelConfig(VOCAB, "mamba2", dim=64, layers=2, state_size=16),
 }

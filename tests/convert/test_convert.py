@@ -27,6 +27,7 @@ PAIRS = [
     for name, config in small.MODELS.items()
     for layout in LAYOUTS
     if LAYOUTS[layout].architecture == config.architecture
+    and (LAYOUTS[layout].states or not config.learned_states)
 ]
 
 
@@ -187,3 +188,10 @@ def test_file_of_another_kind_is_refused(tmp_path):
     small.save("rwkv6", tmp_path / "ours")
     with pytest.raises(InputError, match=r"must end in .pth or .safetensors"):
         export_model(tmp_path / "ours", tmp_path / "b.bin", layout="rwkv-lm")
+
+
+def test_what_cannot_hold_learned_states_says_so(tmp_path):
+    ours = small.save("rwkv6-states", tmp_path / "ours")
+    message = "--format=fla for rwkv6 with learned states, .* must be rwkv-lm or pytorch"
+    with pytest.raises(InputError, match=message):
+        export_model(ours, tmp_path / "theirs", layout="fla")

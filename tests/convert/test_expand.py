@@ -20,9 +20,11 @@ KINDS = {
     "gf": {"fusion": "gf"},
     "legacy-c": {"branch": "legacy", "legacy_wkv": "c", "fusion": "ws", "tie_embeddings": False},
     "legacy": {"architecture": "rwkv6", "branch": "legacy"},
-    "rwkv6": {"architecture": "rwkv6", "tie_embeddings": False, "mix_rank": 5},
+    "rwkv6": {"architecture": "rwkv6", "tie_embeddings": False, "mix_rank": 5}
+    | {"learned_states": True},
     "mamba+mamba": {"branches": "mamba+mamba"},
-    "mamba2": {"architecture": "mamba2", "mamba_groups": 2, "mamba_head_dim": 32},
+    "mamba2": {"architecture": "mamba2", "mamba_groups": 2, "mamba_head_dim": 32}
+    | {"learned_states": True},
     "gpt2": {"architecture": "gpt2", "max_positions": 16},
 }
 

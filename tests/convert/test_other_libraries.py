@@ -62,10 +62,14 @@ def rwkv_logits(path):
     return np.concatenate(logits)
 
 
-def test_rwkv_package_runs_what_we_export(tmp_path):
-    ours = small.save("rwkv6", tmp_path / "ours")
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv6-states"])
+def test_rwkv_package_runs_what_we_export(name, tmp_path):
+    """The second with its learned states, which also come back."""
+    ours = small.save(name, tmp_path / "ours")
     export_model(ours, tmp_path / "a.pth", layout="rwkv-lm")
     assert_close(our_logits(ours), rwkv_logits(tmp_path / "a.pth"))
+    import_model(tmp_path / "a.pth", tmp_path / "back")
+    small.assert_same(small.params_of(name), gt_jax.load(tmp_path / "back")[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,7 +43,8 @@ FUSED = {name: {"fusion": name} for name in FUSIONS}
 TWINS = {kind: {"branches": kind} for kind in ("rwkv+rwkv", "mamba+mamba")}
 LEGACY = {f"legacy-{v}": {"branch": "legacy", "legacy_wkv": v} for v in ("a", "b1", "b2", "c")}
 OTHERS = {
-    "ranks, heads and groups": {"mix_rank": 3, "mamba_head_dim": 8, "mamba_groups": 2},
+    "ranks, heads and groups": {"mix_rank": 3, "mamba_head_dim": 8, "mamba_groups": 2}
+    | {"learned_states": True},
     "twin-debate": {"fusion": "mingru", "residual": "mamba", "post_norm": True},
     "both residual": {"residual": "both", "fusion": "pscan", "branch_epsilon": 1e-3},
     "mamba2 with feed-forward": {"architecture": "mamba2", "mamba_feed_forward": True},
@@ -251,9 +252,8 @@ def test_the_card_has_data_loss_command_and_licence(tmp_path, monkeypatch):
     (tmp_path / "my_run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nx")
     command = {"command": "/usr/bin/python3 -m gt_jax.train --config=gf_mh"}
     (tmp_path / "my_run" / "provenance.jsonl").write_text(json.dumps(command))
-    text = card.model_card(
-        "runs/x", ModelConfig(17), IdTokenizer(17), licence="apache-2.0", has_tokenizer=True
-    )
+    options = {"licence": "apache-2.0", "has_tokenizer": True, "code": ["a.py"]}
+    text = card.model_card("runs/x", ModelConfig(17), IdTokenizer(17), **options)
     for part in (
         "license: apache-2.0",
         "# my_run",

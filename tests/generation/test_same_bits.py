@@ -77,7 +77,7 @@ def test_chunks_are_those_of_the_whole_text(monkeypatch):
     """For every length and every way to arrive at it; no state is computed."""
     monkeypatch.setattr(contexts, "PREFILL_CHUNKS", (4, 8, 32))
     monkeypatch.setattr(contexts, "_prefill_chunk", lambda m, p, tokens, state: (*state, *tokens))
-    monkeypatch.setattr(contexts, "zero_state", lambda *_: ())
+    monkeypatch.setattr(contexts, "start_state", lambda *_: ())
     model = model_of("gf")
     in_parts = functools.cache(lambda *ends: read(model, ends))
     sizes = lambda context: [part.size for part in context.state]

@@ -30,7 +30,7 @@ def test_a_document_decays_the_rwkv_state_and_resets_all_else(kept):
     tokens = random_tokens(2, 7)
     packed = read(kept, tokens, segment_ids=IDS)
     first = read(kept, tokens[:, :3])
-    state = start_documents(kept.model.config, first.state, jnp.array([True, True]))
+    state = start_documents(kept.model.config, kept.params, first.state, jnp.array([True, True]))
     (before,), (after,) = first.state, state
     assert_allclose(after.rwkv.wkv, 0.5 * before.rwkv.wkv)
     assert np.abs(after.rwkv.wkv).max() > 0 and not after.rwkv.last.any()
@@ -38,7 +38,7 @@ def test_a_document_decays_the_rwkv_state_and_resets_all_else(kept):
     second = read(kept, tokens[:, 3:], state)
     assert_allclose(packed.logits[:, 3:], second.logits, rtol=2e-4, atol=2e-4)
     assert_allclose(packed.state[0].rwkv.wkv, second.state[0].rwkv.wkv, rtol=2e-4, atol=2e-4)
-    other = start_documents(kept.model.config, first.state, jnp.array([False, True]))
+    other = start_documents(kept.model.config, kept.params, first.state, jnp.array([False, True]))
     assert_allclose(other[0].rwkv.wkv[0], before.rwkv.wkv[0])
     assert_allclose(other[0].mamba.ssm[0], before.mamba.ssm[0])
 
@@ -46,9 +46,9 @@ def test_a_document_decays_the_rwkv_state_and_resets_all_else(kept):
 def test_no_share_is_the_zero_state():
     small = small_model("gf", layers=1)
     state = read(small, random_tokens(2, 3)).state
-    started = start_documents(small.model.config, state, jnp.array([True, True]))
+    started = start_documents(small.model.config, small.params, state, jnp.array([True, True]))
     assert not any(leaf.any() for leaf in jax.tree.leaves(started))
-    assert start_documents(small.model.config, None, jnp.array([True])) is None
+    assert start_documents(small.model.config, small.params, None, jnp.array([True])) is None
 
 
 def texts():

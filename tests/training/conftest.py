@@ -10,6 +10,7 @@ import pytest
 
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.data import Batch
+from gt_jax.models import ModelConfig
 from gt_jax.training.step import summed_loss
 
 VOCAB, DIM = 11, 8
@@ -51,7 +52,7 @@ class ToyModel(nn.Module):
     """Same interface as gt_jax.models: tokens and state in, logits or loss and state out."""
 
     layers: int = 2
-    config: Any = None  # none of its choices matters here
+    config: Any = ModelConfig(VOCAB)  # none of its choices matters here
 
     @nn.compact
     def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):

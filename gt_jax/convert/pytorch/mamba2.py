@@ -98,6 +98,8 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(config.dim, 2 * E + 2 * G * N + H, bias=False)
         self.conv1d = CausalConv(E + 2 * G * N, width=4)
         self.A_log, self.D, self.dt_bias = zeros(H), zeros(H), zeros(H)
+        if config.learned_states:
+            self.init_states = zeros(H, config.mamba_head_dim, N)
         self.norm = GatedNorm(E, G)
         self.out_proj = nn.Linear(E, config.dim, bias=False)
 
@@ -105,6 +107,8 @@ class Mamba2(nn.Module):
         """x [B, T, D], state (conv inputs, ssm [B, H, P, N]) -> y [B, T, D], state."""
         E, N, G, H = self.sizes
         tail, ssm = (None, None) if state is None else state
+        if ssm is None and hasattr(self, "init_states"):
+            ssm = self.init_states.float().expand(len(x), -1, -1, -1)
         z, xBC, dt = self.in_proj(x).split([E, E + 2 * G * N, H], dim=-1)
         xBC, tail = self.conv1d(xBC, tail)
         values, B, C = xBC.float().split([E, G * N, G * N], dim=-1)

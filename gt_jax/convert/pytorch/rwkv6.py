@@ -67,6 +67,8 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = zeros(D, config.decay_rank)
         self.time_decay_w2 = zeros(config.decay_rank, D)
         self.time_faaaa = zeros(self.heads, D // self.heads)
+        if config.learned_states:
+            self.time_state = zeros(self.heads, D // self.heads, D // self.heads)
         self.receptance = nn.Linear(D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
@@ -77,6 +79,8 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         """x [B, T, D], state (last input [B, D], wkv [B, H, K, K]) -> y [B, T, D], state."""
         last, wkv = (None, None) if state is None else state
+        if wkv is None and hasattr(self, "time_state"):
+            wkv = self.time_state.float().expand(len(x), -1, -1, -1)
         delta = previous_token(x, last) - x
 
         hidden = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # [B, T, 5 R]
