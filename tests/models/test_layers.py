@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gt_jax.models.layers import RMSNorm
-from gt_jax.models.mamba2 import CausalConv, GatedNorm
+from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
 B, T, D, WIDTH = 2, 11, 8, 4
 
