@@ -2,6 +2,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# Tests compile much and run it once: XLA's CPU compiler leaves out most optimizations, in the
+# processes that tests start too, and needs half of the time; on JAX 0.10 its earlier code
+# generator needs a sixth. What optimizations can change is marked `optimized`, and compiled as for
+# users with JAX_DISABLE_MOST_OPTIMIZATIONS=false python -m pytest -m optimized
+if not Path("/dev/nvidiactl").exists():
+    _quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _quick and version("jaxlib").startswith("0.10.") and "fusion_emitters" not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
@@ -39,13 +51,3 @@ def pytest_addoption(parser):
         action="store_true",
         help="End runs badly in every way (50 kills, every signal in every phase), not in a few.",
     )
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """Compile twice as fast, for tests of a module that run little of what they compile."""
-    import jax  # after the environment is set
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -211,7 +211,7 @@ def test_programs_share_out_the_devices_and_train_alike(source):
     for count in (1, 2):
         env = {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "JAX_NUM_CPU_DEVICES": str(count),
         }
         done = subprocess.run(
             [sys.executable, "-c", TWO_DEVICES, changes],
