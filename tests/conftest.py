@@ -28,13 +28,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # Tests compile much and run it once: XLA's CPU compiler leaves out most optimizations, in the
 # processes that tests start too, and needs half of the time; on JAX 0.10 its earlier code
-# generator needs a sixth. What optimizations can change is marked `optimized`, and compiled as for
-# users with JAX_DISABLE_MOST_OPTIMIZATIONS=false python -m pytest -m optimized
+# generator needs a sixth. Tests whose result optimizations can change need them.
+AS_FOR_USERS = "JAX_DISABLE_MOST_OPTIMIZATIONS=false python -m pytest -m optimized"
+_quick = False
 if not Path("/dev/nvidiactl").exists():
     _quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
     _flags = os.environ.get("XLA_FLAGS", "")
     if _quick and version("jaxlib").startswith("0.10.") and "fusion_emitters" not in _flags:
         os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_collection_modifyitems(items):
+    if _quick:
+        for item in items:
+            if item.get_closest_marker("optimized"):
+                item.add_marker(pytest.mark.skip(reason=f"compiled as for users: {AS_FOR_USERS}"))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
