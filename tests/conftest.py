@@ -2,6 +2,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# Tests compile much and run it once: XLA's CPU compiler leaves out most optimizations, in the
+# processes that tests start too, and needs half of the time; on JAX 0.10 its earlier code
+# generator needs a sixth. Tests whose result optimizations can change need them.
+AS_FOR_USERS = "JAX_DISABLE_MOST_OPTIMIZATIONS=false python -m pytest -m optimized"
+_quick = False
+if not Path("/dev/nvidiactl").exists():
+    _quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _quick and version("jaxlib").startswith("0.10.") and "fusion_emitters" not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_collection_modifyitems(items):
+    if _quick:
+        for item in items:
+            if item.get_closest_marker("optimized"):
+                item.add_marker(pytest.mark.skip(reason=f"compiled as for users: {AS_FOR_USERS}"))
+
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
@@ -39,13 +59,3 @@ def pytest_addoption(parser):
         action="store_true",
         help="End runs badly in every way (50 kills, every signal in every phase), not in a few.",
     )
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """Compile twice as fast, for tests of a module that run little of what they compile."""
-    import jax  # after the environment is set
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -21,9 +21,6 @@ LETTERS = CharTokenizer(string.ascii_letters + " \n.,:;?!'-")
 DECOYS = {"C1d": 1, "C2a": 1, "C3a": 1, "C3b": 1, "C3c": 1, "C5c": 1, "C6a": 1, "C6b": 1}
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def loaded():
     model = make_model(

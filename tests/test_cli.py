@@ -26,9 +26,6 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -47,7 +44,7 @@ def run_train(workdir, text, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, text, compile_quickly):
+def finished(tmp_path_factory, text):
     """The workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     run_train(workdir, text)

@@ -22,9 +22,6 @@ from tests.models.small_models import lively_parameters, random_tokens
 TEXT = "the cat sat on the mat\n" * 20
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three converted models, and texts."""

@@ -23,9 +23,6 @@ TOKENS = ["\n", " ", "ab", *string.ascii_lowercase[:25]]
 WORLD = "".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(TOKENS, start=1))
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Small models; attention compiles quickest, and what is tested here is the same for all."""

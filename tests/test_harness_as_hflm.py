@@ -16,7 +16,6 @@ pytest.importorskip("transformers", reason="HFLM reads models with it")
 hflm = pytest.importorskip("lm_eval.models.huggingface", reason="the harness's own adapter")
 small_tokenizers = pytest.importorskip("tests.data.small_tokenizers")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 PAIRS = [
     ("the cat", " sat"),
     ("the cat ", "sat"),

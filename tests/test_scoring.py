@@ -17,9 +17,6 @@ from tests.models.small_models import random_tokens, small_model
 LENGTHS = [30, 1, 17, 2, 9]
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(params=["gru", "gpt2"])
 def small(request):
     return small_model(request.param, layers=1)

@@ -21,7 +21,6 @@ from gt_jax.data.hugging_face import HuggingFaceTokenizer  # noqa: E402
 from gt_jax.data.pretrained import SpecialIds  # noqa: E402
 from tests.serving import Serving  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -23,9 +23,6 @@ KINDS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def ids():
     return np.random.default_rng(0).integers(0, 17, T, dtype=np.int32)

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 SMALL = """
 import jax
 
-jax.config.update("jax_disable_most_optimizations", True)  # compiles twice as fast
 WORKDIR = {workdir!r}
 STEPS, MAX_MINUTES, INSTALL = 2, 1e-6, False
 SETTINGS = {{

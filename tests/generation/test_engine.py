@@ -59,6 +59,7 @@ def test_greedy_tokens_are_what_reading_the_whole_text_again_finds_likeliest(kin
             assert completion.reason == "length"
 
 
+@pytest.mark.optimized
 def test_company_changes_nothing_to_the_last_bit(gf):
     requests = mixed_requests()
     together = gf(requests)

@@ -8,7 +8,6 @@ from gt_jax.errors import InputError
 from gt_jax.generation import Request, complete, prefill
 from tests.models.small_models import random_tokens, small_model
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 TEXT = np.asarray(random_tokens(1, 400)[0])
 
 

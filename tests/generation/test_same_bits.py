@@ -9,6 +9,8 @@ import pytest
 from gt_jax.generation import Request, complete, contexts, load_context, prefill, save_context
 from tests.models.small_models import random_tokens, small_model
 
+pytestmark = pytest.mark.optimized
+
 TEXT = np.asarray(random_tokens(1, 1500)[0])
 ROWS = 3
 

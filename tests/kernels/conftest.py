@@ -11,17 +11,6 @@ def _float64_available():
 
 
 @pytest.fixture
-def compiled_quickly():
-    """XLA leaves out most optimizations: for tests that compile many shapes and run each once.
-
-    Decay regimes and long sequences are compared fully optimized.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def float64_in_every_thread():
     """The interpreter's own threads among them."""
     jax.config.update("jax_enable_x64", True)

@@ -14,7 +14,7 @@ from tests.kernels.accuracy import TOLERANCE
 def found():
     """Case -> errors by name of the array, of four simulated devices."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

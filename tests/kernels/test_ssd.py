@@ -20,7 +20,6 @@ from tests.kernels.accuracy import (
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 DTYPES = ("float64", "float32", "bfloat16")
-quickly = pytest.mark.usefixtures("compiled_quickly")
 
 
 @functools.cache
@@ -63,6 +62,7 @@ def test_reference_is_the_formula():
         np.testing.assert_allclose(final_state[b, h], S, rtol=1e-11)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", SSD_REGIMES)
 def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
@@ -70,7 +70,6 @@ def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
-@quickly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_matches_reference_at_every_length(length, dtype):
@@ -78,6 +77,7 @@ def test_chunked_matches_reference_at_every_length(length, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("regime, length", [("typical", 4096), ("near_one", 16384)])
 def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
@@ -85,26 +85,24 @@ def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@pytest.mark.optimized
 def test_chunked_matches_reference_at_65536_tokens():
     inputs = make("float32", batch=1, length=65536, heads=2, groups=1, P=4, N=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
-@quickly
 @pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
 def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
     inputs = make("float32", batch=batch, length=40, heads=heads, groups=1, P=4, N=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
-@quickly
 @pytest.mark.parametrize("groups", (1, 2, 6))
 def test_groups_share_their_projections(groups):
     inputs = make("float64", heads=6, groups=groups)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float64")
 
 
-@quickly
 def test_gradients_reach_the_step_size_through_bias_softplus_and_limit():
     x, dt, A, B, C, *_ = make("float64", "wide")
     bias = jnp.linspace(-1.0, 1.0, 4)
@@ -122,7 +120,6 @@ def test_gradients_reach_the_step_size_through_bias_softplus_and_limit():
         assert_accurate(candidate, by_hand, inputs, names, "float64")
 
 
-@quickly
 @pytest.mark.parametrize("chunk_size", (2, 16, 32, 128))
 def test_chunk_size_does_not_change_the_result(chunk_size):
     def chunked(x, dt, A, B, C, D, state):
@@ -132,7 +129,6 @@ def test_chunk_size_does_not_change_the_result(chunk_size):
     assert_accurate(chunked, run("reference"), make("float64", length=150), NAMES, "float64")
 
 
-@quickly
 def test_packed_segments_equal_separate_calls():
     inputs = make("float64", length=50)
     ids = segments(2, 50, mean_length=14)
@@ -160,7 +156,6 @@ def test_packed_segments_equal_separate_calls():
         assert_accurate(candidate, separate, inputs, NAMES, "float64")
 
 
-@quickly
 @pytest.mark.parametrize("impl", ("reference", "chunked"))
 def test_state_carries_over_a_split(impl):
     def split(x, dt, A, B, C, D, state):
@@ -174,7 +169,6 @@ def test_state_carries_over_a_split(impl):
     assert_accurate(split, run("reference"), make("float64"), NAMES, "float64")
 
 
-@quickly
 def test_step_repeated_equals_the_parallel_form():
     x, dt, A, B, C, D, state = make("float64", length=40)
     options = {"D": D, "dt_bias": jnp.ones(4), "dt_softplus": True, "dt_limit": (0.5, 1.4)}
@@ -190,6 +184,7 @@ def test_step_repeated_equals_the_parallel_form():
     assert relative_rms(final, expected_final) < 1e-12
 
 
+@pytest.mark.optimized
 def test_rows_of_a_batch_do_not_touch_each_other():
     x, dt, A, B, C, D, state = make("float32", batch=4)
     order = np.array([2, 0, 3, 1])
@@ -200,12 +195,14 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     np.testing.assert_array_equal(final[order], mixed_final)
 
 
+@pytest.mark.optimized
 def test_same_inputs_give_the_same_bits():
     inputs = make("float32")
     first, again = (run("chunked")(*inputs) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.optimized
 def test_vmap_equals_a_loop():
     inputs = [make("float32", seed=seed, length=40) for seed in range(2)]
     together = jax.vmap(run("chunked"))(*(jnp.stack(x) for x in zip(*inputs)))
@@ -214,7 +211,6 @@ def test_vmap_equals_a_loop():
         assert relative_rms(together[0][i], apart[i][0]) < 1e-6
 
 
-@quickly
 @pytest.mark.parametrize("where", ("right", "left", "middle"))
 def test_identity_padding_leaves_the_other_tokens_alone(where):
     x, dt, A, B, C, D, state = make("float64", length=30)
@@ -226,6 +222,7 @@ def test_identity_padding_leaves_the_other_tokens_alone(where):
     assert relative_rms(final, expected_final) < 1e-12
 
 
+@pytest.mark.optimized
 def test_nan_of_another_row_or_a_later_token_stays_there():
     x, dt, A, B, C, D, state = make("float32", length=130)
     poison = lambda z: z.at[1].set(jnp.nan).at[0, 128:].set(jnp.nan)
@@ -234,7 +231,6 @@ def test_nan_of_another_row_or_a_later_token_stays_there():
     np.testing.assert_array_equal(y[0, :128], expected[0, :128])
 
 
-@quickly
 def test_zero_cotangents_give_zero_gradients():
     inputs = make("float32")
     shapes = jax.eval_shape(run("chunked"), *inputs)
@@ -243,12 +239,12 @@ def test_zero_cotangents_give_zero_gradients():
         assert not np.any(gradient)
 
 
-@quickly
 def test_gradients_agree_with_finite_differences():
     inputs = make("float64", batch=1, length=10, heads=2, P=3, N=4)
     check_grads(run("chunked"), inputs, order=1, modes=("rev",), eps=1e-5, rtol=1e-6)
 
 
+@pytest.mark.optimized
 def test_gradient_memory_is_linear_in_time_and_below_eight_times_the_inputs():
     def temporary(length, dtype):
         arrays = make(dtype, batch=1, length=length, heads=4, groups=1, P=64, N=128)

@@ -21,7 +21,6 @@ from tests.kernels.accuracy import (
 
 NAMES = ("r", "k", "v", "w", "u", "initial_state")
 DTYPES = ("float64", "float32", "bfloat16")
-quickly = pytest.mark.usefixtures("compiled_quickly")
 
 
 @functools.cache
@@ -54,6 +53,7 @@ def test_reference_is_the_formula():
         np.testing.assert_allclose(final_state[b, h], S, rtol=1e-12)
 
 
+@pytest.mark.optimized
 def test_every_compilation_computes_the_same():
     """Not a matter of course: see _einsum in chunks.py."""
     inputs = make("float32", length=16, heads=4, K=32, V=32)
@@ -64,13 +64,13 @@ def test_every_compilation_computes_the_same():
         assert np.isfinite(o).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", WKV6_REGIMES)
 def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
     assert_accurate(run("chunked"), run("reference"), make(dtype, regime), NAMES, dtype)
 
 
-@quickly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_matches_reference_at_every_length(length, dtype):
@@ -78,6 +78,7 @@ def test_chunked_matches_reference_at_every_length(length, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("regime, length", [("typical", 4096), ("near_one", 16384)])
 def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
@@ -85,6 +86,7 @@ def test_long_accumulation_keeps_its_accuracy(regime, length, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@pytest.mark.optimized
 def test_chunked_matches_reference_at_65536_tokens():
     inputs = make("float32", batch=1, length=65536, heads=2, K=4, V=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
@@ -98,14 +100,12 @@ def test_highest_precision_multiplies_bfloat16_inputs_in_float32():
     assert relative_rms(state, exact) < 1e-6
 
 
-@quickly
 @pytest.mark.parametrize("heads,batch", [(1, 1), (3, 1), (24, 1), (33, 4), (257, 1)])
 def test_chunked_matches_reference_for_any_number_of_heads(heads, batch):
     inputs = make("float32", batch=batch, length=40, heads=heads, K=4, V=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, "float32")
 
 
-@quickly
 @pytest.mark.parametrize("chunk_size", (2, 16, 64, 128))
 def test_chunk_size_does_not_change_the_result(chunk_size):
     def chunked(r, k, v, w, u, state):
@@ -114,7 +114,6 @@ def test_chunk_size_does_not_change_the_result(chunk_size):
     assert_accurate(chunked, run("reference"), make("float64", length=150), NAMES, "float64")
 
 
-@quickly
 def test_packed_segments_equal_separate_calls():
     r, k, v, w, u, state = make("float64", length=50)
     ids = segments(2, 50, mean_length=14)
@@ -144,7 +143,6 @@ def test_packed_segments_equal_separate_calls():
         assert_accurate(functools.partial(packed, impl=impl), separate, inputs, NAMES, "float64")
 
 
-@quickly
 @pytest.mark.parametrize("impl", ("reference", "chunked"))
 def test_state_carries_over_a_split(impl):
     def split(r, k, v, w, u, state):
@@ -158,7 +156,6 @@ def test_state_carries_over_a_split(impl):
     assert_accurate(split, run("reference"), make("float64"), NAMES, "float64")
 
 
-@quickly
 def test_step_repeated_equals_the_parallel_form():
     r, k, v, w, u, state = inputs = make("float64", length=40)
 
@@ -173,6 +170,7 @@ def test_step_repeated_equals_the_parallel_form():
     assert relative_rms(final, expected_final) < 1e-12
 
 
+@pytest.mark.optimized
 def test_rows_of_a_batch_do_not_touch_each_other():
     inputs = make("float32", batch=4)
     *arrays, u, state = inputs
@@ -183,12 +181,14 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     np.testing.assert_array_equal(final[order], mixed_final)
 
 
+@pytest.mark.optimized
 def test_same_inputs_give_the_same_bits():
     inputs = make("float32")
     first, again = (run("chunked")(*inputs) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.optimized
 def test_vmap_equals_a_loop():
     inputs = [make("float32", seed=seed, length=40) for seed in range(2)]
     together = jax.vmap(run("chunked"))(*(jnp.stack(x) for x in zip(*inputs)))
@@ -197,7 +197,6 @@ def test_vmap_equals_a_loop():
         assert relative_rms(together[0][i], apart[i][0]) < 1e-6
 
 
-@quickly
 @pytest.mark.parametrize("where", ("right", "left", "middle"))
 def test_identity_padding_leaves_the_other_tokens_alone(where):
     r, k, v, w, u, state = make("float64", length=30)
@@ -209,6 +208,7 @@ def test_identity_padding_leaves_the_other_tokens_alone(where):
     assert relative_rms(final, expected_final) < 1e-12
 
 
+@pytest.mark.optimized
 def test_nan_of_another_row_or_a_later_token_stays_there():
     r, k, v, w, u, state = make("float32")
     poison = lambda x: x.at[1].set(jnp.nan).at[0, 64:].set(jnp.nan)
@@ -217,6 +217,7 @@ def test_nan_of_another_row_or_a_later_token_stays_there():
     np.testing.assert_array_equal(o[0, :64], expected[0, :64])
 
 
+@pytest.mark.optimized
 def test_nan_of_another_segment_stays_there():
     r, k, v, w, u, state = make("float32", batch=1, length=64)
     ids = np.repeat([0, 1], [20, 44])[None]
@@ -226,7 +227,6 @@ def test_nan_of_another_segment_stays_there():
     assert jnp.isfinite(o[:, 20:]).all() and jnp.isfinite(final).all()
 
 
-@quickly
 def test_zero_cotangents_give_zero_gradients():
     inputs = make("float32")
     zeros = (jnp.zeros(()), jnp.zeros(()))
@@ -236,12 +236,12 @@ def test_zero_cotangents_give_zero_gradients():
         assert not np.any(gradient)
 
 
-@quickly
 def test_gradients_agree_with_finite_differences():
     inputs = make("float64", batch=1, length=10, heads=2, K=4, V=3)
     check_grads(run("chunked"), inputs, order=1, modes=("rev",), eps=1e-5, rtol=1e-6)
 
 
+@pytest.mark.optimized
 def test_gradient_memory_is_linear_in_time_and_below_eight_times_the_inputs():
     def temporary(length, dtype):
         arrays = make(dtype, batch=1, length=length, heads=4, K=64, V=64)

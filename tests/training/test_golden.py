@@ -61,6 +61,7 @@ def train(preset, **fields):
     return np.array(jax.device_get(losses)), jax.device_get(state.params)
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="golden losses are a CPU's")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_losses_of_twenty_steps_are_the_golden_ones(preset):

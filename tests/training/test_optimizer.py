@@ -10,8 +10,6 @@ from gt_jax.models import make_config as make_model_config
 from gt_jax.models import make_model
 from gt_jax.training import optimizer
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def parameters_of(preset, **fields):
     model = make_model(make_model_config(preset, vocab_size=65, layers=2, **fields))

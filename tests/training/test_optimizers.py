@@ -13,8 +13,6 @@ from gt_jax.training import optimizer
 from gt_jax.training.step import init_state, make_train_step, start_from
 from gt_jax.training.writer import Writer, restore
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VARIANTS = {
     "adamw": {},
     "schedule_free": {"optim.name": "schedule_free", "optim.schedule": "constant"},

@@ -119,7 +119,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def results():
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -9,8 +9,6 @@ from gt_jax import checkpoint, train
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.training import metrics
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 OPTIMIZERS = {
     "muon, averaged": {"optim.name": "muon", "optim.ema": 0.9, "optim.schedule": "wsd"},
     "schedule_free": {"optim.name": "schedule_free", "optim.schedule": "constant"},

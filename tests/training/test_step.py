@@ -9,8 +9,6 @@ import pytest
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="session")
 def build(toy, make_config):

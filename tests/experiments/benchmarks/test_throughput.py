@@ -9,8 +9,6 @@ from experiments.benchmarks import throughput
 from experiments.lab import claims, families, results
 from gt_jax.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 class Clock:
     """A program whose runs take the next of some seconds."""

@@ -36,9 +36,6 @@ def test_counted_losses_are_those_of_a_table():
     assert sum(after) == pytest.approx(1)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """An untrained hybrid as a converted model, and a text for it."""

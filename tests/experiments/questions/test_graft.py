@@ -8,7 +8,7 @@ from experiments.lab.jobs import run
 from experiments.questions import graft
 
 
-def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys, compile_quickly):
+def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 100)
     small = {"train.batch_size": 2, "train.seq_len": 16, "optim.warmup_steps": 1}
     monkeypatch.setattr(graft, "SIZE", {"model.dim": 32, "model.layers": 1})
