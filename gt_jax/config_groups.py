@@ -196,6 +196,25 @@ class Parallel:
     sequence: int = setting(
         1, "devices that share each row, train.seq_len / sequence tokens each", POSITIVE
     )
+    coordinator_address: str = setting(
+        "",
+        "HOST:PORT of process 0 where several processes train together; auto: of a cluster that JAX"
+        " detects (SLURM, Open MPI, Kubernetes, cloud TPUs); empty: the environment's"
+        " JAX_COORDINATOR_ADDRESS, else one process",
+    )
+    num_processes: int = setting(
+        0, "processes that train together; 0: the environment's JAX_NUM_PROCESSES", NOT_NEGATIVE
+    )
+    process_id: int = setting(
+        -1,
+        "number of this process, from 0; -1: the environment's JAX_PROCESS_ID",
+        Range(lambda v: v >= -1, "-1 or more"),
+    )
+    host_timeout: float = setting(
+        300.0,
+        "seconds to wait until all processes are there, and later for one that is silent",
+        Range(lambda v: v >= 1, "at least 1"),
+    )
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ import jax
 from absl import flags as absl_flags
 
 from gt_jax import cli
+from gt_jax.checkpoint import FOLDER, read_about
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, provenance, stopping, utilization, watch
+from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
@@ -62,48 +63,66 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     """
     began = time.perf_counter()
     workdir = Path(workdir)
-    backend.prepare()
-    check_devices(config, jax.device_count())
-    mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
-    # The processes of a multi-host run share the lock of the first.
-    with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        folder, about = newest(workdir) or (None, None)
-        start = int(folder.name) if folder is not None else 0
-        progress = Progress.of_checkpoint(about, start) if about else Progress()
-        if about:
-            check_same_run(about["config"], config, workdir)
-        if _is_finished(config, workdir, start, progress):
-            say(
-                f"{workdir} holds a finished run of {start} steps. Continue it with a larger "
-                "--config.train.steps or train.patience, or start anew with another --workdir."
-            )
-            return progress
+    with hosts.joined(config.parallel):
+        hosts.check_same_config(config)
+        backend.prepare()
+        check_devices(config, jax.device_count())
+        mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
+        with hosts.folder(workdir) as own:
+            return _train(config, workdir, own, mesh, stop, began)
 
-        job = prepare(config, workdir, mesh, about)
-        prompt = beginning(job.text.tokens.validation, 16)
-        if config.train.sample_prompt:
-            named = "train.sample_prompt"
-            prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
-        make_state = functools.partial(first_state, job, folder, about)
-        introduce(job, start)
-        written = json.dumps(to_dict(config), indent=2) + "\n"
-        replace_file(workdir / "config.json", written.encode())
-        provenance.record(workdir, step=start, text=job.fingerprint)
-        speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
-        keep = config.checkpoint
-        if stop is None:
-            stop = Stop()
-            listening = stopping.signals(stop)
-        else:
-            listening = contextlib.nullcontext()
-        with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
-            step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
-            writer.finish(best_step=progress.best_step)
-            _draw(job)
-        stop.work_to_lose = False
-        conclude(job, progress, step, stop, speed, time.perf_counter() - began)
-        wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
+
+def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, began) -> Progress:
+    """`train`, with the folder from `hosts.folder`."""
+    folder, about = _newest(workdir)
+    start = int(folder.name) if folder is not None else 0
+    progress = Progress.of_checkpoint(about, start) if about else Progress()
+    if about:
+        check_same_run(about["config"], config, workdir)
+    if hosts.of_first(lambda: _is_finished(config, own, start, progress)):
+        say(
+            f"{workdir} holds a finished run of {start} steps. Continue it with a larger "
+            "--config.train.steps or train.patience, or start anew with another --workdir."
+        )
+        return progress
+
+    job = prepare(config, workdir, own, mesh, about)
+    prompt = beginning(job.text.tokens.validation, 16)
+    if config.train.sample_prompt:
+        named = "train.sample_prompt"
+        prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
+    make_state = functools.partial(first_state, job, folder, about)
+    introduce(job, start)
+    written = json.dumps(to_dict(config), indent=2) + "\n"
+    replace_file(own / "config.json", written.encode())
+    provenance.record(own, step=start, text=job.fingerprint)
+    speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
+    keep = config.checkpoint
+    if stop is None:
+        stop = Stop()
+        listening = stopping.signals(stop)
+    else:
+        listening = contextlib.nullcontext()
+    if hosts.count() > 1:
+        stop.vote = hosts.Vote(mesh)
+    with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
+        step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
+        writer.finish(best_step=progress.best_step)
+        _draw(job)
+    stop.work_to_lose = False
+    conclude(job, progress, step, stop, speed, time.perf_counter() - began)
+    wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
+
+
+def _newest(workdir: Path) -> tuple[Path | None, dict | None]:
+    """The newest whole checkpoint and its `about`, as process 0 finds it by reading all of it."""
+    found = newest(workdir) if hosts.is_first() else None
+    step = hosts.of_first(lambda: found and int(found[0].name))
+    if step is None:
+        return None, None
+    folder = workdir.absolute() / FOLDER / str(step)
+    return folder, found[1] if found else read_about(folder)
 
 
 def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, began) -> int:
@@ -112,8 +131,8 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
     these at `start` is done first.
     """
-    config, workdir, steps = job.config, job.workdir, job.config.train.steps
-    numbers = next((row for row in read_metrics(workdir) if row["step"] == start), {})
+    config, steps = job.config, job.config.train.steps
+    numbers = next((row for row in read_metrics(job.folder) if row["step"] == start), {})
     carry = None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
@@ -138,7 +157,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         display = stack.enter_context(Display(start=start, steps=steps))
         state = make_state()  # before anything is cut off behind `start`
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
-        samples = Samples(workdir, start=start)
+        samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
@@ -170,7 +189,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
                     row = {"step": step, **numbers, **measured}
                     improved = progress.update(step, measured["validation_loss"])
                     if config.train.stop_rules:
-                        rows = [*read_metrics(workdir), plain(jax.device_get(row))]
+                        rows = [*read_metrics(job.folder), plain(jax.device_get(row))]
                         progress.broken_rule = watch.broken_rule(rows, config)
                     is_last |= bool(progress.stops_early(config))
 
@@ -208,14 +227,13 @@ def _evaluate(job: Job, state, stop: Stop, carry) -> dict:
 
 def _open_metrics(job: Job, start: int) -> Metrics:
     """metrics.jsonl and the loggers of a run; of several processes the first one logs."""
-    log, is_first = job.config.log, jax.process_index() == 0
+    log = job.config.log
     services = [
         Service(module, job.workdir, to_dict(job.config), log.project)
         for module in job.services
-        if is_first
+        if hosts.is_first()
     ]
-    board = log.tensorboard and is_first
-    return Metrics(job.workdir, start=start, tensorboard=board, services=services)
+    return Metrics(job.folder, start=start, tensorboard=log.tensorboard, services=services)
 
 
 def every(interval: int, step: int) -> bool:
@@ -229,15 +247,16 @@ def _look_for_reasons(stop: Stop, config: Config, began: float) -> None:
         stop.request(f"train.max_minutes={config.train.max_minutes:g}", stopping.TIME_IS_UP)
     if reader_left():
         stop.request("a closed output", stopping.CLOSED_OUTPUT)
+    stop.look()
 
 
-def _is_finished(config: Config, workdir: Path, start: int, progress: Progress) -> bool:
+def _is_finished(config: Config, folder: Path, start: int, progress: Progress) -> bool:
     """Whether the run's last step is done, and all that comes after it."""
     steps = config.train.steps
     if start > steps or (start < steps and not progress.stops_early(config)):
         return start > steps
-    sampled = not config.train.sample_tokens or Samples(workdir, start=start).last == start
-    return progress.evaluated == start and sampled and (workdir / "curve.png").exists()
+    sampled = not config.train.sample_tokens or Samples(folder, start=start).last == start
+    return progress.evaluated == start and sampled and (folder / "curve.png").exists()
 
 
 def _report(
@@ -270,6 +289,7 @@ def _report(
 def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
     settings = {"max_tokens": job.config.train.sample_tokens, "seed": job.config.seed}
+    params = parallel.on_one_device(params, job.mesh)
     try:
         tokens = stop.until(generate(job.model, params, prompt, **settings))
         text = job.text.tokenizer.decode([*prompt, *tokens])
@@ -285,7 +305,7 @@ def _draw(job: Job) -> None:
     title = f"{job.config.model.preset} on {job.text.corpus.name}"
     try:
         judged = watch.judged_from(job.config)
-        draw_curve(job.workdir, title=title, unit=f"nats per {unit}", judged_from=judged)
+        draw_curve(job.folder, title=title, unit=f"nats per {unit}", judged_from=judged)
     except (ValueError, OSError) as error:
         say(f"curve.png is not drawn: {' '.join(str(error).split())}")
 

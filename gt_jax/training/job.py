@@ -8,14 +8,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
-from gt_jax.training import memory, parallel
+from gt_jax.training import hosts, memory, parallel
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
@@ -40,13 +40,16 @@ FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every
 FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
 FREE_ON_RESUME += ("log.activations", "optim.decay_steps")
 FREE_ON_RESUME += ("parallel.mode", "parallel.fsdp", "parallel.sequence")
+FREE_ON_RESUME += ("parallel.coordinator_address", "parallel.num_processes", "parallel.process_id")
+FREE_ON_RESUME += ("parallel.host_timeout",)
 
 
 class Job(NamedTuple):
     """What a run is made of; nothing in it changes but the place in `batches`."""
 
     config: Config
-    workdir: Path
+    workdir: Path  # of all processes: checkpoints and a tokenizer's cache
+    folder: Path  # of this process, from `hosts.folder`: all other files of the run
     mesh: Any
     text: Text
     fingerprint: str  # of the text's tokens
@@ -67,13 +70,14 @@ class Job(NamedTuple):
     services: list[ModuleType]  # wandb and trackio, where asked for
 
 
-def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
+def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict | None) -> Job:
     """Read the text, make the model, and begin to compile its steps in threads.
 
     Nothing large is allocated.
 
     Args:
         config, workdir: of the run.
+        folder: from `hosts.folder`.
         mesh: from `parallel.make_mesh`.
         about: of the checkpoint to continue from, None for a new run.
 
@@ -86,13 +90,16 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     tokenizer = None
     if stored is not None and config.model.init_from:
         tokenizer = tokenizer_from_dict(stored["tokenizer"])
-    text = read_text(config, tokenizer=tokenizer, cache_dir=workdir)
+    read = functools.partial(read_text, config, tokenizer=tokenizer, cache_dir=workdir)
+    text = hosts.first_before_others(read)  # it may train a tokenizer, and keeps that
     hashed = fingerprint(text.tokens)
+    hosts.check_alike(f"the hash of the text of data.source={config.data.source}", hashed)
     if about:
         _check_same_text(about, text, hashed, config, workdir)
     shape: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
+        "rows": parallel.own_rows(mesh, config.train.batch_size),
     }
     batches = make_batches(text.tokens.train, order=config.data.order, seed=config.seed, **shape)
     held_out = evaluation_batches(
@@ -115,6 +122,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     return Job(
         config=config,
         workdir=workdir,
+        folder=folder,
         mesh=mesh,
         text=text,
         fingerprint=hashed,
@@ -126,7 +134,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         parameters=counts,
         flops=flops_per_token(model_config, config.train.seq_len),
         services=services,
-        probe=make_probe(model, config),
+        probe=make_probe(model, config, mesh),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
@@ -193,7 +201,9 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh, state).params
-        state = job.start_from(state, jax.device_put(params, sharding))
+        if isinstance(sharding, NamedSharding):
+            sharding = jax.tree.map(lambda _: sharding, params)
+        state = job.start_from(state, parallel.put_whole(params, sharding))
     return state
 
 

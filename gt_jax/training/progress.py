@@ -52,8 +52,8 @@ class Progress:
 class FiniteWatch:
     """Ends a run after train.max_nonfinite steps in a row that were not finite.
 
-    The count of a step is read when it is there, at most two steps later, so that the device never
-    waits for the host.
+    The count of a step is read two steps later, so that the device never waits for the host, and
+    all processes of a run end at the same step.
     """
 
     def __init__(self, config: Config):
@@ -68,7 +68,7 @@ class FiniteWatch:
         """
         skipped_in_a_row.copy_to_host_async()
         self._counts.append(skipped_in_a_row)
-        while len(self._counts) > 2 or (self._counts and self._counts[0].is_ready()):
+        if len(self._counts) > 2:
             self._check(int(self._counts.popleft()))
 
     def finish(self) -> None:
