@@ -80,34 +80,38 @@ def joined(parallel: Parallel) -> Iterator[None]:
         )
     run = f"gt_jax/run/{next(_turns)}"
     _names[:] = gather(f"process {number()} on {socket.gethostname()}")
-    watches = [threading.Thread(target=f, args=(run,)) for f in (_watch_processes, _watch_errors)]
-    for watch in watches:
-        watch.daemon = True
-        watch.start()
+    over = threading.Event()
+    watches = [
+        threading.Thread(target=watch, args=(run, over), daemon=True)
+        for watch in (_watch_processes, _watch_errors)
+    ]
+    for thread in watches:
+        thread.start()
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # likely because another process is gone
             time.sleep(parallel.host_timeout + _LATE)  # until `_watch_processes` ends this one
-        _tell(run, error)
+        _tell(run, error, over)
         raise
     except Exception as error:
-        _tell(run, error)
+        _tell(run, error, over)
         raise
     # Python's end must not find the threads inside of the runtime.
     _client().wait_at_barrier(f"{run}/{not is_first()}", _FOREVER)
     if is_first():
         _client().key_value_set(f"{run}/error", "")
-    for watch in watches:
-        watch.join()
+    for thread in watches:
+        thread.join()
 
 
-def _tell(run: str, error: Exception) -> None:
+def _tell(run: str, error: Exception, over: threading.Event) -> None:
     """Let the other processes know why this one ends."""
+    over.set()
     line = f"{_names[number()]} ended: {one_line(error)}"
     with contextlib.suppress(Exception):  # another process was first, or the runtime is gone
         _client().key_value_set(f"{run}/error", line)
-        time.sleep(1)  # process 0 takes the runtime with it: the others get to read first
+    time.sleep(1)  # process 0 takes the runtime with it: the others get to read first
 
 
 def _client() -> Any:
@@ -139,6 +143,7 @@ def _join(parallel: Parallel) -> None:
             )
         if known["num_processes"] == 1:
             return
+    jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM; see `Vote`
     seconds = round(parallel.host_timeout)
     timer = threading.Timer(seconds, _give_up, (known, address, seconds))
     timer.daemon = True
@@ -196,7 +201,7 @@ def _give_up(known: dict, address: str, seconds: int) -> None:
     )
 
 
-def _watch_processes(run: str) -> None:
+def _watch_processes(run: str, over: threading.Event) -> None:
     """End this process when the runtime finds that another one is gone.
 
     It then fails every barrier. Process 0 waits at one that the others come to at the end of the
@@ -205,17 +210,19 @@ def _watch_processes(run: str) -> None:
     try:
         _client().wait_at_barrier(f"{run}/{is_first()}", _FOREVER)
     except Exception as error:
+        if over.is_set():  # this one ends by itself
+            return
         found = re.search(r"[Tt]ask:? ?(\d+) heartbeat", str(error))
         gone = int(found[1]) if found else 0 if "leader" in str(error) else None
         named = "another process" if gone is None else _names[gone]
         _end(f"{named} no longer answers; start all processes again to resume")
 
 
-def _watch_errors(run: str) -> None:
+def _watch_errors(run: str, over: threading.Event) -> None:
     """End this process when another one says that it ended with an error."""
     with contextlib.suppress(Exception):  # the runtime is gone: see `_watch_processes`
         line = _client().blocking_key_value_get(f"{run}/error", _FOREVER)
-        if line and not line.startswith(f"{_names[number()]} "):
+        if line and not over.is_set():
             _end(line)
 
 

@@ -10,13 +10,20 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
+
+import jax
+import numpy as np
 
 import gt_jax.train as program
 from gt_jax import cli
 from gt_jax.training import job
 from gt_jax.training.writer import Writer
+
+ROOT = Path(__file__).parents[2]
 
 # Where a signal can hit a run -> the module or class, and the function during which it comes.
 PHASES = {
@@ -33,8 +40,65 @@ PHASES = {
 }
 
 
-def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False):
-    """Make this process signal itself in a phase, or have no disk space, or few characters."""
+class Nursery:
+    """Runs in processes of their own, one at a time."""
+
+    def __init__(self, folder, arguments, name="out", **more_environment):
+        """arguments: of every run, on a text in the folder; name: of the file for its output."""
+        folder.mkdir(exist_ok=True)
+        text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
+        (folder / "text.txt").write_text("".join(text))
+        self.folder, self._out = folder, folder / name
+        self._arguments = [*arguments, f"--config.data.source={folder / 'text.txt'}"]
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | environment | more_environment,
+            text=True,
+        )
+
+    def start(self, workdir, *more, **settings) -> int:
+        """Start a run; the id of its process."""
+        argv = [*self._arguments, *more, f"--workdir={workdir}"]
+        self._send({"argv": argv, "out": str(self._out), **settings})
+        return int(self._process.stdout.readline())
+
+    def end(self, kill_after: float | None = None) -> tuple[int, str]:
+        """Its exit status, and all it printed."""
+        self._send(kill_after)
+        status = int(self._process.stdout.readline())
+        return status, self._out.read_text()
+
+    def run(self, workdir, *more, **settings):
+        self.start(workdir, *more, **settings)
+        return self.end()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _send(self, message):
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+
+def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False, devices=1):
+    """Make this process signal itself in a phase, or have no disk space, or few characters.
+
+    And give it simulated devices.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
     if phase:
         owner, name = PHASES[phase]
         usual, calls = getattr(owner, name), iter(range(1 << 30))
