@@ -111,7 +111,7 @@ def _tell(run: str, error: Exception, over: threading.Event) -> None:
     line = f"{_names[number()]} ended: {one_line(error)}"
     with contextlib.suppress(Exception):  # another process was first, or the runtime is gone
         _client().key_value_set(f"{run}/error", line)
-    time.sleep(1)  # process 0 takes the runtime with it: the others get to read first
+    _linger()
 
 
 def _client() -> Any:
@@ -194,7 +194,7 @@ def _give_up(known: dict, address: str, seconds: int) -> None:
         try:
             socket.create_connection((name.strip("[]"), int(port)), timeout=2).close()
         except OSError as error:
-            reason = f"process 0 does not answer at {address} ({one_line(error)})"
+            reason = f"process 0 does not answer at {address} ({one_line(error.strerror or error)})"
     _end(
         f"{reason} within parallel.host_timeout={seconds} s; start all "
         f"{known.get('num_processes', '')} processes, and look at address, port and firewall"
@@ -223,7 +223,14 @@ def _watch_errors(run: str, over: threading.Event) -> None:
     with contextlib.suppress(Exception):  # the runtime is gone: see `_watch_processes`
         line = _client().blocking_key_value_get(f"{run}/error", _FOREVER)
         if line and not over.is_set():
+            _linger()
             _end(line)
+
+
+def _linger() -> None:
+    """Process 0 takes the runtime with it: let the others read what there is, and leave."""
+    if is_first():
+        time.sleep(2)
 
 
 def _end(line: str) -> None:

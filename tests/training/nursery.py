@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import jax
+import matplotlib.figure  # noqa: F401  once, not in every child
 import numpy as np
 
 import gt_jax.train as program
