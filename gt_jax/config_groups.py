@@ -163,6 +163,16 @@ class Train:
     max_nonfinite: int = setting(
         10, "stop after so many NaN or infinite steps in a row (each is skipped)", POSITIVE
     )
+    rewind_mads: float = setting(
+        0.0,
+        "return to the last checkpoint before a spike of the loss and skip the data: how many"
+        " median absolute deviations above the median of the last 100 steps are one; 0 for never",
+        NOT_NEGATIVE,
+    )
+    rewind_steps: int = setting(
+        5, "steps in a row above that, or not finite, for a spike", POSITIVE
+    )
+    rewind_most: int = setting(3, "returns of a run at most", POSITIVE)
     sample_every: int = setting(0, "steps between text samples; 0 for one at the end", NOT_NEGATIVE)
     sample_prompt: str = setting(
         "", "what a sample continues; empty: the start of the validation text"

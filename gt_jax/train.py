@@ -26,7 +26,6 @@ import jax
 from absl import flags as absl_flags
 
 from gt_jax import cli
-from gt_jax.checkpoint import FOLDER, read_about
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
@@ -36,16 +35,18 @@ from gt_jax.scoring import loss_unit
 from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
+from gt_jax.training.guard import Guard, Spike, rewind
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
-from gt_jax.training.progress import FiniteWatch, Progress
+from gt_jax.training.progress import Progress
 from gt_jax.training.samples import Samples
 from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.summary import conclude, introduce
-from gt_jax.training.writer import Writer, newest
+from gt_jax.training.watchdog import Watchdog
+from gt_jax.training.writer import Writer, newest_of_all
 
 
 def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Progress:
@@ -74,7 +75,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
 
 def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, began) -> Progress:
     """`train`, with the folder from `hosts.folder`."""
-    folder, about = _newest(workdir)
+    folder, about = newest_of_all(workdir)
     start = int(folder.name) if folder is not None else 0
     progress = Progress.of_checkpoint(about, start) if about else Progress()
     if about:
@@ -91,7 +92,6 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     if config.train.sample_prompt:
         named = "train.sample_prompt"
         prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
-    make_state = functools.partial(first_state, job, folder, about)
     introduce(job, start)
     written = json.dumps(to_dict(config), indent=2) + "\n"
     replace_file(own / "config.json", written.encode())
@@ -106,23 +106,23 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     if hosts.count() > 1:
         stop.vote = hosts.Vote(mesh)
     with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
-        step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
+        step = None
+        while step is None:
+            try:
+                make_state = functools.partial(first_state, job, folder, about)
+                step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
+            except Spike as spike:
+                found = spike.with_traceback(None)  # which holds the state of before
+            if step is None:
+                folder, about, progress = rewind(config, workdir, writer, progress, found)
+                start = int(folder.name)
+                speed.rewind(start)
         writer.finish(best_step=progress.best_step)
         _draw(job)
     stop.work_to_lose = False
     conclude(job, progress, step, stop, speed, time.perf_counter() - began)
     wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
-
-
-def _newest(workdir: Path) -> tuple[Path | None, dict | None]:
-    """The newest whole checkpoint and its `about`, as process 0 finds it by reading all of it."""
-    found = newest(workdir) if hosts.is_first() else None
-    step = hosts.of_first(lambda: found and int(found[0].name))
-    if step is None:
-        return None, None
-    folder = workdir.absolute() / FOLDER / str(step)
-    return folder, found[1] if found else read_about(folder)
 
 
 def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, began) -> int:
@@ -137,11 +137,16 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
-    finite = FiniteWatch(config)
     row = None
 
+    @contextlib.contextmanager
+    def paused():
+        with speed.paused(state):
+            watchdog.pause()
+            yield
+
     def save():
-        finite.finish()
+        guard.finish()
         metrics.flush()
         about = {
             "model": dataclasses.asdict(job.model_config),
@@ -155,6 +160,15 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(start=start, steps=steps))
+        watchdog = stack.enter_context(Watchdog(display.line))
+        guard = Guard(
+            config,
+            progress,
+            workdir=job.workdir,
+            starts=job.batches.starts,
+            saved=writer.steps,
+            say=display.line,
+        )
         state = make_state()  # before anything is cut off behind `start`
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(job.folder, start=start)
@@ -168,25 +182,26 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start
             if trains:
+                watchdog.begin(step)
                 batch, position = next(feed)
                 state, numbers = job.train_step(state, batch)
                 speed.begin(numbers)
                 if row:
                     row = report(display, row)
-                finite.add(numbers["skipped_in_a_row"])
+                guard.add(step, numbers, batch, position)
                 stop.work_to_lose = True
                 _look_for_reasons(stop, config, began)
             is_last = step == steps or bool(progress.stops_early(config))
             due = (every(config.train.eval_every, step) or is_last) and progress.evaluated < step
             if trains and (every(config.log.every, step) or due):
                 numbers |= job.probe(state.params, batch)
-                row = {"step": step, **numbers}
+                row = {"step": step, **numbers, **progress.returned()}
 
             improved = False
             if due and not stop:
-                with speed.paused(state), contextlib.suppress(Interrupted):
+                with paused(), contextlib.suppress(Interrupted):
                     measured = _evaluate(job, state, stop, carry)
-                    row = {"step": step, **numbers, **measured}
+                    row = {"step": step, **numbers, **progress.returned(), **measured}
                     improved = progress.update(step, measured["validation_loss"])
                     if config.train.stop_rules:
                         rows = [*read_metrics(job.folder), plain(jax.device_get(row))]
@@ -195,15 +210,15 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
             saved = improved or every(config.checkpoint.every, step) or is_last or bool(stop)
             if row and (saved or not trains):  # Kept before the checkpoint to continue from.
-                with speed.paused(state):
+                with paused():
                     row = report(display, row)
             if saved and trains:
-                with speed.paused(state):
+                with paused():
                     save()
 
             due = (every(config.train.sample_every, step) or is_last) and samples.last < step
             if due and config.train.sample_tokens and not stop:
-                with speed.paused(state), contextlib.suppress(Interrupted):
+                with paused(), contextlib.suppress(Interrupted):
                     _sample(job, state.evaluated, prompt, step, stop, samples, display)
             if stop and trains and not saved:
                 if row:

@@ -135,6 +135,10 @@ class Batches:
                 )
         self._go_to(state["epoch"], state["index"])
 
+    def starts(self, state: Mapping[str, Any]) -> np.ndarray:
+        """[B] places in the stream where the rows of the batch before a position begin."""
+        return self._plan(state["epoch"])[state["index"] - 1][self._rows]
+
     def _go_to(self, epoch, index):
         self._epoch, self._index = epoch, index
         self._starts = self._plan(epoch)  # [batches, B]

@@ -151,6 +151,10 @@ class Speed:
         if self._since is not None:
             self._since = time.perf_counter()
 
+    def rewind(self, start: int) -> None:
+        """Continue from the end of an earlier step: the next one is timed anew."""
+        self.__init__(self._tokens, start=start)
+
     def latest(self, step: int) -> float | None:
         """Tokens per second between the last call and the end of `step`, which is now.
 

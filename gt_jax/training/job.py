@@ -36,6 +36,7 @@ from gt_jax.training.writer import restore
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.eval_at_start", "train.max_nonfinite", "train.sample_every")
 FREE_ON_RESUME += ("train.sample_prompt", "train.sample_tokens", "train.stop_rules")
+FREE_ON_RESUME += ("train.rewind_mads", "train.rewind_steps", "train.rewind_most")
 FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every")
 FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
 FREE_ON_RESUME += ("log.activations", "optim.decay_steps")

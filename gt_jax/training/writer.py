@@ -87,16 +87,28 @@ class Writer:
         Raises:
             OSError: the checkpoint under way could not be written.
         """
-        self._attempt(self._manager.wait_until_finished)
-        self._saving = None
-        # All processes delete together, what the first one sees.
-        kept = hosts.of_first(lambda: checkpoint.steps(self.folder.parent))
-        for step in kept[self._keep :]:
+        for step in self.steps()[self._keep :]:
             stays = self._keep_every and step % self._keep_every == 0
             if step != best_step and not stays:
                 self._manager.delete(step)
         if hosts.is_first():
             shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, newest first, once that under way is written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._attempt(self._manager.wait_until_finished)
+        self._saving = None
+        return hosts.of_first(lambda: checkpoint.steps(self.folder.parent))
+
+    def drop_from(self, step: int) -> None:
+        """Delete the checkpoints of `step` and of later ones."""
+        for later in self.steps():
+            if later >= step:
+                self._manager.delete(later)
 
     def _attempt(self, write) -> None:
         try:
@@ -150,6 +162,16 @@ def newest(workdir: str | Path) -> tuple[Path, dict] | None:
     if faults:
         raise next(iter(faults.values()))
     return None
+
+
+def newest_of_all(workdir: str | Path) -> tuple[Path, dict] | tuple[None, None]:
+    """`newest` as process 0 finds it, for all: the others read no more than `about`."""
+    found = newest(workdir) if hosts.is_first() else None
+    step = hosts.of_first(lambda: found and int(found[0].name))
+    if step is None:
+        return None, None
+    folder = Path(workdir).absolute() / FOLDER / str(step)
+    return folder, found[1] if found else read_about(folder)
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:

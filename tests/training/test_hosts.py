@@ -29,7 +29,7 @@ class Pair:
     """Runs of two processes."""
 
     def __init__(self, folder):
-        quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "NPROC": "2"}
         self.nurseries = [Nursery(folder, ARGUMENTS, f"out{i}", **quick) for i in range(2)]
 
     def run(self, workdir, *more, settings=({}, {}), own=((), ()), timeout=20):
