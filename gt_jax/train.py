@@ -42,6 +42,7 @@ from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
 from gt_jax.training.progress import Progress
+from gt_jax.training.runtime import joined
 from gt_jax.training.samples import Samples
 from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.summary import conclude, introduce
@@ -64,7 +65,7 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     """
     began = time.perf_counter()
     workdir = Path(workdir)
-    with hosts.joined(config.parallel):
+    with joined(config.parallel):
         hosts.check_same_config(config)
         backend.prepare()
         check_devices(config, jax.device_count())
