@@ -121,7 +121,9 @@ class Guard:
         path = folder / f"step{step}{process}.npz"
         if len(list(folder.glob(f"step*{process}.npz"))) >= MOST_FILES and not path.exists():
             return f"{said}; {folder} has {MOST_FILES} batches already, this one is not written"
-        arrays = {name: _own(x) for name, x in batch._asdict().items() if x is not None}
+        arrays: dict[str, Any] = {
+            name: _own(x) for name, x in batch._asdict().items() if x is not None
+        }
         try:
             folder.mkdir(exist_ok=True)
             np.savez_compressed(path, step=step, starts=self._starts(position), **arrays)

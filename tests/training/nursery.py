@@ -1,8 +1,8 @@
 """Starts runs quickly for tests that end them badly: imports once, forks a process for each.
 
-A line of standard input is a JSON object, {"argv", "out": a file, and what `_prepare` takes}; the
-answer is the process id of the child that began. The next line is null, or after how many seconds
-to kill it; the answer is the child's exit status as `os.waitstatus_to_exitcode` gives it.
+A line of standard input is a JSON object. {"argv", "out": a file, and what `_prepare` takes} is
+answered with the process id of the child that began; {"pid", "kill_after": seconds or null} with
+the child's exit status as `os.waitstatus_to_exitcode` gives it.
 """
 
 import io
@@ -42,14 +42,14 @@ PHASES = {
 
 
 class Nursery:
-    """Runs in processes of their own, one at a time."""
+    """Runs in processes of their own."""
 
-    def __init__(self, folder, arguments, name="out", **more_environment):
-        """arguments: of every run, on a text in the folder; name: of the file for its output."""
+    def __init__(self, folder, arguments, **more_environment):
+        """arguments: of every run, on a text in the folder."""
         folder.mkdir(exist_ok=True)
         text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
         (folder / "text.txt").write_text("".join(text))
-        self.folder, self._out = folder, folder / name
+        self.folder, self._last, self._outs = folder, 0, {}
         self._arguments = [*arguments, f"--config.data.source={folder / 'text.txt'}"]
         environment = {
             "JAX_PLATFORMS": "cpu",
@@ -72,14 +72,16 @@ class Nursery:
     def start(self, workdir, *more, **settings) -> int:
         """Start a run; the id of its process."""
         argv = [*self._arguments, *more, f"--workdir={workdir}"]
-        self._send({"argv": argv, "out": str(self._out), **settings})
-        return int(self._process.stdout.readline())
+        out = self.folder / f"out{len(self._outs)}"
+        self._last = self._ask({"argv": argv, "out": str(out), **settings})
+        self._outs[self._last] = out
+        return self._last
 
-    def end(self, kill_after: float | None = None) -> tuple[int, str]:
-        """Its exit status, and all it printed."""
-        self._send(kill_after)
-        status = int(self._process.stdout.readline())
-        return status, self._out.read_text()
+    def end(self, kill_after: float | None = None, pid: int | None = None) -> tuple[int, str]:
+        """The exit status of a process, of the last if not named, and all it printed."""
+        pid = pid or self._last
+        status = self._ask({"pid": pid, "kill_after": kill_after})
+        return status, self._outs[pid].read_text()
 
     def run(self, workdir, *more, **settings):
         self.start(workdir, *more, **settings)
@@ -89,9 +91,10 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait()
 
-    def _send(self, message):
-        self._process.stdin.write(json.dumps(message) + "\n")
+    def _ask(self, order) -> int:
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
+        return int(self._process.stdout.readline())
 
 
 def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False, devices=1):
@@ -133,15 +136,17 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _run(**json.loads(line))
-        print(pid, flush=True)
-        order = json.loads(sys.stdin.readline())
-        if order is not None:
-            time.sleep(order)
-            os.kill(pid, signal.SIGKILL)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        order = json.loads(line)
+        if "argv" in order:
+            pid = os.fork()
+            if pid == 0:
+                _run(**order)
+            print(pid, flush=True)
+            continue
+        if order["kill_after"] is not None:
+            time.sleep(order["kill_after"])
+            os.kill(order["pid"], signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
