@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 # Where a signal can hit a run -> the module or class, and the function during which it comes.
 PHASES = {
-    "looking at checkpoints": (program, "newest"),
+    "looking at checkpoints": (program, "newest_of_all"),
     "reading the text": (job, "read_text"),
     "making the state": (program, "first_state"),
     "compiling": (program, "Display"),
