@@ -201,8 +201,25 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"checkpoint.keep_every={keep_every} must be a multiple of checkpoint.every={every}"
         )
+    if train.rewind_mads:
+        _check_rewind(config)
     if train.patience and not train.eval_every:
         raise InputError(f"train.patience={train.patience} needs evaluations: set train.eval_every")
+
+
+def _check_rewind(config: Config) -> None:
+    train, every = config.train, config.checkpoint.every
+    if train.carry_state:
+        raise InputError(
+            f"train.rewind_mads={train.rewind_mads:g} skips text, which train.carry_state=True "
+            "would have to follow; set one to 0 or False"
+        )
+    # A spike is seen two steps late, and its own checkpoints must not push out the one before.
+    if every < train.rewind_steps + 2 or config.checkpoint.keep < 2:
+        raise InputError(
+            f"train.rewind_mads={train.rewind_mads:g} needs checkpoint.every={every} to be at "
+            f"least train.rewind_steps + 2, and checkpoint.keep={config.checkpoint.keep} at least 2"
+        )
 
 
 def _check_optimizer(optim: Optim) -> None:

@@ -169,6 +169,16 @@ class Train:
     max_nonfinite: int = setting(
         10, "stop after so many NaN or infinite steps in a row (each is skipped)", POSITIVE
     )
+    rewind_mads: float = setting(
+        0.0,
+        "return to the last checkpoint before a spike of the loss and skip the data: how many"
+        " median absolute deviations above the median of the last 100 steps are one; 0 for never",
+        NOT_NEGATIVE,
+    )
+    rewind_steps: int = setting(
+        5, "steps in a row above that, or not finite, for a spike", POSITIVE
+    )
+    rewind_most: int = setting(3, "returns of a run at most", POSITIVE)
     sample_every: int = setting(0, "steps between text samples; 0 for one at the end", NOT_NEGATIVE)
     sample_prompt: str = setting(
         "", "what a sample continues; empty: the start of the validation text"
@@ -201,6 +211,25 @@ class Parallel:
     )
     sequence: int = setting(
         1, "devices that share each row, train.seq_len / sequence tokens each", POSITIVE
+    )
+    coordinator_address: str = setting(
+        "",
+        "HOST:PORT of process 0 where several processes train together; auto: of a cluster that JAX"
+        " detects (SLURM, Open MPI, Kubernetes, cloud TPUs); empty: the environment's"
+        " JAX_COORDINATOR_ADDRESS, else one process",
+    )
+    num_processes: int = setting(
+        0, "processes that train together; 0: the environment's JAX_NUM_PROCESSES", NOT_NEGATIVE
+    )
+    process_id: int = setting(
+        -1,
+        "number of this process, from 0; -1: the environment's JAX_PROCESS_ID",
+        Range(lambda v: v >= -1, "-1 or more"),
+    )
+    host_timeout: float = setting(
+        300.0,
+        "seconds to wait until all processes are there, and later for one that is silent",
+        Range(lambda v: v >= 1, "at least 1"),
     )
 
 

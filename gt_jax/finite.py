@@ -25,7 +25,7 @@ def check_finite(tree: Any, name: str, fix: str) -> None:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     floats = [(path, x) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
-    counted = ((path, _count_not_finite(np.asarray(x))) for path, x in floats)
+    counted = ((path, _count_not_finite(_here(x))) for path, x in floats)
     keystr = jax.tree_util.keystr
     faults = [f"{keystr(p, simple=True, separator='/')} {said}" for p, said in counted if said]
     if faults:
@@ -44,6 +44,13 @@ def check_computed(numbers: ArrayLike) -> None:
             "the model's probabilities are NaN: its weights are so large that what it computes "
             "overflows; use an earlier checkpoint, or train again with a lower optim.lr"
         )
+
+
+def _here(x: Any) -> np.ndarray:
+    """An array; of one that is spread over hosts, a part that this host has."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.concatenate([np.ravel(shard.data) for shard in x.addressable_shards])
+    return np.asarray(x)
 
 
 def _count_not_finite(x: np.ndarray) -> str:

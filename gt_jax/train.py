@@ -32,19 +32,22 @@ from gt_jax.data.corpora import replace_file
 from gt_jax.generation import generate
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
-from gt_jax.training import backend, lock, parallel, provenance, stopping, utilization, watch
+from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
+from gt_jax.training.guard import Guard, Spike, rewind
 from gt_jax.training.job import Job, check_same_run, first_state, prepare
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve
-from gt_jax.training.progress import FiniteWatch, Progress
+from gt_jax.training.progress import Progress
+from gt_jax.training.runtime import joined
 from gt_jax.training.samples import Samples
 from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.summary import conclude, introduce
-from gt_jax.training.writer import Writer, newest
+from gt_jax.training.watchdog import Watchdog
+from gt_jax.training.writer import Writer, newest_of_all
 
 
 def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Progress:
@@ -62,47 +65,64 @@ def train(config: Config, workdir: str | Path, stop: Stop | None = None) -> Prog
     """
     began = time.perf_counter()
     workdir = Path(workdir)
-    backend.prepare()
-    check_devices(config, jax.device_count())
-    mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
-    # The processes of a multi-host run share the lock of the first.
-    with lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        folder, about = newest(workdir) or (None, None)
-        start = int(folder.name) if folder is not None else 0
-        progress = Progress.of_checkpoint(about, start) if about else Progress()
-        if about:
-            check_same_run(about["config"], config, workdir)
-        if _is_finished(config, workdir, start, progress):
-            say(
-                f"{workdir} holds a finished run of {start} steps. Continue it with a larger "
-                "--config.train.steps or train.patience, or start anew with another --workdir."
-            )
-            return progress
+    with joined(config.parallel):
+        hosts.check_same_config(config)
+        backend.prepare()
+        check_devices(config, jax.device_count())
+        mesh = parallel.make_mesh(config.parallel.fsdp, config.parallel.sequence)
+        with hosts.folder(workdir) as own:
+            return _train(config, workdir, own, mesh, stop, began)
 
-        job = prepare(config, workdir, mesh, about)
-        prompt = beginning(job.text.tokens.validation, 16)
-        if config.train.sample_prompt:
-            named = "train.sample_prompt"
-            prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
-        make_state = functools.partial(first_state, job, folder, about)
-        introduce(job, start)
-        written = json.dumps(to_dict(config), indent=2) + "\n"
-        replace_file(workdir / "config.json", written.encode())
-        provenance.record(workdir, step=start, text=job.fingerprint)
-        speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
-        keep = config.checkpoint
-        if stop is None:
-            stop = Stop()
-            listening = stopping.signals(stop)
-        else:
-            listening = contextlib.nullcontext()
-        with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
-            step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
-            writer.finish(best_step=progress.best_step)
-            _draw(job)
-        stop.work_to_lose = False
-        conclude(job, progress, step, stop, speed, time.perf_counter() - began)
-        wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
+
+def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, began) -> Progress:
+    """`train`, with the folder from `hosts.folder`."""
+    folder, about = newest_of_all(workdir)
+    start = int(folder.name) if folder is not None else 0
+    progress = Progress.of_checkpoint(about, start) if about else Progress()
+    if about:
+        check_same_run(about["config"], config, workdir)
+    if hosts.of_first(lambda: _is_finished(config, own, start, progress)):
+        say(
+            f"{workdir} holds a finished run of {start} steps. Continue it with a larger "
+            "--config.train.steps or train.patience, or start anew with another --workdir."
+        )
+        return progress
+
+    job = prepare(config, workdir, own, mesh, about)
+    prompt = beginning(job.text.tokens.validation, 16)
+    if config.train.sample_prompt:
+        named = "train.sample_prompt"
+        prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
+    introduce(job, start)
+    written = json.dumps(to_dict(config), indent=2) + "\n"
+    replace_file(own / "config.json", written.encode())
+    provenance.record(own, step=start, text=job.fingerprint)
+    speed = Speed(config.train.batch_size * config.train.seq_len, start=start)
+    keep = config.checkpoint
+    if stop is None:
+        stop = Stop()
+        listening = stopping.signals(stop)
+    else:
+        listening = contextlib.nullcontext()
+    if hosts.count() > 1:
+        stop.vote = hosts.Vote(mesh)
+    with listening, Writer(workdir, keep=keep.keep, keep_every=keep.keep_every) as writer:
+        step = None
+        while step is None:
+            try:
+                make_state = functools.partial(first_state, job, folder, about)
+                step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
+            except Spike as spike:
+                found = spike.with_traceback(None)  # which holds the state of before
+            if step is None:
+                folder, about, progress = rewind(config, workdir, writer, progress, found)
+                start = int(folder.name)
+                speed.rewind(start)
+        writer.finish(best_step=progress.best_step)
+        _draw(job)
+    stop.work_to_lose = False
+    conclude(job, progress, step, stop, speed, time.perf_counter() - began)
+    wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
     return progress
 
 
@@ -112,17 +132,22 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
     these at `start` is done first.
     """
-    config, workdir, steps = job.config, job.workdir, job.config.train.steps
-    numbers = next((row for row in read_metrics(workdir) if row["step"] == start), {})
+    config, steps = job.config, job.config.train.steps
+    numbers = next((row for row in read_metrics(job.folder) if row["step"] == start), {})
     carry = None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
-    finite = FiniteWatch(config)
     row = None
 
+    @contextlib.contextmanager
+    def paused():
+        with speed.paused(state):
+            watchdog.pause()
+            yield
+
     def save():
-        finite.finish()
+        guard.finish()
         metrics.flush()
         about = {
             "model": dataclasses.asdict(job.model_config),
@@ -136,9 +161,18 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display(start=start, steps=steps))
+        watchdog = stack.enter_context(Watchdog(display.line))
+        guard = Guard(
+            config,
+            progress,
+            workdir=job.workdir,
+            starts=job.batches.starts,
+            saved=writer.steps,
+            say=display.line,
+        )
         state = make_state()  # before anything is cut off behind `start`
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
-        samples = Samples(workdir, start=start)
+        samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
             display.wait_for(job.compiling["train"], began)
@@ -149,42 +183,43 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             # The step. Its numbers are read while the next one runs: the device never waits.
             trains = step > start
             if trains:
+                watchdog.begin(step)
                 batch, position = next(feed)
                 state, numbers = job.train_step(state, batch)
                 speed.begin(numbers)
                 if row:
                     row = report(display, row)
-                finite.add(numbers["skipped_in_a_row"])
+                guard.add(step, numbers, batch, position)
                 stop.work_to_lose = True
                 _look_for_reasons(stop, config, began)
             is_last = step == steps or bool(progress.stops_early(config))
             due = (every(config.train.eval_every, step) or is_last) and progress.evaluated < step
             if trains and (every(config.log.every, step) or due):
                 numbers |= job.probe(state.params, batch)
-                row = {"step": step, **numbers}
+                row = {"step": step, **numbers, **progress.returned()}
 
             improved = False
             if due and not stop:
-                with speed.paused(state), contextlib.suppress(Interrupted):
+                with paused(), contextlib.suppress(Interrupted):
                     measured = _evaluate(job, state, stop, carry)
-                    row = {"step": step, **numbers, **measured}
+                    row = {"step": step, **numbers, **progress.returned(), **measured}
                     improved = progress.update(step, measured["validation_loss"])
                     if config.train.stop_rules:
-                        rows = [*read_metrics(workdir), plain(jax.device_get(row))]
+                        rows = [*read_metrics(job.folder), plain(jax.device_get(row))]
                         progress.broken_rule = watch.broken_rule(rows, config)
                     is_last |= bool(progress.stops_early(config))
 
             saved = improved or every(config.checkpoint.every, step) or is_last or bool(stop)
             if row and (saved or not trains):  # Kept before the checkpoint to continue from.
-                with speed.paused(state):
+                with paused():
                     row = report(display, row)
             if saved and trains:
-                with speed.paused(state):
+                with paused():
                     save()
 
             due = (every(config.train.sample_every, step) or is_last) and samples.last < step
             if due and config.train.sample_tokens and not stop:
-                with speed.paused(state), contextlib.suppress(Interrupted):
+                with paused(), contextlib.suppress(Interrupted):
                     _sample(job, state.evaluated, prompt, step, stop, samples, display)
             if stop and trains and not saved:
                 if row:
@@ -208,14 +243,13 @@ def _evaluate(job: Job, state, stop: Stop, carry) -> dict:
 
 def _open_metrics(job: Job, start: int) -> Metrics:
     """metrics.jsonl and the loggers of a run; of several processes the first one logs."""
-    log, is_first = job.config.log, jax.process_index() == 0
+    log = job.config.log
     services = [
         Service(module, job.workdir, to_dict(job.config), log.project)
         for module in job.services
-        if is_first
+        if hosts.is_first()
     ]
-    board = log.tensorboard and is_first
-    return Metrics(job.workdir, start=start, tensorboard=board, services=services)
+    return Metrics(job.folder, start=start, tensorboard=log.tensorboard, services=services)
 
 
 def every(interval: int, step: int) -> bool:
@@ -229,15 +263,16 @@ def _look_for_reasons(stop: Stop, config: Config, began: float) -> None:
         stop.request(f"train.max_minutes={config.train.max_minutes:g}", stopping.TIME_IS_UP)
     if reader_left():
         stop.request("a closed output", stopping.CLOSED_OUTPUT)
+    stop.look()
 
 
-def _is_finished(config: Config, workdir: Path, start: int, progress: Progress) -> bool:
+def _is_finished(config: Config, folder: Path, start: int, progress: Progress) -> bool:
     """Whether the run's last step is done, and all that comes after it."""
     steps = config.train.steps
     if start > steps or (start < steps and not progress.stops_early(config)):
         return start > steps
-    sampled = not config.train.sample_tokens or Samples(workdir, start=start).last == start
-    return progress.evaluated == start and sampled and (workdir / "curve.png").exists()
+    sampled = not config.train.sample_tokens or Samples(folder, start=start).last == start
+    return progress.evaluated == start and sampled and (folder / "curve.png").exists()
 
 
 def _report(
@@ -270,6 +305,7 @@ def _report(
 def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
     settings = {"max_tokens": job.config.train.sample_tokens, "seed": job.config.seed}
+    params = parallel.on_one_device(params, job.mesh)
     try:
         tokens = stop.until(generate(job.model, params, prompt, **settings))
         text = job.text.tokenizer.decode([*prompt, *tokens])
@@ -285,7 +321,7 @@ def _draw(job: Job) -> None:
     title = f"{job.config.model.preset} on {job.text.corpus.name}"
     try:
         judged = watch.judged_from(job.config)
-        draw_curve(job.workdir, title=title, unit=f"nats per {unit}", judged_from=judged)
+        draw_curve(job.folder, title=title, unit=f"nats per {unit}", judged_from=judged)
     except (ValueError, OSError) as error:
         say(f"curve.png is not drawn: {' '.join(str(error).split())}")
 

@@ -135,6 +135,10 @@ class Batches:
                 )
         self._go_to(state["epoch"], state["index"])
 
+    def starts(self, state: Mapping[str, Any]) -> np.ndarray:
+        """[B] places in the stream where the rows of the batch before a position begin."""
+        return self._plan(state["epoch"])[state["index"] - 1][self._rows]
+
     def _go_to(self, epoch, index):
         self._epoch, self._index = epoch, index
         self._starts = self._plan(epoch)  # [batches, B]
@@ -147,6 +151,7 @@ def evaluation_batches(
     seq_len: int,
     max_tokens: int = 0,
     carry: bool = False,
+    rows: slice = slice(None),
 ) -> Sequence[Batch]:
     """Batches that count every target of a split once.
 
@@ -157,6 +162,7 @@ def evaluation_batches(
         max_tokens: stop after this many tokens of the stream; 0 takes all.
         carry: False makes every row a window of its own, in order. True makes the rows B tracks
             whose state the next batch continues (see `Batch.resets`).
+        rows: of each batch, those that are made; a host may need no others.
 
     Returns:
         A list of Batch, the last filled up with targets of -1; of MappedTokens a sequence that
@@ -182,19 +188,19 @@ def evaluation_batches(
         starts = Steps(row * track, seq_len, -(-track // seq_len))
         stops = np.minimum((row + 1) * track, last)
     else:
-        rows = batch_size * seq_len
-        starts = Steps(row * seq_len, rows, -(-last // rows))
+        size = batch_size * seq_len
+        starts = Steps(row * seq_len, size, -(-last // size))
         stops = np.full(batch_size, last)
-    batches = _Evaluation(stream, starts, seq_len, carry, stops)
+    batches = _Evaluation(stream, starts, seq_len, carry, stops, rows)
     return batches if isinstance(stream, MappedStream) else list(batches)
 
 
 class _Evaluation(Sequence[Batch]):
     """The batches of an evaluation, made when asked for."""
 
-    def __init__(self, stream, starts, seq_len, carry, stops):
+    def __init__(self, stream, starts, seq_len, carry, stops, rows):
         self._stream, self._starts, self._seq_len = stream, starts, seq_len
-        self._carry, self._stops = carry, stops
+        self._carry, self._stops, self._rows = carry, stops, rows
         self._crossing = stream.crosses(starts, seq_len)
 
     def __len__(self):
@@ -205,11 +211,11 @@ class _Evaluation(Sequence[Batch]):
             return [self[n] for n in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         return self._stream.batch(
-            self._starts[i],
+            self._starts[i][self._rows],
             self._seq_len,
             resets=i == 0 or not self._carry,
             crossing=self._crossing,
-            stops=self._stops,
+            stops=self._stops[self._rows],
         )
 
 

@@ -21,13 +21,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gt_jax.training import hosts
+
 _closed = None  # the standard output whose reader has left
 
 
 def say(text: str) -> None:
-    """Print a line. Output that cannot be written is dropped, now and from now on."""
-    with _dropping():
-        print(printable(text), flush=True)
+    """Print a line. Output that cannot be written is dropped, now and from now on.
+
+    Of several processes the first one speaks for all.
+    """
+    if hosts.is_first():
+        with _dropping():
+            print(printable(text), flush=True)
 
 
 def printable(text: str) -> str:
@@ -64,7 +70,7 @@ class Display:
     def __init__(self, *, start: int, steps: int):
         self._steps = steps
         self._progress = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and hosts.is_first():
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
@@ -144,6 +150,10 @@ class Speed:
         yield
         if self._since is not None:
             self._since = time.perf_counter()
+
+    def rewind(self, start: int) -> None:
+        """Continue from the end of an earlier step: the next one is timed anew."""
+        self.__init__(self._tokens, start=start)
 
     def latest(self, step: int) -> float | None:
         """Tokens per second between the last call and the end of `step`, which is now.

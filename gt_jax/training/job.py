@@ -8,14 +8,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
 from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
-from gt_jax.training import memory, parallel, tuning
+from gt_jax.training import hosts, memory, parallel, tuning
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
@@ -36,17 +36,21 @@ from gt_jax.training.writer import restore
 FREE_ON_RESUME = ("train.steps", "train.max_minutes", "train.eval_every", "train.patience")
 FREE_ON_RESUME += ("train.eval_at_start", "train.max_nonfinite", "train.sample_every")
 FREE_ON_RESUME += ("train.sample_prompt", "train.sample_tokens", "train.stop_rules")
+FREE_ON_RESUME += ("train.rewind_mads", "train.rewind_steps", "train.rewind_most")
 FREE_ON_RESUME += ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every")
 FREE_ON_RESUME += ("log.tensorboard", "log.wandb", "log.trackio", "log.project")
 FREE_ON_RESUME += ("log.activations", "optim.decay_steps")
 FREE_ON_RESUME += ("parallel.mode", "parallel.fsdp", "parallel.sequence")
+FREE_ON_RESUME += ("parallel.coordinator_address", "parallel.num_processes", "parallel.process_id")
+FREE_ON_RESUME += ("parallel.host_timeout",)
 
 
 class Job(NamedTuple):
     """What a run is made of; nothing in it changes but the place in `batches`."""
 
     config: Config
-    workdir: Path
+    workdir: Path  # of all processes: checkpoints and a tokenizer's cache
+    folder: Path  # of this process, from `hosts.folder`: all other files of the run
     mesh: Any
     text: Text
     fingerprint: str  # of the text's tokens
@@ -68,13 +72,14 @@ class Job(NamedTuple):
     services: list[ModuleType]  # wandb and trackio, where asked for
 
 
-def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Job:
+def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict | None) -> Job:
     """Read the text, make the model, and begin to compile its steps in threads.
 
     Nothing large is allocated.
 
     Args:
         config, workdir: of the run.
+        folder: from `hosts.folder`.
         mesh: from `parallel.make_mesh`.
         about: of the checkpoint to continue from, None for a new run.
 
@@ -87,13 +92,16 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     tokenizer = None
     if stored is not None and config.model.init_from:
         tokenizer = tokenizer_from_dict(stored["tokenizer"])
-    text = read_text(config, tokenizer=tokenizer, cache_dir=workdir)
+    read = functools.partial(read_text, config, tokenizer=tokenizer, cache_dir=workdir)
+    text = hosts.first_before_others(read)  # it may train a tokenizer, and keeps that
     hashed = fingerprint(text.tokens)
+    hosts.check_alike(f"the hash of the text of data.source={config.data.source}", hashed)
     if about:
         _check_same_text(about, text, hashed, config, workdir)
     shape: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
+        "rows": parallel.own_rows(mesh, config.train.batch_size),
     }
     batches = make_batches(text.tokens.train, order=config.data.order, seed=config.seed, **shape)
     held_out = evaluation_batches(
@@ -118,6 +126,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
     return Job(
         config=config,
         workdir=workdir,
+        folder=folder,
         mesh=mesh,
         text=text,
         fingerprint=hashed,
@@ -130,7 +139,7 @@ def prepare(config: Config, workdir: Path, mesh: Mesh, about: dict | None) -> Jo
         trained=trained,
         flops=flops_per_token(model_config, config.train.seq_len, frozen=tune != "none"),
         services=services,
-        probe=make_probe(model, config),
+        probe=make_probe(model, config, mesh),
         **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
     )
 
@@ -199,7 +208,9 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh, state).params
         params = tuning.completed(params, state.params)
-        state = job.start_from(state, jax.device_put(params, sharding))
+        if isinstance(sharding, NamedSharding):
+            sharding = jax.tree.map(lambda _: sharding, params)
+        state = job.start_from(state, parallel.put_whole(params, sharding))
     return state
 
 

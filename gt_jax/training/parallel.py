@@ -8,11 +8,12 @@ of the batch and the sums are written out: the compiler could cut a step by itse
 Pallas kernels in it, whose inputs it would gather on every device. The update that follows is
 element by element, and is left to the compiler.
 
-In mode "pmap", which knows rows alone, the whole step is one pmap. Every process of a multi-host
-run makes the whole batch and hands its devices their part of it.
+In mode "pmap", which knows rows alone and one process, the whole step is one pmap. Of several
+processes each makes the rows of a batch that its devices need (`own_rows`), and no others.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,12 +108,12 @@ def _spread(gradients: Callable, mesh: Mesh) -> Callable:
 
 
 def compile_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
-    """eval_step(params, batch, carry) over all devices, with the batch as NumPy rows of all."""
+    """eval_step(params, batch, carry) over all devices, with the batch as `put_batch` takes it."""
     return put_batches(_jit_eval_step(eval_step, mesh), mesh)
 
 
 def put_batches(eval_step: Callable, mesh: Mesh) -> Callable:
-    """The eval step of `lower_programs`, compiled, with the batch as NumPy rows of all devices."""
+    """The eval step of `lower_programs`, compiled, with the batch as NumPy rows of the process."""
     # XLA's CPU backend runs everything in one pool of threads, where several programs in flight
     # that exchange sums can wait for each other until it gives up.
     ready = mesh.size > 1 and jax.default_backend() == "cpu"
@@ -139,7 +140,7 @@ def lower_programs(
         train_step: from `compile_train_step` in mode "jit".
         eval_step: from `gt_jax.training.step.make_eval_step`.
         mesh: from `make_mesh`.
-        batches: a training and an evaluation Batch of NumPy arrays; only their shapes count.
+        batches: a training and an evaluation Batch as for `put_batch`; only their shapes count.
         carry: the zero state of an evaluation, or None.
 
     Returns:
@@ -153,7 +154,10 @@ def lower_programs(
     state = shapes_on(sharding, state)
     # An average of schedule-free's is computed, which shapes alone cannot be.
     evaluated = shapes_on(sharding.params, jax.eval_shape(lambda s: s.evaluated, state))
-    training, held_out = (shapes_on(batch_shardings(batch, mesh), batch) for batch in batches)
+    whole = lambda x: jax.ShapeDtypeStruct((_whole(mesh, x)[0], *x.shape[1:]), x.dtype)
+    training, held_out = (
+        shapes_on(batch_shardings(batch, mesh), jax.tree.map(whole, batch)) for batch in batches
+    )
     carry = shapes_on(NamedSharding(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
     return {
@@ -206,10 +210,21 @@ def prefetch(
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch of NumPy arrays on the devices, rows and tokens spread over them."""
+    """A batch on the devices, rows and tokens spread over them.
+
+    Args:
+        batch: NumPy arrays of the rows in `own_rows`: in a single process of all rows.
+        mesh: from `make_mesh`.
+    """
 
     def put(x, sharding):
-        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        rows, first = _whole(mesh, x)
+
+        def of_device(index):
+            start, stop, _ = index[0].indices(rows)
+            return x[start - first : stop - first, *index[1:]]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, of_device)
 
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
@@ -217,6 +232,45 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays [B, ...] of the whole batch on the devices, rows spread over them."""
     return jax.device_put(tree, NamedSharding(mesh, P(_row_axes(mesh))))
+
+
+def put_whole(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, on the devices of all processes."""
+
+    def put(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def on_one_device(tree: Any, mesh: Mesh) -> Any:
+    """A tree on a device of this process, where it is spread over several processes.
+
+    What "fsdp" cuts is put together first, in which all processes take part.
+    """
+    leaves = jax.tree.leaves(tree)
+    if all(x.is_fully_addressable for x in leaves):
+        return tree
+    if not all(x.is_fully_replicated for x in leaves):
+        tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a batch that this process's devices need; all in a single process."""
+    rows = NamedSharding(mesh, P(_row_axes(mesh)))
+    places = rows.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [index[0].indices(batch_size) for index in places if index]
+    return slice(min(start for start, *_ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def _whole(mesh: Mesh, x: np.ndarray) -> tuple[int, int]:
+    """Rows of the whole batch, and the first that this process has, of an array of its rows."""
+    shards = math.prod(mesh.shape[name] for name in _row_axes(mesh))
+    own = own_rows(mesh, shards)
+    each = x.shape[0] // (own.stop - own.start)
+    return shards * each, own.start * each
 
 
 def _row_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -266,12 +320,6 @@ def _by_device(function, mesh: Mesh, in_specs, out_specs):
     )
 
 
-def _own_rows(x: np.ndarray) -> np.ndarray:
-    """The rows of a whole batch that belong to this process's devices."""
-    rows = x.shape[0] // jax.process_count()
-    return x[jax.process_index() * rows :][:rows]
-
-
 def _pmapped(mapped, state: TrainState, batch, mesh: Mesh):
     """Call a pmapped step, which wants a leading device axis on every row-wise array."""
     devices = jax.local_device_count()
@@ -279,7 +327,7 @@ def _pmapped(mapped, state: TrainState, batch, mesh: Mesh):
     def by_device(x):
         return x.reshape(devices, -1, *x.shape[1:])
 
-    batch = jax.tree.map(lambda x: by_device(_own_rows(x)), batch)
+    batch = jax.tree.map(by_device, batch)
     state, metrics = mapped(
         dataclasses.replace(state, carry=jax.tree.map(by_device, state.carry)), batch
     )

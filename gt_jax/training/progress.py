@@ -1,13 +1,9 @@
-"""How a run is going: its best evaluation, its patience, and steps that were not finite."""
+"""How a run is going: its best evaluation, its patience, its last losses."""
 
-import collections
 import dataclasses
 import math
 
-import jax
-
 from gt_jax.config import Config
-from gt_jax.errors import InputError
 from gt_jax.thresholds import split_rules
 
 
@@ -21,6 +17,10 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated: int = 0  # step of the last evaluation
     broken_rule: str | None = None  # of train.stop_rules, "name: reason" at the last evaluation
+    losses: list[float] = dataclasses.field(default_factory=list)  # for train.rewind_mads
+    suspects: int = 0  # last steps in a row whose loss was one
+    rewinds: int = 0
+    rewound_from: int | None = None  # step, the last time
 
     @classmethod
     def of_checkpoint(cls, about: dict, step: int) -> "Progress":
@@ -39,6 +39,12 @@ class Progress:
         self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
         return True
 
+    def returned(self) -> dict[str, int]:
+        """What rows of metrics.jsonl say of returns to a checkpoint; nothing without any."""
+        if self.rewound_from is None:
+            return {}
+        return {"rewinds": self.rewinds, "rewound_from": self.rewound_from}
+
     def stops_early(self, config: Config) -> str | None:
         """What of the config ends the run after its last evaluation; None if nothing does."""
         if 0 < config.train.patience <= self.evaluations_since_best:
@@ -47,39 +53,3 @@ class Progress:
         if self.broken_rule and self.broken_rule.split(":")[0] in rules:
             return f"train.stop_rules ({self.broken_rule})"
         return None
-
-
-class FiniteWatch:
-    """Ends a run after train.max_nonfinite steps in a row that were not finite.
-
-    The count of a step is read when it is there, at most two steps later, so that the device never
-    waits for the host.
-    """
-
-    def __init__(self, config: Config):
-        self._config = config
-        self._counts = collections.deque()
-
-    def add(self, skipped_in_a_row: jax.Array) -> None:
-        """Take in the count [] int32 after a step that may still be running.
-
-        Raises:
-            InputError: an earlier step's count reached the limit.
-        """
-        skipped_in_a_row.copy_to_host_async()
-        self._counts.append(skipped_in_a_row)
-        while len(self._counts) > 2 or (self._counts and self._counts[0].is_ready()):
-            self._check(int(self._counts.popleft()))
-
-    def finish(self) -> None:
-        """Look at the steps not looked at yet. Raises InputError as `add` does."""
-        while self._counts:
-            self._check(int(self._counts.popleft()))
-
-    def _check(self, count: int) -> None:
-        limit = self._config.train.max_nonfinite
-        if count >= limit:
-            raise InputError(
-                f"the last {count} steps were not finite in loss or gradient "
-                f"(train.max_nonfinite={limit}); lower optim.lr={self._config.optim.lr}"
-            )

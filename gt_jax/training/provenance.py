@@ -43,9 +43,8 @@ def record(workdir: str | Path, *, step: int, text: str) -> None:
         "commit": commit(Path(gt_jax.__file__).parent),
         "text": text,
     }
-    if jax.process_index() == 0:
-        with (Path(workdir) / "provenance.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    with (Path(workdir) / "provenance.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def commit(folder: Path) -> str | None:

@@ -5,10 +5,13 @@ once. Later the loop sees it after the step, saves and leaves. A second one alwa
 """
 
 import contextlib
+import json
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+from gt_jax.training import hosts
 
 TIME_IS_UP = 75  # exit status after train.max_minutes: "try again later" in sysexits.h
 CLOSED_OUTPUT = 128 + 13  # as a shell reports SIGPIPE, which Python ignores
@@ -23,13 +26,19 @@ class Interrupted(Exception):
 class Stop:
     """Why a run should stop; false as long as it should not.
 
+    Where several processes train together, what one of them is asked for counts for all, from the
+    same `look` on.
+
     Attributes:
+        vote: of several processes, a `hosts.Vote`; None where there is one.
         reason: for people, e.g. "SIGTERM"; the first one counts.
         status: the exit status of a program that stops for it: 128 + the number of a signal.
         work_to_lose: whether a signal waits for the loop to save.
     """
 
     def __init__(self):
+        self.vote: Callable[[bool], bool] | None = None
+        self._asked: tuple[str, int] | None = None  # reason and status
         self.reason: str | None = None
         self.status = 0
         self.work_to_lose = False
@@ -39,12 +48,22 @@ class Stop:
 
     def request(self, reason: str, status: int) -> None:
         """Ask for a stop; nothing happens if it has been asked for."""
-        if not self:
-            self.reason, self.status = reason, status
+        self._asked = self._asked or (reason, status)
+        if self.vote is None:
+            self.reason, self.status = self._asked
+
+    def look(self) -> None:
+        """A place that all processes come to; here they begin to stop if one was asked to."""
+        if self or self.vote is None or not self.vote(self._asked is not None):
+            return
+        said = [json.loads(text) for text in hosts.gather(json.dumps(self._asked))]
+        i = next(i for i, asked in enumerate(said) if asked)
+        self.reason, self.status = f"{said[i][0]} in process {i}", said[i][1]
 
     def until(self, items: Iterable) -> Iterator:
         """The items, as long as nothing asks for a stop. Raises Interrupted then."""
         for item in items:
+            self.look()
             if self:
                 raise Interrupted
             yield item

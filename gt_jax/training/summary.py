@@ -3,6 +3,7 @@
 from gt_jax import checkpoint, kernels
 from gt_jax.data import count_tokens
 from gt_jax.scoring import loss_unit
+from gt_jax.training import hosts
 from gt_jax.training.display import Speed, say
 from gt_jax.training.job import Job
 from gt_jax.training.progress import Progress
@@ -21,7 +22,9 @@ def introduce(job: Job, start: int) -> None:
     if (tune := job.config.train.tune) != "none":
         say(f"tune:   {tune}, {job.trained:,} parameters; all others stay as they are")
     device = mesh.devices.flat[0].device_kind
-    say(f"device: {mesh.size} x {device}, {model_config.dtype}, {job.config.parallel.mode}")
+    spread = f" on {hosts.count()} processes" if hosts.count() > 1 else ""
+    mode = job.config.parallel.mode
+    say(f"device: {mesh.size} x {device}{spread}, {model_config.dtype}, {mode}")
     ops = {"rwkv": "wkv6", "mamba": "ssd"}
     for op in (op for part, op in ops.items() if part in counts):
         name, reason = kernels.choose_impl(op)

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gt_jax import thresholds
 from gt_jax.analysis import measure_health
@@ -20,25 +22,22 @@ from gt_jax.models import LanguageModel, Params
 PROBED_ROWS = 8  # of a batch
 
 
-def make_probe(model: LanguageModel, config: Config) -> Callable[[Params, Batch], dict]:
+def make_probe(
+    model: LanguageModel, config: Config, mesh: Mesh | None = None
+) -> Callable[[Params, Batch], dict]:
     """probe(params, batch) -> what `measure_health` says of a batch's first rows.
 
-    It is {} for a run without log.activations.
+    It is {} for a run without log.activations. The numbers are on every device of a mesh.
     """
     if not config.log.activations:
         return lambda params, batch: {}
 
-    @jax.jit
     def measure(params, inputs, segment_ids):
+        inputs, segment_ids = jax.tree.map(lambda x: x[:PROBED_ROWS], (inputs, segment_ids))
         return measure_health(model, params, inputs, segment_ids)
 
-    def probe(params, batch):
-        ids = batch.segment_ids
-        return measure(
-            params, batch.inputs[:PROBED_ROWS], None if ids is None else ids[:PROBED_ROWS]
-        )
-
-    return probe
+    measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()) if mesh else None)
+    return lambda params, batch: measure(params, batch.inputs, batch.segment_ids)
 
 
 def judged_from(config: Config) -> int:

@@ -9,20 +9,18 @@ A folder gets its number when all of it is written, files.json included: a proce
 leaves whole checkpoints and a folder of another name, which the next one removes.
 """
 
-import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from gt_jax import checkpoint
 from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
 from gt_jax.errors import InputError
 from gt_jax.finite import check_finite
-from gt_jax.training import tuning
+from gt_jax.training import hosts, tuning
 from gt_jax.training.display import say
 from gt_jax.training.optimizer import is_averaged
 from gt_jax.training.step import TrainState
@@ -89,14 +87,28 @@ class Writer:
         Raises:
             OSError: the checkpoint under way could not be written.
         """
-        self._attempt(self._manager.wait_until_finished)
-        self._saving = None
-        for step in checkpoint.steps(self.folder.parent)[self._keep :]:
+        for step in self.steps()[self._keep :]:
             stays = self._keep_every and step % self._keep_every == 0
             if step != best_step and not stays:
                 self._manager.delete(step)
-        if jax.process_index() == 0:
+        if hosts.is_first():
             shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, newest first, once that under way is written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._attempt(self._manager.wait_until_finished)
+        self._saving = None
+        return hosts.of_first(lambda: checkpoint.steps(self.folder.parent))
+
+    def drop_from(self, step: int) -> None:
+        """Delete the checkpoints of `step` and of later ones."""
+        for later in self.steps():
+            if later >= step:
+                self._manager.delete(later)
 
     def _attempt(self, write) -> None:
         try:
@@ -112,12 +124,14 @@ class Writer:
 
     def _seal(self) -> None:
         """Orbax calls this in its thread, between the last byte and the folder's final name."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for unfinished in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 checkpoint.seal(unfinished)
 
     def _clean(self) -> None:
         """Remove what an interrupted write or deletion left behind."""
+        if not hosts.is_first():
+            return
         for unfinished in (*self.folder.glob("*.orbax-checkpoint-tmp*"), self.folder / _DELETED):
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -143,12 +157,21 @@ def newest(workdir: str | Path) -> tuple[Path, dict] | None:
             continue
         for damaged, error in faults.items():
             reason = str(error).split("; ")[0]
-            with contextlib.suppress(FileNotFoundError):  # Another process of the run did it.
-                say(f"{reason}: now {_set_aside(damaged).name}; continuing from step {step}")
+            say(f"{reason}: now {_set_aside(damaged).name}; continuing from step {step}")
         return folder, about
     if faults:
         raise next(iter(faults.values()))
     return None
+
+
+def newest_of_all(workdir: str | Path) -> tuple[Path, dict] | tuple[None, None]:
+    """`newest` as process 0 finds it, for all: the others read no more than `about`."""
+    found = newest(workdir) if hosts.is_first() else None
+    step = hosts.of_first(lambda: found and int(found[0].name))
+    if step is None:
+        return None, None
+    folder = Path(workdir).absolute() / FOLDER / str(step)
+    return folder, found[1] if found else read_about(folder)
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:

@@ -1,8 +1,8 @@
 """Starts runs quickly for tests that end them badly: imports once, forks a process for each.
 
-A line of standard input is a JSON object, {"argv", "out": a file, and what `_prepare` takes}; the
-answer is the process id of the child that began. The next line is null, or after how many seconds
-to kill it; the answer is the child's exit status as `os.waitstatus_to_exitcode` gives it.
+A line of standard input is a JSON object. {"argv", "out": a file, and what `_prepare` takes} is
+answered with the process id of the child that began; {"pid", "kill_after": seconds or null} with
+the child's exit status as `os.waitstatus_to_exitcode` gives it.
 """
 
 import io
@@ -10,17 +10,25 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
+
+import jax
+import matplotlib.figure  # noqa: F401  once, not in every child
+import numpy as np
 
 import gt_jax.train as program
 from gt_jax import cli
 from gt_jax.training import job
 from gt_jax.training.writer import Writer
 
+ROOT = Path(__file__).parents[2]
+
 # Where a signal can hit a run -> the module or class, and the function during which it comes.
 PHASES = {
-    "looking at checkpoints": (program, "newest"),
+    "looking at checkpoints": (program, "newest_of_all"),
     "reading the text": (job, "read_text"),
     "making the state": (program, "first_state"),
     "compiling": (program, "Display"),
@@ -33,8 +41,68 @@ PHASES = {
 }
 
 
-def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False):
-    """Make this process signal itself in a phase, or have no disk space, or few characters."""
+class Nursery:
+    """Runs in processes of their own."""
+
+    def __init__(self, folder, arguments, **more_environment):
+        """arguments: of every run, on a text in the folder."""
+        folder.mkdir(exist_ok=True)
+        text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
+        (folder / "text.txt").write_text("".join(text))
+        self.folder, self._last, self._outs = folder, 0, {}
+        self._arguments = [*arguments, f"--config.data.source={folder / 'text.txt'}"]
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | environment | more_environment,
+            text=True,
+        )
+
+    def start(self, workdir, *more, **settings) -> int:
+        """Start a run; the id of its process."""
+        argv = [*self._arguments, *more, f"--workdir={workdir}"]
+        out = self.folder / f"out{len(self._outs)}"
+        self._last = self._ask({"argv": argv, "out": str(out), **settings})
+        self._outs[self._last] = out
+        return self._last
+
+    def end(self, kill_after: float | None = None, pid: int | None = None) -> tuple[int, str]:
+        """The exit status of a process, of the last if not named, and all it printed."""
+        pid = pid or self._last
+        status = self._ask({"pid": pid, "kill_after": kill_after})
+        return status, self._outs[pid].read_text()
+
+    def run(self, workdir, *more, **settings):
+        self.start(workdir, *more, **settings)
+        return self.end()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, order) -> int:
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False, devices=1):
+    """Make this process signal itself in a phase, or have no disk space, or few characters.
+
+    And give it simulated devices.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
     if phase:
         owner, name = PHASES[phase]
         usual, calls = getattr(owner, name), iter(range(1 << 30))
@@ -68,15 +136,17 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _run(**json.loads(line))
-        print(pid, flush=True)
-        order = json.loads(sys.stdin.readline())
-        if order is not None:
-            time.sleep(order)
-            os.kill(pid, signal.SIGKILL)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        order = json.loads(line)
+        if "argv" in order:
+            pid = os.fork()
+            if pid == 0:
+                _run(**order)
+            print(pid, flush=True)
+            continue
+        if order["kill_after"] is not None:
+            time.sleep(order["kill_after"])
+            os.kill(order["pid"], signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ import pytest
 from gt_jax import checkpoint, train
 from gt_jax.errors import InputError
 from gt_jax.training import metrics
+from tests.training.nursery import ROOT, Nursery
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
 ARGUMENTS = [
     *("--config=configs/tiny.py", "--config.model.preset=mamba2", "--config.model.dim=32"),
@@ -35,61 +34,9 @@ PHASES = ("looking at checkpoints", "reading the text", "making the state", "com
 PHASES += ("evaluating", "saving", "sampling", "finishing", "drawing")
 
 
-class Nursery:
-    """Runs in processes of their own; see nursery.py."""
-
-    def __init__(self, folder):
-        folder.mkdir()
-        text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
-        (folder / "text.txt").write_text("".join(text))
-        self._folder = folder
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("nursery.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=os.environ | environment,
-            text=True,
-        )
-
-    def start(self, workdir, *more, **settings) -> int:
-        """Start a run; the id of its process. One at a time."""
-        argv = [*ARGUMENTS, f"--config.data.source={self._folder / 'text.txt'}", *more]
-        argv.append(f"--workdir={workdir}")
-        self._send({"argv": argv, "out": str(self._folder / "out"), **settings})
-        return int(self._process.stdout.readline())
-
-    def end(self, kill_after: float | None = None) -> tuple[int, str]:
-        """Its exit status, and all it printed."""
-        self._send(kill_after)
-        status = int(self._process.stdout.readline())
-        return status, (self._folder / "out").read_text()
-
-    def run(self, workdir, *more, **settings):
-        self.start(workdir, *more, **settings)
-        return self.end()
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _send(self, message):
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-
-
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "runs")
+    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "runs", ARGUMENTS)
     yield nursery
     nursery.close()
 
@@ -207,8 +154,8 @@ def test_closed_pipe_saves_and_has_its_own_status(nursery, tmp_path):
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     command = [sys.executable, "-m", "gt_jax.train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}"]
-    command.append(f"--config.data.source={nursery._folder / 'text.txt'}")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(nursery._folder / "xla"), "JAX_PLATFORMS": "cpu"}
+    command.append(f"--config.data.source={nursery.folder / 'text.txt'}")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(nursery.folder / "xla"), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | cache
     )

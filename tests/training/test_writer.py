@@ -254,3 +254,64 @@ def test_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path):
     read = run_program(tmp_path, "read")
     assert read.returncode == 1 and read.stderr.count("\n") == 1
     assert f"{folder} is damaged" in read.stderr
+
+
+def fail_at(stage, monkeypatch):
+    """Make the file system refuse one stage of writing a checkpoint."""
+
+    def refuses(usual, unfinished):
+        def call(path, *rest, **options):
+            if unfinished in str(path).rsplit("/", 1)[-1]:
+                raise OSError(28, "No space left on device")
+            return usual(path, *rest, **options)
+
+        return call
+
+    def no_seal(folder):
+        raise OSError(28, "No space left on device")
+
+    if stage == "checksums":
+        monkeypatch.setattr(checkpoint, "seal", no_seal)
+    elif stage == "a part's folder":
+        monkeypatch.setattr(os, "mkdir", refuses(os.mkdir, "training"))
+    else:
+        names = {"first folder": ["mkdir"], "final name": ["rename", "replace"]}[stage]
+        for name in names:
+            monkeypatch.setattr(os, name, refuses(getattr(os, name), ".orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize("stage", ["first folder", "a part's folder", "checksums", "final name"])
+def test_failed_save_is_said_and_leaves_the_steps_before(tmp_path, state, monkeypatch, stage):
+    """In the background or not: nothing of the step is ever listed, and the run can write again."""
+    save(tmp_path, state, [1, 2])
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError) as error,
+        Writer(tmp_path, keep=2) as writer,
+    ):
+        fail_at(stage, patch)
+        writer.save(at(state, 3), ABOUT, best_step=None)
+        writer.finish(best_step=None)
+    assert "a checkpoint could not be written" in str(error.value)
+    assert "No space left on device" in str(error.value) and "\n" not in str(error.value)
+    assert checkpoint.steps(tmp_path) == [2, 1]
+    assert not list(tmp_path.rglob("*tmp*"))
+    folder, about = newest(tmp_path)
+    assert about["step"] == 2
+    jax.tree.map(np.testing.assert_array_equal, restore(folder, state), at(state, 2))
+    save(tmp_path, state, [3])
+    assert checkpoint.steps(tmp_path) == [3, 2]
+
+
+def test_step_that_is_not_whole_is_never_restored(tmp_path, state):
+    """What a killed process leaves of a step, under its own name or the final one."""
+    save(tmp_path, state, [1, 2])
+    folder = tmp_path / checkpoint.FOLDER
+    unfinished = folder / "3.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "2", unfinished)
+    (unfinished / "files.json").unlink()
+    assert checkpoint.steps(tmp_path) == [2, 1] and newest(tmp_path)[1]["step"] == 2
+    unfinished.rename(folder / "3")  # as if renamed before it was sealed
+    assert newest(tmp_path)[1]["step"] == 2 and checkpoint.steps(tmp_path) == [2, 1]
+    save(tmp_path, state, [3])
+    assert newest(tmp_path)[1]["step"] == 3
