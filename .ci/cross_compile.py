@@ -161,8 +161,8 @@ def mamba2_kernels(capability):
     import jax
     import jax.numpy as jnp
 
-    from gt_jax.kernels import causal_conv
-    from gt_jax.kernels.gated_norm import gated_norm
+    from gt_jax.kernels.elementwise import causal_conv
+    from gt_jax.kernels.elementwise.gated_norm import gated_norm
 
     found, names = [], ("conv, forward", "norm, forward", "norm, backward", "conv, backward")
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
@@ -189,7 +189,7 @@ def lowered(op, impl, dtype, capability, shape, *, gradient=True):
     import jax.numpy as jnp
 
     from gt_jax import kernels
-    from gt_jax.kernels import head_norm, token_shift
+    from gt_jax.kernels.elementwise import head_norm, token_shift
 
     B, T, H = shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +227,7 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
         pad[i] = columns - len(pair[0])
         rows[:, i, pad[i] :] = pair
     segments = (np.arange(columns) >= pad[:, None]).astype(np.int32)
-    state = _zeros(model, batch_size)
+    state = _zeros(cast(Any, model), batch_size)  # a frozen dataclass is hashable
     for start in range(0, columns, size):
         part = np.s_[:, start : start + size]
         resets = start <= pad  # the row was padding so far
@@ -237,7 +237,7 @@ def _read(model, params, inputs, targets, batch_size) -> Iterator[_Chunk]:
 
 
 @functools.lru_cache(maxsize=4)
-def _zeros(model, batch_size):
+def _zeros(model: Any, batch_size: int) -> Any:
     return model.init_state(batch_size)
 
 

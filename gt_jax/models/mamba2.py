@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from gt_jax.kernels import causal_conv, context_parallel, gated_norm, ssd, ssd_step
+from gt_jax.kernels import context_parallel, ssd, ssd_step
+from gt_jax.kernels.elementwise import causal_conv, gated_norm
 from gt_jax.models import starts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (

@@ -1,7 +1,7 @@
 """The short convolution and the gated norm of a Mamba-2 mixer.
 
-Their Pallas kernels are gt_jax.kernels.causal_conv and gated_norm; here are the parameters, and the
-plain forms with gradients that read each tensor few times.
+Their Pallas kernels are causal_conv and gated_norm of gt_jax.kernels.elementwise; here are the
+parameters, and the plain forms with gradients that read each tensor few times.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from gt_jax.kernels import causal_conv, gated_norm
+from gt_jax.kernels.elementwise import causal_conv, gated_norm
 from gt_jax.models.layers import (
     inputs_after,
     inputs_before,

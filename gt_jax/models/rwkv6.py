@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.nn import initializers
 
-from gt_jax.kernels import head_norm, token_shift, wkv6, wkv6_step
+from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.kernels.elementwise import head_norm, token_shift
 from gt_jax.kernels.segments import resets
 from gt_jax.models import starts
 from gt_jax.models.config import ModelConfig

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels import causal_conv, gated_norm
+from gt_jax.kernels.elementwise import causal_conv, gated_norm
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models.config import ModelConfig

@@ -55,14 +55,14 @@ def _value(epsilon, y, g, scale, bias) -> jax.Array:
 
 
 def _forward(epsilon, y, g, scale, bias):
-    from gt_jax.kernels import head_norm_kernels as kernels
+    from gt_jax.kernels.elementwise import head_norm_kernels as kernels
 
     (out,) = kernels.gated(y, g, scale, bias, epsilon=epsilon, tuning=kernels.TUNING)
     return out, (y, g, scale, bias)
 
 
 def _backward(epsilon, residuals, dout):
-    from gt_jax.kernels import head_norm_kernels as kernels
+    from gt_jax.kernels.elementwise import head_norm_kernels as kernels
 
     y, g, scale, bias = residuals
     dy, dg, dscale, dbias = kernels.gradients(

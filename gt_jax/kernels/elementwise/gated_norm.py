@@ -24,7 +24,7 @@ def unsupported(width: int, tokens: int, dtype: str) -> str | None:
         return reason
     if dtype != "bfloat16":
         return f"the fused norm is for bfloat16; this is {dtype}"
-    from gt_jax.kernels import gated_norm_kernels
+    from gt_jax.kernels.elementwise import gated_norm_kernels
 
     return gated_norm_kernels.unsupported(width, tokens)
 
@@ -49,7 +49,7 @@ def gated_norm(epsilon: float, y: jax.Array, projected: jax.Array, scale: jax.Ar
 
 def _call(name, epsilon, *arrays):
     """A kernel of gated_norm_kernels.py, whose arrays begin with an axis of models."""
-    from gt_jax.kernels import gated_norm_kernels
+    from gt_jax.kernels.elementwise import gated_norm_kernels
     from gt_jax.kernels.pallas.launch import batched_as_rows
 
     kernel = functools.partial(getattr(gated_norm_kernels, name), epsilon=epsilon)

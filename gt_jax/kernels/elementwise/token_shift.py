@@ -79,14 +79,14 @@ def _blends(x, keep, mu, hidden, w):
 
 
 def _forward(x, keep, mu, hidden, w):
-    from gt_jax.kernels import token_shift_kernels as kernels
+    from gt_jax.kernels.elementwise import token_shift_kernels as kernels
 
     outputs = kernels.blends(x, keep, mu, hidden, _ordered(w, x.dtype), tuning=kernels.TUNING)
     return tuple(outputs), (x, keep, mu, hidden, w)
 
 
 def _backward(residuals, cotangents):
-    from gt_jax.kernels import token_shift_kernels as kernels
+    from gt_jax.kernels.elementwise import token_shift_kernels as kernels
 
     x, keep, mu, hidden, w = residuals
     cotangents = list(cotangents)
@@ -107,7 +107,7 @@ _blends.defvjp(_forward, _backward)
 
 def _ordered(w, dtype):
     """w [n, rank, D] as the kernels want it, [n rank, D]."""
-    from gt_jax.kernels.token_shift_layout import in_order_of_products
+    from gt_jax.kernels.elementwise.token_shift_layout import in_order_of_products
 
     w = in_order_of_products(in_order_of_products(w.astype(dtype), 1), 2)
     return w.reshape(-1, w.shape[-1])

@@ -51,7 +51,7 @@ def unsupported(sizes: Sizes, tokens: tuple[int, int], dtype: str) -> str | None
         return reason
     if dtype != "bfloat16":
         return f"the fused convolution is for bfloat16; this is {dtype}"
-    from gt_jax.kernels import causal_conv_kernels
+    from gt_jax.kernels.elementwise import causal_conv_kernels
 
     return causal_conv_kernels.unsupported(sizes, *tokens)
 
@@ -91,7 +91,7 @@ def _taps(weight, bias):
 
 def _call(name, sizes, seen, *arrays):
     """A kernel of causal_conv_kernels.py, whose arrays begin with an axis of models."""
-    from gt_jax.kernels import causal_conv_kernels
+    from gt_jax.kernels.elementwise import causal_conv_kernels
     from gt_jax.kernels.pallas.launch import batched_as_rows
 
     kernel = getattr(causal_conv_kernels, name)

@@ -21,10 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels import token_shift_layout as layout
+from gt_jax.kernels.elementwise import token_shift_layout as layout
+from gt_jax.kernels.elementwise.token_shift_layout import GROUP
 from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
-from gt_jax.kernels.token_shift_layout import GROUP
 
 SLAB = 64  # channels a block of the grid works on at once: a cache line of bfloat16
 

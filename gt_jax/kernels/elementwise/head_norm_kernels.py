@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gt_jax.kernels import token_shift_layout as layout
+from gt_jax.kernels.elementwise import token_shift_layout as layout
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 ROWS = 32  # tokens of a tile: with more, a thread holds so much that few of them run at a time

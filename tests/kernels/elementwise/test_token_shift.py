@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels import head_norm, token_shift
+from gt_jax.kernels.elementwise import head_norm, token_shift
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from tests.kernels.hopper_kernels import too_old
