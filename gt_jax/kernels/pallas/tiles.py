@@ -12,6 +12,10 @@ from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import CHUNK
 
 
+# Of 16-bit numbers
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
 def tile(*shape, dtype=jnp.bfloat16):
     """Shared memory for matrices [..., rows, columns] in the layout wgmma and bulk copies want."""
     columns = 128 // jnp.dtype(dtype).itemsize  # a swizzled row is 128 bytes

@@ -39,6 +39,7 @@ from gt_jax.kernels.pallas.launch import (
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import left, load, load_columns, load_left, load_rows, zeros
+from gt_jax.kernels.ssd import portable_passes as passes
 from gt_jax.kernels.ssd import portable_sizes
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 from gt_jax.kernels.ssd.portable_splits import add_weighed
@@ -79,6 +80,8 @@ def backward(
         [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the initial state.
     """
     D = jnp.broadcast_to(D, (size.batch, size.heads))
+    if portable_sizes.TUNING.passes:
+        return _in_passes(size, x, B, C, g, dt, D, states, dy, dstate, of_start)
 
     @batched_as_rows
     def rows(x, *arrays):
@@ -91,6 +94,19 @@ def backward(
     da = of_rows[..., _OF_DECAY, :] + sums(_READ, until) + sums(_KEPT, 1 - until)
     da += jnp.sum(of_rows[..., _CARRIED, :], axis=-1, keepdims=True)
     return dx, dB, dC, of_rows[..., _OF_STEP, :], da, dD, *((dstart,) if of_start else ())
+
+
+def _in_passes(size, x, B, C, g, dt, D, states, dy, dstate, of_start):
+    ends, carried, dstart = passes.ends(size, dy, C, g, states, dstate)
+    dx, dB, dC, of_rows = passes.of_inputs(size, x, B, C, g, dt, D, ends, dy)
+    dC_read, read = passes.of_reads(size, C, g, states, dy)
+    until = jnp.tri(CHUNK, dtype=jnp.float32)  # [i, t]: t <= i
+    sums = lambda row, over: jnp.matmul(row, over, precision=lax.Precision.HIGHEST)
+    of_step, of_decay, kept, of_D = (of_rows[..., n, :] for n in passes.INPUT_ROWS)
+    da = of_decay + sums(read, until) + sums(kept, 1 - until)
+    da += jnp.sum(carried, axis=-1, keepdims=True)
+    dD = jnp.sum(of_D, axis=2)
+    return dx, dB, dC + dC_read, of_step, da, dD, *((dstart,) if of_start else ())
 
 
 def _links(size):
