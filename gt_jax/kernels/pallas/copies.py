@@ -127,9 +127,7 @@ def arrived():
 def _global_pointer(memref):
     from jaxlib.mlir.dialects import llvm
 
-    return llvm.addrspacecast(
-        llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(memref)
-    )
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(memref))
 
 
 def copy_in_narrow(source, tile):

@@ -11,6 +11,7 @@ of C B^T are once a block. Nothing waits for another block.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import copies, tiles, warps
@@ -129,7 +130,7 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
     def body(refs):
         b, m, of_sum, group, first = _block(size, together)
         at = (b, tiles.tokens(m))
-        B_s, C_s = refs.B, refs.C
+        B_s, other = refs.B, together % 2  # the place that the last head leaves
 
         def start(h, slot):
             copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x.at[slot])
@@ -138,22 +139,30 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
+        def start_C(slot):
+            copies.start_copy(refs.C_gmem.at[(*at, group)], refs.dS.at[slot])
+
         def step(n, sums):
             dB, dCB = sums
             h, slot = first + n, lax.rem(n, jnp.int32(2))
             copies.arrived()
             warps.sync()
-            start(jnp.minimum(h + 1, first + together - 1), 1 - slot)
+            pl.when(n < together - 1)(lambda: start(h + 1, 1 - slot))
+            pl.when(n == together - 1)(lambda: start_C(other))
             x_s, dy_s, dS_s = refs.x.at[slot], refs.dy.at[slot], refs.dS.at[slot]
             g_s = refs.g.at[slot]
-            g_j, dt_j, g_end = tiles.load_rows(g_s), tiles.load_rows(refs.dt.at[slot]), refs.g[slot, CHUNK - 1]
+            g_j, dt_j, g_end = (
+                tiles.load_rows(g_s),
+                tiles.load_rows(refs.dt.at[slot]),
+                refs.g[slot, CHUNK - 1],
+            )
 
             i, j = tiles.iota(square, 1), tiles.iota(square, 0)
             dM = warps.dot(zeros(*square), load_left(x_s), dy_s.T)
             passed = over_rows(tiles.load_columns(g_s), square) - over_columns(g_j, square)
             L = jnp.exp2(jnp.where(i >= j, passed, -jnp.inf))
             by_step = over_columns(dt_j, square)
-            LBC = L * BC()
+            LBC = L * BC
             M = (LBC * by_step).astype(bf16)
             of_step = dM * LBC
             dCB += dM * L * by_step
@@ -162,7 +171,9 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
 
             # The rectangle i >= t > j: j in the block of t, then in the blocks before.
             Z = [warps.right(z) for z in Z]
-            pattern = jnp.where(tiles.iota(thin, 1) < lax.rem(tiles.iota(thin, 0), jnp.int32(BLOCK)), 1.0, 0.0)
+            pattern = jnp.where(
+                tiles.iota(thin, 1) < lax.rem(tiles.iota(thin, 0), jnp.int32(BLOCK)), 1.0, 0.0
+            )
             between, whole = zeros(*square), zeros(*square)
             for z in Z[::-1]:
                 between = warps.block_dot(between, left(pattern.astype(bf16)), z)
@@ -194,23 +205,22 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
         thin = (CHUNK, BLOCK)
         start(first, 0)
         copies.start_copy(refs.B_gmem.at[(*at, group)], B_s)
-        copies.start_copy(refs.C_gmem.at[(*at, group)], C_s)
+        start_C(1)
         for n in range(_BEFORE):
             refs.sums.at[n][...] = plgpu.layout_cast(
                 jnp.zeros(CHUNK, f32), plgpu.Layout.WGMMA.reduce(0)
             )
         copies.arrived()
         warps.sync()
-        CB = warps.dot(zeros(*square), load_left(B_s), C_s.T)
-        BC = lambda: CB
+        BC = warps.dot(zeros(*square), load_left(B_s), refs.dS.at[1].T)
         dB, dCB = loop(together, step, (zeros(CHUNK, N), zeros(*square)))
-        copies.arrived()
         dCB = dCB.astype(bf16)
-        dCB_s = refs.x.at[0]
-        warps.sync()
+        dCB_s = refs.x.at[other]
         dCB_s[...] = dCB
-        refs.dB_gmem.at[(*at, of_sum)][...] = warps.dot(dB, left(dCB), C_s)
+        copies.arrived()
         warps.sync()
+        dB = warps.dot(dB, left(dCB), refs.dS.at[other])
+        refs.dB_gmem.at[(*at, of_sum)][...] = dB
         dC = warps.dot(zeros(CHUNK, N), load_left(dCB_s.T), B_s)
         refs.dC_gmem.at[(*at, of_sum)][...] = dC
 
@@ -228,9 +238,8 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
         scratch={
             "x": tiles.tile(2, CHUNK, P),  # then dx
             "dy": tiles.tile(2, CHUNK, P),
-            "dS": tiles.tile(2, P, N),
+            "dS": tiles.tile(2, P, N),  # before and behind all heads C
             "B": tiles.tile(CHUNK, N),
-            "C": tiles.tile(CHUNK, N),
             "g": plgpu.SMEM((2, CHUNK), f32),
             "dt": plgpu.SMEM((2, CHUNK), f32),
             "sums": plgpu.SMEM((_BEFORE + BLOCKS, CHUNK), f32),
