@@ -97,16 +97,27 @@ def backward(
 
 
 def _in_passes(size, x, B, C, g, dt, D, states, dy, dstate, of_start):
-    ends, carried, dstart = passes.ends(size, dy, C, g, states, dstate)
-    dx, dB, dC, of_rows = passes.of_inputs(size, x, B, C, g, dt, D, ends, dy)
-    dC_read, read = passes.of_reads(size, C, g, states, dy)
+    most = portable_sizes.TUNING.parts
+    parts = max(n for n in range(1, most + 1) if size.batch % n == 0)
+    rows, found = size.batch // parts, []
+    for part in range(parts):
+        first = jnp.full(1, part * rows, jnp.int32)
+        ends, carried, dstart, *odd = passes.ends(
+            size, rows, first, dy, x, B, C, g, dt, states, dstate
+        )
+        dx, dB, dC, of_rows = passes.of_inputs(size, rows, first, x, B, C, g, dt, D, ends, dy)
+        dC_read, read = passes.of_reads(size, rows, first, C, g, states, *odd, dy)
+        found.append((dx, dB, dC + dC_read, of_rows, carried, read, dstart))
+    dx, dB, dC, of_rows, carried, read, dstart = (
+        z[0] if parts == 1 else jnp.concatenate(z) for z in zip(*found)
+    )
     until = jnp.tri(CHUNK, dtype=jnp.float32)  # [i, t]: t <= i
     sums = lambda row, over: jnp.matmul(row, over, precision=lax.Precision.HIGHEST)
     of_step, of_decay, kept, of_D = (of_rows[..., n, :] for n in passes.INPUT_ROWS)
     da = of_decay + sums(read, until) + sums(kept, 1 - until)
     da += jnp.sum(carried, axis=-1, keepdims=True)
     dD = jnp.sum(of_D, axis=2)
-    return dx, dB, dC + dC_read, of_step, da, dD, *((dstart,) if of_start else ())
+    return dx, dB, dC, of_step, da, dD, *((dstart,) if of_start else ())
 
 
 def _links(size):

@@ -52,7 +52,7 @@ def forward(
     square, bf16 = (CHUNK, CHUNK), jnp.bfloat16
     ahead = portable_sizes.TUNING.ahead
     slots = 2 if ahead else 1
-    apart = 1 if portable_sizes.TUNING.passes else 2  # chunks between the states saved
+    apart = portable_sizes.apart()  # chunks between the states saved
 
     def body(refs):
         S_s = refs.S

@@ -33,72 +33,117 @@ def heads_together(size):
     return max(n for n in range(1, most + 1) if size.heads_per_group % n == 0)
 
 
-@lowered_once("size")
-def ends(size, dy, C, g, states, dstate):
+@lowered_once("size", "rows")
+def ends(size, rows, first, dy, x, B, C, g, dt, states, dstate):
     """Walks from the end.
 
     Args:
-        size: the call's Sizes.
-        dy: [B, T, H, P]; C: [B, T, G, N], bfloat16.
+        size: the call's Sizes; an even number of chunks.
+        rows: of the batch, that this call is for; first: [1] int32, the first of them.
+        x, dy: [B, T, H, P]; B, C: [B, T, G, N], bfloat16.
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
-        states: [B, H, chunks, P, N] bfloat16, the state every chunk starts from.
+        dt: [B, H, chunks, CHUNK] step sizes.
+        states: [B, H, chunks / apart, P, N] bfloat16, the states that chunks start from.
         dstate: [B, H, P, N] float32, of the final state.
 
     Returns:
-        dS at the end of every chunk, as states; the gradient of the log decay that a chunk carries
-        through, over rows of the state [B, H, chunks, P]; dS before the first chunk.
+        Of the rows, dS at the end of every chunk [rows, H, chunks, P, N] bfloat16; the states of
+        odd chunks if only those of even ones were saved, else nothing; the gradient of the log
+        decay that a chunk carries through, over rows of the state [rows, H, chunks, P]; dS before
+        the first chunk.
     """
-    P, N = size.P, size.N
+    P, N, bf16 = size.P, size.N, jnp.bfloat16
+    apart = portable_sizes.apart()
 
     def body(refs):
-        b, h = divide(lax.axis_index("heads"), size.heads)
+        row, h = divide(lax.axis_index("heads"), size.heads)
+        b = row + refs.first_gmem[0]
         group = h // size.heads_per_group
 
         def start(m, slot):
             at = (b, tiles.tokens(m))
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
             copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C.at[slot])
-            copies.start_copy(refs.states_gmem.at[b, h, m], refs.S.at[slot])
-            copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
 
-        def step(back, dS):
-            m, slot = size.chunks - 1 - back, lax.rem(back, jnp.int32(2))
-            copies.arrived()
-            warps.sync()
-            start(jnp.maximum(m - 1, 0), 1 - slot)
-            S_s, g_s = refs.S.at[slot], refs.g.at[slot]
-            decay = jnp.exp2(refs.g[slot, CHUNK - 1])
-            refs.carried_gmem.at[b, h, m][...] = decay * jnp.sum(load(S_s) * dS, axis=1)
+        def start_odd(m):
+            """What the second chunk of a pair needs, and of the first what it follows from."""
+            start(m, 1)
+            copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[1])
+            copies.start_copy_row(refs.g_gmem.at[b, h, m - 1, 0], refs.g.at[0])
+            if apart == 2:
+                at = (b, tiles.tokens(m - 1))
+                copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x)
+                copies.start_copy(refs.B_gmem.at[(*at, group)], refs.B)
+                copies.start_copy_row(refs.dt_gmem.at[b, h, m - 1], refs.dt)
+
+        def put(z, target):
             warps.sync_warp()
-            S_s[...] = dS.astype(jnp.bfloat16)
+            refs.out[...] = z.astype(bf16)
             warps.sync_warp()
-            copies.copy_out(S_s, refs.ends_gmem.at[b, h, m])
-            weight = jnp.exp2(tiles.load_columns(g_s))
+            copies.copy_out(refs.out, target)
+
+        def pass_through(m, slot, dS, S, decay, weight):
+            """dS before a chunk, of which S is the state and all is in shared memory."""
+            refs.carried_gmem.at[row, h, m][...] = decay * jnp.sum(S * dS, axis=1)
+            put(dS, refs.ends_gmem.at[row, h, m])
             return add_weighed(dS * decay, refs.dy.at[slot], weight, refs.C.at[slot], terms=1)
 
-        start(jnp.int32(size.chunks - 1), 0)
-        dS = tiles.load_from_gmem(refs.dlast_gmem.at[b, h])
-        refs.dfirst_gmem.at[b, h][...] = loop(size.chunks, step, dS)
-        copies.arrived()
+        def step(back, dS):
+            pair = size.chunks // 2 - 1 - back
+            even, odd = 2 * pair, 2 * pair + 1
+            state = lambda m: tiles.load_from_gmem(
+                refs.states_gmem.at[b, h, lax.div(m, jnp.int32(apart))]
+            )
+            S = state(even)
+            following = state(odd) if apart == 1 else None
+            copies.arrived()
+            warps.sync()
+            start(even, 0)
+            g, decay = (
+                [tiles.load_columns(refs.g.at[n]) for n in range(2)],
+                [jnp.exp2(refs.g[n, CHUNK - 1]) for n in range(2)],
+            )
+            if apart == 2:
+                weight = jnp.exp2(refs.g[0, CHUNK - 1] - g[0]) * tiles.load_columns(refs.dt)
+                following = S.astype(jnp.float32) * decay[0]
+                following = add_weighed(following, refs.x, weight, refs.B, terms=2)
+                put(following, refs.odd_gmem.at[row, h, pair])
+            dS = pass_through(odd, 1, dS, following.astype(jnp.float32), decay[1], jnp.exp2(g[1]))
+            copies.arrived()
+            warps.sync()
+            pl.when(pair > 0)(lambda: start_odd(odd - 2))
+            return pass_through(even, 0, dS, S.astype(jnp.float32), decay[0], jnp.exp2(g[0]))
 
-    return kernel(
+        start_odd(jnp.int32(size.chunks - 1))
+        dS = tiles.load_from_gmem(refs.dlast_gmem.at[b, h])
+        refs.dfirst_gmem.at[row, h][...] = loop(size.chunks // 2, step, dS)
+
+    shape = (rows, size.heads, size.chunks, P, N)
+    odd = jax.ShapeDtypeStruct((*shape[:2], size.chunks // 2, P, N), bf16)
+    once = {"x": x, "B": B, "dt": dt} if apart == 2 else {}
+    results = kernel(
         body,
         name="ssd_portable_ends",
-        inputs={"dy": dy, "C": C, "g": g, "states": states, "dlast": dstate},
+        inputs={"first": first, "dy": dy, "C": C, "g": g, "states": states, "dlast": dstate} | once,
         outputs={
-            "ends": jax.ShapeDtypeStruct(states.shape, states.dtype),
-            "carried": jax.ShapeDtypeStruct(states.shape[:-1], jnp.float32),
-            "dfirst": jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
+            "ends": jax.ShapeDtypeStruct(shape, bf16),
+            "carried": jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
+            "dfirst": jax.ShapeDtypeStruct((*shape[:2], P, N), jnp.float32),
+            "odd": odd if apart == 2 else None,
         },
         scratch={
             "dy": tiles.tile(2, CHUNK, P),
             "C": tiles.tile(2, CHUNK, N),
-            "S": tiles.tile(2, P, N),  # then dS
+            "out": tiles.tile(P, N),
+            "x": tiles.tile(CHUNK, P) if apart == 2 else None,
+            "B": tiles.tile(CHUNK, N) if apart == 2 else None,
             "g": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "dt": plgpu.SMEM((CHUNK,), jnp.float32),
         },
-        grid={"heads": size.batch * size.heads},
+        grid={"heads": rows * size.heads},
         threads=1,
     )
+    return results if apart == 2 else (*results, None)
 
 
 def _block(size, together):
@@ -109,8 +154,8 @@ def _block(size, together):
     return b, m, of_sum, first // size.heads_per_group, first
 
 
-@lowered_once("size")
-def of_inputs(size, x, B, C, g, dt, D, ends, dy):
+@lowered_once("size", "rows")
+def of_inputs(size, rows, first, x, B, C, g, dt, D, ends, dy):
     """Chunks by themselves, with dS at their ends.
 
     Args:
@@ -128,14 +173,15 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
     together = heads_together(size)
 
     def body(refs):
-        b, m, of_sum, group, first = _block(size, together)
-        at = (b, tiles.tokens(m))
+        row, m, of_sum, group, first = _block(size, together)
+        b = row + refs.first_gmem[0]
+        at, out = (b, tiles.tokens(m)), (row, tiles.tokens(m))
         B_s, other = refs.B, together % 2  # the place that the last head leaves
 
         def start(h, slot):
             copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x.at[slot])
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copies.start_copy(refs.ends_gmem.at[b, h, m], refs.dS.at[slot])
+            copies.start_copy(refs.ends_gmem.at[row, h, m], refs.dS.at[slot])
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
@@ -193,13 +239,13 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
             warps.sync_warp()  # only its own warp reads a row of x
             x_s[...] = dx.astype(bf16)
             warps.sync_warp()
-            copies.copy_out(x_s, refs.dx_gmem.at[(*at, h)])
+            copies.copy_out(x_s, refs.dx_gmem.at[(*out, h)])
             warps.sync()
             before = sum(warps.block_row(refs.sums, _BEFORE, -n, CHUNK) for n in range(1, BLOCKS))
             of_decay += jnp.sum(jnp.where(i >= j, before, 0.0), axis=1)
-            rows = of_step + of_weight, of_decay, of_weight * dt_j, of_D
-            for n, row in enumerate(rows):
-                refs.rows_gmem.at[b, h, m, n][...] = row
+            of_tokens = of_step + of_weight, of_decay, of_weight * dt_j, of_D
+            for n, value in enumerate(of_tokens):
+                refs.rows_gmem.at[row, h, m, n][...] = value
             return dB, dCB
 
         thin = (CHUNK, BLOCK)
@@ -220,20 +266,30 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
         copies.arrived()
         warps.sync()
         dB = warps.dot(dB, left(dCB), refs.dS.at[other])
-        refs.dB_gmem.at[(*at, of_sum)][...] = dB
+        refs.dB_gmem.at[(*out, of_sum)][...] = dB
         dC = warps.dot(zeros(CHUNK, N), load_left(dCB_s.T), B_s)
-        refs.dC_gmem.at[(*at, of_sum)][...] = dC
+        refs.dC_gmem.at[(*out, of_sum)][...] = dC
 
-    sums = jax.ShapeDtypeStruct((size.batch, size.length, size.heads // together, N), f32)
+    sums = jax.ShapeDtypeStruct((rows, size.length, size.heads // together, N), f32)
     return kernel(
         body,
         name="ssd_portable_of_inputs",
-        inputs={"x": x, "B": B, "C": C, "g": g, "dt": dt, "D": D, "ends": ends, "dy": dy},
+        inputs={
+            "first": first,
+            "x": x,
+            "B": B,
+            "C": C,
+            "g": g,
+            "dt": dt,
+            "D": D,
+            "ends": ends,
+            "dy": dy,
+        },
         outputs={
-            "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
+            "dx": jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
             "dB": sums,
             "dC": sums,
-            "rows": jax.ShapeDtypeStruct((*dt.shape[:3], len(INPUT_ROWS), CHUNK), f32),
+            "rows": jax.ShapeDtypeStruct((rows, *dt.shape[1:3], len(INPUT_ROWS), CHUNK), f32),
         },
         scratch={
             "x": tiles.tile(2, CHUNK, P),  # then dx
@@ -244,13 +300,13 @@ def of_inputs(size, x, B, C, g, dt, D, ends, dy):
             "dt": plgpu.SMEM((2, CHUNK), f32),
             "sums": plgpu.SMEM((_BEFORE + BLOCKS, CHUNK), f32),
         },
-        grid={"blocks": size.batch * size.chunks * (size.heads // together)},
+        grid={"blocks": rows * size.chunks * (size.heads // together)},
         threads=1,
     )
 
 
-@lowered_once("size")
-def of_reads(size, C, g, states, dy):
+@lowered_once("size", "rows")
+def of_reads(size, rows, first, C, g, states, odd, dy):
     """What the states give to dC; arguments as of `of_inputs`.
 
     Returns:
@@ -261,12 +317,19 @@ def of_reads(size, C, g, states, dy):
     together = heads_together(size)
 
     def body(refs):
-        b, m, of_sum, group, first = _block(size, together)
-        at = (b, tiles.tokens(m))
+        row, m, of_sum, group, first = _block(size, together)
+        b = row + refs.first_gmem[0]
+        at, out = (b, tiles.tokens(m)), (row, tiles.tokens(m))
 
         def start(h, slot):
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copies.start_copy(refs.states_gmem.at[b, h, m], refs.S.at[slot])
+            copy = lambda state: copies.start_copy(state, refs.S.at[slot])
+            if odd is None:
+                copy(refs.states_gmem.at[b, h, m])
+            else:
+                pair, second = divide(m, 2)
+                pl.when(second == 0)(lambda: copy(refs.states_gmem.at[b, h, pair]))
+                pl.when(second == 1)(lambda: copy(refs.odd_gmem.at[row, h, pair]))
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
 
         def step(n, dC):
@@ -281,24 +344,24 @@ def of_reads(size, C, g, states, dy):
                 z = warps.dot(zeros(CHUNK, half), dy, refs.S.at[slot, :, columns])
                 read += jnp.sum(z * load(refs.C.at[:, columns]), axis=1)
                 sums.append(sum_of_half + z * over_columns(from_start, z.shape))
-            refs.read_gmem.at[b, h, m][...] = read * from_start
+            refs.read_gmem.at[row, h, m][...] = read * from_start
             return tuple(sums)
 
         start(first, 0)
         copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C)
         dC = loop(together, step, tuple(zeros(CHUNK, half) for _ in range(0, N, half)))
         for n, z in zip(range(0, N, half), dC, strict=True):
-            refs.dC_gmem.at[(*at, of_sum, slice(n, n + half))][...] = z
+            refs.dC_gmem.at[(*out, of_sum, slice(n, n + half))][...] = z
         copies.arrived()
 
-    sums = (size.batch, size.length, size.heads // together, N)
+    sums = (rows, size.length, size.heads // together, N)
     return kernel(
         body,
         name="ssd_portable_of_reads",
-        inputs={"C": C, "g": g, "states": states, "dy": dy},
+        inputs={"first": first, "C": C, "g": g, "states": states, "odd": odd, "dy": dy},
         outputs={
             "dC": jax.ShapeDtypeStruct(sums, jnp.float32),
-            "read": jax.ShapeDtypeStruct((*states.shape[:3], CHUNK), jnp.float32),
+            "read": jax.ShapeDtypeStruct((rows, size.heads, size.chunks, CHUNK), jnp.float32),
         },
         scratch={
             "dy": tiles.tile(2, CHUNK, P),
@@ -306,6 +369,6 @@ def of_reads(size, C, g, states, dy):
             "C": tiles.tile(CHUNK, N),
             "g": plgpu.SMEM((2, CHUNK), jnp.float32),
         },
-        grid={"blocks": size.batch * size.chunks * (size.heads // together)},
+        grid={"blocks": rows * size.chunks * (size.heads // together)},
         threads=1,
     )
