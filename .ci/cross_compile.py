@@ -36,9 +36,10 @@ MOST_SPILLED = {
     "WKV6 portable, forward": 40,
     "WKV6 portable, forward that saves": 40,
     "WKV6 portable, backward": 1180,
-    "SSD portable, forward": 420,
-    "SSD portable, forward that saves": 420,
-    "SSD portable, backward": 1240,
+    "SSD portable, forward": 480,
+    "SSD portable, forward that saves": 480,
+    "SSD portable, backward, ends": 440,
+    "SSD portable, backward, of inputs": 420,
     "SSD portable, splits, forward": 60,
     "WKV6 Hopper, forward": 60,
     "WKV6 Hopper, forward that saves": 80,
@@ -61,6 +62,12 @@ VARIANTS = {
     "SSD Hopper": ("ssd", "mosaic", "bfloat16"),
     "WKV6 Hopper, float32": ("wkv6", "mosaic", "float32"),
     "SSD Hopper, float32": ("ssd", "mosaic", "float32"),
+}
+
+# Names of the kernels of a backward pass, by their number
+BACKWARD = {
+    1: ["backward"],
+    3: ["backward, ends", "backward, of inputs", "backward, of reads"],
 }
 
 
@@ -132,10 +139,10 @@ def kernels(op, impl, dtype, capability):
     """(name, serialised kernel) of everything that an implementation may launch."""
     many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
     yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
-    saving, backward = lowered(op, impl, dtype, capability, many)
+    saving, *backward = lowered(op, impl, dtype, capability, many)
     yield "forward that saves", saving
-    yield "backward", backward
-    forwards, _, backwards, _ = lowered(op, impl, dtype, capability, few)
+    yield from zip(BACKWARD[len(backward)], backward, strict=True)
+    forwards, _, backwards, *_ = lowered(op, impl, dtype, capability, few)
     yield "splits, forward", forwards
     yield "splits, backward", backwards
 
