@@ -11,7 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import CHUNK
 
-
 # Of 16-bit numbers
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
