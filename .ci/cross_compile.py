@@ -33,6 +33,8 @@ GPUS = {
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
 MOST_SPILLED = {
+    "Blends, gradients by input": 160,
+    "Blends, gradients by parameters": 40,
     "WKV6 portable, forward": 40,
     "WKV6 portable, forward that saves": 40,
     "WKV6 portable, backward": 1180,
@@ -62,6 +64,15 @@ VARIANTS = {
     "SSD Hopper": ("ssd", "mosaic", "bfloat16"),
     "WKV6 Hopper, float32": ("wkv6", "mosaic", "float32"),
     "SSD Hopper, float32": ("ssd", "mosaic", "float32"),
+    "Blends": ("blends", "portable", "bfloat16"),
+    "Blends of constant shares": ("constant_blends", "portable", "bfloat16"),
+    "Head norm": ("head_norm", "portable", "bfloat16"),
+}
+# Kernels in the order they run, of what is no recurrence.
+OTHERS = {
+    "blends": ("forward", "gradients by input", "gradients by parameters"),
+    "constant_blends": ("forward", "gradients by input", "gradients by parameters"),
+    "head_norm": ("forward", "backward"),
 }
 
 # Names of the kernels of a backward pass, by their number
@@ -105,12 +116,16 @@ def compile_all(gpu, wheels):
     compiler = prepare(wheels)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
+    capability = tuple(map(int, gpu.split(".")))
+    found = mamba2_kernels(capability)
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
-            for kernel, module in kernels(op, impl, dtype, tuple(map(int, gpu.split(".")))):
-                row = {"gpu": gpu, "kernel": f"{variant}, {kernel}"} | compiled(compiler, module)
-                print(row, file=sys.stderr)
-                rows.append(row)
+            of_variant = kernels(op, impl, dtype, capability)
+            found += [(f"{variant}, {kernel}", module) for kernel, module in of_variant]
+    for kernel, module in found:
+        row = {"gpu": gpu, "kernel": kernel} | compiled(compiler, module)
+        print(row, file=sys.stderr)
+        rows.append(row)
     return rows
 
 
@@ -137,6 +152,9 @@ def prepare(wheels):
 
 def kernels(op, impl, dtype, capability):
     """(name, serialised kernel) of everything that an implementation may launch."""
+    if op in OTHERS:
+        yield from zip(OTHERS[op], lowered(op, impl, dtype, capability, (8, 4096, 12)), strict=True)
+        return
     many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
     yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
     saving, *backward = lowered(op, impl, dtype, capability, many)
@@ -147,25 +165,69 @@ def kernels(op, impl, dtype, capability):
     yield "splits, backward", backwards
 
 
+def mamba2_kernels(capability):
+    """(name, serialised kernel) of what Mamba-2's mixer launches beside its recurrence."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels import causal_conv
+    from gt_jax.kernels.gated_norm import gated_norm
+
+    found, names = [], ("conv, forward", "norm, forward", "norm, backward", "conv, backward")
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    for inner, documents in ((1536, True), (384, False), (2048, False)):
+        sizes, tokens = causal_conv.Sizes(inner, 128, inner // 64), (16, 2048)
+        parameters = (sizes.channels, 4), (sizes.channels,), (inner,)
+        weight, bias, scale = (array(*shape, dtype=jnp.float32) for shape in parameters)
+
+        def mixer(projected, weight, bias, y, scale, sizes=sizes, documents=documents):
+            seen = jnp.zeros(y.shape[:2], jnp.int32) if documents else None
+            z, *parts = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
+            return parts, gated_norm(1e-5, y, z, scale)
+
+        projected, y = array(*tokens, sizes.padded_width), array(*tokens, inner)
+        calls = calls_of(mixer, [projected, weight, bias, y, scale], capability)
+        kind = f"{inner} channels" + (", documents" if documents else "")
+        found += [(f"Mamba-2 {name}, {kind}", z) for name, z in zip(names, calls, strict=True)]
+    return found
+
+
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):
     """Serialised kernels of one call in the order they run."""
     import jax
     import jax.numpy as jnp
-    from jaxlib.mlir import ir
 
     from gt_jax import kernels
-    from gt_jax.kernels.pallas import devices
-    from gt_jax.kernels.pallas.architectures import lowered_for
+    from gt_jax.kernels import head_norm, token_shift
 
     B, T, H = shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     wide = array(B, T, H, 64, dtype=dtype)
+    flat, of_model = array(B, T, H * 64, dtype=dtype), array(H * 64)
+    shared = array(B, T, 1, 128, dtype=dtype)
+    function = lambda *inputs: getattr(kernels, op)(*inputs, impl=impl)
     if op == "wkv6":
         inputs = [wide, wide, wide, array(B, T, H, 64), array(H, 64)]
-    else:
-        shared = array(B, T, 1, 128, dtype=dtype)
+    elif op == "ssd":
         inputs = [wide, array(B, T, H), array(H), shared, shared]
-    function = lambda *inputs: getattr(kernels, op)(*inputs, impl=impl)
+    elif op == "head_norm":
+        inputs = [wide, flat, of_model, of_model]
+        function = lambda *inputs: head_norm.gated(*inputs, 64e-5)
+    else:
+        inputs = [flat, array(5, H * 64)]
+        if op == "blends":
+            inputs += [array(B, T, 5 * 32, dtype=dtype), array(5, 32, H * 64)]
+        function = lambda x, *shares: token_shift.blends(x, None, None, *shares)
+    return calls_of(function, inputs, capability, gradient=gradient)
+
+
+def calls_of(function, inputs, capability, *, gradient=True):
+    """Serialised kernels of a function and its gradient in the order they run."""
+    import jax
+    from jaxlib.mlir import ir
+
+    from gt_jax.kernels.pallas import devices
+    from gt_jax.kernels.pallas.architectures import lowered_for
 
     def gradients(*inputs):
         outputs, pull_back = jax.vjp(function, *inputs)
@@ -218,7 +280,7 @@ def compiled(compiler, module):
     return {
         "registers": number(r"Used (\d+) registers"),
         "spilled": number(r"(\d+) bytes spill stores"),
-        "shared": number(r"(\d+) bytes of shared memory"),
+        "shared": max(0, number(r"(\d+) bytes of shared memory")),  # not said where none is used
     }
 
 

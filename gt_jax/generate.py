@@ -120,8 +120,11 @@ def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **sett
         known = before.length - len(before.waiting) if before else 0
         in_chunks = context.length - len(context.waiting) - known
         steps = len(context.waiting) - 1 + len(written)
+        prefill_part = f"prefill: {in_chunks:,} tokens{_speed(in_chunks, prefilled - began)}"
+        if not in_chunks:  # too short for a chunk
+            prefill_part = f"prefill: none, {len(ids):,} prompt tokens are read while decoding"
         print(
-            f"prefill: {in_chunks:,} tokens{_speed(in_chunks, prefilled - began)}; "
+            f"{prefill_part}; "
             f"decode: {steps:,} tokens ({len(written):,} new){_speed(steps, ended - prefilled)}",
             file=sys.stderr,
         )

@@ -48,7 +48,7 @@ ALLOWED = {
         "thresholds",
     },
     "analysis": {"models"},
-    "convert": {"archives", "checkpoint", "cli", "data", "finite", "models"},
+    "convert": {"archives", "checkpoint", "cli", "config_groups", "data", "finite", "models"},
     "generation": {"archives", "compilation", "data", "finite", "models"},
     "generate": {"checkpoint", "cli", "generation"},
     "server": {"data", "generation", "models"},

@@ -3,6 +3,7 @@
 Where the model is a run's, the run's own files tell: config.json, metrics.jsonl, provenance.jsonl.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax import checkpoint
+from gt_jax.config_groups import Optim
 from gt_jax.data.base import Tokenizer
 from gt_jax.models import ModelConfig, count_parameters
 
@@ -115,12 +117,38 @@ def _training(folder: Path, about: Mapping[str, Any]) -> list[str]:
         values = [row[name] for row in rows if isinstance(row.get(name), float)]
         if values:
             lines.append(f"- {name.replace('_', ' ').capitalize()}: {values[-1]:.4f} nats a token")
+    optimizer = "`, `".join(_optimizer(settings["optim"]))
+    lines += [f"- Optimizer: `{optimizer}`", f"- Seed: {settings['seed']}", ""]
     commands = [row["command"] for row in _rows(workdir / "provenance.jsonl") if "command" in row]
     if commands:
         command = re.sub(r"^\S*python\S*", "python", commands[-1])
-        lines += ["- Command:", "", f"      {command}"]
-    changed = ", ".join(f"{name}={value}" for name, value in sorted(settings["optim"].items()))
-    return [*lines, f"- Optimizer: {changed}; seed {settings['seed']}", ""]
+        lines += ["Command:", "", f"    {command}", ""]
+    return lines
+
+
+# What a reader of a card looks for, whatever its value.
+ALWAYS_SHOWN = ("name", "lr", "schedule", "warmup_steps", "weight_decay", "clip")
+
+
+def _optimizer(optim: Mapping[str, Any]) -> list[str]:
+    """A run's settings of the optimizer as flags: the usual ones, and those with other values."""
+    usual = _flat(dataclasses.asdict(Optim()))
+    found = _flat(optim)
+    names = [*ALWAYS_SHOWN, *(name for name in sorted(found) if name not in ALWAYS_SHOWN)]
+    return [
+        f"optim.{name}={found[name]}"
+        for name in names
+        if name in found and (name in ALWAYS_SHOWN or found[name] != usual.get(name))
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
 
 
 def _rows(path: Path) -> list[dict]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jax.typing import DTypeLike
 
-from gt_jax.kernels import ssd, ssd_step
+from gt_jax.kernels import causal_conv, context_parallel, gated_norm, ssd, ssd_step
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
@@ -24,6 +24,7 @@ from gt_jax.models.layers import (
     inputs_after,
     inputs_before,
     kernel_init,
+    project,
     recurrence,
     rms_norm,
     segment_index,
@@ -32,6 +33,7 @@ from gt_jax.models.layers import (
 )
 
 CONV_WIDTH = 4
+_FUSED = True  # whether the Pallas kernels of the convolution and the norm may run
 
 
 class MambaState(NamedTuple):
@@ -72,13 +74,24 @@ class Mamba2(nn.Module):
         E, N, H, G = c.mamba_dim, c.state_size, c.mamba_heads, c.mamba_groups
         batch, T, _ = x.shape
 
-        projected = dense(c, 2 * E + 2 * G * N + H, "in_proj", kernel_init(c, fan_in_uniform()))(x)
-        z, xBC, dt = jnp.split(projected, [E, 2 * E + 2 * G * N], axis=-1)
+        in_proj = dense(c, 2 * E + 2 * G * N + H, "in_proj", kernel_init(c, fan_in_uniform()))
+        conv = CausalConv(CONV_WIDTH, name="conv1d")
+        norm = GatedNorm(1e-5, G, name="norm")
         tail = None if state is None else state.conv
-        xBC, tail = CausalConv(CONV_WIDTH, name="conv1d")(xBC, tail, segment_ids)
-        if T == 1:  # without the barrier, XLA convolves once for each of the three
-            xBC = jax.lax.optimization_barrier(xBC)
-        values, B, C = jnp.split(xBC, [E, E + G * N], axis=-1)
+        fused = _takes_fused_kernels(c, batch, T, tail)
+        if fused:
+            sizes = _projection_sizes(c)
+            kernel = in_proj.kernel(c.dim)
+            kernel = jnp.pad(kernel, ((0, 0), (0, sizes.padded_width - kernel.shape[1])))
+            projected = project(x.astype(c.dtype), kernel)
+            parts, tail = conv.split_projection(sizes, projected, segment_ids)
+            projected, values, B, C, dt = parts  # z stays in `projected`
+        else:
+            z, xBC, dt = jnp.split(in_proj(x), [E, 2 * E + 2 * G * N], axis=-1)
+            xBC, tail = conv(xBC, tail, segment_ids)
+            if T == 1:  # without the barrier, XLA convolves once for each of the three
+                xBC = jax.lax.optimization_barrier(xBC)
+            values, B, C = jnp.split(xBC, [E, E + G * N], axis=-1)
         values = values.reshape(batch, T, H, c.mamba_head_dim)
         B, C = (y.reshape(batch, T, G, N) for y in (B, C))
         dt = dt.astype(jnp.float32)
@@ -96,10 +109,33 @@ class Mamba2(nn.Module):
             initial = None if state is None else state.ssm
             options |= {"initial_state": initial, "segment_ids": segment_ids}
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
-        y = GatedNorm(1e-5, G, name="norm")(y.reshape(batch, T, E), z)
+        y = y.reshape(batch, T, E)
+        y = norm.of_projection(y, projected) if fused else norm(y, z)
         official_out = fan_in_uniform(c.layers**-0.5)
         y = dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y)
         return y, MambaState(ssm, tail)
+
+
+def _projection_sizes(config: ModelConfig) -> causal_conv.Sizes:
+    """The columns of what in_proj gives."""
+    state = config.mamba_groups * config.state_size
+    return causal_conv.Sizes(config.mamba_dim, state, config.mamba_heads)
+
+
+def _takes_fused_kernels(config: ModelConfig, batch: int, T: int, tail: jax.Array | None) -> bool:
+    """Whether Pallas kernels compute the convolution and the norm: where those of the recurrence
+    run, from the start of sequences that one device holds."""
+    if not _FUSED or config.impl in ("chunked", "reference"):
+        return False
+    if config.mamba_groups > 1 or tail is not None:
+        return False
+    if context_parallel.current_axis() is not None:
+        return False
+    sizes = _projection_sizes(config)
+    return not (
+        causal_conv.unsupported(sizes, (batch, T), config.dtype)
+        or gated_norm.unsupported(sizes.inner, batch * T, config.dtype)
+    )
 
 
 class CausalConv(nn.Module):
@@ -108,6 +144,12 @@ class CausalConv(nn.Module):
     width: int
 
     @nn.compact
+    def weights(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        """[channels, width] and the bias [channels]."""
+        bound = symmetric_uniform(self.width**-0.5)  # PyTorch's default for Conv1d
+        weight = self.param("weight", bound, (channels, self.width))
+        return weight, self.param("bias", bound, (channels,))
+
     def __call__(
         self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
@@ -123,9 +165,7 @@ class CausalConv(nn.Module):
         """
         batch, T, channels = x.shape
         taps = self.width - 1
-        bound = symmetric_uniform(self.width**-0.5)  # PyTorch's default for Conv1d
-        weight = self.param("weight", bound, (channels, self.width))
-        bias = self.param("bias", bound, (channels,))
+        weight, bias = self.weights(channels)
         index = segment_index(segment_ids, (batch, T))
         same_as_last = (index[:, -taps:] == index[:, -1:])[..., None]
         tail = inputs_before(jnp.where(same_as_last, x[:, -taps:], 0), tail, segment_ids)
@@ -141,6 +181,19 @@ class CausalConv(nn.Module):
             new_tail = jnp.where(of_last[..., None], new_tail, 0)
 
         return _silu_of_conv(window, weight.T, bias, same), inputs_after(new_tail)
+
+    def split_projection(
+        self, sizes: causal_conv.Sizes, projected: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """What `causal_conv.split_and_convolve` gives of [B, T, width], and the new tail."""
+        batch, T, _ = projected.shape
+        index = segment_index(segment_ids, (batch, T))
+        seen = None if segment_ids is None else causal_conv.tokens_seen(index)
+        weight, bias = (z.astype(jnp.float32) for z in self.weights(sizes.channels))
+        parts: Any = causal_conv.split_and_convolve(sizes, projected, weight, bias, seen)
+        of_last = (index[:, 1 - self.width :] == index[:, -1:])[..., None]
+        tail = projected[:, 1 - self.width :, sizes.inner : sizes.inner + sizes.channels]
+        return parts, jnp.where(of_last, tail, 0)
 
 
 @jax.custom_vjp
@@ -208,8 +261,16 @@ class GatedNorm(nn.Module):
     groups: int = 1
 
     @nn.compact
+    def scale(self, width: int) -> jax.Array:
+        return self.param("scale", initializers.ones, (width,))
+
+    def of_projection(self, y: jax.Array, projected: jax.Array) -> jax.Array:
+        """The norm with z in the first columns of what `split_projection` hands on."""
+        scale = self.scale(y.shape[-1]).astype(jnp.float32)
+        return gated_norm.gated_norm(self.epsilon, y, projected, scale)
+
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
-        scale = self.param("scale", initializers.ones, (y.shape[-1],))
+        scale = self.scale(y.shape[-1])
         if self.groups == 1:
             return _gated_norm(y, z, scale, self.epsilon)
         sections = zip(*(jnp.split(x, self.groups, axis=-1) for x in (y, z, scale)))

@@ -5,6 +5,7 @@ channel by a small network; the decay of the recurrence is chosen the same way. 
 official names; dense kernels are [in, out].
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.nn import initializers
 
-from gt_jax.kernels import wkv6, wkv6_step
+from gt_jax.kernels import head_norm, token_shift, wkv6, wkv6_step
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
@@ -22,6 +23,7 @@ from gt_jax.models.layers import (
     branch_output_init,
     dense,
     inputs_after,
+    inputs_before,
     is_launch_bound,
     kernel_init,
     layer_norm,
@@ -34,6 +36,8 @@ from gt_jax.models.layers import (
 )
 
 orthogonal = initializers.orthogonal
+
+_HEAD_EPSILON = 64e-5  # of the norm of each head
 
 
 class TimeMixState(NamedTuple):
@@ -106,8 +110,7 @@ class TimeMix(nn.Module):
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
         y = y if bonus is None else y + bonus
-        y = HeadNorm(layer=self.layer, layers=c.layers, name="ln_x")(y)  # [B, T, D] float32
-        y = (y * jax.nn.silu(g.astype(jnp.float32))).astype(c.dtype)
+        y = HeadNorm(c, self.layer, name="ln_x")(y, g)  # [B, T, D]
         y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)
         return y, TimeMixState(wkv, inputs_after(x[:, -1]))
 
@@ -124,7 +127,15 @@ class TimeMix(nn.Module):
         w1 = self.param("time_maa_w1", initializers.zeros, (D, 5 * rank))
         w2 = self.param("time_maa_w2", symmetric_uniform(0.01), (5, rank, D))
 
-        delta = previous_token(x, None if state is None else state.last, segment_ids) - x
+        last = None if state is None else state.last
+        if token_shift.fits(self.config.impl, x, rank):
+            blend = functools.partial(_fused_blends, x, last, segment_ids)
+            (mixed,) = blend([shares["x"]])
+            w, k, v, r, g = blend(
+                [shares[name] for name in "wkvrg"], jnp.tanh(project(mixed, w1)), w2
+            )
+            return w, r, k, v, g
+        delta = previous_token(x, last, segment_ids) - x
         hidden = jnp.tanh(project(x + delta * shares["x"].astype(x.dtype), w1))
         if is_launch_bound(x):
             stacked = hidden.reshape(-1, 5, rank).swapaxes(0, 1)  # [5, B T, rank]
@@ -149,22 +160,28 @@ class TimeMix(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """GroupNorm with one group per head, [B, T, H, V] -> [B, T, H V] in float32."""
+    """GroupNorm with one group per head, gated: norm(y) silu(g), statistics in float32.
 
+    y [B, T, H, V] and g [B, T, H V] -> [B, T, H V] in the computation dtype.
+    """
+
+    config: ModelConfig
     layer: int
-    layers: int
 
     @nn.compact
-    def __call__(self, y: jax.Array) -> jax.Array:
+    def __call__(self, y: jax.Array, g: jax.Array) -> jax.Array:
         B, T, H, V = y.shape
+        scale_at_start = initializers.constant(((1 + self.layer) / self.config.layers) ** 0.7)
+        scale = self.param("scale", scale_at_start, (H * V,))
+        bias = self.param("bias", initializers.zeros, (H * V,))
+        if head_norm.fits(self.config.impl, y, g):
+            return head_norm.gated(y, g, scale, bias, _HEAD_EPSILON)
         y = y.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = (y * jax.lax.rsqrt(variance + 64e-5)).reshape(B, T, H * V)
-        scale_at_start = initializers.constant(((1 + self.layer) / self.layers) ** 0.7)
-        scale = self.param("scale", scale_at_start, (H * V,))
-        bias = self.param("bias", initializers.zeros, (H * V,))
-        return y * per_row(scale, B)[:, None] + per_row(bias, B)[:, None]
+        y = (y * jax.lax.rsqrt(variance + _HEAD_EPSILON)).reshape(B, T, H * V)
+        y = y * per_row(scale, B)[:, None] + per_row(bias, B)[:, None]
+        return (y * jax.nn.silu(g.astype(jnp.float32))).astype(self.config.dtype)
 
 
 class ChannelMix(nn.Module):
@@ -184,12 +201,22 @@ class ChannelMix(nn.Module):
             self.param(f"time_maa_{name}", shift_init(self.layer, c.layers, "channel"), (D,))
             for name in "kr"
         )
-        delta = previous_token(x, last, segment_ids) - x
-        x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
+        if token_shift.fits(c.impl, x):
+            x_k, x_r = _fused_blends(x, last, segment_ids, [share_k, share_r])
+        else:
+            delta = previous_token(x, last, segment_ids) - x
+            x_k, x_r = (x + delta * share.astype(x.dtype) for share in (share_k, share_r))
         k = dense(c, hidden_dim(D), "key", kernel_init(c, orthogonal(1.0)))(x_k)
         r = dense(c, D, "receptance", kernel_init(c, initializers.zeros))(x_r)
         y = dense(c, D, "value", output_init(c, initializers.zeros))(jnp.square(jax.nn.relu(k)))
         return jax.nn.sigmoid(r.astype(jnp.float32)) * y, inputs_after(x[:, -1])
+
+
+def _fused_blends(x, last, segment_ids, shares, *products):
+    """The blends of x [B, T, D] with the token before, by a kernel; see token_shift.blends."""
+    starts = None if segment_ids is None else resets(segment_ids)
+    last = inputs_before(x[:, -1], last, segment_ids)
+    return token_shift.blends(x, last, starts, jnp.stack(shares), *products)
 
 
 class BlockState(NamedTuple):

@@ -241,7 +241,10 @@ def test_a_fusion_or_a_setting_without_a_pytorch_form_is_refused_in_one_line(mon
 def test_the_card_has_data_loss_command_and_licence(tmp_path, monkeypatch):
     folder = tmp_path / "my_run" / "checkpoints" / "40"
     folder.mkdir(parents=True)
-    about = {"step": 40, "config": config.to_dict(config.Config())}
+    settings = config.to_dict(config.Config())
+    settings["optim"] |= {"lr": 1e-3, "ema": 0.9}
+    settings["optim"]["lr_multipliers"] |= {"rwkv": 2.0}
+    about = {"step": 40, "config": settings}
     monkeypatch.setattr(card.checkpoint, "find", lambda source: folder)
     monkeypatch.setattr(card.checkpoint, "read_about", lambda folder: about)
     rows = [{"step": 40, "validation_loss": 1.75}, {"step": 50, "validation_loss": 1.5}]
@@ -256,7 +259,10 @@ def test_the_card_has_data_loss_command_and_licence(tmp_path, monkeypatch):
         "# my_run",
         "Data: shakespeare, 163,840 tokens in 40 steps of 64 x 64",
         "Validation loss: 1.7500 nats a token",
-        "      python -m gt_jax.train --config=gf_mh",
+        "\nCommand:\n\n    python -m gt_jax.train --config=gf_mh\n",
+        "- Optimizer: `optim.name=adamw`, `optim.lr=0.001`, `optim.schedule=cosine`, "
+        "`optim.warmup_steps=50`, `optim.weight_decay=0.1`, `optim.clip=1.0`, `optim.ema=0.9`, "
+        "`optim.lr_multipliers.rwkv=2.0`\n",
         "Hybrid of RWKV-6 and Mamba-2 by fusion gf, 8 blocks of width 128: ",
         "Weights: apache-2.0.",
     ):
