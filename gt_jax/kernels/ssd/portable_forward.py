@@ -1,7 +1,8 @@
 """SSD on GPUs since compute capability 8.0: one fused Pallas kernel of products by warps.
 
 A block of the grid is one warpgroup, which walks the chunks of one head with its state in float32
-registers. Per chunk, with g the running sum of log2 decays from the chunk's start,
+registers and copies the next chunk while it computes. Per chunk, with g the running sum of log2
+decays from the chunk's start,
 
     y = (exp2(g_i - g_j) * C B^T * dt_j) x + exp2(g_i) (C S^T) + D x
     S <- exp2(g_end) S + (exp2(g_end - g) dt x)^T B
@@ -16,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
-from gt_jax.kernels.ssd import portable_sizes
 from gt_jax.kernels.ssd.hopper_sizes import sizes_of
 from gt_jax.kernels.ssd.portable_splits import add_weighed
 
@@ -50,9 +50,6 @@ def forward(
     size = sizes_of(x, B)
     P, N = size.P, size.N
     square, bf16 = (CHUNK, CHUNK), jnp.bfloat16
-    ahead = portable_sizes.TUNING.ahead
-    slots = 2 if ahead else 1
-    apart = portable_sizes.apart()  # chunks between the states saved
 
     def body(refs):
         S_s = refs.S
@@ -70,21 +67,15 @@ def forward(
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
         def step(m, S):
-            slot = lax.rem(m, jnp.int32(slots))
-            if not ahead:
-                start(m, 0)
+            pair, slot = divide(m, 2)
             copies.arrived()
             warps.sync()
-            if ahead:
-                pl.when(m < size.chunks - 1)(lambda: start(m + 1, 1 - slot))
+            pl.when(m < size.chunks - 1)(lambda: start(m + 1, 1 - slot))
             x_s, B_s, C_s, g_s = (z.at[slot] for z in (refs.x, refs.B, refs.C, refs.g))
             S_s[...] = S.astype(bf16)
             if save:
                 warps.sync_warp()
-
-                @pl.when(lax.rem(m, jnp.int32(apart)) == 0)
-                def _():
-                    copies.copy_out(S_s, refs.states_gmem.at[b, h, lax.div(m, jnp.int32(apart))])
+                pl.when(slot == 0)(lambda: copies.copy_out(S_s, refs.states_gmem.at[b, h, pair]))
 
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
             warps.sync()
@@ -105,19 +96,16 @@ def forward(
             y_s[...] = y.astype(bf16)
             warps.sync_warp()
             copies.copy_out(y_s, refs.y_gmem.at[b, tiles.tokens(m), h])
-            if not ahead:
-                warps.sync()
             return S
 
-        if ahead:
-            start(jnp.int32(0), 0)
+        start(jnp.int32(0), 0)
         if refs.state_gmem is None:
             S = warps.zeros(P, N)
         else:
             S = tiles.load_from_gmem(refs.state_gmem.at[b, h])
         refs.final_gmem.at[b, h][...] = loop(size.chunks, step, S)
 
-    saved = (size.batch, size.heads, pl.cdiv(size.chunks, apart), P, N)
+    saved = (size.batch, size.heads, pl.cdiv(size.chunks, 2), P, N)
     return kernel(
         body,
         name="ssd_portable_forward",
@@ -128,12 +116,12 @@ def forward(
             "states": jax.ShapeDtypeStruct(saved, bf16) if save else None,
         },
         scratch={
-            "x": tiles.tile(slots, CHUNK, P),
-            "B": tiles.tile(slots, CHUNK, N),
-            "C": tiles.tile(slots, CHUNK, N),  # then y
+            "x": tiles.tile(2, CHUNK, P),
+            "B": tiles.tile(2, CHUNK, N),
+            "C": tiles.tile(2, CHUNK, N),  # then y
             "S": tiles.tile(P, N),
-            "g": plgpu.SMEM((slots, CHUNK), jnp.float32),
-            "dt": plgpu.SMEM((slots, CHUNK), jnp.float32),
+            "g": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "dt": plgpu.SMEM((2, CHUNK), jnp.float32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,
