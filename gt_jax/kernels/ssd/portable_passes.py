@@ -21,12 +21,12 @@ from gt_jax.kernels.ssd.hopper_sizes import Sizes
 # what the state keeps of the token, and the token's term of the gradient of D.
 INPUT_ROWS = 4
 _BEFORE = BLOCKS - 1  # rows of zeros before the sums of blocks
-_MOST_TOGETHER = 32  # heads whose dB and dC a block adds, chosen by measuring
+MOST_TOGETHER = 32  # heads whose dB and dC a block adds, chosen by measuring
 
 
-def _heads_together(size):
-    """Heads of a group whose dB and dC one block adds."""
-    return max(n for n in range(1, _MOST_TOGETHER + 1) if size.heads_per_group % n == 0)
+def heads_together(size: Sizes) -> int:
+    """Heads of a group whose dB and dC one block adds: the largest divisor of their number."""
+    return max(n for n in range(1, MOST_TOGETHER + 1) if size.heads_per_group % n == 0)
 
 
 def _block(size, together):
@@ -65,7 +65,7 @@ def of_inputs(
     """
     P, N = size.P, size.N
     square, bf16, f32 = (CHUNK, CHUNK), jnp.bfloat16, jnp.float32
-    together = _heads_together(size)
+    together = heads_together(size)
 
     def body(refs):
         b, m, of_sum, group, first = _block(size, together)
@@ -209,7 +209,7 @@ def of_reads(
         [B, H, chunks, CHUNK].
     """
     P, N, half = size.P, size.N, 64
-    together = _heads_together(size)
+    together = heads_together(size)
 
     def body(refs):
         b, m, of_sum, group, first = _block(size, together)
