@@ -38,9 +38,11 @@ MOST_SPILLED = {
     "WKV6 portable, forward": 40,
     "WKV6 portable, forward that saves": 40,
     "WKV6 portable, backward": 1180,
-    "SSD portable, forward": 420,
-    "SSD portable, forward that saves": 420,
-    "SSD portable, backward": 1240,
+    "SSD portable, forward": 480,
+    "SSD portable, forward that saves": 480,
+    "SSD portable, backward, ends": 480,
+    "SSD portable, backward, of inputs": 420,
+    "SSD portable, backward, of reads": 20,
     "SSD portable, splits, forward": 60,
     "WKV6 Hopper, forward": 60,
     "WKV6 Hopper, forward that saves": 80,
@@ -70,6 +72,12 @@ VARIANTS = {
 OTHERS = {
     "blends": ("forward", "gradients by input", "gradients by parameters"),
     "head_norm": ("forward", "backward"),
+}
+
+# Names of the kernels of a backward pass, by their number
+BACKWARD = {
+    1: ["backward"],
+    3: ["backward, ends", "backward, of inputs", "backward, of reads"],
 }
 
 
@@ -148,10 +156,10 @@ def kernels(op, impl, dtype, capability):
         return
     many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
     yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
-    saving, backward = lowered(op, impl, dtype, capability, many)
+    saving, *backward = lowered(op, impl, dtype, capability, many)
     yield "forward that saves", saving
-    yield "backward", backward
-    forwards, _, backwards, _ = lowered(op, impl, dtype, capability, few)
+    yield from zip(BACKWARD[len(backward)], backward, strict=True)
+    forwards, _, backwards, *_ = lowered(op, impl, dtype, capability, few)
     yield "splits, forward", forwards
     yield "splits, backward", backwards
 

@@ -3,6 +3,8 @@
 What all Pallas kernels do alike is in test_mosaic.py, how they do on a GPU in test_ssd_mosaic.py.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,23 @@ from gt_jax.kernels import ssd
 from gt_jax.kernels.cases import SSD_REGIMES, ssd_inputs
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
-from tests.kernels.accuracy import assert_accurate
+from gt_jax.kernels.ssd.hopper_sizes import Sizes
+from tests.kernels.accuracy import (
+    assert_accurate,
+    random_cotangents,
+    relative_rms,
+    values_and_gradients,
+)
 from tests.kernels.hopper_kernels import SSD, too_old
 
 pytestmark = too_old
 # One function for all tests, so that the same shapes are compiled once.
 portable, reference = SSD.run("portable"), SSD.run("reference")
+
+
+def portable_passes():
+    """The module, which an older JAX cannot import."""
+    return importlib.import_module("gt_jax.kernels.ssd.portable_passes")
 
 
 def make(regime="typical", length=100, heads=2, groups=1, P=64, N=64):
@@ -36,7 +49,7 @@ def test_interpreted_kernel_matches_reference_in_every_decay_regime(
 
 @pytest.mark.parametrize(
     "length, heads, groups, P, N",
-    [(1, 1, 1, 64, 128), (130, 2, 2, 32, 16), (64, 2, 1, 128, 64), (65, 2, 1, 64, 256)],
+    [(1, 1, 1, 64, 128), (130, 4, 2, 32, 16), (64, 2, 1, 128, 64), (65, 2, 1, 64, 256)],
 )
 def test_interpreted_kernel_matches_reference_for_every_size(
     float64_in_every_thread, length, heads, groups, P, N
@@ -44,6 +57,35 @@ def test_interpreted_kernel_matches_reference_for_every_size(
     with devices.simulated("interpret"):
         inputs = make("wide", length, heads, groups, P, N)
         assert_accurate(portable, reference, inputs, SSD.arguments, "bfloat16")
+
+
+def test_interpreted_heads_of_a_group_in_several_blocks_match_reference(
+    float64_in_every_thread, monkeypatch
+):
+    monkeypatch.setattr(portable_passes(), "MOST_TOGETHER", 5)  # so 3 of the 6 heads of a group
+    inputs = make("typical", 128, heads=6)
+    with devices.simulated("interpret"):
+        assert_accurate(portable, reference, inputs, SSD.arguments, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "heads, groups, together",
+    [(64, 1, 32), (64, 4, 16), (24, 1, 24), (33, 11, 3), (132, 2, 22), (37, 1, 1)],
+)
+def test_a_block_adds_as_many_heads_of_one_group_as_divide_it(heads, groups, together):
+    size = Sizes(1, 64, heads, groups, 64, 64, 1)
+    assert portable_passes().heads_together(size) == together
+
+
+def test_interpreted_gradients_under_vmap_equal_a_loop(float64_in_every_thread):
+    examples = [make(), make("wide")]
+    cotangents = random_cotangents(reference, examples[0])
+    gradients = lambda *inputs: values_and_gradients(portable, inputs, cotangents)[1]
+    with devices.simulated("interpret"):
+        together = jax.vmap(gradients)(*(jnp.stack(z) for z in zip(*examples)))
+        for n, inputs in enumerate(examples):
+            for all_found, alone in zip(together, gradients(*inputs)):
+                assert relative_rms(all_found[n], alone) < 1e-6
 
 
 def test_interpreted_kernel_keeps_every_bit_of_a_state_nothing_changes(float64_in_every_thread):

@@ -1,10 +1,11 @@
-"""Moving tiles between memories by the warps that own their rows; see warps.py."""
+"""Moving tiles between memories by the warps of a block; see warps.py."""
 
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gt_jax.kernels.pallas import tiles
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.warps import BLOCK, inline
 
@@ -37,6 +38,96 @@ def copy_in(source, tile):
         tile[...] = source[...]
     else:
         tile[...] = plgpu.load(source, layout=_OWN_ROWS, optimized=False)
+
+
+def start_copy(source, tile):
+    """Copies 16-bit numbers [64, columns] into a tile and does not wait; see `arrived`."""
+    if interpreting():
+        tile[...] = source[...]
+        return
+
+    @inline((plgpu.RefType(), plgpu.RefType(tiles.TRANSFORMS)), None)
+    def copy(_, from_gmem, to_smem):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, nvvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        number = lambda n: mgpu.utils.c(n, i32)
+        element = ir.MemRefType(from_gmem.type).element_type
+        (rows, columns), (stride, _) = (
+            ir.MemRefType(from_gmem.type).shape,
+            ir.MemRefType(from_gmem.type).get_strides_and_offset()[0],
+        )
+        # Eight threads copy 128 bytes of a row, which swizzling keeps in a row of a tile [8, 64].
+        thread = mgpu.utils.thread_idx()
+        row, part = arith.divui(thread, number(8)), arith.remui(thread, number(8))
+        in_tile = arith.remui(row, number(8))
+        step, tiles_of_row = mgpu.utils.WARPGROUP_SIZE // 8, columns // 64
+        source = arith.addi(arith.muli(row, number(stride)), arith.muli(part, number(8)))
+        target = arith.addi(
+            arith.muli(arith.divui(row, number(8)), number(tiles_of_row * 512)),
+            arith.addi(
+                arith.muli(in_tile, number(64)),
+                arith.muli(arith.xori(part, in_tile), number(8)),
+            ),
+        )
+        pointer = lambda base, offset: mgpu.utils.getelementptr(base, [offset], element)
+        source = pointer(_global_pointer(from_gmem), source)
+        target = pointer(mgpu.utils.memref_ptr(to_smem), target)
+        for n in range(rows // step):
+            for tile_of_row in range(tiles_of_row):
+                nvvm.cp_async_shared_global(
+                    pointer(target, (n * step // 8 * tiles_of_row + tile_of_row) * 512),
+                    pointer(source, n * step * stride + tile_of_row * 64),
+                    16,
+                    nvvm.LoadCacheModifierKind.CG,
+                )
+
+    copy(source, tile)
+
+
+def start_copy_row(source, row):
+    """start_copy for [64] numbers of 32 bits, to be read by any warp."""
+    if interpreting():
+        row[...] = source[...]
+        return
+
+    @inline((plgpu.RefType(), plgpu.RefType()), None)
+    def copy(_, from_gmem, to_smem):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, nvvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        memref = ir.MemRefType(from_gmem.type)
+        # Two threads copy the same number.
+        n = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(memref.shape[0], i32))
+        source, target = (
+            mgpu.utils.getelementptr(pointer, [n], memref.element_type)
+            for pointer in (_global_pointer(from_gmem), mgpu.utils.memref_ptr(to_smem))
+        )
+        nvvm.cp_async_shared_global(target, source, 4, nvvm.LoadCacheModifierKind.CA)
+
+    copy(source, row)
+
+
+def arrived():
+    """Waits until what this thread started to copy is there; for all warps behind a sync."""
+    if interpreting():
+        return
+
+    def wait(_):
+        from jaxlib.mlir.dialects import nvvm
+
+        nvvm.cp_async_commit_group()
+        nvvm.cp_async_wait_group(0)
+
+    inline((), None)(wait)()
+
+
+def _global_pointer(memref):
+    from jaxlib.mlir.dialects import llvm
+
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(memref))
 
 
 def copy_in_narrow(source, tile):

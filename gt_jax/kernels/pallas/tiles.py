@@ -11,6 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import CHUNK
 
+# Of 16-bit numbers
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
 
 def tile(*shape, dtype=jnp.bfloat16):
     """Shared memory for matrices [..., rows, columns] in the layout wgmma and bulk copies want."""

@@ -1,7 +1,8 @@
 """SSD on GPUs since compute capability 8.0: one fused Pallas kernel of products by warps.
 
 A block of the grid is one warpgroup, which walks the chunks of one head with its state in float32
-registers. Per chunk, with g the running sum of log2 decays from the chunk's start,
+registers and copies the next chunk while it computes. Per chunk, with g the running sum of log2
+decays from the chunk's start,
 
     y = (exp2(g_i - g_j) * C B^T * dt_j) x + exp2(g_i) (C S^T) + D x
     S <- exp2(g_end) S + (exp2(g_end - g) dt x)^T B
@@ -11,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
-from gt_jax.kernels.pallas.warps import load_columns, load_rows
-from gt_jax.kernels.ssd import portable_sizes
 from gt_jax.kernels.ssd.hopper_sizes import sizes_of
 from gt_jax.kernels.ssd.portable_splits import add_weighed
 
@@ -52,34 +52,35 @@ def forward(
     square, bf16 = (CHUNK, CHUNK), jnp.bfloat16
 
     def body(refs):
-        x_s, B_s, C_s, S_s = refs.x, refs.B, refs.C, refs.S
+        S_s = refs.S
         b, h = divide(lax.axis_index("heads"), size.heads)
         group = h // (size.heads // size.groups)
         D_h = refs.D_gmem[h]
 
+        def start(m, slot):
+            """Starts to copy a chunk."""
+            at = (b, tiles.tokens(m))
+            copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x.at[slot])
+            copies.start_copy(refs.B_gmem.at[(*at, group)], refs.B.at[slot])
+            copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C.at[slot])
+            copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
+            copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
+
         def step(m, S):
-            at = (b, tiles.tokens(m), h)
-            copies.copy_in(refs.x_gmem.at[at], x_s)
-            copies.copy_in(refs.B_gmem.at[b, tiles.tokens(m), group], B_s)
-            copies.copy_in(refs.C_gmem.at[b, tiles.tokens(m), group], C_s)
-            g_m, dt_m = refs.g_gmem.at[b, h, m, 0], refs.dt_gmem.at[b, h, m]
-            g_i, g_j, dt_j = load_rows(g_m), load_columns(g_m), load_columns(dt_m)
-            g_end = refs.g_gmem[b, h, m, 0, CHUNK - 1]
+            pair, slot = divide(m, 2)
+            copies.arrived()
+            warps.sync()
+            pl.when(m < size.chunks - 1)(lambda: start(m + 1, 1 - slot))
+            x_s, B_s, C_s, g_s = (z.at[slot] for z in (refs.x, refs.B, refs.C, refs.g))
             S_s[...] = S.astype(bf16)
             if save:
                 warps.sync_warp()
+                pl.when(slot == 0)(lambda: copies.copy_out(S_s, refs.states_gmem.at[b, h, pair]))
 
-                @pl.when(lax.rem(m, jnp.int32(2)) == 0)
-                def _():
-                    copies.copy_out(S_s, refs.states_gmem.at[b, h, lax.div(m, jnp.int32(2))])
-
-            warps.sync()
-            if portable_sizes.TUNING.prefetch:
-                following = tiles.tokens(jnp.minimum(m + 1, size.chunks - 1))
-                copies.prefetch(refs.x_gmem.at[b, following, h])
-                for source in (refs.B_gmem, refs.C_gmem):
-                    copies.prefetch(source.at[b, following, group])
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
+            warps.sync()
+            g_i, g_j = tiles.load_rows(g_s), tiles.load_columns(g_s)
+            dt_j, g_end = tiles.load_columns(refs.dt.at[slot]), refs.g[slot, CHUNK - 1]
             i = tiles.iota(square, 0)
             passed = over_columns(g_i, square) - over_rows(g_j, square)
             passed = jnp.exp2(jnp.where(i >= tiles.iota(square, 1), passed, -jnp.inf))
@@ -94,10 +95,10 @@ def forward(
             y_s = C_s.at[:, :P]
             y_s[...] = y.astype(bf16)
             warps.sync_warp()
-            copies.copy_out(y_s, refs.y_gmem.at[at])
-            warps.sync()
+            copies.copy_out(y_s, refs.y_gmem.at[b, tiles.tokens(m), h])
             return S
 
+        start(jnp.int32(0), 0)
         if refs.state_gmem is None:
             S = warps.zeros(P, N)
         else:
@@ -115,10 +116,12 @@ def forward(
             "states": jax.ShapeDtypeStruct(saved, bf16) if save else None,
         },
         scratch={
-            "x": tiles.tile(CHUNK, P),
-            "B": tiles.tile(CHUNK, N),
-            "C": tiles.tile(CHUNK, N),  # then y
+            "x": tiles.tile(2, CHUNK, P),
+            "B": tiles.tile(2, CHUNK, N),
+            "C": tiles.tile(2, CHUNK, N),  # then y
             "S": tiles.tile(P, N),
+            "g": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "dt": plgpu.SMEM((2, CHUNK), jnp.float32),
         },
         grid={"heads": size.batch * size.heads},
         threads=1,
