@@ -12,16 +12,14 @@ gt_jax/training/utilization.py says how model FLOPs are counted.
 """
 
 import collections
-import glob
 import re
 import sys
-import tempfile
 
 import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments.lab import command
+from experiments.lab import command, traces
 from experiments.lab.timing import Trainer
 from gt_jax import cli
 from gt_jax.config import computation_dtype, from_config_dict
@@ -79,12 +77,7 @@ def print_costs(run, hlo, *, steps, top):
         layer = r"LanguageModel(\.\w+)?|blocks_\d+/"
         where = re.sub(rf"jit\(\w+\)/|{layer}|while/body/|closed_call/", "", where)
         origin[re.sub(r"\W", "_", name)] = where
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run(steps)
-        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        planes = list(jax.profiler.ProfileData.from_file(path).planes)
-    devices = [p for p in planes if p.name.startswith("/device:")] or planes
+    devices = traces.planes(lambda: run(steps))
     total, count = collections.Counter(), collections.Counter()
     for event in (event for plane in devices for line in plane.lines for event in line.events):
         name = re.sub(r"\W", "_", event.name)

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -24,7 +23,7 @@ from experiments import lab
 from experiments.lab import command, programs, results
 from experiments.lab.families import FAMILIES, HYBRID, match
 from experiments.lab.statistics import estimate
-from experiments.lab.timing import Decoder, Trainer, random_params, total_bytes
+from experiments.lab.timing import Decoder, Trainer, random_params, spread, total_bytes
 from gt_jax.errors import InputError
 from gt_jax.models import count_parameters, make_model
 from gt_jax.training import backend
@@ -218,12 +217,6 @@ def time_decoding(made, point, stretches, _):
 def described(family, model):
     c = model.config
     return [family, f"{c.dim} x {c.layers}", count_parameters(c)["total"]]
-
-
-def spread(values):
-    """Median and range in the form of an estimate."""
-    found = {"mean": statistics.median(values), "low": min(values), "high": max(values)}
-    return found | {"n": len(values), "values": values}
 
 
 def plots(families, trained, written):

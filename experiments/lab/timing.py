@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import statistics
 import time
 
 import jax
@@ -21,37 +22,66 @@ from gt_jax.training.step import init_state, make_train_step
 ENDLESS = 2**30  # tokens asked for
 
 
+def trainer_of(config, vocab):
+    """(model, learning rate by update, optimizer, random key -> TrainState) of a run."""
+    model = make_model(make_model_config(config, vocab))
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    return model, schedule, tx, functools.partial(init_state, model, tx, config)
+
+
 class Trainer:
     """The trainer's own step on random tokens, ready to be timed."""
 
-    def __init__(self, config, vocab):
-        """Args: config: of the run, on all devices. vocab: number of token ids."""
-        mesh = parallel.make_mesh()
-        self.model = make_model(make_model_config(config, vocab))
-        schedule = make_schedule(config.optim, config.train.steps)
-        tx = make_optimizer(config.optim, schedule)
-        init = functools.partial(init_state, self.model, tx, config)
-        zeros = jax.tree.map(
-            lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init, jax.random.key(0))
-        )
-        state = zeros.replace(params=random_params(self.model))
-        self.state = jax.device_put(state, parallel.state_sharding(mesh))
+    def __init__(self, config, vocab, devices=None):
+        """Args: config: of the run. vocab: number of token ids. devices: all if None."""
+        share = config.parallel
+        self.mesh = parallel.make_mesh(share.fsdp, share.sequence, devices)
+        self.model, schedule, tx, init = trainer_of(config, vocab)
+        self.shapes = jax.eval_shape(init, jax.random.key(0))
+        self.shardings = parallel.state_sharding(self.mesh, self.shapes)
         B, T = config.train.batch_size, config.train.seq_len
         tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
-        batches = make_batches((tokens,), order="windows", batch_size=B, seq_len=T)
-        self.feed = parallel.prefetch(batches, mesh, "jit")
+        shape = {"batch_size": B, "seq_len": T}
+        self.read = functools.partial(make_batches, (tokens,), order="windows", **shape)
+        self.state = None  # until it runs, so that it holds no memory before
 
         began = time.perf_counter()
         make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
-        activation = B * T * self.model.config.dim
-        train_step = parallel.compile_train_step(make_step, mesh, "jit", activation=activation)
+        train_step = parallel.compile_train_step(
+            make_step, self.mesh, "jit", self.shapes, activation=B * T * self.model.config.dim
+        )
+        batch = next(self.read())
         with LOWERING:
-            lowered = train_step.lower(self.state, next(self.feed)[0])
+            lowered = train_step.lower(
+                parallel.shapes_on(self.shardings, self.shapes),
+                parallel.shapes_on(parallel.batch_shardings(batch, self.mesh), batch),
+            )
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 
+    def restart(self, state=None):
+        """Back to the first batch, with a TrainState or, if None, random parameters."""
+        self.state = state
+        if state is None:
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
+            state = zeros.replace(params=random_params(self.model))
+            self.state = jax.device_put(state, self.shardings)
+        self.feed = parallel.prefetch(self.read(), self.mesh, "jit")
+
+    def losses(self, steps):
+        """Of so many steps, float each."""
+        found = []
+        for _ in range(steps):
+            batch, _ = next(self.feed)
+            self.state, metrics = self.compiled(self.state, batch)
+            found.append(float(metrics["loss"]))
+        return found
+
     def run(self, steps):
         """Seconds of so many steps."""
+        if self.state is None:
+            self.restart()
         began = time.perf_counter()
         for _ in range(steps):
             batch, _ = next(self.feed)
@@ -115,6 +145,12 @@ def copy_bandwidth(effort):
     """Bytes read and written per second by the fastest of several large copies."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**30
     return 2e3 * size / min(timings(jax.jit(jnp.copy), [(jnp.ones(size, jnp.int8),)], effort))
+
+
+def spread(values):
+    """Median and range in the form of an estimate."""
+    found = {"mean": statistics.median(values), "low": min(values), "high": max(values)}
+    return found | {"n": len(values), "values": values}
 
 
 def total_bytes(tree):

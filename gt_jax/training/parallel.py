@@ -14,7 +14,7 @@ processes each makes the rows of a batch that its devices need (`own_rows`), and
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,19 @@ from gt_jax.models import fsdp
 from gt_jax.training.step import Gradients, TrainState
 
 
-def make_mesh(fsdp: int = 1, sequence: int = 1) -> Mesh:
-    """All devices of the run, which fsdp * sequence must divide; axes of size 1 are left out.
+def make_mesh(
+    fsdp: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """All devices of the run, or those given, which fsdp * sequence must divide.
 
-    Neighbours share a row, so that what is exchanged most often has the shortest way.
+    Neighbours share a row, so that what is exchanged most often has the shortest way. Axes of size
+    1 are left out.
     """
-    sizes = {"batch": jax.device_count() // (fsdp * sequence), "fsdp": fsdp, "sequence": sequence}
+    number = jax.device_count() if devices is None else len(devices)
+    sizes = {"batch": number // (fsdp * sequence), "fsdp": fsdp, "sequence": sequence}
     sizes = {name: size for name, size in sizes.items() if name == "batch" or size > 1}
     types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
@@ -56,12 +60,7 @@ def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
 
 
 def compile_train_step(
-    make_step: Callable,
-    mesh: Mesh,
-    mode: str,
-    state: TrainState | None = None,
-    *,
-    activation: int,
+    make_step: Callable, mesh: Mesh, mode: str, state: TrainState | None = None, *, activation: int
 ) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
