@@ -132,10 +132,126 @@ def _einsum(equation, *operands, **options):
     XLA for CPUs of JAX 0.12 fuses a product with the elementwise operations on its result, and some
     of its compilations then return NaN from finite numbers, every time they are called.
     """
-    result = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options)
-    if jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12):
-        result = lax.optimization_barrier(result)
-    return result
+    return _apart(jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options))
+
+
+def _apart(x):
+    """x, on CPUs not fused with what reads it."""
+    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
+class Sums(NamedTuple):
+    """Sums of log decays w in a chunk of C tokens, cut into blocks; see the module's docstring."""
+
+    within: list[jax.Array]  # [..., C, K] per level inside a block, from its middle
+    above: list[tuple[jax.Array, jax.Array]]  # per level above: queries, keys [..., C/2b, b, K]
+    from_start: jax.Array  # [..., C, K] of the tokens before
+    to_end: jax.Array  # [..., C, K] of the tokens behind
+    total: jax.Array  # [..., K]
+
+
+def level_sums(w: jax.Array, block: int) -> Sums:
+    """Sums of w [..., C, K] for every level, without a difference; linear in w.
+
+    A half block of 2b tokens is two of b: sums before a token grow by the first half's total in the
+    second half, sums behind it by the second half's total in the first.
+    """
+    *lead, C, K = w.shape
+    before = behind = jnp.zeros_like(w)
+    total, within, above = w, [], []  # of each half block: [..., C / b, K]
+    for b in (1 << level for level in range(C.bit_length() - 1)):
+        second_half = (np.arange(C) // b % 2 == 1)[:, None]
+        if b < block:
+            within.append(jnp.where(second_half, before, behind))
+        else:
+            above.append((halves(before, b)[1], halves(behind, b)[0]))
+        first, second = halves(total, 1)  # [..., C / 2b, 1, K]
+        zero = jnp.zeros_like(first)
+        grown = lambda sums, *by: (
+            sums.reshape(*lead, C // (2 * b), 2, b, K) + jnp.stack(by, axis=-3)
+        ).reshape(w.shape)
+        before, behind = grown(before, zero, first), grown(behind, second, zero)
+        total = (first + second)[..., 0, :]
+    return Sums(within, above, before, behind, total[..., 0, :])
+
+
+def halves(x: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., C, X] -> both halves [..., C / 2b, b, X] of its blocks of 2b (b = b.shape[-2])."""
+    b = b if isinstance(b, int) else b.shape[-2]
+    x = x.reshape(*x.shape[:-2], -1, 2, b, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def sum_channels(x: jax.Array) -> jax.Array:
+    """[..., X] -> [..., 1]."""
+    return _apart(jnp.sum(_apart(x), axis=-1, keepdims=True))
+
+
+def carry_chunks(
+    state: jax.Array, decay: jax.Array, update: jax.Array, *, reverse: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """States around each chunk under S <- decay * S + update.
+
+    Args:
+        state: [B, H, X, Y] before the first chunk (after the last one if reverse).
+        decay: [M, B, H, X or 1, Y or 1] per chunk.
+        update: [M, B, H, X, Y] per chunk.
+
+    Returns:
+        [M, B, H, X, Y], the state each chunk starts from, and the state after them all.
+    """
+
+    def step(state, chunk):
+        decay, update = chunk
+        return decay * state + update, state
+
+    unroll = min(16, update.shape[0])
+    state, starts = lax.scan(step, state, (decay, update), reverse=reverse, unroll=unroll)
+    return starts, state
+
+
+def scan_tokens(
+    body: Callable,
+    carry: Any,
+    arrays: tuple[jax.Array, ...],
+    plan: Plan,
+    *,
+    per_group: Any = None,
+    reverse: bool = False,
+) -> tuple[Any, Any, tuple[jax.Array, ...]]:
+    """Runs over a sequence group by group; a single group is inlined.
+
+    Args:
+        body: (carry, its entry of per_group, *arrays of the group) -> (carry, result, outputs);
+            arrays and outputs are [M, B, H, C, ...].
+        carry: of the first group.
+        arrays: [B, T, H, ...]; tokens past the end are zero.
+        per_group: leaves [groups, ...].
+
+    Returns:
+        The last carry, the results [groups, ...] and the outputs [B, T, H, ...].
+    """
+    tokens = plan.chunks * plan.steps
+    past_end = plan.groups * tokens - plan.length
+    padded = [jnp.pad(x, ((0, 0), (0, past_end)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+
+    def step(carry, group):
+        index, entry = group
+        # Slices, since [groups, B, ...] would be a copy of each array in another order.
+        of_group = [lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1) for x in padded]
+        chunks = (rearrange(x, "b (m c) h ... -> m b h c ...", c=plan.steps) for x in of_group)
+        carry, result, outputs = body(carry, entry, *chunks)
+        return carry, (result, [rearrange(x, "m b h c ... -> b (m c) h ...") for x in outputs])
+
+    if plan.groups == 1:
+        entry = jax.tree.map(lambda x: x[0], per_group)
+        carry, (result, outputs) = step(carry, (0, entry))
+        result = jax.tree.map(lambda x: x[None], result)
+    else:
+        groups = (jnp.arange(plan.groups), per_group)
+        carry, (result, outputs) = lax.scan(step, carry, groups, reverse=reverse)
+        outputs = [rearrange(x, "g b t ... -> b (g t) ...") for x in outputs]
+    return carry, result, tuple(x[:, : plan.length] for x in outputs)
 
 
 def carry_state(
