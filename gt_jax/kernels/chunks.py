@@ -28,42 +28,51 @@ LOWEST_LOG_DECAY = -1e4
 
 # Temporaries grow with the tokens worked on at once, so long sequences go group by group.
 _GROUP_TOKENS = 1024
+# Numbers of an input that a CPU works on at once. There are dozens of temporaries as large, which
+# then stay in its caches, and a call takes little fresh memory: the kernel of the operating system
+# needs longer to hand out a page than a CPU to fill it.
+_CPU_GROUP_NUMBERS = 2**16
 
 
 class Plan(NamedTuple):
-    """How a sequence is cut: `groups` one after the other, `chunks` of `steps` tokens at once."""
+    """How a batch is cut: `groups` one after the other, `chunks` of `steps` tokens at once."""
 
     length: int
     groups: int
     chunks: int
     steps: int
+    rows: int  # of the batch at once
     operand_dtype: jnp.dtype  # of matmul operands; products accumulate in the state's dtype
 
 
 def make_plan(
-    length: int, chunk_size: int, dtype: DTypeLike, precision: str, state_dtype: DTypeLike
+    length: int,
+    chunk_size: int,
+    dtype: DTypeLike,
+    precision: str,
+    state_dtype: DTypeLike,
+    *,
+    batch: int = 1,
+    token_width: int = 1,
 ) -> Plan:
-    """Cuts `length` tokens into equal groups of at most about _GROUP_TOKENS."""
+    """Cuts `batch` rows of `length` tokens into equal groups of at most about _GROUP_TOKENS.
+
+    On a CPU a group has at most about _CPU_GROUP_NUMBERS, if a token has `token_width` of them.
+    """
     if chunk_size < 2 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two, at least 2")
     steps = min(chunk_size, max(2, 1 << (length - 1).bit_length()))
-    groups = math.ceil(length / max(_GROUP_TOKENS, steps))
+    most_tokens, rows = _GROUP_TOKENS, batch
+    if jax.default_backend() == "cpu":
+        most_tokens = min(_GROUP_TOKENS, _CPU_GROUP_NUMBERS // token_width)
+    groups = math.ceil(length / max(most_tokens, steps))
     chunks = math.ceil(length / groups / steps)
+    if jax.default_backend() == "cpu":
+        most_rows = max(1, _CPU_GROUP_NUMBERS // (chunks * steps * token_width))
+        rows = max(n for n in range(1, min(batch, most_rows) + 1) if batch % n == 0)
     exact = precision == "highest" or dtype == jnp.float16  # states can exceed float16's range
     operand_dtype = jnp.dtype(state_dtype if exact else dtype)
-    return Plan(length, groups, chunks, steps, operand_dtype)
-
-
-def to_chunks(x: jax.Array, plan: Plan) -> jax.Array:
-    """[B, T, H, ...] -> [groups, B, H, chunks, steps, ...]; tokens past the end are zero."""
-    padding = plan.groups * plan.chunks * plan.steps - plan.length
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    return rearrange(x, "b (g m c) h ... -> g b h m c ...", g=plan.groups, c=plan.steps)
-
-
-def from_chunks(x: jax.Array, plan: Plan) -> jax.Array:
-    """[groups, B, H, chunks, steps, ...] -> [B, T, H, ...]."""
-    return rearrange(x, "g b h m c ... -> b (g m c) h ...")[:, : plan.length]
+    return Plan(length, groups, chunks, steps, rows, operand_dtype)
 
 
 class Levels(NamedTuple):
@@ -184,11 +193,20 @@ def halves(x: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def sum_channels(x: jax.Array) -> jax.Array:
     """[..., X] -> [..., 1]."""
-    return _apart(jnp.sum(_apart(x), axis=-1, keepdims=True))
+    if jax.default_backend() != "cpu":
+        return jnp.sum(x, axis=-1, keepdims=True)
+    X = x.shape[-1]
+    sums = _einsum("rx,xy->ry", x.reshape(-1, X), jnp.ones((X, 1), x.dtype))
+    return sums.reshape(*x.shape[:-1], 1)
 
 
 def carry_chunks(
-    state: jax.Array, decay: jax.Array, update: jax.Array, *, reverse: bool = False
+    state: jax.Array,
+    decay: jax.Array,
+    update: jax.Array,
+    *,
+    reverse: bool = False,
+    starts_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """States around each chunk under S <- decay * S + update.
 
@@ -196,18 +214,30 @@ def carry_chunks(
         state: [B, H, X, Y] before the first chunk (after the last one if reverse).
         decay: [M, B, H, X or 1, Y or 1] per chunk.
         update: [M, B, H, X, Y] per chunk.
+        starts_dtype: of the states that chunks start from, where nothing reads them but products.
 
     Returns:
         [M, B, H, X, Y], the state each chunk starts from, and the state after them all.
     """
+    if starts_dtype is None or jax.default_backend() == "cpu":  # see _round_to_bfloat16
+        starts_dtype = state.dtype
 
     def step(state, chunk):
         decay, update = chunk
-        return decay * state + update, state
+        return decay * state + update, state.astype(starts_dtype)
 
     unroll = min(16, update.shape[0])
     state, starts = lax.scan(step, state, (decay, update), reverse=reverse, unroll=unroll)
     return starts, state
+
+
+def map_rows(function: Callable, plan: Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """function(*arrays) -> arrays, all [B, ...], for plan.rows of the batch at a time."""
+    if plan.rows == arrays[0].shape[0]:
+        return function(*arrays)
+    parts = [x.reshape(-1, plan.rows, *x.shape[1:]) for x in arrays]
+    results = lax.map(lambda part: function(*part), parts)
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in results)
 
 
 def scan_tokens(

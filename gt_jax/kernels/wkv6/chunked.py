@@ -25,6 +25,7 @@ from gt_jax.kernels.chunks import (
     level_sums,
     levels,
     make_plan,
+    map_rows,
     named,
     product,
     scan_tokens,
@@ -49,7 +50,11 @@ def wkv6_chunked(
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
-    plan = make_plan(r.shape[1], chunk_size, r.dtype, precision, initial_state.dtype)
+    B, T, H, K = r.shape
+    width = H * max(K, v.shape[-1])
+    plan = make_plan(
+        T, chunk_size, r.dtype, precision, initial_state.dtype, batch=B, token_width=width
+    )
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)
     # A token that starts a segment reads nothing but itself, and passes nothing earlier on.
@@ -70,7 +75,11 @@ def _forward(r, k, v, w, u, state, plan):
         o, final_state = _group_forward(*inputs, u, state, plan)
         return final_state, state, (o,)
 
-    final_state, states, (o,) = scan_tokens(group, state, (r, k, v, w), plan)
+    def rows(r, k, v, w, state):
+        final_state, states, (o,) = scan_tokens(group, state, (r, k, v, w), plan)
+        return o, final_state, states.swapaxes(0, 1)
+
+    o, final_state, states = map_rows(rows, plan, r, k, v, w, state)
     o, final_state, states = named(o, final_state, states)
     return (o, final_state), (r, k, v, w, u, states)
 
@@ -84,11 +93,15 @@ def _backward(plan, residuals, cotangents):
         *grads, du_group, dstate = _group_backward(state, *inputs, u, dstate, plan)
         return (dstate, du + du_group), None, tuple(grads)
 
-    carry = (dstate, jnp.zeros(u.shape, dstate.dtype))
-    (dstate, du), _, grads = scan_tokens(
-        group, carry, (r, k, v, w, do), plan, per_group=states, reverse=True
-    )
-    return *grads, du.astype(u.dtype), dstate
+    def rows(states, r, k, v, w, do, dstate):
+        carry = (dstate, jnp.zeros(u.shape, dstate.dtype))
+        (dstate, du), _, grads = scan_tokens(
+            group, carry, (r, k, v, w, do), plan, per_group=states.swapaxes(0, 1), reverse=True
+        )
+        return *grads, du[None], dstate
+
+    *grads, du, dstate = map_rows(rows, plan, states, r, k, v, w, do, dstate)
+    return *grads, jnp.sum(du, axis=0).astype(u.dtype), dstate
 
 
 _wkv6.defvjp(_forward, _backward)
@@ -126,7 +139,8 @@ def _group_forward(r, k, v, w, u, state, plan):
     decay = jax.tree.map(jnp.exp, level_sums(w.astype(dtype), block))
 
     update = dot("...ck,...cv->...kv", k * decay.to_end, v)
-    states, final_state = carry_chunks(state, decay.total[..., None], update)
+    total = decay.total[..., None]
+    states, final_state = carry_chunks(state, total, update, starts_dtype=plan.operand_dtype)
     o = dot("...ck,...kv->...cv", r * decay.from_start, states)
     products = (dot("...ik,...jk->...ij", Y, Y) for Y in _within(r, k, decay.within, block))
     A = sum(jnp.where(pair, p, 0) for pair, p in zip(levels(block).pair, products))
