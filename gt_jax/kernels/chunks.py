@@ -21,6 +21,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
@@ -31,7 +32,7 @@ _GROUP_TOKENS = 1024
 # Numbers of an input that a CPU works on at once. There are dozens of temporaries as large, which
 # then stay in its caches, and a call takes little fresh memory: the kernel of the operating system
 # needs longer to hand out a page than a CPU to fill it.
-_CPU_GROUP_NUMBERS = 2**16
+_CPU_GROUP_NUMBERS = 2 ** int(__import__("os").environ.get("GN", "16"))
 
 
 class Plan(NamedTuple):
@@ -41,8 +42,9 @@ class Plan(NamedTuple):
     groups: int
     chunks: int
     steps: int
-    rows: int  # of the batch at once
-    operand_dtype: jnp.dtype  # of matmul operands; products accumulate in the state's dtype
+    rows: int  # of the batch, so many at once
+    dtype: jnp.dtype  # of states, decays and accumulation
+    operand_dtype: jnp.dtype  # of matmul operands
 
 
 def make_plan(
@@ -72,7 +74,7 @@ def make_plan(
         rows = max(n for n in range(1, min(batch, most_rows) + 1) if batch % n == 0)
     exact = precision == "highest" or dtype == jnp.float16  # states can exceed float16's range
     operand_dtype = jnp.dtype(state_dtype if exact else dtype)
-    return Plan(length, groups, chunks, steps, rows, operand_dtype)
+    return Plan(length, groups, chunks, steps, rows, jnp.dtype(state_dtype), operand_dtype)
 
 
 class Levels(NamedTuple):
@@ -176,12 +178,15 @@ def level_sums(w: jax.Array, block: int) -> Sums:
             above.append((halves(before, b)[1], halves(behind, b)[0]))
         first, second = halves(total, 1)  # [..., C / 2b, 1, K]
         zero = jnp.zeros_like(first)
-        grown = lambda sums, *by: (
-            sums.reshape(*lead, C // (2 * b), 2, b, K) + jnp.stack(by, axis=-3)
-        ).reshape(w.shape)
-        before, behind = grown(before, zero, first), grown(behind, second, zero)
+        before, behind = _add_to_halves(before, zero, first), _add_to_halves(behind, second, zero)
         total = (first + second)[..., 0, :]
     return Sums(within, above, before, behind, total[..., 0, :])
+
+
+def _add_to_halves(x, first, second):
+    """x [..., C, K] plus what each half of its blocks of 2b has in common [..., C / 2b, 1, K]."""
+    blocks = x.reshape(*first.shape[:-2], 2, -1, x.shape[-1])  # [..., C / 2b, 2, b, K]
+    return (blocks + jnp.stack((first, second), axis=-3)).reshape(x.shape)
 
 
 def halves(x: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -231,13 +236,35 @@ def carry_chunks(
     return starts, state
 
 
-def map_rows(function: Callable, plan: Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """function(*arrays) -> arrays, all [B, ...], for plan.rows of the batch at a time."""
-    if plan.rows == arrays[0].shape[0]:
+def map_rows(function: Callable, plan: Plan, *arrays: Any) -> Any:
+    """function(*arrays), all leaves [B, ...], for plan.rows of the batch at a time."""
+    if plan.rows == jax.tree.leaves(arrays)[0].shape[0]:
         return function(*arrays)
-    parts = [x.reshape(-1, plan.rows, *x.shape[1:]) for x in arrays]
+    parts = jax.tree.map(lambda x: x.reshape(-1, plan.rows, *x.shape[1:]), arrays)
     results = lax.map(lambda part: function(*part), parts)
-    return tuple(x.reshape(-1, *x.shape[2:]) for x in results)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def zeros_if_none(x: jax.Array | None, shape: tuple[int, ...], plan: Plan) -> jax.Array | None:
+    """A state [B, ...], or its gradient, where None stands for zeros.
+
+    It stays None in a sequence of one chunk, which then leaves out what the state takes part in:
+    a quarter of the work or more.
+    """
+    if x is not None or plan.groups * plan.chunks == 1:
+        return x
+    return jnp.zeros(shape, plan.dtype)
+
+
+def values(tree: Any) -> Any:
+    """What a rule of a custom_vjp with symbolic zeros is called with -> arrays."""
+    is_leaf = lambda x: isinstance(x, CustomVJPPrimal)
+    return jax.tree.map(lambda x: x.value, tree, is_leaf=is_leaf)
+
+
+def cotangents_or_none(cotangents: tuple) -> list[jax.Array | None]:
+    """Cotangents of results, None where they are zero because nothing uses the result."""
+    return [None if isinstance(x, SymbolicZero) else x for x in cotangents]
 
 
 def scan_tokens(
@@ -308,9 +335,9 @@ def carry_state(
     return jnp.moveaxis(starts, 0, 2), state
 
 
-def named(*results: jax.Array) -> list[jax.Array]:
+def named(results: Any) -> Any:
     """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
-    return [checkpoint_name(x, "recurrence") for x in results]
+    return jax.tree.map(lambda x: checkpoint_name(x, "recurrence"), results)
 
 
 def scan_groups(

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.kernels import checks
 from gt_jax.kernels.chunks import (
     carry_chunks,
+    cotangents_or_none,
     halves,
     level_sums,
     levels,
@@ -30,6 +32,8 @@ from gt_jax.kernels.chunks import (
     product,
     scan_tokens,
     sum_channels,
+    values,
+    zeros_if_none,
 )
 
 _BLOCK = 16  # tokens whose levels share matrices of this size
@@ -43,7 +47,7 @@ def wkv6_chunked(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
     *,
@@ -52,9 +56,9 @@ def wkv6_chunked(
     """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     B, T, H, K = r.shape
     width = H * max(K, v.shape[-1])
-    plan = make_plan(
-        T, chunk_size, r.dtype, precision, initial_state.dtype, batch=B, token_width=width
-    )
+    dtype = checks.state_dtype(r, k, v, w, u) if initial_state is None else initial_state.dtype
+    plan = make_plan(T, chunk_size, r.dtype, precision, dtype, batch=B, token_width=width)
+    initial_state = zeros_if_none(initial_state, (B, H, K, v.shape[-1]), plan)
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)
     # A token that starts a segment reads nothing but itself, and passes nothing earlier on.
@@ -67,26 +71,29 @@ def wkv6_chunked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _wkv6(r, k, v, w, u, state, plan):
-    return _forward(r, k, v, w, u, state, plan)[0]
+    return _forward(plan, r, k, v, w, u, state)[0]
 
 
-def _forward(r, k, v, w, u, state, plan):
+def _forward(plan, r, k, v, w, u, state):
     def group(state, _, *inputs):
         o, final_state = _group_forward(*inputs, u, state, plan)
         return final_state, state, (o,)
 
     def rows(r, k, v, w, state):
         final_state, states, (o,) = scan_tokens(group, state, (r, k, v, w), plan)
-        return o, final_state, states.swapaxes(0, 1)
+        return o, final_state, states if states is None else states.swapaxes(0, 1)
 
-    o, final_state, states = map_rows(rows, plan, r, k, v, w, state)
-    o, final_state, states = named(o, final_state, states)
+    o, final_state, states = named(map_rows(rows, plan, r, k, v, w, state))
     return (o, final_state), (r, k, v, w, u, states)
 
 
 def _backward(plan, residuals, cotangents):
     r, k, v, w, u, states = residuals
-    do, dstate = cotangents
+    do, dstate = cotangents_or_none(cotangents)
+    do = jnp.zeros_like(v) if do is None else do
+    B, _, H, K = r.shape
+    if states is not None:
+        dstate = jnp.zeros((B, H, K, v.shape[-1]), plan.dtype) if dstate is None else dstate
 
     def group(carry, state, *inputs):
         dstate, du = carry
@@ -94,17 +101,18 @@ def _backward(plan, residuals, cotangents):
         return (dstate, du + du_group), None, tuple(grads)
 
     def rows(states, r, k, v, w, do, dstate):
-        carry = (dstate, jnp.zeros(u.shape, dstate.dtype))
+        carry = (dstate, jnp.zeros(u.shape, plan.dtype))
+        per_group = None if states is None else states.swapaxes(0, 1)
         (dstate, du), _, grads = scan_tokens(
-            group, carry, (r, k, v, w, do), plan, per_group=states.swapaxes(0, 1), reverse=True
+            group, carry, (r, k, v, w, do), plan, per_group=per_group, reverse=True
         )
-        return *grads, du[None], dstate
+        return *grads, du[None], None if states is None else dstate
 
     *grads, du, dstate = map_rows(rows, plan, states, r, k, v, w, do, dstate)
     return *grads, jnp.sum(du, axis=0).astype(u.dtype), dstate
 
 
-_wkv6.defvjp(_forward, _backward)
+_wkv6.defvjp(lambda *args: _forward(args[-1], *values(args[:-1])), _backward, symbolic_zeros=True)
 
 
 def _blocks(x, block):
@@ -132,19 +140,22 @@ def _within(r, k, decays, block):
 
 
 def _group_forward(r, k, v, w, u, state, plan):
-    """One group: r, k, w [M, B, H, C, K], v [M, B, H, C, V], state [B, H, K, V]."""
-    dtype, block = state.dtype, min(_BLOCK, plan.steps)
+    """One group: r, k, w [M, B, H, C, K], v [M, B, H, C, V], state [B, H, K, V] or None."""
+    dtype, block = plan.dtype, min(_BLOCK, plan.steps)
     dot = functools.partial(product, plan=plan, dtype=dtype)
     r, k, v32, u = (x.astype(dtype) for x in (r, k, v, u))
     decay = jax.tree.map(jnp.exp, level_sums(w.astype(dtype), block))
 
-    update = dot("...ck,...cv->...kv", k * decay.to_end, v)
-    total = decay.total[..., None]
-    states, final_state = carry_chunks(state, total, update, starts_dtype=plan.operand_dtype)
-    o = dot("...ck,...kv->...cv", r * decay.from_start, states)
     products = (dot("...ik,...jk->...ij", Y, Y) for Y in _within(r, k, decay.within, block))
     A = sum(jnp.where(pair, p, 0) for pair, p in zip(levels(block).pair, products))
-    o += dot("...ij,...jv->...iv", A, _blocks(v, block)).reshape(o.shape)
+    o = dot("...ij,...jv->...iv", A, _blocks(v, block)).reshape(v.shape)
+    update = dot("...ck,...cv->...kv", k * decay.to_end, v)
+    if state is None:
+        final_state = update[0]
+    else:
+        total = decay.total[..., None]
+        states, final_state = carry_chunks(state, total, update, starts_dtype=plan.operand_dtype)
+        o += dot("...ck,...kv->...cv", r * decay.from_start, states)
     for query, key in decay.above:
         Q, Kh = halves(r, query)[1] * query, halves(k, key)[0] * key
         A = dot("...ik,...jk->...ij", Q, Kh)
@@ -155,25 +166,30 @@ def _group_forward(r, k, v, w, u, state, plan):
 
 def _group_backward(state, r, k, v, w, do, u, dstate, plan):
     """Gradients of one group: dr, dk, dv, dw, du and that of the state it started from."""
-    dtype, block = dstate.dtype, min(_BLOCK, plan.steps)
+    dtype, block = plan.dtype, min(_BLOCK, plan.steps)
     dot = functools.partial(product, plan=plan, dtype=dtype)
     r_, k_, v_, w_, do_, u_ = (x.astype(dtype) for x in (r, k, v, w, do, u))
     u_ = u_[:, None]  # [H, 1, K]
     sums = functools.partial(level_sums, block=block)
     decay = jax.tree.map(jnp.exp, sums(w_))
-    log = jax.tree.map(jnp.zeros_like, decay)  # gradients of the sums
 
-    Q, Kh = r_ * decay.from_start, k_ * decay.to_end
-    total = decay.total[..., None]
-    states, _ = carry_chunks(state, total, dot("...ck,...cv->...kv", Kh, v))
-    dstates, dstate = carry_chunks(
-        dstate, total, dot("...ck,...cv->...kv", Q, do), reverse=True
-    )  # dstates[m] is the gradient of the state that leaves chunk m
-    dr = dot("...cv,...kv->...ck", do, states) * decay.from_start
-    dk = dot("...cv,...kv->...ck", v, dstates) * decay.to_end
-    dv = dot("...ck,...kv->...cv", Kh, dstates)
-    d_total = decay.total * sum_channels(states * dstates)[..., 0]
-    log = log._replace(from_start=r_ * dr, to_end=k_ * dk, total=d_total)
+    own, down = sum_channels(r_ * u_ * k_), sum_channels(do_ * v_)
+    dr, dk, dv = down * u_ * k_, down * u_ * r_, own * do_
+    du = jnp.sum(down * r_ * k_, axis=(0, 1, 3))
+    d_sums = jax.tree.map(jnp.zeros_like, decay)
+    if state is not None or dstate is not None:
+        if state is None:
+            state = jnp.zeros_like(dstate)
+        Q, Kh, total = r_ * decay.from_start, k_ * decay.to_end, decay.total[..., None]
+        states, _ = carry_chunks(state, total, dot("...ck,...cv->...kv", Kh, v))
+        dstates, dstate = carry_chunks(
+            dstate, total, dot("...ck,...cv->...kv", Q, do), reverse=True
+        )  # dstates[m] is the gradient of the state that leaves chunk m
+        dr_state = dot("...cv,...kv->...ck", do, states) * decay.from_start
+        dk_state = dot("...cv,...kv->...ck", v, dstates) * decay.to_end
+        dr, dk, dv = dr + dr_state, dk + dk_state, dv + dot("...ck,...kv->...cv", Kh, dstates)
+        d_total = decay.total * sum_channels(states * dstates)[..., 0]
+        d_sums = d_sums._replace(from_start=r_ * dr_state, to_end=k_ * dk_state, total=d_total)
 
     level = levels(block)
     v_blocks, do_blocks = _blocks(v, block), _blocks(do, block)
@@ -202,12 +218,6 @@ def _group_backward(state, r, k, v, w, do, u, dstate, plan):
         dr += _in_half(dQ, 1)
         dk += _in_half(dKh, 0)
         above.append((r_half * dQ, k_half * dKh))
-    (dw,) = jax.linear_transpose(sums, w_)(log._replace(within=within, above=above))
-
-    own, down = sum_channels(r_ * u_ * k_), sum_channels(do_ * v_)
-    dr += down * u_ * k_
-    dk += down * u_ * r_
-    dv += own * do_
-    du = jnp.sum(down * r_ * k_, axis=(0, 1, 3))
+    (dw,) = jax.linear_transpose(sums, w_)(d_sums._replace(within=within, above=above))
     grads = (g.astype(x.dtype) for g, x in zip((dr, dk, dv, dw), (r, k, v, w)))
     return (*grads, du, dstate)
