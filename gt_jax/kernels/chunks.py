@@ -21,6 +21,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.typing import DTypeLike
 
 # exp of this is 0 in every dtype, and sums of it stay finite where sums of -inf would meet 0 * inf
@@ -28,42 +29,52 @@ LOWEST_LOG_DECAY = -1e4
 
 # Temporaries grow with the tokens worked on at once, so long sequences go group by group.
 _GROUP_TOKENS = 1024
+# Numbers of an input that a CPU works on at once. There are dozens of temporaries as large, which
+# then stay in its caches, and a call takes little fresh memory: the kernel of the operating system
+# needs longer to hand out a page than a CPU to fill it.
+_CPU_GROUP_NUMBERS = 2 ** int(__import__("os").environ.get("GN", "16"))
 
 
 class Plan(NamedTuple):
-    """How a sequence is cut: `groups` one after the other, `chunks` of `steps` tokens at once."""
+    """How a batch is cut: `groups` one after the other, `chunks` of `steps` tokens at once."""
 
     length: int
     groups: int
     chunks: int
     steps: int
-    operand_dtype: jnp.dtype  # of matmul operands; products accumulate in the state's dtype
+    rows: int  # of the batch, so many at once
+    dtype: jnp.dtype  # of states, decays and accumulation
+    operand_dtype: jnp.dtype  # of matmul operands
 
 
 def make_plan(
-    length: int, chunk_size: int, dtype: DTypeLike, precision: str, state_dtype: DTypeLike
+    length: int,
+    chunk_size: int,
+    dtype: DTypeLike,
+    precision: str,
+    state_dtype: DTypeLike,
+    *,
+    batch: int = 1,
+    token_width: int = 1,
 ) -> Plan:
-    """Cuts `length` tokens into equal groups of at most about _GROUP_TOKENS."""
+    """Cuts `batch` rows of `length` tokens into equal groups of at most about _GROUP_TOKENS.
+
+    On a CPU a group has at most about _CPU_GROUP_NUMBERS, if a token has `token_width` of them.
+    """
     if chunk_size < 2 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two, at least 2")
     steps = min(chunk_size, max(2, 1 << (length - 1).bit_length()))
-    groups = math.ceil(length / max(_GROUP_TOKENS, steps))
+    most_tokens, rows = _GROUP_TOKENS, batch
+    if jax.default_backend() == "cpu":
+        most_tokens = min(_GROUP_TOKENS, _CPU_GROUP_NUMBERS // token_width)
+    groups = math.ceil(length / max(most_tokens, steps))
     chunks = math.ceil(length / groups / steps)
+    if jax.default_backend() == "cpu":
+        most_rows = max(1, _CPU_GROUP_NUMBERS // (chunks * steps * token_width))
+        rows = max(n for n in range(1, min(batch, most_rows) + 1) if batch % n == 0)
     exact = precision == "highest" or dtype == jnp.float16  # states can exceed float16's range
     operand_dtype = jnp.dtype(state_dtype if exact else dtype)
-    return Plan(length, groups, chunks, steps, operand_dtype)
-
-
-def to_chunks(x: jax.Array, plan: Plan) -> jax.Array:
-    """[B, T, H, ...] -> [groups, B, H, chunks, steps, ...]; tokens past the end are zero."""
-    padding = plan.groups * plan.chunks * plan.steps - plan.length
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    return rearrange(x, "b (g m c) h ... -> g b h m c ...", g=plan.groups, c=plan.steps)
-
-
-def from_chunks(x: jax.Array, plan: Plan) -> jax.Array:
-    """[groups, B, H, chunks, steps, ...] -> [B, T, H, ...]."""
-    return rearrange(x, "g b h m c ... -> b (g m c) h ...")[:, : plan.length]
+    return Plan(length, groups, chunks, steps, rows, jnp.dtype(state_dtype), operand_dtype)
 
 
 class Levels(NamedTuple):
@@ -132,10 +143,172 @@ def _einsum(equation, *operands, **options):
     XLA for CPUs of JAX 0.12 fuses a product with the elementwise operations on its result, and some
     of its compilations then return NaN from finite numbers, every time they are called.
     """
-    result = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options)
-    if jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12):
-        result = lax.optimization_barrier(result)
-    return result
+    return _apart(jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options))
+
+
+def _apart(x):
+    """x, on CPUs not fused with what reads it."""
+    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
+class Sums(NamedTuple):
+    """Sums of log decays w in a chunk of C tokens, cut into blocks; see the module's docstring."""
+
+    within: list[jax.Array]  # [..., C, K] per level inside a block, from its middle
+    above: list[tuple[jax.Array, jax.Array]]  # per level above: queries, keys [..., C/2b, b, K]
+    from_start: jax.Array  # [..., C, K] of the tokens before
+    to_end: jax.Array  # [..., C, K] of the tokens behind
+    total: jax.Array  # [..., K]
+
+
+def level_sums(w: jax.Array, block: int) -> Sums:
+    """Sums of w [..., C, K] for every level, without a difference; linear in w.
+
+    A half block of 2b tokens is two of b: sums before a token grow by the first half's total in the
+    second half, sums behind it by the second half's total in the first.
+    """
+    *lead, C, K = w.shape
+    before = behind = jnp.zeros_like(w)
+    total, within, above = w, [], []  # of each half block: [..., C / b, K]
+    for b in (1 << level for level in range(C.bit_length() - 1)):
+        second_half = (np.arange(C) // b % 2 == 1)[:, None]
+        if b < block:
+            within.append(jnp.where(second_half, before, behind))
+        else:
+            above.append((halves(before, b)[1], halves(behind, b)[0]))
+        first, second = halves(total, 1)  # [..., C / 2b, 1, K]
+        zero = jnp.zeros_like(first)
+        before, behind = _add_to_halves(before, zero, first), _add_to_halves(behind, second, zero)
+        total = (first + second)[..., 0, :]
+    return Sums(within, above, before, behind, total[..., 0, :])
+
+
+def _add_to_halves(x, first, second):
+    """x [..., C, K] plus what each half of its blocks of 2b has in common [..., C / 2b, 1, K]."""
+    blocks = x.reshape(*first.shape[:-2], 2, -1, x.shape[-1])  # [..., C / 2b, 2, b, K]
+    return (blocks + jnp.stack((first, second), axis=-3)).reshape(x.shape)
+
+
+def halves(x: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., C, X] -> both halves [..., C / 2b, b, X] of its blocks of 2b (b = b.shape[-2])."""
+    b = b if isinstance(b, int) else b.shape[-2]
+    x = x.reshape(*x.shape[:-2], -1, 2, b, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def sum_channels(x: jax.Array) -> jax.Array:
+    """[..., X] -> [..., 1]."""
+    if jax.default_backend() != "cpu":
+        return jnp.sum(x, axis=-1, keepdims=True)
+    X = x.shape[-1]
+    sums = _einsum("rx,xy->ry", x.reshape(-1, X), jnp.ones((X, 1), x.dtype))
+    return sums.reshape(*x.shape[:-1], 1)
+
+
+def carry_chunks(
+    state: jax.Array,
+    decay: jax.Array,
+    update: jax.Array,
+    *,
+    reverse: bool = False,
+    starts_dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """States around each chunk under S <- decay * S + update.
+
+    Args:
+        state: [B, H, X, Y] before the first chunk (after the last one if reverse).
+        decay: [M, B, H, X or 1, Y or 1] per chunk.
+        update: [M, B, H, X, Y] per chunk.
+        starts_dtype: of the states that chunks start from, where nothing reads them but products.
+
+    Returns:
+        [M, B, H, X, Y], the state each chunk starts from, and the state after them all.
+    """
+    if starts_dtype is None or jax.default_backend() == "cpu":  # see _round_to_bfloat16
+        starts_dtype = state.dtype
+
+    def step(state, chunk):
+        decay, update = chunk
+        return decay * state + update, state.astype(starts_dtype)
+
+    unroll = min(16, update.shape[0])
+    state, starts = lax.scan(step, state, (decay, update), reverse=reverse, unroll=unroll)
+    return starts, state
+
+
+def map_rows(function: Callable, plan: Plan, *arrays: Any) -> Any:
+    """function(*arrays), all leaves [B, ...], for plan.rows of the batch at a time."""
+    if plan.rows == jax.tree.leaves(arrays)[0].shape[0]:
+        return function(*arrays)
+    parts = jax.tree.map(lambda x: x.reshape(-1, plan.rows, *x.shape[1:]), arrays)
+    results = lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def zeros_if_none(x: jax.Array | None, shape: tuple[int, ...], plan: Plan) -> jax.Array | None:
+    """A state [B, ...], or its gradient, where None stands for zeros.
+
+    It stays None in a sequence of one chunk, which then leaves out what the state takes part in:
+    a quarter of the work or more.
+    """
+    if x is not None or plan.groups * plan.chunks == 1:
+        return x
+    return jnp.zeros(shape, plan.dtype)
+
+
+def values(tree: Any) -> Any:
+    """What a rule of a custom_vjp with symbolic zeros is called with -> arrays."""
+    is_leaf = lambda x: isinstance(x, CustomVJPPrimal)
+    return jax.tree.map(lambda x: x.value, tree, is_leaf=is_leaf)
+
+
+def cotangents_or_none(cotangents: tuple) -> list[jax.Array | None]:
+    """Cotangents of results, None where they are zero because nothing uses the result."""
+    return [None if isinstance(x, SymbolicZero) else x for x in cotangents]
+
+
+def scan_tokens(
+    body: Callable,
+    carry: Any,
+    arrays: tuple[jax.Array, ...],
+    plan: Plan,
+    *,
+    per_group: Any = None,
+    reverse: bool = False,
+) -> tuple[Any, Any, tuple[jax.Array, ...]]:
+    """Runs over a sequence group by group; a single group is inlined.
+
+    Args:
+        body: (carry, its entry of per_group, *arrays of the group) -> (carry, result, outputs);
+            arrays and outputs are [M, B, H, C, ...].
+        carry: of the first group.
+        arrays: [B, T, H, ...]; tokens past the end are zero.
+        per_group: leaves [groups, ...].
+
+    Returns:
+        The last carry, the results [groups, ...] and the outputs [B, T, H, ...].
+    """
+    tokens = plan.chunks * plan.steps
+    past_end = plan.groups * tokens - plan.length
+    padded = [jnp.pad(x, ((0, 0), (0, past_end)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+
+    def step(carry, group):
+        index, entry = group
+        # Slices, since [groups, B, ...] would be a copy of each array in another order.
+        of_group = [lax.dynamic_slice_in_dim(x, index * tokens, tokens, axis=1) for x in padded]
+        chunks = (rearrange(x, "b (m c) h ... -> m b h c ...", c=plan.steps) for x in of_group)
+        carry, result, outputs = body(carry, entry, *chunks)
+        return carry, (result, [rearrange(x, "m b h c ... -> b (m c) h ...") for x in outputs])
+
+    if plan.groups == 1:
+        entry = jax.tree.map(lambda x: x[0], per_group)
+        carry, (result, outputs) = step(carry, (0, entry))
+        result = jax.tree.map(lambda x: x[None], result)
+    else:
+        groups = (jnp.arange(plan.groups), per_group)
+        carry, (result, outputs) = lax.scan(step, carry, groups, reverse=reverse)
+        outputs = [rearrange(x, "g b t ... -> b (g t) ...") for x in outputs]
+    return carry, result, tuple(x[:, : plan.length] for x in outputs)
 
 
 def carry_state(
@@ -162,9 +335,9 @@ def carry_state(
     return jnp.moveaxis(starts, 0, 2), state
 
 
-def named(*results: jax.Array) -> list[jax.Array]:
+def named(results: Any) -> Any:
     """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
-    return [checkpoint_name(x, "recurrence") for x in results]
+    return jax.tree.map(lambda x: checkpoint_name(x, "recurrence"), results)
 
 
 def scan_groups(

@@ -19,17 +19,19 @@ import numpy as np
 
 from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
-    carry_state,
+    carry_chunks,
+    cotangents_or_none,
     exact,
-    from_chunks,
     levels,
     make_plan,
+    map_rows,
     named,
     product,
-    scan_groups,
-    to_chunks,
+    scan_tokens,
+    sum_channels,
+    values,
+    zeros_if_none,
 )
-from gt_jax.kernels.ssd.reference import given_or_zeros
 
 TAKES = None  # every floating dtype and size
 
@@ -48,8 +50,9 @@ def ssd_chunked(
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
-    initial_state = given_or_zeros(initial_state, x, dt, B)
-    plan = make_plan(x.shape[1], chunk_size, x.dtype, precision, initial_state.dtype)
+    batch, T, H, P = x.shape
+    plan = make_plan(T, chunk_size, x.dtype, precision, dt.dtype, batch=batch, token_width=H * P)
+    initial_state = zeros_if_none(initial_state, (batch, H, P, B.shape[-1]), plan)
     if resets is not None:
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
     y, final_state = _ssd(x, dt, a, B, C, initial_state, plan)
@@ -60,120 +63,134 @@ def ssd_chunked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _ssd(x, dt, a, B, C, state, plan):
-    return _forward(x, dt, a, B, C, state, plan)[0]
+    return _forward(plan, x, dt, a, B, C, state)[0]
 
 
-def _forward(x, dt, a, B, C, state, plan):
-    def group(state, inputs):
+def _forward(plan, x, dt, a, B, C, state):
+    def group(state, _, *inputs):
         y, final_state = _group_forward(*inputs, state, plan)
-        return final_state, (y, state)
+        return final_state, state, (y,)
 
-    groups = tuple(to_chunks(z, plan) for z in (x, dt, a, B, C))
-    final_state, (y, states) = scan_groups(group, state, groups)
-    y, final_state, states = named(from_chunks(y, plan), final_state, states)
+    def rows(x, dt, a, B, C, state):
+        final_state, states, (y,) = scan_tokens(group, state, (x, dt, a, B, C), plan)
+        return y, final_state, states if states is None else states.swapaxes(0, 1)
+
+    y, final_state, states = named(map_rows(rows, plan, x, dt, a, B, C, state))
     return (y, final_state), (x, dt, a, B, C, states)
 
 
 def _backward(plan, residuals, cotangents):
     *inputs, states = residuals
-    dy, dstate = cotangents
+    dy, dstate = cotangents_or_none(cotangents)
+    x, B = inputs[0], inputs[3]
+    dy = jnp.zeros(x.shape, plan.dtype) if dy is None else dy
+    if states is not None:
+        shape = (x.shape[0], *x.shape[2:], B.shape[-1])
+        dstate = jnp.zeros(shape, plan.dtype) if dstate is None else dstate
 
-    def group(dstate, group_inputs):
-        *grads, dstate = _group_backward(*group_inputs, dstate, plan)
-        return dstate, tuple(grads)
+    def group(dstate, state, *inputs):
+        *grads, dstate = _group_backward(state, *inputs, dstate, plan)
+        return dstate, None, tuple(grads)
 
-    groups = (states, *(to_chunks(z, plan) for z in (*inputs, dy)))
-    dstate, grads = scan_groups(group, dstate, groups, reverse=True)
-    return (*(from_chunks(g, plan) for g in grads), dstate)
+    def rows(states, dstate, *arrays):
+        per_group = None if states is None else states.swapaxes(0, 1)
+        dstate, _, grads = scan_tokens(
+            group, dstate, arrays, plan, per_group=per_group, reverse=True
+        )
+        return *grads, None if states is None else dstate
+
+    return map_rows(rows, plan, states, dstate, *inputs, dy)
 
 
-_ssd.defvjp(_forward, _backward)
+_ssd.defvjp(lambda *args: _forward(args[-1], *values(args[:-1])), _backward, symbolic_zeros=True)
 
 
 def _decays(a, plan):
     """L [..., C, C], and the factors from the chunk's start, to its end and in total [..., C]."""
     level, C = levels(plan.steps), plan.steps
     a = jnp.maximum(a, LOWEST_LOG_DECAY)
-    sums = exact("lts,bgrms->lbgrmt", level.through, a)
+    sums = exact("lts,...s->l...t", level.through, a)
     between = sum(
         jnp.where(pair, s[..., :, None] + s[..., None, :], 0) for pair, s in zip(level.pair, sums)
     )
     L = jnp.where(np.tri(C, dtype=bool), jnp.exp(between), 0)
-    from_start = jnp.exp(exact("ts,bgrms->bgrmt", np.tri(C), a))
-    to_end = jnp.exp(exact("ts,bgrms->bgrmt", np.tri(C, k=-1).T, a))
+    from_start = jnp.exp(exact("ts,...s->...t", np.tri(C), a))
+    to_end = jnp.exp(exact("ts,...s->...t", np.tri(C, k=-1).T, a))
     return L, from_start, to_end, jnp.exp(jnp.sum(a, axis=-1))
 
 
 def _by_group(z, groups):
-    """[B, H, ...] -> [B, G, R, ...]: R heads share the projections of one group."""
-    return z.reshape(z.shape[0], groups, -1, *z.shape[2:])
+    """[M, B, H, ...] -> [M, B, G, R, ...]: R heads share the projections of one group."""
+    return z.reshape(*z.shape[:2], groups, -1, *z.shape[3:])
 
 
 def _by_head(z):
-    """[B, G, R, ...] -> [B, H, ...]."""
-    return z.reshape(z.shape[0], -1, *z.shape[3:])
+    """[M, B, G, R, ...] -> [M, B, H, ...]."""
+    return z.reshape(*z.shape[:2], -1, *z.shape[4:])
 
 
-def _states(state, x, weight, B, total, dot):
-    """State each chunk starts from [B, G, R, M, P, N], and the one after them [B, H, P, N]."""
-    update = dot("bgrmjp,bgmjn->bgrmpn", x * weight[..., None], B)
-    states, final = carry_state(state, _by_head(total)[..., None, None], _by_head(update))
-    return _by_group(states, B.shape[1]), final
+def _carry(state, total, update, **options):
+    """State each chunk starts from [M, B, G, R, P, N], and the one after them [B, H, P, N]."""
+    decay, G = _by_head(total)[..., None, None], update.shape[2]
+    states, final = carry_chunks(state, decay, _by_head(update), **options)
+    return _by_group(states, G), final
 
 
 def _group_forward(x, dt, a, B, C, state, plan):
-    """One group: x [B, H, M, C, P], dt and a [B, H, M, C], B and C [B, G, M, C, N]."""
-    dtype = state.dtype
+    """One group: x [M, B, H, C, P], dt and a [M, B, H, C], B and C [M, B, G, C, N]."""
+    dtype = plan.dtype
     dot = functools.partial(product, plan=plan, dtype=dtype)
-    x_, dt, a = (_by_group(z.astype(dtype), B.shape[1]) for z in (x, dt, a))
+    x_, dt, a = (_by_group(z.astype(dtype), B.shape[2]) for z in (x, dt, a))
     L, from_start, to_end, total = _decays(a, plan)
-    states, final_state = _states(state, x_, to_end * dt, B, total, dot)
-    CB = dot("bgmin,bgmjn->bgmij", C, B)[:, :, None]  # [B, G, 1, M, C, C]
-    y = dot("bgrmij,bgrmjp->bgrmip", L * CB * dt[..., None, :], x_)
-    y += dot("bgmin,bgrmpn->bgrmip", C, states) * from_start[..., None]
+    CB = dot("...in,...jn->...ij", C, B)[..., None, :, :]  # [M, B, G, 1, C, C]
+    y = dot("...rij,...rjp->...rip", L * CB * dt[..., None, :], x_)
+    update = dot("...rjp,...jn->...rpn", x_ * (to_end * dt)[..., None], B)
+    if state is None:
+        return _by_head(y), _by_head(update)[0]
+    states, final_state = _carry(state, total, update, starts_dtype=plan.operand_dtype)
+    y += dot("...in,...rpn->...rip", C, states) * from_start[..., None]
     return _by_head(y), final_state
 
 
 def _group_backward(state, x, dt, a, B, C, dy, dstate, plan):
     """Gradients of one group: dx, ddt, da, dB, dC and that of the state it started from."""
-    dtype, G, steps = dstate.dtype, B.shape[1], plan.steps
+    dtype, G, steps = plan.dtype, B.shape[2], plan.steps
     dot = functools.partial(product, plan=plan, dtype=dtype)
     x_, dt_, a_, dy_ = (_by_group(z.astype(dtype), G) for z in (x, dt, a, dy))
-
     L, from_start, to_end, total = _decays(a_, plan)
-    weight = to_end * dt_  # of a token in the outgoing state
-    states, _ = _states(state, x_, weight, B, total, dot)
-    read = dy_ * from_start[..., None]  # cotangent of C S^T
-    dstates, dstate = carry_state(
-        dstate,
-        _by_head(total)[..., None, None],
-        _by_head(dot("bgrmip,bgmin->bgrmpn", read, C)),
-        reverse=True,
-    )
-    dstates = _by_group(dstates, G)  # dstates[m] is the gradient of the state that leaves chunk m
+    earlier, later = np.tri(steps, k=-1).T, np.tri(steps).T  # [j, t]: j < t; [t, i]: i >= t
 
-    LCB = L * dot("bgmin,bgmjn->bgmij", C, B)[:, :, None]
-    dM = dot("bgrmip,bgrmjp->bgrmij", dy_, x_)  # gradient of L * C B^T * dt_j, the matrix of y
-    kept = dot("bgmjn,bgrmpn->bgrmjp", B, dstates)  # gradient of weight * x
-    dx = dot("bgrmij,bgrmip->bgrmjp", LCB, dy_) * dt_[..., None] + kept * weight[..., None]
-    dCB = exact("r,bgrmij->bgmij", np.ones(L.shape[2]), L * dM * dt_[..., None, :])
-    dC = dot("bgmij,bgmjn->bgmin", dCB, B) + dot("bgrmip,bgrmpn->bgmin", read, states)
-    dB = dot("bgmij,bgmin->bgmjn", dCB, C)
-    dB += dot("bgrmjp,bgrmpn->bgmjn", x_ * weight[..., None], dstates)
-
-    d_weight = exact("bgrmjp,bgrmjp->bgrmj", kept, x_)
+    LCB = L * dot("...in,...jn->...ij", C, B)[..., None, :, :]
+    dM = dot("...ip,...jp->...ij", dy_, x_)  # gradient of L * C B^T * dt_j, the matrix of y
+    dx = dot("...ij,...ip->...jp", LCB, dy_) * dt_[..., None]
+    dCB = exact("r,...rij->...ij", np.ones(L.shape[-3]), L * dM * dt_[..., None, :])
+    dC = dot("...ij,...jn->...in", dCB, B)
+    dB = dot("...ij,...in->...jn", dCB, C)
     d_dt_times_L = LCB * dM
-    ddt = jnp.sum(d_dt_times_L, axis=-2) + d_weight * to_end
-
+    ddt = jnp.sum(d_dt_times_L, axis=-2)
     # a_t decays every pair j < t <= i, reads at i >= t, tokens kept from j < t, and the state.
     # These sums stay exact: rounding their terms alike would add up over time in the gradient of A.
-    earlier, later = np.tri(steps, k=-1).T, np.tri(steps).T  # [j, t]: j < t; [t, i]: i >= t
-    by_end = exact("jt,bgrmij->bgrmit", earlier, d_dt_times_L * dt_[..., None, :])
-    from_state = dot("bgmin,bgrmpn->bgrmip", C, states, terms=2)
-    d_read = exact("bgrmip,bgrmip->bgrmi", from_state, read)
+    by_end = exact("jt,...ij->...it", earlier, d_dt_times_L * dt_[..., None, :])
     da = jnp.sum(jnp.where(later.T > 0, by_end, 0), axis=-2)
-    da += exact("ti,bgrmi->bgrmt", later, d_read)
-    da += exact("jt,bgrmj->bgrmt", earlier, d_weight * weight)
-    da += (total * exact("bgrmpn,bgrmpn->bgrm", states, dstates))[..., None]
+
+    if state is not None or dstate is not None:
+        state = jnp.zeros_like(dstate) if state is None else state
+        weight = to_end * dt_  # of a token in the outgoing state
+        kept_x, read = x_ * weight[..., None], dy_ * from_start[..., None]  # of C S^T, a cotangent
+        states, _ = _carry(state, total, dot("...rjp,...jn->...rpn", kept_x, B))
+        dstates, dstate = _carry(dstate, total, dot("...rip,...in->...rpn", read, C), reverse=True)
+        # dstates[m] is the gradient of the state that leaves chunk m
+        kept = dot("...jn,...rpn->...rjp", B, dstates)  # gradient of weight * x
+        dx += kept * weight[..., None]
+        dC += dot("...rip,...rpn->...in", read, states)
+        dB += dot("...rjp,...rpn->...jn", kept_x, dstates)
+        d_weight = sum_channels(kept * x_)[..., 0]
+        ddt += d_weight * to_end
+        from_state = dot("...in,...rpn->...rip", C, states, terms=2)
+        d_read = sum_channels(from_state * read)[..., 0]
+        da += exact("ti,...i->...t", later, d_read)
+        da += exact("jt,...j->...t", earlier, d_weight * weight)
+        of_state = states * dstates  # [M, B, G, R, P, N]
+        da += (total * sum_channels(of_state.reshape(*total.shape, -1))[..., 0])[..., None]
     grads = (_by_head(dx), _by_head(ddt), _by_head(da), dB, dC)
     return (*(g.astype(z.dtype) for g, z in zip(grads, (x, dt, a, B, C))), dstate)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gt_jax.kernels import checks, context_parallel, segments
 from gt_jax.kernels.dispatch import dispatch
+from gt_jax.kernels.wkv6.reference import given_or_zeros
 
 
 def wkv6(
@@ -71,12 +72,11 @@ def wkv6(
     checks.same_float_dtype("wkv6", r=r, k=k, v=v)
     checks.precision("wkv6", precision)
     state_dtype = checks.state_dtype(r, k, v, w, u)
-    if initial_state is None:
-        initial_state = jnp.zeros((B, H, K, V), state_dtype)
-    state = initial_state.astype(state_dtype)
+    state = None if initial_state is None else initial_state.astype(state_dtype)
     resets = None if segment_ids is None else segments.resets(segment_ids)
     if axis_name is None:
         return dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
+    state = given_or_zeros(state, r, k, v, w, u)
     state = context_parallel.wkv6_state_before(k, v, w, state, segment_ids, axis_name, precision)
     o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
     return o, context_parallel.of_last_device(state, axis_name)

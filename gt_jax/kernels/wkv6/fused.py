@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from gt_jax.kernels.pallas.launch import CHUNK, keep
 from gt_jax.kernels.wkv6.hopper_sizes import SIZE
+from gt_jax.kernels.wkv6.reference import given_or_zeros
 
 
 class Kernels(NamedTuple):
@@ -36,7 +37,7 @@ def call(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +46,7 @@ def call(
     Raises:
         NotImplementedError: a dtype or a size is not supported (says which).
     """
+    initial_state = given_or_zeros(initial_state, r, k, v, w, u)
     reason = _refusal(kernels, r, v, initial_state, precision)
     if reason is not None:
         raise NotImplementedError(reason)

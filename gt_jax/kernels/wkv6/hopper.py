@@ -19,7 +19,7 @@ def wkv6_mosaic(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
 ) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ def wkv6_portable(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
 ) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gt_jax.kernels import checks
+
 TAKES = None  # every floating dtype and size
 
 
@@ -17,7 +19,7 @@ def wkv6_reference(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    initial_state: jax.Array,
+    initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -27,7 +29,7 @@ def wkv6_reference(
         r, k, w: [B, T, H, K] receptance, key and log decay.
         v: [B, T, H, V] value.
         u: [H, K] bonus of the present token.
-        initial_state: [B, H, K, V].
+        initial_state: [B, H, K, V]; None for zeros.
         resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `wkv6`; every product here is exact to the dtype of the state anyway.
 
@@ -35,6 +37,7 @@ def wkv6_reference(
         o [B, T, H, V] in v.dtype, and the final state [B, H, K, V].
     """
     del precision
+    initial_state = given_or_zeros(initial_state, r, k, v, w, u)
     dtype = initial_state.dtype
     if resets is None:
         resets = jnp.zeros(r.shape[:2], bool)
@@ -54,3 +57,13 @@ def wkv6_reference(
     step = jax.checkpoint(step, prevent_cse=False)  # keeps one state a token, nothing else
     final_state, o = jax.lax.scan(step, initial_state, over_time)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), final_state
+
+
+def given_or_zeros(
+    state: jax.Array | None, r: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array, u: jax.Array
+) -> jax.Array:
+    """The initial state [B, H, K, V], zeros if None."""
+    if state is not None:
+        return state
+    B, _, H, K = r.shape
+    return jnp.zeros((B, H, K, v.shape[-1]), checks.state_dtype(r, k, v, w, u))
