@@ -65,7 +65,7 @@ def trained():
             parallel.shapes_on(sharding, shapes),
             parallel.shapes_on(parallel.batch_shardings(batch, mesh), batch),
         )
-        step = parallel.compile_train_step(make_step, mesh, "jit", shapes)
+        step = parallel.compile_train_step(make_step, mesh, "jit", shapes, activation=2**30)
         programs[name] = functools.partial(step.lower, *arguments)
     first = jax.device_get(jax.jit(init)(jax.random.key(0)))
     ready = {name: made.result() for name, made in compile_side_by_side(programs).items()}
