@@ -24,13 +24,14 @@ from gt_jax.config_files import load_config
 from gt_jax.training import parallel
 from tests.training import conftest as small
 
+given = load_config("gf_mh_base")
+given.model.layers = 1
+init = timing.trainer_of(from_config_dict(given), 16384)[-1]
+shapes = jax.eval_shape(init, jax.random.key(0))
+
 def held(fsdp):
-    given = load_config("gf_mh_base")
-    given.model.layers = 1
-    config = from_config_dict(given)
-    state = jax.eval_shape(timing.trainer_of(config, 16384)[-1], jax.random.key(0))
     mesh = parallel.make_mesh(fsdp, devices=jax.devices()[:fsdp])
-    state = parallel.shapes_on(parallel.state_sharding(mesh, state), state)
+    state = parallel.shapes_on(parallel.state_sharding(mesh, shapes), shapes)
     return benchmark.bytes_a_card((state.params, state.opt_state))
 
 whole, cut = held(1), held(2)
