@@ -29,10 +29,6 @@ LOWEST_LOG_DECAY = -1e4
 
 # Temporaries grow with the tokens worked on at once, so long sequences go group by group.
 _GROUP_TOKENS = 1024
-# Numbers of an input that a CPU works on at once. There are dozens of temporaries as large, which
-# then stay in its caches, and a call takes little fresh memory: the kernel of the operating system
-# needs longer to hand out a page than a CPU to fill it.
-_CPU_GROUP_NUMBERS = 2 ** int(__import__("os").environ.get("GN", "16"))
 
 
 class Plan(NamedTuple):
@@ -55,22 +51,24 @@ def make_plan(
     state_dtype: DTypeLike,
     *,
     batch: int = 1,
-    token_width: int = 1,
+    cpu_tokens: int = _GROUP_TOKENS,
 ) -> Plan:
     """Cuts `batch` rows of `length` tokens into equal groups of at most about _GROUP_TOKENS.
 
-    On a CPU a group has at most about _CPU_GROUP_NUMBERS, if a token has `token_width` of them.
+    On a CPU, a group's rows together have at most about `cpu_tokens`. Temporaries then stay in its
+    caches, and a call takes little fresh memory: an operating system needs longer to hand out a
+    page than a CPU to fill it.
     """
     if chunk_size < 2 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two, at least 2")
     steps = min(chunk_size, max(2, 1 << (length - 1).bit_length()))
     most_tokens, rows = _GROUP_TOKENS, batch
     if jax.default_backend() == "cpu":
-        most_tokens = min(_GROUP_TOKENS, _CPU_GROUP_NUMBERS // token_width)
+        most_tokens = min(_GROUP_TOKENS, cpu_tokens)
     groups = math.ceil(length / max(most_tokens, steps))
     chunks = math.ceil(length / groups / steps)
     if jax.default_backend() == "cpu":
-        most_rows = max(1, _CPU_GROUP_NUMBERS // (chunks * steps * token_width))
+        most_rows = max(1, cpu_tokens // (chunks * steps))
         rows = max(n for n in range(1, min(batch, most_rows) + 1) if batch % n == 0)
     exact = precision == "highest" or dtype == jnp.float16  # states can exceed float16's range
     operand_dtype = jnp.dtype(state_dtype if exact else dtype)
@@ -167,7 +165,7 @@ def level_sums(w: jax.Array, block: int) -> Sums:
     A half block of 2b tokens is two of b: sums before a token grow by the first half's total in the
     second half, sums behind it by the second half's total in the first.
     """
-    *lead, C, K = w.shape
+    C = w.shape[-2]
     before = behind = jnp.zeros_like(w)
     total, within, above = w, [], []  # of each half block: [..., C / b, K]
     for b in (1 << level for level in range(C.bit_length() - 1)):

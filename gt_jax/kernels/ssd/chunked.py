@@ -33,6 +33,8 @@ from gt_jax.kernels.chunks import (
     zeros_if_none,
 )
 
+_CPU_NUMBERS = 2**17  # of x that a CPU works on at once
+
 TAKES = None  # every floating dtype and size
 
 
@@ -51,7 +53,9 @@ def ssd_chunked(
 ) -> tuple[jax.Array, jax.Array]:
     """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
     batch, T, H, P = x.shape
-    plan = make_plan(T, chunk_size, x.dtype, precision, dt.dtype, batch=batch, token_width=H * P)
+    plan = make_plan(
+        T, chunk_size, x.dtype, precision, dt.dtype, batch=batch, cpu_tokens=_CPU_NUMBERS // (H * P)
+    )
     initial_state = zeros_if_none(initial_state, (batch, H, P, B.shape[-1]), plan)
     if resets is not None:
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read

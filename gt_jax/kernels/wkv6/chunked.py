@@ -36,6 +36,7 @@ from gt_jax.kernels.chunks import (
     zeros_if_none,
 )
 
+_CPU_NUMBERS = 2**16  # of r that a CPU works on at once
 _BLOCK = 16  # tokens whose levels share matrices of this size
 
 TAKES = None  # every floating dtype and size
@@ -55,9 +56,9 @@ def wkv6_chunked(
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     B, T, H, K = r.shape
-    width = H * max(K, v.shape[-1])
+    cpu_tokens = _CPU_NUMBERS // (H * K)
     dtype = checks.state_dtype(r, k, v, w, u) if initial_state is None else initial_state.dtype
-    plan = make_plan(T, chunk_size, r.dtype, precision, dtype, batch=B, token_width=width)
+    plan = make_plan(T, chunk_size, r.dtype, precision, dtype, batch=B, cpu_tokens=cpu_tokens)
     initial_state = zeros_if_none(initial_state, (B, H, K, v.shape[-1]), plan)
     if resets is None:
         return _wkv6(r, k, v, w, u, initial_state, plan)
