@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from gt_jax.kernels import context_parallel
 from tests.kernels.accuracy import TOLERANCE
 
 
@@ -37,3 +41,20 @@ def test_four_devices_equal_the_definition(found, op):
         limit = TOLERANCE[case.split()[1]]
         wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= limit}
         assert not wrong, f"{case}: beyond {limit:.0e}: {wrong}"
+
+
+@pytest.mark.parametrize("length", [1, 63, 65, 4100])
+def test_sums_of_later_tokens_and_their_gradient(length):
+    x, weight = np.random.default_rng(0).random((2, 2, length, 3), np.float32)
+    sums, pull_back = jax.vjp(context_parallel._sums_after, jnp.asarray(x))
+    later = np.cumsum(x[:, ::-1].astype(np.float64), axis=1)[:, ::-1] - x
+    np.testing.assert_allclose(sums, later, rtol=1e-5, atol=1e-5)
+    before = np.cumsum(weight.astype(np.float64), axis=1) - weight
+    np.testing.assert_allclose(pull_back(jnp.asarray(weight))[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gpu_program_has_a_window_as_long_as_the_sequence():
+    x = jax.ShapeDtypeStruct((1, 4096, 3), jnp.float32)
+    sums = lambda x: jnp.sum(context_parallel._sums_after(x) ** 2)
+    lowered = jax.jit(jax.grad(sums)).trace(x).lower(lowering_platforms=("cuda",))
+    assert "reduce_window" not in lowered.as_text()
