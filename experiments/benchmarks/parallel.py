@@ -18,7 +18,6 @@ and all compile before the first is timed.
 """
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import statistics
@@ -29,11 +28,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from experiments.lab import command, programs, results, traces
-from experiments.lab.recurrences import OPS, STATE_SIZE, make_inputs
+from experiments.lab.recurrences import (
+    OPS,
+    STATE_SIZE,
+    compile_recurrence,
+    largest_difference,
+    make_inputs,
+)
 from experiments.lab.timing import Trainer, spread, timings, trainer_of
 from gt_jax.config import from_config_dict
 from gt_jax.config_files import load_config
@@ -43,7 +46,6 @@ from gt_jax.training import backend, parallel
 PARTS = ("recurrences", "data", "fsdp", "sequence")
 LONG = "gf_mh_base"  # of part `sequence`
 HEADS = {"wkv6": 32, "ssd": 64}  # of the recurrences
-COPIED = ("u", "A", "D")  # their inputs that have no tokens
 COMPARED = 5  # steps whose losses are compared
 TRACED = 3  # steps
 TRAINING_COLUMNS = ["config", "mode", "cards", "rows x length", "ms a step", "tokens/s", "speedup"]
@@ -257,7 +259,9 @@ def prepare_recurrences(options, _):
     backend.prepare()
     with ThreadPoolExecutor(4) as pool:
         waiting = {
-            (op, cards): pool.submit(compile_recurrence, options, op, cards)
+            (op, cards): pool.submit(
+                compile_recurrence, op, shape_of(options, op), cards, options.impl
+            )
             for op in OPS
             for cards in (1, jax.device_count())
         }
@@ -267,37 +271,6 @@ def prepare_recurrences(options, _):
 def shape_of(options, op):
     heads, length = (2, 64) if options.quick else (HEADS[op], options.length)
     return 1, length, heads, STATE_SIZE[op]
-
-
-def compile_recurrence(options, op, cards):
-    """(compiled (inputs, do) -> (output, gradients), shardings of its arguments)."""
-    axis = "sequence" if cards > 1 else None
-    mesh = jax.make_mesh(
-        (cards,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cards]
-    )
-    make = functools.partial(make_inputs, op, shape_of(options, op))
-    inputs, do = jax.eval_shape(make, jax.random.key(0))
-    tokens = P(None, "sequence")
-    specs = {name: P() if name in COPIED else tokens for name in inputs}
-
-    def forward(inputs):
-        return OPS[op](**inputs, impl=options.impl, axis_name=axis)[0]
-
-    if axis:
-        forward = jax.shard_map(
-            forward, mesh=mesh, in_specs=(specs,), out_specs=tokens, check_vma=False
-        )
-
-    def both(inputs, do):
-        y, backward = jax.vjp(forward, inputs)
-        return y, backward(do)[0]
-
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), (specs, tokens), is_leaf=lambda x: isinstance(x, P)
-    )
-    with programs.LOWERING:
-        lowered = jax.jit(both, in_shardings=shardings).lower(inputs, do)
-    return lowered.compile(), shardings
 
 
 def time_recurrences(options, _):
@@ -319,17 +292,6 @@ def time_recurrences(options, _):
             size = programs.program_bytes(run) / 2**20
             rows.append([op, cards, shape[1], ms, one["mean"] / ms["mean"], size, difference])
     return rows
-
-
-@jax.jit
-def largest_difference(found, known):
-    """The largest relative RMS difference of the arrays of two trees."""
-
-    def of(a, b):
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())
-
-    return jnp.stack(jax.tree.leaves(jax.tree.map(of, found, known))).max()
 
 
 def compare(jobs, found):

@@ -29,9 +29,7 @@ from gt_jax.models import fsdp
 from gt_jax.training.step import Gradients, TrainState
 
 
-def make_mesh(
-    fsdp: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(fsdp: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of the run, or those given, which fsdp * sequence must divide.
 
     Neighbours share a row, so that what is exchanged most often has the shortest way. Axes of size
