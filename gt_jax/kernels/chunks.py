@@ -56,7 +56,7 @@ def make_plan(
     """Cuts `batch` rows of `length` tokens into equal groups of at most about _GROUP_TOKENS.
 
     On a CPU, a group's rows together have at most about `cpu_tokens`. Temporaries then stay in its
-    caches, and a call takes little fresh memory: an operating system needs longer to hand out a
+    caches, and a call takes little new memory: an operating system needs longer to hand out a
     page than a CPU to fill it.
     """
     if chunk_size < 2 or chunk_size & (chunk_size - 1):
