@@ -138,15 +138,12 @@ def exact(equation: str, *operands: jax.Array | np.ndarray) -> jax.Array:
 def _einsum(equation, *operands, **options):
     """einsum at full precision, kept apart from what follows where that goes wrong.
 
-    XLA for CPUs of JAX 0.12 fuses a product with the elementwise operations on its result, and some
-    of its compilations then return NaN from finite numbers, every time they are called.
+    XLA for CPUs (JAX 0.10.2 and 0.12) fuses a product with the elementwise operations on its
+    result, and some of its compilations then return NaN or other wrong numbers, every time they
+    are called.
     """
-    return _apart(jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options))
-
-
-def _apart(x):
-    """x, on CPUs not fused with what reads it."""
-    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    result = jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST, **options)
+    return lax.optimization_barrier(result) if jax.default_backend() == "cpu" else result
 
 
 class Sums(NamedTuple):
@@ -195,7 +192,7 @@ def halves(x: jax.Array, b: int | jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sum_channels(x: jax.Array) -> jax.Array:
-    """[..., X] -> [..., 1]."""
+    """[..., X] -> [..., 1]; on CPUs a product with ones, faster than a sum there."""
     if jax.default_backend() != "cpu":
         return jnp.sum(x, axis=-1, keepdims=True)
     X = x.shape[-1]
@@ -244,10 +241,10 @@ def map_rows(function: Callable, plan: Plan, *arrays: Any) -> Any:
 
 
 def zeros_if_none(x: jax.Array | None, shape: tuple[int, ...], plan: Plan) -> jax.Array | None:
-    """A state [B, ...], or its gradient, where None stands for zeros.
+    """An initial state [B, ...], where None stands for zeros.
 
-    It stays None in a sequence of one chunk, which then leaves out what the state takes part in:
-    a quarter of the work or more.
+    It stays None in a sequence of one chunk, which then leaves out what the state takes part in: a
+    quarter of the work of WKV6 and half that of SSD.
     """
     if x is not None or plan.groups * plan.chunks == 1:
         return x
@@ -309,40 +306,6 @@ def scan_tokens(
     return carry, result, tuple(x[:, : plan.length] for x in outputs)
 
 
-def carry_state(
-    state: jax.Array, decay: jax.Array, update: jax.Array, *, reverse: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """States around each chunk under S <- decay * S + update.
-
-    Args:
-        state: [B, H, X, Y] before the first chunk (after the last one if reverse).
-        decay: [B, H, M, X or 1, Y or 1] per chunk.
-        update: [B, H, M, X, Y] per chunk.
-
-    Returns:
-        [B, H, M, X, Y], the state each chunk starts from, and the state after them all.
-    """
-
-    def step(state, chunk):
-        decay, update = chunk
-        return decay * state + update, state
-
-    by_chunk = (jnp.moveaxis(decay, 2, 0), jnp.moveaxis(update, 2, 0))
-    unroll = min(8, update.shape[2])
-    state, starts = jax.lax.scan(step, state, by_chunk, reverse=reverse, unroll=unroll)
-    return jnp.moveaxis(starts, 0, 2), state
-
-
 def named(results: Any) -> Any:
     """Names what a forward pass computed "recurrence", for policies of jax.checkpoint to store."""
     return jax.tree.map(lambda x: checkpoint_name(x, "recurrence"), results)
-
-
-def scan_groups(
-    body: Callable, carry: Any, groups: tuple[jax.Array, ...], *, reverse: bool = False
-) -> tuple[Any, Any]:
-    """lax.scan over the leading axis; a single group is inlined, so that XLA fuses across it."""
-    if groups[0].shape[0] > 1:
-        return jax.lax.scan(body, carry, groups, reverse=reverse)
-    carry, outputs = body(carry, jax.tree.map(lambda x: x[0], groups))
-    return carry, jax.tree.map(lambda x: x[None], outputs)

@@ -9,7 +9,7 @@ the end, where a split maps the gradient of the state it ends with.
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels.chunks import carry_state
+from gt_jax.kernels.chunks import carry_chunks
 
 LEAST_CHUNKS = 8  # of a split
 
@@ -42,7 +42,8 @@ def states_of_splits(
     Returns:
         [batch * splits, H, X, Y].
     """
-    states, last = carry_state(state, decay, update, reverse=reverse)
-    ends = (last[:, :, None], states) if reverse else (states, last[:, :, None])
-    states = jnp.concatenate(ends, axis=2)  # [batch, H, splits, X, Y]
-    return states.swapaxes(1, 2).reshape(-1, *state.shape[1:])
+    decay, update = (jnp.moveaxis(x, 2, 0) for x in (decay, update))
+    states, last = carry_chunks(state, decay, update, reverse=reverse)
+    ends = (last[None], states) if reverse else (states, last[None])
+    states = jnp.concatenate(ends)  # [splits, batch, H, X, Y]
+    return states.swapaxes(0, 1).reshape(-1, *state.shape[1:])
