@@ -191,7 +191,6 @@ def results(workdir):
     return rows, [np.asarray(x).tobytes() for x in params["embedding"].values()]
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_run_returns_before_a_spike_skips_its_data_and_resumes_to_the_bit(run, tmp_path, capsys):
     progress = run("straight")
     said = capsys.readouterr().out
