@@ -91,9 +91,7 @@ def _backward(residuals, cotangents):
     x, keep, mu, hidden, w = residuals
     cotangents = list(cotangents)
     ordered = _ordered(w, x.dtype)
-    dx, edges, dhidden = kernels.input_gradients(
-        x, keep, mu, hidden, ordered, cotangents, tuning=kernels.TUNING
-    )
+    dx, edges, dhidden = kernels.input_gradients(x, keep, mu, hidden, ordered, cotangents)
     # What the first token of a tile gives to the token before, which is the last of a tile.
     edges = jnp.pad(edges[1:, None], ((0, 1), (TOKENS - 1, 0), (0, 0))).reshape(x.shape)
     dx = (dx.astype(jnp.float32) + edges).astype(x.dtype)

@@ -30,12 +30,11 @@ SLAB = 64  # channels a block of the grid works on at once: a cache line of bflo
 
 
 class Tuning(NamedTuple):
-    """How the work is cut, and what is asked for early."""
+    """How the work is cut."""
 
     forward_tiles: int = 2  # of 64 tokens, that a block of the grid walks at most
     sums_blocks: int = 264  # of the grid, that sum over tokens: two for each multiprocessor
     sums_tiles: int = 2  # of 64 tokens, that one of them walks at least
-    prefetch: bool = True
 
 
 TUNING = Tuning()
@@ -144,7 +143,7 @@ def blends(
     )
 
 
-@lowered_once("tuning")
+@lowered_once()
 def input_gradients(
     x: jax.Array,
     keep: jax.Array,
@@ -152,15 +151,12 @@ def input_gradients(
     hidden: jax.Array,
     w: jax.Array,
     cotangents: list[jax.Array],
-    *,
-    tuning: Tuning,
 ) -> list[jax.Array]:
     """Gradients by x and hidden; a block of the grid walks the channels of 64 tokens.
 
     Args:
         x, keep, mu, hidden, w: as of `blends`.
         cotangents: n arrays [N, D] bfloat16.
-        tuning: how the work is cut.
 
     Returns:
         dx [N, D] bfloat16, without what e of the next tile adds to a tile's last token; e of each
@@ -182,9 +178,8 @@ def input_gradients(
             warps.sync()  # all have read what the step before wrote
             layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
             warps.sync()
-            if tuning.prefetch:
-                following = jnp.minimum(slab + 1, D // SLAB - 1)
-                _prefetch(refs, tokens, pl.ds(following * SLAB, SLAB), n)
+            following = jnp.minimum(slab + 1, D // SLAB - 1)
+            _prefetch(refs, tokens, pl.ds(following * SLAB, SLAB), n)
             own = []
             for start in range(0, SLAB, GROUP):
                 of_slab = pl.ds(start, GROUP)
@@ -279,9 +274,8 @@ def parameter_gradients(
                 g = layout.load(getattr(refs, f"g{j}_gmem").at[tokens, columns])
                 refs.p.at[j][...] = (g.astype(f32) * d).astype(bf16)
             warps.sync()
-            if tuning.prefetch:
-                following = pl.ds(jnp.minimum(start + i + 1, end - 1) * CHUNK, CHUNK)
-                _prefetch(refs, following, columns, n)
+            following = pl.ds(jnp.minimum(start + i + 1, end - 1) * CHUNK, CHUNK)
+            _prefetch(refs, following, columns, n)
             for j in range(n):
                 p = warps.load_left(refs.p.at[j].T)  # [channels, tokens]
                 dmu[j] = layout.row_sums(dmu[j], p)
