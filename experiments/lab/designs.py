@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from experiments import lab
-from experiments.lab import branches, command, comparisons, results
+from experiments.lab import branches, command, comparisons, results, unfinished
 from experiments.lab.statistics import compare, estimate
 
 BASE = "GF-MH"
@@ -143,6 +143,7 @@ def study(
         plots=[comparisons.dots("Validation loss", losses)],
         notes=[verdict(pairs, against), *notes],
     )
+    unfinished.forget(options)
     return found
 
 
@@ -157,24 +158,34 @@ def names_of(options, designs, few):
 
 
 def measured(options, designs, rates):
-    """design -> name -> [seeds], and the settings, of designs that are trained here."""
+    """design -> name -> [seeds], and the settings, of designs that are trained here.
+
+    What is measured of a design is kept as soon as it is there, so that a command that was
+    interrupted trains the others when it is given again.
+    """
     shared = {"model.preset": "gf-mh"} | command.common(options, evaluations=10)
     steps = command.QUICK["train.steps"] if options.quick else options.steps
     shared["optim.warmup_steps"] = max(steps // 20, 1)
     configs = {n: lab.make_config(shared | dict(changes)) for n, changes in designs.items()}
-    task = lab.text_task(next(iter(configs.values())))
-    arms = {name: lab.Arm(config, task) for name, config in configs.items()}
-    runs = lab.train(
-        arms,
+    config = next(iter(configs.values()))
+    settings = lab.settings(config) | {"rates": list(rates)}
+    kept = unfinished.Kept(
+        options, {n: f"{config}, rates {rates}" for n, config in configs.items()}
+    )
+    task = lab.text_task(config)
+    missing = {n: lab.Arm(c, task) for n, c in configs.items() if n not in kept.measured}
+    lab.train(
+        missing,
         seeds=options.seeds,
         sweep={"optim.lr": rates},
         group=options.group,
         keep_params=True,
         compile_fast=options.quick,
+        finished=lambda name, runs: kept.add(
+            name, of_design(runs, missing[name], quick=options.quick)
+        ),
     )
-    found = {n: of_design(r, arms[n], quick=options.quick) for n, r in runs.items()}
-    config = next(iter(configs.values()))
-    return found, lab.settings(config) | {"rates": list(rates)}
+    return {name: kept.measured[name] for name in configs}, settings
 
 
 def of_design(runs, arm, *, quick):

@@ -100,16 +100,13 @@ def write(
         OSError: the file cannot be written.
     """
     name = name or options.experiment
-    path = options.out or FOLDER / f"{name}.json"
+    path = path_of(options, name)
     result = {
         "name": name,
         "experiment": options.experiment,
         "about": options.about,
         "command": options.command,
-        "commit": _commit(),
-        "device": _devices(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **origin(),
         "seconds": round(time.perf_counter() - options.began, 1),
         "quick": options.quick,
         "settings": dict(settings) | {"seeds": list(options.seeds), "source": options.source},
@@ -126,6 +123,21 @@ def write(
     tables = "".join("\n" + formats.as_text(each) + "\n" for each in result["tables"])
     print(f"{tables}\n{path} after {result['seconds']:.0f} s on {result['device']}", flush=True)
     return result
+
+
+def path_of(options, name: str | None = None) -> Path:
+    """The file of a result: --out, or one in experiments/results/."""
+    return options.out or FOLDER / f"{name or options.experiment}.json"
+
+
+def origin() -> dict:
+    """What numbers come from: the commit, None where there is no git, device and versions."""
+    return {
+        "commit": _commit(),
+        "device": _devices(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def read(path: Path) -> dict:

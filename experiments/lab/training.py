@@ -215,6 +215,7 @@ def train(
     keep_params: bool = False,
     compile_fast: bool = False,
     show: Callable[[str], None] = print,
+    finished: Callable[[str, Runs], None] = lambda name, runs: None,
 ) -> dict[str, Runs]:
     """Train every arm with every seed at every point of a sweep.
 
@@ -229,6 +230,7 @@ def train(
         keep_params: whether Runs.params are wanted.
         compile_fast: for tiny jobs.
         show: takes a line when a program is done.
+        finished: takes an arm's name and its Runs as soon as they are done, in a thread.
 
     Returns:
         name -> Runs, in the order of arms. With group, groups follow one another and the result is
@@ -247,7 +249,10 @@ def train(
             runs = _run(compiled, keep_params)
         show(_line(compiled, runs))
         parts = np.split(np.arange(len(runs.points)), len(program.names))
-        return {name: runs.take(part) for name, part in zip(program.names, parts)}
+        of_arms = {name: runs.take(part) for name, part in zip(program.names, parts)}
+        for name, of_arm in of_arms.items():
+            finished(name, of_arm)
+        return of_arms
 
     results = {n: runs for part in programs.side_by_side(job, planned) for n, runs in part.items()}
     return {name: results[name] for name in arms}

@@ -1,10 +1,12 @@
 """Designs are what their names say, are compared by one rule, and parts join to the whole."""
 
+import errno
+
 import numpy as np
 import pytest
 
 from experiments import lab
-from experiments.lab import designs, phase1, results, rules
+from experiments.lab import command, designs, phase1, results, rules, unfinished
 from experiments.lab.statistics import compare, estimate
 from experiments.questions import arbiters, debate, pilot, residual, stability
 from gt_jax.models import FUSIONS, make_model
@@ -43,13 +45,55 @@ def test_the_search_is_large_enough_and_names_what_it_changes():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The question about auxiliary losses, as a trial: its result, and its file."""
+    """The question about auxiliary losses, as a trial: its result, and its file.
+
+    Its first command ends before the result is written, and it is given again.
+    """
     folder = tmp_path_factory.mktemp("debate")
     text, out = folder / "text.txt", folder / "debate.json"
     text.write_text("whether it is nobler in the mind to suffer the slings of fortune\n" * 200)
     flags = ["--quick", "--seeds=2", "--only=repaired", "--impl=reference", f"--source={text}"]
-    debate.main([*flags, f"--out={out}"])
+    flags.append(f"--out={out}")
+    trained, train = [], lab.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            lab, "train", lambda arms, **more: trained.append(set(arms)) or train(arms, **more)
+        )
+        with patch.context() as broken:
+            broken.setattr(results, "write", full_disk)
+            with pytest.raises(OSError, match="No space"):
+                debate.main(flags)
+        assert not out.exists()
+        debate.main(flags)
+    assert trained == [{"GF-MH", "repaired"}, set()], "what was kept is not trained again"
+    assert not out.with_suffix(".unfinished").exists()
     return results.read(out), out
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_only_what_the_same_command_measured_of_the_same_config_is_kept(tmp_path):
+    options = debate_options(tmp_path)
+    kept = unfinished.Kept(options, {"a": "config of a", "b": "config of b"})
+    kept.add("a", {"loss": [1.5, np.nan], "seconds": 3})
+    kept.add("b", {"loss": [2.5, 1 / 3]})
+    again = unfinished.Kept(options, {"a": "config of a", "b": "another", "c": ""}).measured
+    assert set(again) == {"a"}
+    np.testing.assert_array_equal(again["a"]["loss"], [1.5, np.nan])
+    np.testing.assert_array_equal(again["a"]["seconds"], 3)
+    options.seeds = range(3)
+    assert not unfinished.Kept(options, {"a": "config of a"}).measured
+    for damaged in ("", "{", "[]", '{"of": 1}'):
+        unfinished.path_of(options).write_text(damaged, "utf-8")
+        assert not unfinished.Kept(options, {"a": "config of a"}).measured
+
+
+def debate_options(folder):
+    parser = command.parser("debate", "About.")
+    designs.add_flags(parser, steps=6, seeds=2)
+    return command.parse(parser, [f"--out={folder / 'debate.json'}"])
 
 
 def test_a_trial_measures_losses_and_what_branches_are_worth(run):
