@@ -108,27 +108,25 @@ def measure(runs, arm, *, quick):
         probability.
     """
     model = make_model(runs.model_config)
-    held_out = stacked(arm.task.held_out)
-    first = jax.tree.map(lambda x: x[0], held_out)
+    held_out = jax.device_put(stacked(arm.task.held_out))
     jit = lab.jit(quick)
 
-    @jit
-    def seen_of(params):
+    @jit  # the text is an argument: XLA would compute with a constant while it compiles
+    def seen_of(params, held_out):
+        first = jax.tree.map(lambda x: x[0], held_out)
         return look(model, params, first), output_means(model, params, held_out)
 
-    @jit
-    def lost_of(params, keep, fill):
-        return ablated_losses(model, params, held_out, keep, fill)
+    lost_of = jit(functools.partial(ablated_losses, model))
 
     def of_one(params):
-        seen, means = jax.device_get(seen_of(params))
+        seen, means = jax.device_get(seen_of(params, held_out))
         names, keep, fill = ablations(model.config, means)
         places = [names.index(name) for name in WITHOUT]
-        return seen, jax.device_get(lost_of(params, keep[places], fill[places]))
+        return seen, jax.device_get(lost_of(params, held_out, keep[places], fill[places]))
 
     @jit
-    def spread(params):
-        return measure_health(model, params, first.inputs)["stream_variance"]
+    def spread(params, tokens):
+        return measure_health(model, params, tokens)["stream_variance"]
 
     one = lambda params, i: jax.tree.map(lambda x: x[i], params)
     found = [of_one(one(runs.params, i)) for i in range(len(runs.points))]
@@ -137,7 +135,8 @@ def measure(runs, arm, *, quick):
     lost = np.stack([values for _, values in found])  # [seeds, S]
     closed, constant = collapsed(seen["gate"], seen["gate_std"])
     initial = initial_params(arm, [point["seed"] for point in runs.points])
-    untrained = [jax.device_get(spread(one(initial, i))) for i in range(len(runs.points))]
+    tokens = held_out.inputs[0]
+    untrained = [jax.device_get(spread(one(initial, i), tokens)) for i in range(len(runs.points))]
     measures = {
         "RWKV share": seen["share"].mean(-1),
         "Mamba share": 1 - seen["share"].mean(-1),

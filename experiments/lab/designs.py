@@ -48,9 +48,12 @@ SEARCHED = {
 
 
 def add_flags(parser, *, steps, seeds, source="shakespeare-all"):
-    """--steps, --only and --parts, and defaults of the shared flags."""
+    """--steps, --rates, --only and --parts, and defaults of the shared flags."""
     parser.set_defaults(seeds=seeds, source=source)
     parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from"
+    )
     parser.add_argument("--only", help="designs, with commas between; all if not given")
     parser.add_argument(
         "--parts", nargs="+", help="train nothing: join results of --only with the same flags"
@@ -61,7 +64,6 @@ def study(
     options,
     designs: Mapping[str, Mapping],
     *,
-    rates=RATES,
     title,
     judge=None,
     few=2,
@@ -74,7 +76,6 @@ def study(
     Args:
         options: of a parser with `add_flags`.
         designs: name -> config changes.
-        rates: learning rates to sweep.
         title: of the table of losses.
         judge: a design's name -> [seeds] measures -> (verdict, why), for a table of them.
         few: how many designs --quick trains if --only is not given.
@@ -88,7 +89,7 @@ def study(
     if options.parts:
         found, settings = joined(options.parts)
     else:
-        found, settings = measured(options, {name: designs[name] for name in names}, rates)
+        found, settings = measured(options, {name: designs[name] for name in names})
     losses = {name: values["loss"] for name, values in found.items()}
     pairs = compare(losses, against=against) if len(losses) > 1 else []
     measures = dict(measures) | {
@@ -157,7 +158,7 @@ def names_of(options, designs, few):
     return list(dict.fromkeys([first, *others]))
 
 
-def measured(options, designs, rates):
+def measured(options, designs):
     """design -> name -> [seeds], and the settings, of designs that are trained here.
 
     What is measured of a design is kept as soon as it is there, so that a command that was
@@ -168,7 +169,8 @@ def measured(options, designs, rates):
     shared["optim.warmup_steps"] = max(steps // 20, 1)
     configs = {n: lab.make_config(shared | dict(changes)) for n, changes in designs.items()}
     config = next(iter(configs.values()))
-    settings = lab.settings(config) | {"rates": list(rates)}
+    rates = tuple(options.rates)
+    settings = lab.settings(config) | {"rates": rates}
     kept = unfinished.Kept(
         options, {n: f"{config}, rates {rates}" for n, config in configs.items()}
     )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax import compilation
-from gt_jax.config import Config, flatten
+from gt_jax.config import Config, flatten, from_config_dict, to_dict, unflatten
 from gt_jax.data.batches import Batch
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
@@ -112,6 +112,9 @@ def plan(arms: Mapping, seeds: Sequence[int], sweep: Mapping[str, Sequence]) -> 
         gated = has_gate(model_config)
         if "model.gate_init" in sweep and not gated:
             raise InputError(f"model.gate_init cannot be swept for {name}, which has no gate")
+        for name_of_field, values in sweep.items():
+            for value in values:
+                from_config_dict(unflatten(flatten(to_dict(config)) | {name_of_field: value}))
         if gated:
             share = model_config.gate_init
             if share is None:

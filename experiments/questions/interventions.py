@@ -169,30 +169,31 @@ def contributions(runs, task, *, quick):
     """
     # One program for all: they differ in what their training was, not in what they compute.
     model = make_model(dataclasses.replace(runs[PLAIN].model_config, gate_init=None))
-    held_out = stacked(task.held_out)
+    held_out = jax.device_put(stacked(task.held_out))
     jit = lab.jit(quick)
 
     @jit
-    def contributed(params):
+    def contributed(params, held_out):
         of_one = lambda each: ablation.contributions(model, each, held_out)
         found = jax.lax.map(of_one, params)
         return {name: found[name] for name in ("mean", "share")}
 
     @jit
-    def lost(params, keep, fill):
+    def lost(params, held_out, keep, fill):
         of_one = lambda each: ablation.losses(model, each[0], held_out, *each[1:])
         return jax.lax.map(of_one, (params, keep, fill))
 
     found = {}
     for name, r in runs.items():
-        one = jax.device_get(contributed(r.params))
+        one = jax.device_get(contributed(r.params, held_out))
         keeps, fills = [], []
         for means in one["mean"]:
             names, keep, fill = ablation.every_ablation(model.config, means)
             chosen = [names.index(wanted) for wanted in ABLATIONS]
             keeps.append(keep[chosen])
             fills.append(fill[chosen])
-        whole, *without = np.asarray(lost(r.params, np.stack(keeps), np.stack(fills))).T
+        lost_in = lost(r.params, held_out, np.stack(keeps), np.stack(fills))
+        whole, *without = np.asarray(lost_in).T
         found[name] = {"Mamba share": 1 - one["share"].mean(-1)}
         for (branch, *_), loss in zip(ABLATIONS[1:], without):
             found[name][f"loss added without {branch}"] = loss - whole

@@ -8,7 +8,7 @@ characters for 2000 steps, at each of three rates, GF-MH too. The first half of 
 chooses a design's rate, and the designs that `pilot` runs longer; the second half is reported.
 Differences from GF-MH are Holm-corrected over all designs of the list, chosen or not.
 
-On one H200 some 12 minutes at 3 seeds, estimated from the time of `fusion`. Where a command may
+On one H200 some 13 minutes at 3 seeds, a minute a design. Where a command may
 take less, run parts of the list with --only, each into its own --out, and join them with
 --parts part1.json part2.json.
 """

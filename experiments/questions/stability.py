@@ -89,13 +89,13 @@ def looked_at(model_config, params, task, length, *, quick):
     targets = np.where(np.arange(length) < length - LAST, -1, batch.targets)
 
     @lab.jit(quick)
-    def of_one(params):
+    def of_one(params, batch, targets):
         norms = branches.gradient_by_position(model, params, batch._replace(targets=targets))
         far, near = (jnp.linalg.norm(x) for x in jnp.split(norms, 2, axis=1))
         return branches.look(model, params, batch), far / near
 
     found = [
-        jax.device_get(of_one(jax.tree.map(lambda x, i=i: x[i], params)))
+        jax.device_get(of_one(jax.tree.map(lambda x, i=i: x[i], params), batch, targets))
         for i in range(len(jax.tree.leaves(params)[0]))
     ]
     seen = {name: np.stack([one[name] for one, _ in found]) for name in found[0][0]}

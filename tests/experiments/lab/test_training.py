@@ -252,6 +252,8 @@ def test_what_cannot_be_swept_is_refused(config, task):
     gpt = lab.make_config(SMALL | {"model.preset": "gpt2"})
     with pytest.raises(InputError, match="gate_init cannot be swept for GPT, which has no gate"):
         lab.train({"GPT": lab.Arm(gpt, task)}, seeds=[0], sweep={"model.gate_init": (0.3,)})
+    with pytest.raises(InputError, match=r"optim\.lr=-0\.1 must be"):
+        lab.train({"GF": lab.Arm(config, task)}, seeds=[0], sweep={"optim.lr": (0.1, -0.1)})
     with pytest.raises(InputError, match=r"optim\.rate is not a config field"):
         lab.make_config({"optim.rate": 1})
 
