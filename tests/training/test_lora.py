@@ -1,6 +1,7 @@
 """Low-rank adapters: what they compute and learn, and the runs and checkpoints that have them."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 import gt_jax
@@ -19,10 +22,10 @@ from gt_jax.convert import export_model, import_model
 from gt_jax.errors import InputError
 from gt_jax.models.layers import project
 from gt_jax.train import train
-from gt_jax.training import lora
+from gt_jax.training import lora, parallel
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.optimizer import make_optimizer, make_schedule
-from gt_jax.training.step import init_state, make_gradients
+from gt_jax.training.step import init_state, make_gradients, make_train_step
 from tests.convert import small
 
 
@@ -66,8 +69,12 @@ def flat(tree):
 
 
 def stored(run, step, part):
-    reader = checkpoint.ocp.StandardCheckpointHandler()
-    return flat(reader.restore(checkpoint.epath.Path(run / "checkpoints" / str(step) / part)))
+    """The arrays of a part of a checkpoint, by their paths, whatever devices wrote it."""
+    folder = run / "checkpoints" / str(step)
+    shapes = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / part)).tree
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return flat(checkpoint.read_tree(folder, part, like))
 
 
 @pytest.fixture(scope="module")
@@ -155,41 +162,55 @@ from tests.training.test_lora import config_of
 
 base = Path(sys.argv[1])
 train(config_of(base, **{"parallel.fsdp": 2}), base / "fsdp")
-train(config_of(base, **{"parallel.mode": "pmap"}), base / "pmap")
 """
 
 
-@pytest.fixture(scope="module")
-def on_two_devices(base, runs):
-    """The last two steps of the run again, where two devices share parameters, or rows alone."""
-    for name in ("fsdp", "pmap"):
-        shutil.copytree(runs[0], base / name)
-        shutil.rmtree(base / name / "checkpoints" / "4")
+def test_devices_that_share_the_base_train_like_one(base, runs):
+    """The last two steps of the run again, by two devices; only the order of sums differs."""
+    shutil.copytree(runs[0], base / "fsdp")
+    shutil.rmtree(base / "fsdp" / "checkpoints" / "4")
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ON_TWO_DEVICES, str(base)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return base
-
-
-@pytest.mark.parametrize("mode", ["fsdp", "pmap"])
-def test_two_devices_train_adapters_like_one(on_two_devices, runs, mode):
-    """Only the order of sums differs."""
-    one, two = (stored(run, 4, "adapters") for run in (runs[0], on_two_devices / mode))
     before = stored(runs[0], 2, "adapters")
+    one, two = (stored(run, 4, "adapters") for run in (runs[0], base / "fsdp"))
     for name in one:
         moved = max(np.abs(one[name] - before[name]).max(), 1e-6)
         np.testing.assert_allclose(two[name], one[name], atol=1e-3 * moved)
-    losses = [read_metrics(run)[-1]["validation_loss"] for run in (runs[0], on_two_devices / mode)]
+    losses = [read_metrics(run)[-1]["validation_loss"] for run in (runs[0], base / "fsdp")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def toy_run(toy, make_config, **fields):
+    """(config, tx, schedule, state) of a run that trains adapters of the toy."""
+    of_adapters = {"train.tune": "lora", "model.init_from": "x", "train.lora.rank": 2}
+    config = make_config(**of_adapters, **fields)
+    schedule = make_schedule(config.optim, 20)
+    tx = make_optimizer(config.optim, schedule)
+    return config, tx, schedule, init_state(toy, tx, config, jax.random.key(0))
+
+
+def test_pmap_trains_adapters_as_jit_does(toy, make_config, make_batch):
+    found = []
+    for mode in ("jit", "pmap"):
+        config, tx, schedule, state = toy_run(toy, make_config)
+        step = parallel.compile_train_step(
+            functools.partial(make_train_step, toy, tx, schedule, config),
+            parallel.make_mesh(),
+            mode,
+            activation=2**16,
+        )
+        for seed in range(3):
+            state, _ = step(state, make_batch(seed))
+        found.append(flat(state.params[lora.KEY]))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_are_those_of_the_merged_matrices(toy, make_config, make_batch):
     """dA = scale * dW B^T and dB = scale * A^T dW, in float64 from jax.grad of W."""
-    fields = {"train.tune": "lora", "model.init_from": "x", "train.lora.rank": 2}
-    config = make_config(**fields, **{"optim.grad_accumulation": 2})
-    tx = make_optimizer(config.optim, make_schedule(config.optim, 20))
-    state = init_state(toy, tx, config, jax.random.key(0))
+    config, _, _, state = toy_run(toy, make_config, **{"optim.grad_accumulation": 2})
     params = jax.tree.map(lambda x: x, state.params)
     drawn = np.random.default_rng(1)
     for name in ("blocks_0", "blocks_1"):  # at zero B hides A
