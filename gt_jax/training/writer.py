@@ -185,9 +185,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             NaN or infinity.
     """
     parts = _parts(like, lora.base(like.params), like.params.get(lora.KEY))
-    averaged = read_tree(folder, "params", parts["params"])
-    if "adapters" in parts:
-        averaged[lora.KEY] = read_tree(folder, "adapters", parts["adapters"])
+    adapted = "adapters" in parts  # and params are of the merged model, which is not continued
+    averaged = {} if adapted else read_tree(folder, "params", parts["params"])
     try:
         training = read_tree(folder, "training", parts["training"])
     except Damaged:
@@ -197,6 +196,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
             f"begin another run with its weights: --config.model.init_from={folder}"
         ) from error
+    if adapted:
+        averaged = training["params"] | {lora.KEY: read_tree(folder, "adapters", parts["adapters"])}
     average = None if like.average is None else tuning.like(like.average, averaged)
     state = TrainState(**{"params": averaged} | training, average=average)
     if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
