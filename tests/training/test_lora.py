@@ -20,7 +20,6 @@ from gt_jax import checkpoint
 from gt_jax.config import Lora, default_config, from_config_dict
 from gt_jax.convert import export_model, import_model
 from gt_jax.errors import InputError
-from gt_jax.models.layers import project
 from gt_jax.train import train
 from gt_jax.training import lora, parallel
 from gt_jax.training.metrics import read as read_metrics
@@ -232,27 +231,6 @@ def test_gradients_are_those_of_the_merged_matrices(toy, make_config, make_batch
         a, b = (adapters[f"{name}/{which}"] for which in (lora.A, lora.B))
         wanted = slope @ b.T if path[-1] == lora.A else a.T @ slope
         np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_a_matrix_with_adapters_computes_what_torch_does():
-    torch = pytest.importorskip("torch", reason="the formula as PyTorch's users write it")
-    rng = np.random.default_rng(0)
-    x, w, a, b = (rng.normal(0, 0.3, s).astype("f") for s in ((5, 24), (24, 16), (24, 4), (4, 16)))
-    pair = {lora.A: jnp.asarray(a), lora.B: jnp.asarray(b)}
-    params = {"kernel": jnp.asarray(w), lora.KEY: {"scale": jnp.float32(2), "kernel": pair}}
-    ours, grads = jax.value_and_grad(
-        lambda p: jnp.sum(jnp.tanh(project(jnp.asarray(x), lora.merged(p)["kernel"])))
-    )(params)
-    linear = torch.nn.Linear(24, 16, bias=False)
-    linear.weight.data = torch.tensor(w.T.copy())
-    down, up = (torch.tensor(m.T.copy(), requires_grad=True) for m in (a, b))
-    inputs = torch.tensor(x)
-    theirs = torch.tanh(linear(inputs) + 8 / 4 * (inputs @ down.T @ up.T)).sum()
-    theirs.backward()
-    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
-    for name, other in ((lora.A, down), (lora.B, up)):
-        of_ours = grads[lora.KEY]["kernel"][name]
-        np.testing.assert_allclose(of_ours, other.grad.numpy().T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
