@@ -2,7 +2,7 @@
 
 FOLDER/params      the parameters, float32
        about       JSON: model, tokenizer, config; of a run also step, place in the text, progress
-       training    only in a run's checkpoints, see gt_jax.training.writer
+       training    only in a run's checkpoints, see gt_jax.training.writer; so are adapters
        files.json  size and CRC-32 of all these files, so that a changed one is noticed
 
 A run's checkpoints are WORKDIR/checkpoints/STEP. A folder there is the checkpoint of a step if its

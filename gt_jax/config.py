@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from gt_jax.config_groups import Checkpoint, Data, Log, Optim, Parallel, Train
+from gt_jax.config_groups import Checkpoint, Data, Log, Lora, Optim, Parallel, Train
 from gt_jax.config_hybrid import Debate
 from gt_jax.config_model import Model
 from gt_jax.errors import InputError, did_you_mean
@@ -194,6 +194,11 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"train.tune={train.tune} trains a part of a stored model; name one with "
             "model.init_from=RUN"
+        )
+    if train.lora != Lora() and train.tune != "lora":
+        raise InputError(
+            f"train.lora is of train.tune=lora, and train.tune={train.tune}; set that, or leave "
+            "train.lora as it is"
         )
     _check_optimizer(config.optim)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every

@@ -4,6 +4,7 @@ gt_jax.config joins them, with those of the model and of a hybrid's branches, an
 say together.
 """
 
+import re
 from dataclasses import dataclass
 
 from gt_jax.config_hybrid import PartSteps
@@ -121,6 +122,30 @@ class Optim:
     )
 
 
+def _is_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Lora:
+    """train.lora.*: the adapters of train.tune=lora."""
+
+    rank: int = setting(8, "of each matrix's update", POSITIVE)
+    alpha: float = setting(
+        16.0, "the update is alpha / rank times the adapters' product", ABOVE_ZERO
+    )
+    matrices: str = setting(
+        r"(rwkv|mamba|attention|ffn)(_2)?/.*kernel$",
+        "a regular expression, searched for in the paths of matrices, such as"
+        " blocks_0/rwkv/key/kernel; by default the mixers' projections and the feed-forward",
+        Range(_is_expression, "a regular expression"),
+    )
+
+
 @dataclass(frozen=True)
 class Train:
     """train.*: length, batches, evaluation, samples."""
@@ -129,9 +154,11 @@ class Train:
     tune: str = setting(
         "none",
         "trains a part of model.init_from, all else frozen: state, what each RWKV-6 and Mamba-2"
-        " recurrence begins a document with (model.learned_states); none: the whole model",
-        choices=("none", "state"),
+        " recurrence begins a document with (model.learned_states); lora, low-rank updates of its"
+        " matrices (train.lora); none: the whole model",
+        choices=("none", "state", "lora"),
     )
+    lora: Lora = setting(Lora, "low-rank updates, of train.tune=lora")
     max_minutes: float = setting(
         0.0, "stop after so long, for the same command to continue; 0 for no limit", NOT_NEGATIVE
     )

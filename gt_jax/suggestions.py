@@ -39,6 +39,10 @@ ELSEWHERE = {
     "n_head": "model.heads",
     "num_heads": "model.heads",
     "d_state": "model.state_size",
+    "lora_r": "train.lora.rank",
+    "lora_rank": "train.lora.rank",
+    "lora_alpha": "train.lora.alpha",
+    "target_modules": "train.lora.matrices",
     "dataset": "data.source",
     "model": "model.preset",
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax import checkpoint, evaluate, generate, inspect
+from gt_jax import checkpoint, evaluate, generate, inspect, serve
 from gt_jax.convert import export_model
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
@@ -87,6 +87,21 @@ def test_wrong_name_is_one_line_with_what_exists(run, name):
     said = str(refused.value)
     assert "there are @best, @last and @3, @5, @80" in said and "\n" not in said
     assert ("did you mean 'best'?" in said) == (name == "beast")
+
+
+@pytest.mark.parametrize("program", [generate, serve, evaluate, inspect, export_model])
+def test_every_program_refuses_a_wrong_name_in_one_line(run, tmp_path, program):
+    arguments = {generate: ["--prompt=ab"], evaluate: ["--source=x.txt"], inspect: ["--text=abc"]}
+    with pytest.raises(InputError) as refused:
+        if program is export_model:
+            export_model(f"{run}@beast", tmp_path / "out", layout="mamba2-hf")
+        else:
+            program.main(["", f"--checkpoint={run}@beast", *arguments.get(program, [])])
+    assert str(refused.value) == (
+        f"{run} has no checkpoint @beast; did you mean 'best'?; "
+        "there are @best, @last and @3, @5, @80"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_with_an_at_sign_is_that_folder(run, tmp_path):

@@ -95,6 +95,12 @@ _gather = jax.custom_vjp(_all_gather, nondiff_argnums=(1, 2))
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def own_part(x: jax.Array, axis: int) -> jax.Array:
+    """The part of an axis that this device holds, under shard_map over "fsdp", of a whole array."""
+    size = x.shape[axis] // lax.axis_size(AXIS)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size, axis)
+
+
 def indivisible(params: Any, devices: int) -> str | None:
     """A size of these parameters (arrays or shapes) that so many devices cannot share, or None."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

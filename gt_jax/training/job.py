@@ -120,7 +120,7 @@ def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict
     if model_config.position_limit is not None:
         fields += f" and model.max_positions={model_config.max_positions}"
     tune = config.train.tune
-    trained = counts["total"] if tune == "none" else tuning.count(model_config, tune)
+    trained = counts["total"] if tune == "none" else tuning.count(model_config, config.train)
     memory.check_fits(counts["total"], config.optim, fields, trained)
     model = make_model(model_config)
     return Job(

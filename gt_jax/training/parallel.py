@@ -53,8 +53,7 @@ def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
     Returns:
         A TrainState of NamedSharding, each for a whole field or, with `state`, for each leaf.
     """
-    specs = _state_specs(mesh, state)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return _shardings(_state_specs(mesh, state), mesh)
 
 
 def compile_train_step(
@@ -150,7 +149,8 @@ def lower_programs(
     sharding = state_sharding(mesh, state)
     state = shapes_on(sharding, state)
     # An average of schedule-free's is computed, which shapes alone cannot be.
-    evaluated = shapes_on(sharding.params, jax.eval_shape(lambda s: s.evaluated, state))
+    evaluated = jax.eval_shape(lambda s: s.evaluated, state)
+    evaluated = shapes_on(_shardings(_param_specs(evaluated, mesh), mesh), evaluated)
     whole = lambda x: jax.ShapeDtypeStruct((_whole(mesh, x)[0], *x.shape[1:]), x.dtype)
     training, held_out = (
         shapes_on(batch_shardings(batch, mesh), jax.tree.map(whole, batch)) for batch in batches
@@ -282,8 +282,7 @@ def _batch_specs(batch: Batch, mesh: Mesh) -> Batch:
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Where each array of a batch lives: [B, T] spread over rows and tokens, [B] over rows."""
-    specs = _batch_specs(batch, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return _shardings(_batch_specs(batch, mesh), mesh)
 
 
 def _param_specs(tree: Any, mesh: Mesh) -> Any:
@@ -306,8 +305,9 @@ def _state_specs(mesh: Mesh, state: TrainState | None) -> TrainState:
     )
 
 
-def _is_spec(x) -> bool:
-    return isinstance(x, P)
+def _shardings(specs: Any, mesh: Mesh) -> Any:
+    of_spec = lambda spec: NamedSharding(mesh, spec)
+    return jax.tree.map(of_spec, specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def _by_device(function, mesh: Mesh, in_specs, out_specs):

@@ -19,7 +19,7 @@ import optax
 from gt_jax.config import Config
 from gt_jax.models import LanguageModel, fsdp
 from gt_jax.models.carry import start_documents
-from gt_jax.training import debate, optimizer, pace, tuning
+from gt_jax.training import debate, lora, optimizer, pace, tuning
 
 
 @flax.struct.dataclass
@@ -28,7 +28,7 @@ class TrainState:
 
     step: jax.Array  # [] int32, batches seen
     rng: jax.Array  # [2] uint32, data of the run's random key; never advanced, only folded
-    params: Any  # float32
+    params: Any  # float32; adapters beside them where train.tune=lora
     opt_state: Any
     carry: Any  # recurrent state at the end of the last batch, leaves [B, ...], or None
     skipped: jax.Array  # [] int32, steps without an update because of a non-finite loss or gradient
@@ -36,9 +36,14 @@ class TrainState:
     average: Any = None  # mean of the trained parameters where optim.ema is set
 
     @property
-    def evaluated(self) -> Any:
-        """The parameters to evaluate, sample from and export."""
+    def averaged(self) -> Any:
+        """Like params, with the average in the places of what is averaged."""
         return optimizer.evaluated(self.params, self.opt_state, self.average)
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters to evaluate, sample from and export: those of a model, averaged."""
+        return lora.merged(self.averaged)
 
 
 class Evaluation(NamedTuple):
@@ -57,6 +62,7 @@ def init_state(
     """
     tokens = jnp.zeros((1, min(config.train.seq_len, 16)), jnp.int32)
     params = model.init(jax.random.fold_in(key, 0), tokens)["params"]
+    params = tuning.prepared(params, config.train, jax.random.fold_in(key, 2))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(jax.random.fold_in(key, 1)),
@@ -124,7 +130,7 @@ def make_gradients(
         part = tuning.trained(params, config.train.tune)
 
         def loss_of(part, index, batch, carry):
-            whole = fsdp.gather_outside_blocks(tuning.joined(part, params))
+            whole = fsdp.gather_outside_blocks(lora.merged(tuning.joined(part, params)))
             output, sown = model.apply(
                 {"params": whole},
                 batch.inputs,

@@ -11,10 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gt_jax.config import Train
 from gt_jax.models import ModelConfig, make_model
+from gt_jax.training import lora
 
 # train.tune -> the last names in the paths of what it trains.
-TRAINED = {"state": ("time_state", "init_states")}
+TRAINED = {"state": ("time_state", "init_states"), "lora": (lora.A, lora.B)}
+
+
+def prepared(params: Any, train: Train, key: jax.Array) -> Any:
+    """A model's parameters with what train.tune trains beside them, new from a random key.
+
+    Raises:
+        InputError: train.lora fits none of the matrices.
+    """
+    return lora.added(params, train.lora, key) if train.tune == "lora" else params
 
 
 def trained(params: Any, tune: str) -> Any:
@@ -36,15 +47,23 @@ def like(part: Any, params: Any) -> Any:
 
 
 def completed(loaded: Any, new: Any) -> Any:
-    """Loaded parameters, with new ones where they have none, as the learned states of a base."""
+    """Loaded parameters, with new ones where they have none: learned states, adapters."""
     return unflatten_dict(flatten_dict(new) | flatten_dict(loaded))
 
 
-def count(config: ModelConfig, tune: str) -> int:
-    """How many numbers of a model train.tune=`tune` trains. Nothing is allocated."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(make_model(config).init, jax.random.key(0), tokens)["params"]
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(trained(shapes, tune)))
+def count(config: ModelConfig, train: Train) -> int:
+    """How many numbers train.tune trains of a model. Nothing is allocated.
+
+    Raises:
+        InputError: as of `prepared`.
+    """
+
+    def init(key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return prepared(make_model(config).init(key, tokens)["params"], train, key)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(trained(shapes, train.tune)))
 
 
 def _is_none(x):

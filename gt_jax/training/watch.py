@@ -18,6 +18,7 @@ from gt_jax.analysis import measure_health
 from gt_jax.config import Config
 from gt_jax.data import Batch
 from gt_jax.models import LanguageModel, Params
+from gt_jax.training import lora
 
 PROBED_ROWS = 8  # of a batch
 
@@ -34,7 +35,7 @@ def make_probe(
 
     def measure(params, inputs, segment_ids):
         inputs, segment_ids = jax.tree.map(lambda x: x[:PROBED_ROWS], (inputs, segment_ids))
-        return measure_health(model, params, inputs, segment_ids)
+        return measure_health(model, lora.merged(params), inputs, segment_ids)
 
     measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()) if mesh else None)
     return lambda params, batch: measure(params, batch.inputs, batch.segment_ids)

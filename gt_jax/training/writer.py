@@ -3,7 +3,9 @@
 WORKDIR/checkpoints/STEP/params, about, files.json   as in gt_jax.checkpoint
                          training    step, random key, optimizer, carried state, skip counts
 
-Where an average of the parameters is evaluated, that is params, and training has the others.
+Where an average of the parameters is evaluated, that is params, and training has the others. Where
+adapters are trained, params have them merged, as any program loads a model; training has the base
+and the adapters as they are trained, and adapters those that are merged.
 
 A folder gets its number when all of it is written, files.json included: a process that is killed
 leaves whole checkpoints and a folder of another name, which the next one removes.
@@ -20,7 +22,7 @@ from gt_jax import checkpoint
 from gt_jax.checkpoint import FOLDER, FORMAT, Damaged, read_about, read_tree
 from gt_jax.errors import InputError
 from gt_jax.finite import check_finite
-from gt_jax.training import hosts, tuning
+from gt_jax.training import hosts, lora, tuning
 from gt_jax.training.display import say
 from gt_jax.training.optimizer import is_averaged
 from gt_jax.training.step import TrainState
@@ -74,7 +76,8 @@ class Writer:
             OSError: this or the previous checkpoint could not be written. Earlier ones are intact.
         """
         self.finish(best_step=best_step)
-        parts, step = _parts(state, state.evaluated), int(state.step)
+        adapters, step = state.averaged.get(lora.KEY), int(state.step)
+        parts = _parts(state, state.evaluated, adapters)
         items: dict[str, Any] = {name: ocp.args.StandardSave(parts[name]) for name in parts}
         items["about"] = ocp.args.JsonSave({"format": FORMAT, "step": step, **about})
         self._saving = step
@@ -181,8 +184,9 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         InputError: the checkpoint is damaged, of a model or optimizer of another shape, or holds
             NaN or infinity.
     """
-    parts = _parts(like, like.params)
-    params = read_tree(folder, "params", parts["params"])
+    parts = _parts(like, lora.base(like.params), like.params.get(lora.KEY))
+    adapted = "adapters" in parts  # and params are of the merged model, which is not continued
+    averaged = {} if adapted else read_tree(folder, "params", parts["params"])
     try:
         training = read_tree(folder, "training", parts["training"])
     except Damaged:
@@ -192,8 +196,10 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
             f"begin another run with its weights: --config.model.init_from={folder}"
         ) from error
-    average = None if like.average is None else tuning.like(like.average, params)
-    state = TrainState(**{"params": params} | training, average=average)
+    if adapted:
+        averaged = training["params"] | {lora.KEY: read_tree(folder, "adapters", parts["adapters"])}
+    average = None if like.average is None else tuning.like(like.average, averaged)
+    state = TrainState(**{"params": averaged} | training, average=average)
     if folder.parent.name == FOLDER and int(state.step) != int(folder.name):
         raise InputError(
             f"{folder} holds the state of step {int(state.step)}: a copy under another number; "
@@ -219,10 +225,13 @@ def _read_whole(folder: Path) -> None:
             raise Damaged(f"{folder} is damaged ({str(error)[:200]})") from error
 
 
-def _parts(state: TrainState, evaluated: Any) -> dict:
+def _parts(state: TrainState, evaluated: Any, adapters: Any) -> dict:
     """What is written of a state: "params" to be loaded as a model, "training" to continue."""
     training = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     del training["average"]  # if there is one, it is `evaluated`
+    parts = {"params": evaluated, "training": training}
+    if adapters is not None:
+        return parts | {"adapters": adapters}
     if not is_averaged(state.opt_state, state.average):
         del training["params"]
-    return {"params": evaluated, "training": training}
+    return parts

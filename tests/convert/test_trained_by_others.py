@@ -4,12 +4,15 @@ Trained weights have what random ones lack: decays near 0 and 1, sharp softmaxes
 few hundred steps teach both models a sentence; then every logit and 200 greedy tokens must agree.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gt_jax
 from gt_jax.convert import import_model
+from gt_jax.models.layers import project
+from gt_jax.training import lora
 from tests.models.small_models import jit
 
 torch = pytest.importorskip("torch", reason="trains the models")
@@ -173,3 +176,24 @@ def test_mamba2_trained_by_transformers_with_groups_and_small_heads(tmp_path):
     found = gt_jax.load(tmp_path / "ours")[0].config
     assert (found.mamba_groups, found.mamba_head_dim, found.state_size) == (2, 16, 8)
     assert_ours_agree(tmp_path / "ours", *greedy(logits_of))
+
+
+def test_a_matrix_with_adapters_computes_what_torch_does():
+    """LoRA's formula as its users write it beside an nn.Linear, and its gradients."""
+    rng = np.random.default_rng(0)
+    x, w, a, b = (rng.normal(0, 0.3, s).astype("f") for s in ((5, 24), (24, 16), (24, 4), (4, 16)))
+    pair = {lora.A: jnp.asarray(a), lora.B: jnp.asarray(b)}
+    params = {"kernel": jnp.asarray(w), lora.KEY: {"scale": jnp.float32(2), "kernel": pair}}
+    ours, grads = jax.value_and_grad(
+        lambda p: jnp.sum(jnp.tanh(project(jnp.asarray(x), lora.merged(p)["kernel"])))
+    )(params)
+    linear = torch.nn.Linear(24, 16, bias=False)
+    linear.weight.data = torch.tensor(w.T.copy())
+    down, up = (torch.tensor(m.T.copy(), requires_grad=True) for m in (a, b))
+    inputs = torch.tensor(x)
+    theirs = torch.tanh(linear(inputs) + 8 / 4 * (inputs @ down.T @ up.T)).sum()
+    theirs.backward()
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
+    for name, other in ((lora.A, down), (lora.B, up)):
+        of_ours = grads[lora.KEY]["kernel"][name]
+        np.testing.assert_allclose(of_ours, other.grad.numpy().T, rtol=1e-4, atol=1e-5)
