@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
-from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
+from gt_jax.models import blocks, gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fsdp import gathering
@@ -147,12 +147,13 @@ class LanguageModel(nn.Module):
         block = gathering(block, c)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
+        apply_block = blocks.caller(self, block, c, x, random=rwkv_drop is not None)
         states = []
         # Unrolled: a scan over blocks compiles one of them, but copies what the backward pass needs
         # of each into and out of arrays of all; a step of gf_mh takes 1.8 times as long (H200).
         for layer in range(c.layers):
             before = None if state is None else state[layer]
-            x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)
+            x, after = apply_block(layer, x, before, segment_ids, rwkv_drop)
             states.append(after)
         x = norm(c, "final_norm")(x).reshape(-1, c.dim)  # one axis of tokens, as in `project`
         if c.tie_embeddings:
