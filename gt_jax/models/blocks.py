@@ -4,8 +4,10 @@ A training step of L blocks is then traced, differentiated, transposed and lower
 L calls of it, which XLA inlines: the compiled program is that of L blocks.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -14,26 +16,44 @@ from jax.extend.core import concrete_or_error
 
 from gt_jax.models.config import ModelConfig
 
+_apart = contextvars.ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Models traced inside hold the equations of all blocks in one jaxpr, for code that reads it."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
 
 def caller(
-    model: nn.Module, block: Callable, config: ModelConfig, x: jax.Array, *, random: bool
+    model: nn.Module,
+    block: Callable,
+    config: ModelConfig,
+    x: jax.Array,
+    *,
+    alike: int,
+    random: bool,
 ) -> Callable:
     """How a model applies its blocks: traced once where nothing tells them apart.
 
     Args:
         model: the bound module that the blocks stand in.
-        block: (config, layer) -> module; from layer 1 on, layers differ in how they are initialised
-            and in nothing else.
+        block: (config, layer) -> module.
         config: of the model.
         x: [B, T, D] what the first block reads.
+        alike: the layer from which on blocks differ in how they are initialised and nothing else.
         random: whether blocks draw random numbers, each from a key of its own.
 
     Returns:
         call(layer, x, *inputs): the results of block `layer` of the model.
     """
-    apart = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
-    if random or not _is_abstract(x) or _may_tell_apart(model):
-        return apart
+    of_its_own = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
+    if random or _apart.get() or not _is_abstract(x) or _may_tell_apart(model):
+        return of_its_own
     recording = model.is_mutable_collection("activations")
 
     # New for every trace: one kept between traces would not see what a context has changed.
@@ -46,8 +66,8 @@ def caller(
         name = f"blocks_{layer}"
         params = model.get_variable("params", name)
         if params is None:
-            return apart(layer, *inputs)  # which says what is missing
-        module = block(config, min(layer, 1), parent=None)
+            return of_its_own(layer, *inputs)  # which says what is missing
+        module = block(config, min(layer, alike), parent=None)
         with jax.named_scope(name):
             results, recorded = one_block(module, params, *inputs)
         if "activations" in recorded:
