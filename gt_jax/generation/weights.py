@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from gt_jax.models import LanguageModel, ModelConfig, Params, make_model
+from gt_jax.models import LanguageModel, ModelConfig, Params, blocks, make_model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows"))
@@ -69,7 +69,9 @@ def _split(config: ModelConfig, rows: int) -> _Split:
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
     state = jax.eval_shape(lambda: model.init_state(rows))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    closed, n = jax.make_jaxpr(whole)(params["params"], tokens, state), len(jax.tree.leaves(params))
+    with blocks.apart():
+        closed = jax.make_jaxpr(whole)(params["params"], tokens, state)
+    n = len(jax.tree.leaves(params))
     jaxpr, constants = closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts))
 
     known, of_params, rest, read = {*constants, *jaxpr.invars[:n]}, [], [], []

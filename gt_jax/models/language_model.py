@@ -1,5 +1,6 @@
 """The language model around every kind of block: embedding, blocks, norm, output head."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
-from gt_jax.models import gpt2, hybrid, legacy, mamba2, rwkv6
+from gt_jax.models import blocks, gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fsdp import gathering
@@ -144,15 +145,18 @@ class LanguageModel(nn.Module):
             table = self.param("segment_embedding", initializers.zeros, shape)
             x = x + lookup(jnp.pad(table, ((1, 0), (0, 0))), role)
             role_state = (after,)
+        alike = int(block is rwkv6.Block)  # whose first one also normalises the embedding
         block = gathering(block, c)
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
+        random = rwkv_drop is not None
+        apply_block = blocks.caller(self, block, c, x, alike=alike, random=random)
         states = []
         # Unrolled: a scan over blocks compiles one of them, but copies what the backward pass needs
         # of each into and out of arrays of all; a step of gf_mh takes 1.8 times as long (H200).
         for layer in range(c.layers):
             before = None if state is None else state[layer]
-            x, after = block(c, layer, name=f"blocks_{layer}")(x, before, segment_ids, rwkv_drop)
+            x, after = apply_block(layer, x, before, segment_ids, rwkv_drop)
             states.append(after)
         x = norm(c, "final_norm")(x).reshape(-1, c.dim)  # one axis of tokens, as in `project`
         if c.tie_embeddings:
@@ -184,8 +188,11 @@ class LanguageModel(nn.Module):
         With model.learned_states that is `first_state` of gt_jax.models.carry.
         """
         key, tokens = jax.random.key(0), jnp.zeros((batch_size, 1), jnp.int32)
-        output, _ = jax.eval_shape(self.init_with_output, key, tokens)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), output.state)
+        one_block = self.clone(config=dataclasses.replace(self.config, layers=1))
+        output, _ = jax.eval_shape(one_block.init_with_output, key, tokens)
+        of_block, *of_roles = output.state
+        state = (*[of_block] * self.config.layers, *of_roles)  # blocks have states of one shape
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
 
 
 def _block_and_inits(config) -> tuple[Any, Any, Initializer, Initializer]:
@@ -259,12 +266,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
     Nothing is allocated.
     """
-    model = make_model(config)
+    # Blocks have parameters of one shape from the second on: that one stands for all others.
+    model = make_model(dataclasses.replace(config, layers=min(config.layers, 2)))
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, key, tokens)["params"]
     counts = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = [entry.key.removesuffix("_2") for entry in path]
         part = next((name for name in names if name in PARTS), "norms")
-        counts[part] = counts.get(part, 0) + leaf.size
+        alike = config.layers - 1 if path[0].key == "blocks_1" else 1
+        counts[part] = counts.get(part, 0) + alike * leaf.size
     return counts | {"total": sum(counts.values())}

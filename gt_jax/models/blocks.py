@@ -1,0 +1,97 @@
+"""Blocks of one shape are traced once: each of them calls the same jitted function.
+
+A training step of L blocks is then traced, differentiated, transposed and lowered as one block and
+L calls of it, which XLA inlines: the compiled program is that of L blocks.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import flax.linen as nn
+import jax
+from flax.linen import module as flax_module
+from jax.extend.core import concrete_or_error
+
+from gt_jax.models.config import ModelConfig
+
+_apart = contextvars.ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Models traced inside hold the equations of all blocks in one jaxpr, for code that reads it."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def caller(
+    model: nn.Module,
+    block: Callable,
+    config: ModelConfig,
+    x: jax.Array,
+    *,
+    alike: int,
+    random: bool,
+) -> Callable:
+    """How a model applies its blocks: traced once where nothing tells them apart.
+
+    Args:
+        model: the bound module that the blocks stand in.
+        block: (config, layer) -> module.
+        config: of the model.
+        x: [B, T, D] what the first block reads.
+        alike: the layer from which on blocks differ in how they are initialised and nothing else.
+        random: whether blocks draw random numbers, each from a key of its own.
+
+    Returns:
+        call(layer, x, *inputs): the results of block `layer` of the model.
+    """
+    of_its_own = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
+    if random or _apart.get() or not _is_abstract(x) or _may_tell_apart(model):
+        return of_its_own
+    recording = model.is_mutable_collection("activations")
+
+    # New for every trace: one kept between traces would not see what a context has changed.
+    @functools.partial(jax.jit, static_argnums=0)
+    def one_block(module, params, *inputs):
+        mutable = ["activations"] if recording else []
+        return module.apply({"params": params}, *inputs, mutable=mutable)
+
+    def together(layer, *inputs):
+        name = f"blocks_{layer}"
+        params = model.get_variable("params", name)
+        if params is None:
+            return of_its_own(layer, *inputs)  # which says what is missing
+        module = block(config, min(layer, alike), parent=None)
+        with jax.named_scope(name):
+            results, recorded = one_block(module, params, *inputs)
+        if "activations" in recorded:
+            model.put_variable("activations", name, recorded["activations"])
+        return results
+
+    return together
+
+
+def _may_tell_apart(model: nn.Module) -> bool:
+    """Whether somebody looks into single blocks: to make them, capture results or intercept calls.
+
+    What intercepts calls is not public in Flax; where that is elsewhere, blocks are not shared.
+    """
+    kept = map(model.is_mutable_collection, ("params", "intermediates"))
+    interceptors = getattr(flax_module, "_global_interceptor_stack", True)
+    recorded_before = model.has_variable("activations", "blocks_0")
+    return any(kept) or bool(interceptors) or recorded_before
+
+
+def _is_abstract(x: jax.Array) -> bool:
+    """Whether a program is being traced: op by op, jax.jit would compile anew at every call."""
+    try:
+        concrete_or_error(None, x)
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False
