@@ -143,9 +143,12 @@ class RMSNorm(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
+    def weight(self, width: int) -> jax.Array:
+        """scale [D] float32."""
+        return self.param("scale", initializers.ones, (width,))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", initializers.ones, (x.shape[-1],))
-        return _scaled_to_unit(x, scale, self.epsilon).astype(self.dtype)
+        return _scaled_to_unit(x, self.weight(x.shape[-1]), self.epsilon).astype(self.dtype)
 
 
 def _scaled_to_unit_value(x, scale, epsilon) -> jax.Array:

@@ -10,25 +10,33 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
+SERVED = ("normed", "added", "gated")  # functions of this module
+# Results of these functions that model.remat=dots keeps: bytes that a forward pass writes anyway,
+# and that a backward pass would have to compute from a float32 stream.
+KEPT = ("normed", "added", "gated")
 
-def unsupported(width: int, dtype: str, gated: bool = False) -> str | None:
+
+def unsupported(width: int, dtype: str, kind: str) -> str | None:
     """Why the fused kernels do not take a call, or None.
 
     Args:
         width: channels of the stream.
         dtype: of the norm's result.
-        gated: whether a gate joins two branches.
+        kind: the function that is to be called, one of SERVED.
     """
+    if kind not in SERVED:
+        return f"no kernel serves {kind}"
     if reason := portable_unsupported():
         return reason
     if dtype != "bfloat16":
         return f"the fused residual norm is for bfloat16; this is {dtype}"
     from gt_jax.kernels.elementwise import residual_norm_kernels
 
-    return residual_norm_kernels.unsupported(width, gated)
+    return residual_norm_kernels.unsupported(width, kind == "gated")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -51,6 +59,7 @@ def normed(
 
 def _normed_forward(epsilon, readers, x, scale):
     (n,) = _call("forward", x, None, None, None, None, scale, epsilon=epsilon)
+    n = checkpoint_name(n, "normed")
     return (x, [n] * readers), (x, scale)
 
 
@@ -86,17 +95,16 @@ def added(
 
 def _added_forward(epsilon, x, branch, scale):
     u, n = _call("forward", x, branch, None, None, None, scale, epsilon=epsilon)
-    return (u, n), (u, jnp.zeros((), branch.dtype), scale)
+    return (u, checkpoint_name(n, "added")), (x, branch, scale)
 
 
 def _added_backward(epsilon, residuals, cotangents):
-    u, like, scale = residuals
+    x, branch, scale = residuals
     du, dn = cotangents
-    narrow = like.dtype == jnp.bfloat16
-    dx, *branch, sums = _call(
-        "backward", u, None, None, None, None, scale, du, [dn], epsilon=epsilon, of_branch=narrow
-    )
-    return dx, branch[0] if narrow else dx.astype(like.dtype), jnp.sum(sums, axis=0)
+    narrow = branch.dtype == jnp.bfloat16
+    arrays = x, branch, None, None, None, scale, du, [dn]
+    dx, *d_branch, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=narrow)
+    return dx, d_branch[0] if narrow else dx, jnp.sum(sums, axis=0)
 
 
 added.defvjp(_added_forward, _added_backward)
@@ -130,14 +138,12 @@ def gated(
 
 def _gated_forward(epsilon, *arrays):
     u, n = _call("forward", *arrays, epsilon=epsilon)
-    return (u, n), arrays
+    return (u, checkpoint_name(n, "gated")), arrays
 
 
 def _gated_backward(epsilon, residuals, cotangents):
     du, dn = cotangents
-    dx, da, db, sums = _call(
-        "backward", *residuals, du, [dn], epsilon=epsilon, of_branch=False
-    )
+    dx, da, db, sums = _call("backward", *residuals, du, [dn], epsilon=epsilon, of_branch=False)
     width = dx.shape[-1]
     sums = jnp.sum(sums, axis=0)
     return dx, da, db, sums[width : 3 * width], sums[3 * width : 3 * width + 1], sums[:width]

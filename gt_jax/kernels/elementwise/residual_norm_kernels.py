@@ -38,12 +38,12 @@ class Tuning(NamedTuple):
 
 # By direction and whether a gate joins two branches.
 TUNING = {
-    ("forward", False): Tuning(24, 6 * MULTIPROCESSORS),
+    ("forward", False): Tuning(24, 5 * MULTIPROCESSORS),
     ("forward", True): Tuning(12, 4 * MULTIPROCESSORS),
     ("backward", False): Tuning(12, 4 * MULTIPROCESSORS),
-    ("backward", True): Tuning(12, 3 * MULTIPROCESSORS),
+    ("backward", True): Tuning(12, 2 * MULTIPROCESSORS),
 }
-_MOST_CHANNELS = {False: 32, True: 16}  # of a thread, which has 255 registers
+_MOST_CHANNELS = {False: 24, True: 16}  # of a thread, which has 255 registers
 
 
 class Grid(NamedTuple):
@@ -66,11 +66,9 @@ def row_for(width: int, gated: bool, most: int) -> rows.Row | None:
     holds a token of this width."""
     choices = [rows.Row(lanes, _VECTOR) for lanes in (8, 16, 32, 64, 128)]
     choices = [row for row in choices if width % row.channels == 0]
-    for limit in (most, _MOST_CHANNELS[gated]):
-        for row in choices:
-            if width // row.lanes <= limit:
-                return row
-    return None
+    short = [row for row in choices if width // row.lanes <= most]
+    possible = [row for row in choices if width // row.lanes <= _MOST_CHANNELS[gated]]
+    return (short or possible[-1:] or [None])[0]
 
 
 def unsupported(width: int, gated: bool) -> str | None:
@@ -135,7 +133,10 @@ class _Row:
 
     def gate(self, a, b, turn):
         """g of two branches, and kernel_a and kernel_b."""
-        refs, kernels = self.refs, [self.parameter(self.refs.gate_gmem, n * self.width) for n in (0, 1)]
+        refs, kernels = (
+            self.refs,
+            [self.parameter(self.refs.gate_gmem, n * self.width) for n in (0, 1)],
+        )
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):
             for value, weight in zip(_wide(z), weights):
@@ -239,8 +240,7 @@ def backward(
     """Gradients of `forward`.
 
     Args:
-        x, a, b, gate, bias, scale, epsilon: as of `forward`, but u in place of x and no branch
-            where no gate joins two.
+        x, a, b, gate, bias, scale, epsilon: as of `forward`.
         du: [M, B, T, D] float32, cotangent of u.
         dn: arrays [M, B, T, D] bfloat16 whose sum is the cotangent of the norm.
         of_branch: whether the gradient is wanted in bfloat16 as well, for a branch.
@@ -266,9 +266,7 @@ def backward(
             n = jnp.minimum(n, grid.steps - 1)
             values = (here.read(z, token(n)) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem))
             # Zeros where there is no token, which then adds nothing to any sum.
-            du, *of_norm = (
-                here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents)
-            )
+            du, *of_norm = (here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents))
             return *values, du, tuple(of_norm)
 
         def step(n, carry):
