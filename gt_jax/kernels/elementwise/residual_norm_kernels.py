@@ -247,8 +247,8 @@ def backward(
 
     Returns:
         total [M, B, T, D] float32; the same in bfloat16 if of_branch; da, db [M, B, T, D] bfloat16
-        if there is a gate; sums over tokens, to be added over the second axis: [M, blocks, S] float32
-        of d scale and, if there is a gate, d kernel_a, d kernel_b and copies of d bias.
+        if there is a gate; sums over tokens, to be added over the second axis, [M, blocks, S]
+        float32: d scale and, if there is a gate, d kernel_a, d kernel_b and copies of d bias.
     """
     models, width = x.shape[0], x.shape[-1]
     gated = b is not None
