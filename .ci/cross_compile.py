@@ -14,6 +14,7 @@ thread than MOST_SPILLED, or takes more shared memory than a block may have.
 import argparse
 import concurrent.futures
 import ctypes
+import functools
 import json
 import os
 import re
@@ -116,7 +117,7 @@ def compile_all(gpu, wheels):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
     capability = tuple(map(int, gpu.split(".")))
-    found = mamba2_kernels(capability)
+    found = mamba2_kernels(capability) + residual_norm_kernels(capability)
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
             of_variant = kernels(op, impl, dtype, capability)
@@ -188,6 +189,33 @@ def mamba2_kernels(capability):
         calls = calls_of(mixer, [projected, weight, bias, y, scale], capability)
         kind = f"{inner} channels" + (", documents" if documents else "")
         found += [(f"Mamba-2 {name}, {kind}", z) for name, z in zip(names, calls, strict=True)]
+    return found
+
+
+def residual_norm_kernels(capability):
+    """(name, serialised kernel) of the residual stream's norms."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import residual_norm
+
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    found = []
+    for width in (128, 768, 2048):
+        x, scale = array(16, 2048, width), array(width)
+        branch = array(*x.shape, dtype=jnp.bfloat16)
+        calls = {
+            "normed": (functools.partial(residual_norm.normed, 1e-6, 2), (x, scale)),
+            "added": (functools.partial(residual_norm.added, 1e-6), (x, branch, scale)),
+            "gated": (
+                functools.partial(residual_norm.gated, 1e-6),
+                (x, branch, branch, array(2 * width), array(1), scale),
+            ),
+        }
+        for name, (function, inputs) in calls.items():
+            modules = calls_of(function, inputs, capability)
+            for direction, module in zip(("forward", "backward"), modules, strict=True):
+                found.append((f"Residual norm, {name}, {direction}, {width} channels", module))
     return found
 
 
