@@ -124,7 +124,14 @@ class Stream(nn.Module):
         return *norms, *stream.add_and_norm(self.config, "ffn_norm", x, branch)
 
 
-def test_a_stream_is_the_same_with_kernels_and_without():
+@pytest.fixture
+def float32_parameters():
+    """As models draw them for users."""
+    with jax.enable_x64(False):
+        yield
+
+
+def test_a_stream_is_the_same_with_kernels_and_without(float32_parameters):
     (x, branch, _), _ = case("added")
     make = lambda impl: Stream(
         make_config("gf", vocab_size=8, dim=WIDTH, heads=1, dtype="bfloat16", impl=impl)
@@ -167,7 +174,7 @@ def is_jaxpr(z):
     return hasattr(getattr(z, "jaxpr", z), "eqns")
 
 
-def test_dots_keeps_the_norms_that_full_computes_again():
+def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
     def forward_passes(remat):
         sizes = {"vocab_size": 8, "dim": 64, "heads": 1, "state_size": 64, "layers": 1}
         config = make_config("gf", **sizes, dtype="bfloat16", impl="portable", remat=remat)
