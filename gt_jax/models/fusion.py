@@ -98,7 +98,12 @@ class Gate(nn.Module):
         score = jnp.sum(rwkv * kernel[:D] + mamba * kernel[D:], axis=-1, keepdims=True)
         gate = jax.nn.sigmoid(score + bias)  # [B, T, 1]
         record(self, gate=gate)
-        return gate * rwkv + (1 - gate) * mamba, state
+        return self.join(gate, rwkv, mamba), state
+
+    @staticmethod
+    def join(gate: jax.Array, rwkv: jax.Array, mamba: jax.Array) -> jax.Array:
+        """g rwkv + (1 - g) mamba [B, T, D] float32, with g [B, T, 1] float32."""
+        return gate * rwkv + (1 - gate) * mamba
 
 
 class ChannelGate(nn.Module):

@@ -89,7 +89,10 @@ class Block(nn.Module):
         if _joins_in_kernel(c, fusion, x, *branches):
             norm = rms_norm(c, "ffn_norm")
             parameters = *fusion.parameters(), norm.weight(c.dim)
-            x, n = residual_norm.gated(norm.epsilon, x, *branches, *parameters)
+            x, n, gate = residual_norm.gated(norm.epsilon, x, *branches, *parameters)
+            record(fusion, gate=gate)
+            if self.is_mutable_collection("activations"):  # computed if anybody uses it
+                record(self, fused=fusion.join(gate, *branches))
         else:
             given = {"block_input": n} if getattr(fusion, "reads_input", False) else {}
             fused, fusion_state = fusion(*branches, state.fusion, segment_ids, **given)
@@ -114,15 +117,11 @@ class Block(nn.Module):
 
 
 def _joins_in_kernel(config, fusion, x, rwkv, mamba) -> bool:
-    """Whether one kernel joins the branches by a gate, adds them to the stream and normalises it.
-
-    It records neither the gate nor what was added.
-    """
+    """Whether one kernel joins the branches, adds them to the stream and normalises it."""
     return (
         type(fusion) is Gate
         and config.feed_forward
         and not config.post_norm
-        and not fusion.is_mutable_collection("activations")
         and rwkv.dtype == mamba.dtype == jnp.bfloat16
         and stream.takes_kernels(config, x, "gated")
     )

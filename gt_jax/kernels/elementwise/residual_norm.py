@@ -34,9 +34,9 @@ def unsupported(width: int, dtype: str, kind: str) -> str | None:
         return reason
     if dtype != "bfloat16":
         return f"the fused residual norm is for bfloat16; this is {dtype}"
-    from gt_jax.kernels.elementwise import residual_norm_kernels
+    from gt_jax.kernels.elementwise import residual_norm_rows
 
-    return residual_norm_kernels.unsupported(width, kind == "gated")
+    return residual_norm_rows.unsupported(width, kind == "gated")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -67,7 +67,7 @@ def _normed_backward(epsilon, readers, residuals, cotangents):
     x, scale = residuals
     du, dn = cotangents
     dx, sums = _call(
-        "backward", x, None, None, None, None, scale, du, dn, epsilon=epsilon, of_branch=False
+        "backward", x, None, None, None, None, scale, du, dn, None, epsilon=epsilon, of_branch=False
     )
     return dx, jnp.sum(sums, axis=0)
 
@@ -102,7 +102,7 @@ def _added_backward(epsilon, residuals, cotangents):
     x, branch, scale = residuals
     du, dn = cotangents
     narrow = branch.dtype == jnp.bfloat16
-    arrays = x, branch, None, None, None, scale, du, [dn]
+    arrays = x, branch, None, None, None, scale, du, [dn], None
     dx, *d_branch, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=narrow)
     return dx, d_branch[0] if narrow else dx, jnp.sum(sums, axis=0)
 
@@ -119,7 +119,7 @@ def gated(
     kernel: jax.Array,
     bias: jax.Array,
     scale: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The sum of a stream and two branches that share one gate a token, and its norm.
 
     Args:
@@ -131,19 +131,20 @@ def gated(
         scale: [D] float32.
 
     Returns:
-        x + g a + (1 - g) b [B, T, D] float32 and its norm [B, T, D] bfloat16.
+        x + g a + (1 - g) b [B, T, D] float32, its norm [B, T, D] bfloat16, and g [B, T, 1] float32.
     """
     return _gated_forward(epsilon, x, a, b, kernel, bias, scale)[0]
 
 
 def _gated_forward(epsilon, *arrays):
-    u, n = _call("forward", *arrays, epsilon=epsilon)
-    return (u, checkpoint_name(n, "gated")), arrays
+    u, n, g = _call("forward", *arrays, epsilon=epsilon)
+    return (u, checkpoint_name(n, "gated"), g.reshape(*u.shape[:-1], 1)), arrays
 
 
 def _gated_backward(epsilon, residuals, cotangents):
-    du, dn = cotangents
-    dx, da, db, sums = _call("backward", *residuals, du, [dn], epsilon=epsilon, of_branch=False)
+    du, dn, dg = cotangents
+    arrays = *residuals, du, [dn], dg.reshape(-1)
+    dx, da, db, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
     width = dx.shape[-1]
     sums = jnp.sum(sums, axis=0)
     return dx, da, db, sums[width : 3 * width], sums[3 * width : 3 * width + 1], sums[:width]

@@ -7,149 +7,21 @@ With r = 1 / sqrt(mean(u^2) + epsilon), the cotangents dn (a sum of several) and
 
 of u = x or x + branch. Of u = x + g a + (1 - g) b with g = sigmoid([a; b] kernel + bias),
 
-    s = g (1 - g) sum over channels of total (a - b)
+    s = g (1 - g) (dg + sum over channels of total (a - b))
     da = g total + s kernel_a;   db = (1 - g) total + s kernel_b
     d kernel = sum over tokens of s [a; b];   d bias = sum over tokens of s
 
 A block of the grid walks tokens that lie as far apart as all blocks together are long.
 """
 
-import math
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
-from gt_jax.kernels.pallas.launch import MULTIPROCESSORS, kernel, loop, lowered_once
-
-_VECTOR = 4  # neighbouring channels of a thread: 16 bytes of float32
-
-
-class Tuning(NamedTuple):
-    """The most channels that a thread should hold, and the most blocks of the grid."""
-
-    channels: int
-    blocks: int
-
-
-# By direction and whether a gate joins two branches.
-TUNING = {
-    ("forward", False): Tuning(24, 5 * MULTIPROCESSORS),
-    ("forward", True): Tuning(12, 4 * MULTIPROCESSORS),
-    ("backward", False): Tuning(12, 4 * MULTIPROCESSORS),
-    ("backward", True): Tuning(12, 2 * MULTIPROCESSORS),
-}
-_MOST_CHANNELS = {False: 24, True: 16}  # of a thread, which has 255 registers
-
-
-class Grid(NamedTuple):
-    """How tokens and channels are divided among rows of threads."""
-
-    row: rows.Row
-    sections: int  # parts of a token that a row reads at once
-    blocks: int
-    steps: int  # tokens that a row walks
-    tokens: int
-
-    @property
-    def ragged(self) -> bool:
-        """Whether rows walk beyond the last token."""
-        return self.steps * self.blocks * self.row.number != self.tokens
-
-
-def row_for(width: int, gated: bool, most: int) -> rows.Row | None:
-    """The shortest row whose threads hold at most `most` channels if that can be; None if no row
-    holds a token of this width."""
-    choices = [rows.Row(lanes, _VECTOR) for lanes in (8, 16, 32, 64, 128)]
-    choices = [row for row in choices if width % row.channels == 0]
-    short = [row for row in choices if width // row.lanes <= most]
-    possible = [row for row in choices if width // row.lanes <= _MOST_CHANNELS[gated]]
-    return (short or possible[-1:] or [None])[0]
-
-
-def unsupported(width: int, gated: bool) -> str | None:
-    """Why the kernels do not take tokens of this width, or None."""
-    if row_for(width, gated, _MOST_CHANNELS[gated]):
-        return None
-    return f"the fused residual norm is not for {width} channels"
-
-
-def _grid_for(x, direction, gated):
-    _, *tokens, width = x.shape
-    tokens = math.prod(tokens)
-    tuning = TUNING[direction, gated]
-    row = row_for(width, gated, tuning.channels)
-    blocks = min(pl.cdiv(tokens, row.number), tuning.blocks)
-    steps = pl.cdiv(tokens, blocks * row.number)
-    return Grid(row, width // row.channels, blocks, steps, tokens)
-
-
-def _place(grid):
-    """Of a row of threads: the model, the token it takes at each step, and whether there is one."""
-    own = lax.axis_index("tokens") * grid.row.number + rows.own_row(grid.row)
-    token = lambda n: own + n * (grid.blocks * grid.row.number)
-    if not grid.ragged:
-        return lax.axis_index("models"), token, lambda n: None
-    bounded = lambda n: jnp.minimum(token(n), grid.tokens - 1)
-    return lax.axis_index("models"), bounded, lambda n: token(n) < grid.tokens
-
-
-def _columns(grid):
-    """Where the sections of a token begin."""
-    return [jnp.int32(n * grid.row.channels) for n in range(grid.sections)]
-
-
-def _sigmoid(z):
-    """Of a scalar."""
-    return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
-
-
-def _wide(sections):
-    return [z.astype(jnp.float32) for z in sections]
-
-
-class _Row:
-    """What a row of threads does to a token, forward and backward."""
-
-    def __init__(self, refs, grid, model):
-        self.refs, self.row, self.model = refs, grid.row, model
-        self.columns, self.width = _columns(grid), grid.sections * grid.row.channels
-
-    def read(self, ref, token, keep=None):
-        """A token's sections, or a None for a reference that is None."""
-        if ref is None:
-            return None
-        load = lambda c: rows.load(ref, (self.model, token), c, self.row, keep)
-        return tuple(load(c) for c in self.columns)
-
-    def parameter(self, ref, first=0):
-        """Sections of a vector of the model, from column `first` on."""
-        load = lambda c: rows.load(ref, (self.model,), c + first, self.row)
-        return [load(c) for c in self.columns]
-
-    def gate(self, a, b, turn):
-        """g of two branches, and kernel_a and kernel_b."""
-        refs, kernels = (
-            self.refs,
-            [self.parameter(self.refs.gate_gmem, n * self.width) for n in (0, 1)],
-        )
-        score = rows.zeros(self.row)
-        for z, weights in zip((a, b), kernels):
-            for value, weight in zip(_wide(z), weights):
-                score += value * weight
-        (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
-        return _sigmoid(score + refs.bias_gmem[self.model, 0]), kernels
-
-    def stream(self, x, a, b, gate):
-        """u."""
-        u = _wide(x)
-        if gate is not None:
-            return [x + (gate * a + (1 - gate) * b) for x, a, b in zip(u, _wide(a), _wide(b))]
-        return u if a is None else [x + a for x, a in zip(u, _wide(a))]
+from gt_jax.kernels.elementwise.residual_norm_rows import Tokens, grid_for, place, wide
+from gt_jax.kernels.pallas import row_numbers, rows, warps
+from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 
 @lowered_once("epsilon")
@@ -163,7 +35,8 @@ def forward(
     *,
     epsilon: float,
 ) -> list[jax.Array]:
-    """u unless it is x, and u / sqrt(mean(u^2) + epsilon) scale in bfloat16: [M, B, T, D] each.
+    """u unless it is x, and u / sqrt(mean(u^2) + epsilon) scale in bfloat16: [M, B, T, D] each;
+    if there is a gate, g [M, B T] float32.
 
     Args:
         x: [M, B, T, D] float32 of M models.
@@ -175,12 +48,12 @@ def forward(
         epsilon: added to the mean of squares.
     """
     models, width = x.shape[0], x.shape[-1]
-    grid = _grid_for(x, "forward", b is not None)
+    grid = grid_for(x, "forward", b is not None)
     row = grid.row
 
     def body(refs):
-        m, token, kept = _place(grid)
-        here = _Row(refs, grid, m)
+        m, token, kept = place(grid)
+        here = Tokens(refs, grid, m)
         scales = here.parameter(refs.scale_gmem)
 
         def read(n):
@@ -192,6 +65,8 @@ def forward(
             x, a, b = values
             turn = lax.rem(n, jnp.int32(2))
             gate = None if b is None else here.gate(a, b, turn)[0]
+            if gate is not None:
+                row_numbers.store(refs.g_gmem, (m, token(n)), gate, kept(n))
             u = here.stream(x, a, b, gate)
             squares = sum((z * z for z in u), rows.zeros(row))
             (squares,) = rows.sums_over_row([squares], row, refs.sums, turn)
@@ -212,7 +87,11 @@ def forward(
         name="residual_norm_forward",
         inputs={"x": _flat(x), "a": _flat(a), "b": _flat(b)}
         | {"gate": gate, "bias": bias, "scale": scale},
-        outputs={"u": None if a is None else like(jnp.float32), "n": like(jnp.bfloat16)},
+        outputs={
+            "u": None if a is None else like(jnp.float32),
+            "n": like(jnp.bfloat16),
+            "g": None if b is None else jax.ShapeDtypeStruct((models, grid.tokens), jnp.float32),
+        },
         scratch={
             "sums": rows.sums_scratch(1),
             "score": None if b is None else rows.sums_scratch(1),
@@ -220,7 +99,7 @@ def forward(
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
     )
-    return [z.reshape(x.shape) for z in results]
+    return [z.reshape(x.shape) if z.ndim == 3 else z for z in results]
 
 
 @lowered_once("epsilon", "of_branch")
@@ -233,6 +112,7 @@ def backward(
     scale: jax.Array,
     du: jax.Array,
     dn: list[jax.Array],
+    dg: jax.Array | None,
     *,
     epsilon: float,
     of_branch: bool,
@@ -243,6 +123,7 @@ def backward(
         x, a, b, gate, bias, scale, epsilon: as of `forward`.
         du: [M, B, T, D] float32, cotangent of u.
         dn: arrays [M, B, T, D] bfloat16 whose sum is the cotangent of the norm.
+        dg: [M, B T] float32, cotangent of the gate, if there is one.
         of_branch: whether the gradient is wanted in bfloat16 as well, for a branch.
 
     Returns:
@@ -252,22 +133,23 @@ def backward(
     """
     models, width = x.shape[0], x.shape[-1]
     gated = b is not None
-    grid = _grid_for(x, "backward", gated)
+    grid = grid_for(x, "backward", gated)
     row = grid.row
     summed = 3 * width + row.channels if gated else width
 
     def body(refs):
-        m, token, kept = _place(grid)
-        here = _Row(refs, grid, m)
+        m, token, kept = place(grid)
+        here = Tokens(refs, grid, m)
         cotangents = [getattr(refs, f"dn{i}_gmem") for i in range(len(dn))]
         scales = here.parameter(refs.scale_gmem)
 
         def read(n):
             n = jnp.minimum(n, grid.steps - 1)
-            values = (here.read(z, token(n)) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem))
+            x = here.read(refs.x_gmem, token(n))
             # Zeros where there is no token, which then adds nothing to any sum.
+            a, b = (here.read(z, token(n), kept(n)) for z in (refs.a_gmem, refs.b_gmem))
             du, *of_norm = (here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents))
-            return *values, du, tuple(of_norm)
+            return x, a, b, du, tuple(of_norm)
 
         def step(n, carry):
             (x, a, b, du, dn), sums = carry
@@ -275,7 +157,7 @@ def backward(
             turn = lax.rem(n, jnp.int32(2))
             gate, kernels = here.gate(a, b, turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
-            dn = [sum(_wide(z)[1:], z[0].astype(jnp.float32)) for z in zip(*dn)]
+            dn = [sum(wide(z)[1:], z[0].astype(jnp.float32)) for z in zip(*dn)]
             squares = along = rows.zeros(row)
             for z, d, scale in zip(u, dn, scales):
                 squares += z * z
@@ -290,10 +172,10 @@ def backward(
                 totals.append(rest + (d * scale - z * along))
             at, keep = (m, token(n)), kept(n)
             if gated:
-                a, b = _wide(a), _wide(b)
+                a, b = wide(a), wide(b)
                 slope = sum((t * (y - z) for t, y, z in zip(totals, a, b)), rows.zeros(row))
                 (slope,) = rows.sums_over_row([slope], row, refs.slopes, turn)
-                slope *= gate * (1 - gate)
+                slope = (slope + refs.dg_gmem[m, token(n)]) * gate * (1 - gate)
             for i, (c, t) in enumerate(zip(here.columns, totals)):
                 rows.store(refs.dx_gmem, at, c, t, row, keep)
                 if of_branch:
@@ -305,7 +187,9 @@ def backward(
                     rows.store(refs.db_gmem, at, c, db.astype(jnp.bfloat16), row, keep)
             if gated:
                 of_gate = [s + slope * z for s, z in zip(sums[grid.sections :], [*a, *b])]
-                return following, (*of_scale, *of_gate, sums[-1] + slope)
+                slopes = rows.zeros(row) + slope
+                slopes = slopes if keep is None else rows.masked(slopes, keep)
+                return following, (*of_scale, *of_gate, sums[-1] + slopes)
             return following, tuple(of_scale)
 
         zeros = tuple(rows.zeros(row) for _ in range(summed // row.channels))
@@ -327,7 +211,7 @@ def backward(
         body,
         name="residual_norm_backward",
         inputs={"x": _flat(x), "a": _flat(a), "b": _flat(b), "du": _flat(du)}
-        | {"gate": gate, "bias": bias, "scale": scale}
+        | {"gate": gate, "bias": bias, "scale": scale, "dg": dg}
         | {f"dn{i}": _flat(z) for i, z in enumerate(dn)},
         outputs={
             "dx": like(jnp.float32),

@@ -23,10 +23,10 @@ WIDTH, EPSILON = 64, 1e-3
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
     """Rows of threads that walk several tokens, the last of them beyond the end."""
-    from gt_jax.kernels.elementwise import residual_norm_kernels as kernels
+    from gt_jax.kernels.elementwise import residual_norm_rows
 
-    tuning = {key: z._replace(blocks=3) for key, z in kernels.TUNING.items()}
-    monkeypatch.setattr(kernels, "TUNING", tuning)
+    tuning = {key: z._replace(blocks=3) for key, z in residual_norm_rows.TUNING.items()}
+    monkeypatch.setattr(residual_norm_rows, "TUNING", tuning)
 
 
 def norm(u, scale):
@@ -36,7 +36,7 @@ def norm(u, scale):
 def straight_gate(x, a, b, kernel, bias, scale):
     g = jax.nn.sigmoid(a @ kernel[:WIDTH] + b @ kernel[WIDTH:] + bias)[..., None]
     u = x + g * a + (1 - g) * b
-    return u, norm(u, scale)
+    return u, norm(u, scale), g
 
 
 # name -> the fused function, and formulas in float64 that share nothing with it
@@ -71,6 +71,8 @@ def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
     }[name]()
     of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
     cotangents = wide(dtype=jnp.float32), of_norm if name == "normed" else of_norm[0]
+    if name == "gated":
+        cotangents = *cotangents, draw(*tokens, 1, dtype=jnp.float32)
     return (wide(dtype=jnp.float32), *arguments, scale), cotangents
 
 
