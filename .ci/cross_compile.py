@@ -117,7 +117,7 @@ def compile_all(gpu, wheels):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
     capability = tuple(map(int, gpu.split(".")))
-    found = mamba2_kernels(capability) + residual_norm_kernels(capability)
+    found = mamba2_kernels(capability) + list(residual_norm_kernels(capability))
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
             of_variant = kernels(op, impl, dtype, capability)
@@ -200,23 +200,17 @@ def residual_norm_kernels(capability):
     from gt_jax.kernels.elementwise import residual_norm
 
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    found = []
     for width in (128, 768, 2048):
-        x, scale = array(16, 2048, width), array(width)
-        branch = array(*x.shape, dtype=jnp.bfloat16)
-        calls = {
-            "normed": (functools.partial(residual_norm.normed, 1e-6, 2), (x, scale)),
-            "added": (functools.partial(residual_norm.added, 1e-6), (x, branch, scale)),
-            "gated": (
-                functools.partial(residual_norm.gated, 1e-6),
-                (x, branch, branch, array(2 * width), array(1), scale),
-            ),
-        }
-        for name, (function, inputs) in calls.items():
-            modules = calls_of(function, inputs, capability)
-            for direction, module in zip(("forward", "backward"), modules, strict=True):
-                found.append((f"Residual norm, {name}, {direction}, {width} channels", module))
-    return found
+        branch = array(16, 2048, width, dtype=jnp.bfloat16)
+        gate = branch, branch, array(2 * width), array(1)
+        for kind, inputs in {"normed": (), "added": (branch,), "gated": gate}.items():
+            readers = (2,) if kind == "normed" else ()
+            call = functools.partial(getattr(residual_norm, kind), 1e-6, *readers)
+            inputs = array(*branch.shape), *inputs, array(width)
+            names = (
+                f"Residual norm, {kind}, {z}, {width} channels" for z in ("forward", "backward")
+            )
+            yield from zip(names, calls_of(call, inputs, capability), strict=True)
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):
