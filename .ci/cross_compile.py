@@ -117,7 +117,7 @@ def compile_all(gpu, wheels):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
     capability = tuple(map(int, gpu.split(".")))
-    found = mamba2_kernels(capability) + list(residual_norm_kernels(capability))
+    found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
             of_variant = kernels(op, impl, dtype, capability)
@@ -204,13 +204,11 @@ def residual_norm_kernels(capability):
         branch = array(16, 2048, width, dtype=jnp.bfloat16)
         gate = branch, branch, array(2 * width), array(1)
         for kind, inputs in {"normed": (), "added": (branch,), "gated": gate}.items():
-            readers = (2,) if kind == "normed" else ()
-            call = functools.partial(getattr(residual_norm, kind), 1e-6, *readers)
-            inputs = array(*branch.shape), *inputs, array(width)
-            names = (
-                f"Residual norm, {kind}, {z}, {width} channels" for z in ("forward", "backward")
-            )
-            yield from zip(names, calls_of(call, inputs, capability), strict=True)
+            options = (1e-6, 2) if kind == "normed" else (1e-6,)
+            call = functools.partial(getattr(residual_norm, kind), *options)
+            modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
+            for direction, module in zip(("forward", "backward"), modules, strict=True):
+                yield f"Residual norm, {kind}, {direction}, {width} channels", module
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):
