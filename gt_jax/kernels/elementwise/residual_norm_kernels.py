@@ -149,10 +149,11 @@ def backward(
             # Zeros where there is no token, which then adds nothing to any sum.
             a, b = (here.read(z, token(n), kept(n)) for z in (refs.a_gmem, refs.b_gmem))
             du, *of_norm = (here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents))
-            return x, a, b, du, tuple(of_norm)
+            dg = refs.dg_gmem[m, token(n)] if gated else None
+            return x, a, b, du, tuple(of_norm), dg
 
         def step(n, carry):
-            (x, a, b, du, dn), sums = carry
+            (x, a, b, du, dn, dg), sums = carry
             following = read(n + 1)  # arrives while this token is computed
             turn = lax.rem(n, jnp.int32(2))
             gate, kernels = here.gate(a, b, turn) if gated else (None, None)
@@ -175,7 +176,7 @@ def backward(
                 a, b = wide(a), wide(b)
                 slope = sum((t * (y - z) for t, y, z in zip(totals, a, b)), rows.zeros(row))
                 (slope,) = rows.sums_over_row([slope], row, refs.slopes, turn)
-                slope = (slope + refs.dg_gmem[m, token(n)]) * gate * (1 - gate)
+                slope = (slope + dg) * gate * (1 - gate)
             for i, (c, t) in enumerate(zip(here.columns, totals)):
                 rows.store(refs.dx_gmem, at, c, t, row, keep)
                 if of_branch:
