@@ -14,6 +14,7 @@ thread than MOST_SPILLED, or takes more shared memory than a block may have.
 import argparse
 import concurrent.futures
 import ctypes
+import functools
 import json
 import os
 import re
@@ -116,7 +117,7 @@ def compile_all(gpu, wheels):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
     capability = tuple(map(int, gpu.split(".")))
-    found = mamba2_kernels(capability)
+    found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == "9.0":
             of_variant = kernels(op, impl, dtype, capability)
@@ -189,6 +190,25 @@ def mamba2_kernels(capability):
         kind = f"{inner} channels" + (", documents" if documents else "")
         found += [(f"Mamba-2 {name}, {kind}", z) for name, z in zip(names, calls, strict=True)]
     return found
+
+
+def residual_norm_kernels(capability):
+    """(name, serialised kernel) of the residual stream's norms."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import residual_norm
+
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    for width in (128, 768, 2048):
+        branch = array(16, 2048, width, dtype=jnp.bfloat16)
+        gate = branch, branch, array(2 * width), array(1)
+        for kind, inputs in {"normed": (), "added": (branch,), "gated": gate}.items():
+            options = (1e-6, 2) if kind == "normed" else (1e-6,)
+            call = functools.partial(getattr(residual_norm, kind), *options)
+            modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
+            for direction, module in zip(("forward", "backward"), modules, strict=True):
+                yield f"Residual norm, {kind}, {direction}, {width} channels", module
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):

@@ -79,6 +79,12 @@ class Gate(nn.Module):
     config: ModelConfig
 
     @nn.compact
+    def parameters(self) -> tuple[jax.Array, jax.Array]:
+        """w [2D] and b [1], both float32."""
+        kernel = self.param("kernel", gate_kernel_init(self.config), (2 * self.config.dim,))
+        start = initializers.constant(logit(initial_share(self)))
+        return kernel, self.param("bias", start, (1,))
+
     def __call__(
         self,
         rwkv: jax.Array,
@@ -87,13 +93,17 @@ class Gate(nn.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         D = self.config.dim
-        kernel = self.param("kernel", gate_kernel_init(self.config), (2 * D,))
-        bias = self.param("bias", initializers.constant(logit(initial_share(self))), (1,))
+        kernel, bias = self.parameters()
         rwkv, mamba = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
         score = jnp.sum(rwkv * kernel[:D] + mamba * kernel[D:], axis=-1, keepdims=True)
         gate = jax.nn.sigmoid(score + bias)  # [B, T, 1]
         record(self, gate=gate)
-        return gate * rwkv + (1 - gate) * mamba, state
+        return self.join(gate, rwkv, mamba), state
+
+    @staticmethod
+    def join(gate: jax.Array, rwkv: jax.Array, mamba: jax.Array) -> jax.Array:
+        """g rwkv + (1 - g) mamba [B, T, D] float32, with g [B, T, 1] float32."""
+        return gate * rwkv + (1 - gate) * mamba
 
 
 class ChannelGate(nn.Module):

@@ -16,9 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.elementwise import residual_norm
+from gt_jax.models import stream
 from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.fusion import FUSIONS
+from gt_jax.models.fusion import FUSIONS, Gate
 from gt_jax.models.gates import post_norm
 from gt_jax.models.layers import FeedForward, record, rms_norm
 from gt_jax.models.legacy import LegacyBranch
@@ -65,34 +67,43 @@ class Block(nn.Module):
         record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
-        n = rms_norm(c, "mixer_norm")(x)
+        x, (n, other) = stream.normed(c, "mixer_norm", x, readers=2)  # equal, for either branch
         shifts, topic = None, None
         if c.mamba_reset is not None:
             topic = getattr(state, "topic", None)
             shifts, topic = topic_shifts(n, topic, segment_ids, c.mamba_reset)
 
-        def mix(mixer, before):
+        def mix(mixer, n, before):
             ids = segment_ids
             if shifts is not None and isinstance(mixer, Mamba2):
                 before, ids = reset_at(shifts, before, ids)
             return mixer(n, before, segment_ids=ids)
 
-        rwkv, rwkv_state = mix(rwkv_mixer, state.rwkv)
-        mamba, mamba_state = mix(mamba_mixer, state.mamba)
+        rwkv, rwkv_state = mix(rwkv_mixer, n, state.rwkv)
+        mamba, mamba_state = mix(mamba_mixer, other, state.mamba)
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
         fusion = FUSIONS[c.fusion](c, name="fusion")
-        fused, fusion_state = fusion(
-            *with_residuals(c, rwkv, mamba, n),
-            state.fusion,
-            segment_ids,
-            **({"block_input": n} if getattr(fusion, "reads_input", False) else {}),
-        )
-        record(self, fused=fused)
-        x = x + (post_norm(c, "fused_norm")(fused) if c.post_norm else fused)
+        fusion_state, branches = state.fusion, with_residuals(c, rwkv, mamba, n)
+        if _joins_in_kernel(c, fusion, x, *branches):
+            norm = rms_norm(c, "ffn_norm")
+            parameters = *fusion.parameters(), norm.weight(c.dim)
+            x, n, gate = residual_norm.gated(norm.epsilon, x, *branches, *parameters)
+            record(fusion, gate=gate)
+            if self.is_mutable_collection("activations"):  # computed if anybody uses it
+                record(self, fused=fusion.join(gate, *branches))
+        else:
+            given = {"block_input": n} if getattr(fusion, "reads_input", False) else {}
+            fused, fusion_state = fusion(*branches, state.fusion, segment_ids, **given)
+            record(self, fused=fused)
+            update = post_norm(c, "fused_norm")(fused) if c.post_norm else fused
+            if c.feed_forward:
+                x, n = stream.add_and_norm(c, "ffn_norm", x, update)
+            else:
+                x = x + update
         if c.feed_forward:
-            x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
+            x = x + FeedForward(c, name="ffn")(n)
         record(self, block_out=x)
         states = rwkv_state, mamba_state, fusion_state
         return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)
@@ -103,6 +114,17 @@ class Block(nn.Module):
         if self.config.branch == "legacy":
             return LegacyBranch(self.config, name=name)
         return TimeMix(self.config, self.layer, name=name)
+
+
+def _joins_in_kernel(config, fusion, x, rwkv, mamba) -> bool:
+    """Whether one kernel joins the branches, adds them to the stream and normalises it."""
+    return (
+        type(fusion) is Gate
+        and config.feed_forward
+        and not config.post_norm
+        and rwkv.dtype == mamba.dtype == jnp.bfloat16
+        and stream.takes_kernels(config, x, "gated")
+    )
 
 
 def with_residuals(

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from gt_jax.errors import InputError
+from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.models import blocks, gpt2, hybrid, legacy, mamba2, rwkv6
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
@@ -38,7 +39,7 @@ Params = Mapping[str, Any]
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("recurrence"),
+        jax.checkpoint_policies.save_only_these_names("recurrence", *residual_norm.KEPT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from gt_jax.kernels import context_parallel, ssd, ssd_step
 from gt_jax.kernels.elementwise import causal_conv, gated_norm
-from gt_jax.models import starts
+from gt_jax.models import starts, stream
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import (
     FeedForward,
@@ -25,7 +25,6 @@ from gt_jax.models.layers import (
     kernel_init,
     project,
     recurrence,
-    rms_norm,
 )
 from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
@@ -163,13 +162,12 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, MambaState]:
         del rwkv_drop  # only hybrids use it
         c = self.config
-        y, state = Mamba2(c, name="mamba")(
-            rms_norm(c, "mixer_norm")(x), state, segment_ids=segment_ids
-        )
-        x = x + y
-        if c.mamba_feed_forward:
-            x = x + FeedForward(c, name="ffn")(rms_norm(c, "ffn_norm")(x))
-        return x, state
+        x, (n,) = stream.normed(c, "mixer_norm", x)
+        y, state = Mamba2(c, name="mamba")(n, state, segment_ids=segment_ids)
+        if not c.mamba_feed_forward:
+            return x + y, state
+        x, n = stream.add_and_norm(c, "ffn_norm", x, y)
+        return x + FeedForward(c, name="ffn")(n), state
 
 
 def log_decay_rate_init(

@@ -1,5 +1,7 @@
 """The layers that write their own gradients, against automatic ones of another formula."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from gt_jax.models.layers import RMSNorm
+from gt_jax.models.layers import RMSNorm, gelu
 from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
 B, T, D, WIDTH = 2, 11, 8, 4
@@ -37,6 +39,17 @@ def test_rms_norm_matches_flax():
         draw(0, B, T, D),
         draw(1, D),
     )
+
+
+def test_gelu_in_bfloat16_is_right_to_its_rounding_in_both_tails():
+    x = jnp.linspace(-8, 8, 4001, dtype=jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    below = np.array([0.5 * math.erfc(-z * 0.5**0.5) for z in wide])
+    slope = below + wide * np.exp(-0.5 * wide**2) / (2 * np.pi) ** 0.5
+    y, pull_back = jax.vjp(gelu, x)
+    (found,) = pull_back(jnp.ones_like(x))
+    assert_allclose(np.asarray(y, np.float64), wide * below, rtol=2**-8, atol=1e-9)
+    assert_allclose(np.asarray(found, np.float64), slope, rtol=2**-8, atol=1e-6)
 
 
 def test_gated_norm_matches_flax_on_the_gated_values():

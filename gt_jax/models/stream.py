@@ -1,0 +1,53 @@
+"""The residual stream of a block: what is added to it, and its norm, by fused kernels or plainly.
+
+The kernels (gt_jax/kernels/elementwise/residual_norm.py) run where those of the recurrences do. A
+single token takes the plain form.
+"""
+
+import jax
+
+from gt_jax.kernels.elementwise import residual_norm
+from gt_jax.models.config import ModelConfig
+from gt_jax.models.layers import rms_norm
+
+
+def normed(
+    config: ModelConfig, name: str, x: jax.Array, readers: int = 1
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The RMSNorm `name` of the stream, once for each of its readers.
+
+    Args:
+        config: the model's.
+        name: of the norm's parameters.
+        x: [B, T, D] float32.
+        readers: how many mixers read the result; their gradients add up in one kernel.
+
+    Returns:
+        x, to be used in place of x from here on, and `readers` times the norm [B, T, D] in the
+        computation dtype.
+    """
+    norm = rms_norm(config, name)
+    if takes_kernels(config, x, "normed"):
+        return residual_norm.normed(norm.epsilon, readers, x, norm.weight(x.shape[-1]))
+    return x, [norm(x)] * readers
+
+
+def add_and_norm(
+    config: ModelConfig, name: str, x: jax.Array, branch: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x + branch [B, T, D], and its RMSNorm `name` in the computation dtype; as `normed`."""
+    norm = rms_norm(config, name)
+    if takes_kernels(config, x, "added") and branch.dtype in ("bfloat16", "float32"):
+        return residual_norm.added(norm.epsilon, x, branch, norm.weight(x.shape[-1]))
+    x = x + branch
+    return x, norm(x)
+
+
+def takes_kernels(config: ModelConfig, x: jax.Array, kind: str) -> bool:
+    """Whether a kernel of residual_norm.py, `kind`, serves the stream x [B, T, D]."""
+    return (
+        config.impl not in ("chunked", "reference")
+        and x.shape[1] > 1
+        and x.dtype == "float32"
+        and not residual_norm.unsupported(x.shape[-1], config.dtype, kind)
+    )

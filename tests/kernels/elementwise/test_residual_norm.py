@@ -1,0 +1,204 @@
+"""The residual stream's fused norm: right in the interpreter, lowered for every kind of GPU."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.kernels.elementwise import residual_norm
+from gt_jax.kernels.pallas import devices
+from gt_jax.kernels.pallas.architectures import lowered_for
+from gt_jax.models import make_config, make_model, stream
+from gt_jax.models.config import ModelConfig
+from tests.kernels.hopper_kernels import too_old
+
+pytestmark = too_old
+
+WIDTH, EPSILON = 64, 1e-3
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """Rows of threads that walk several tokens, the last of them beyond the end."""
+    from gt_jax.kernels.elementwise import residual_norm_rows
+
+    tuning = {key: z._replace(blocks=3) for key, z in residual_norm_rows.TUNING.items()}
+    monkeypatch.setattr(residual_norm_rows, "TUNING", tuning)
+
+
+def norm(u, scale):
+    return u / jnp.sqrt(jnp.mean(u**2, axis=-1, keepdims=True) + EPSILON) * scale
+
+
+def straight_gate(x, a, b, kernel, bias, scale):
+    g = jax.nn.sigmoid(a @ kernel[:WIDTH] + b @ kernel[WIDTH:] + bias)[..., None]
+    u = x + g * a + (1 - g) * b
+    return u, norm(u, scale), g
+
+
+# name -> the fused function, and formulas in float64 that share nothing with it
+FUNCTIONS = {
+    "normed": (
+        functools.partial(residual_norm.normed, EPSILON, 2),
+        lambda x, scale: (x, [norm(x, scale)] * 2),
+    ),
+    "added": (
+        functools.partial(residual_norm.added, EPSILON),
+        lambda x, branch, scale: (x + branch, norm(x + branch, scale)),
+    ),
+    "gated": (functools.partial(residual_norm.gated, EPSILON), straight_gate),
+}
+
+
+def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
+    """Arguments and cotangents of a function."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape, dtype: jnp.asarray(rng.normal(size=shape), dtype)
+    wide = functools.partial(draw, *tokens, WIDTH)
+    scale = 1 + draw(WIDTH, dtype=jnp.float32) / 4
+    arguments = {
+        "normed": lambda: (),
+        "added": lambda: (wide(dtype=branch),),
+        "gated": lambda: (
+            wide(dtype=branch),
+            wide(dtype=branch),
+            draw(2 * WIDTH, dtype=jnp.float32) / 8,
+            draw(1, dtype=jnp.float32),
+        ),
+    }[name]()
+    of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
+    cotangents = wide(dtype=jnp.float32), of_norm if name == "normed" else of_norm[0]
+    if name == "gated":
+        cotangents = *cotangents, draw(*tokens, 1, dtype=jnp.float32)
+    return (wide(dtype=jnp.float32), *arguments, scale), cotangents
+
+
+def with_gradients(function, arguments, cotangents):
+    def run(arguments, cotangents):
+        outputs, pull_back = jax.vjp(function, *arguments)
+        return outputs, pull_back(cotangents)
+
+    return jax.tree.leaves(jax.jit(run)(arguments, cotangents))
+
+
+@pytest.mark.parametrize(
+    "name, branch",
+    [("normed", None), ("added", "bfloat16"), ("added", "float32"), ("gated", "bfloat16")],
+)
+def test_interpreted_kernels_match_straight_formulas_in_float64(
+    float64_in_every_thread, name, branch
+):
+    fused, straight = FUNCTIONS[name]
+    arrays = case(name, branch)
+    with devices.simulated("interpret"):
+        ours = with_gradients(fused, *arrays)
+        again = with_gradients(fused, *arrays)
+    wide = jax.tree.map(lambda z: z.astype(jnp.float64), arrays)
+    for z, repeated, expected in zip(ours, again, with_gradients(straight, *wide), strict=True):
+        np.testing.assert_array_equal(z, repeated)
+        error = np.sqrt(np.mean((np.asarray(z, np.float64) - expected) ** 2))
+        bound = 3e-3 if z.dtype == jnp.bfloat16 else 5e-6  # of rounding to 8 or 24 bits
+        assert error <= bound * np.sqrt(np.mean(np.square(expected)))
+
+
+def test_models_under_vmap_each_take_their_own_weights():
+    fused, _ = FUNCTIONS["gated"]
+    arguments, _ = case("gated", tokens=(1, 3))
+    two = jax.tree.map(lambda z: jnp.stack([z, z[..., ::-1]]), arguments)
+    with devices.simulated("interpret"):
+        together = jax.jit(jax.vmap(fused))(*two)
+        alone = [jax.jit(fused)(*(z[n] for z in two)) for n in range(2)]
+    for z, expected in zip(together, zip(*alone), strict=True):
+        np.testing.assert_array_equal(z, jnp.stack(expected))
+
+
+class Stream(nn.Module):
+    """Two norms of a stream, as blocks take them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, branch):
+        x, norms = stream.normed(self.config, "mixer_norm", x, readers=2)
+        return *norms, *stream.add_and_norm(self.config, "ffn_norm", x, branch)
+
+
+@pytest.fixture
+def float32_parameters():
+    """As models draw them for users."""
+    with jax.enable_x64(False):
+        yield
+
+
+def test_a_stream_is_the_same_with_kernels_and_without(float32_parameters):
+    (x, branch, _), _ = case("added")
+    make = lambda impl: Stream(
+        make_config("gf", vocab_size=8, dim=WIDTH, heads=1, dtype="bfloat16", impl=impl)
+    )
+    params = make("chunked").init(jax.random.key(0), x, branch)
+    expected = jax.jit(make("chunked").apply)(params, x, branch)
+    with devices.simulated("interpret"):
+        found = jax.jit(make("auto").apply)(params, x, branch)
+    for z, other in zip(found, expected, strict=True):
+        assert z.dtype == other.dtype
+        rounding = 2**-7 if z.dtype == jnp.bfloat16 else 1e-6
+        z, other = (np.asarray(array, np.float32) for array in (z, other))
+        np.testing.assert_allclose(z, other, rtol=rounding)
+
+
+# .ci/cross_compile.py compiles for all of them.
+@pytest.mark.parametrize("capability, branch", [((8, 0), "bfloat16"), ((12, 0), "float32")])
+def test_kernels_lower_for_gpus_that_are_not_there(capability, branch):
+    jax.clear_caches()
+    for name, (fused, _) in FUNCTIONS.items():
+        arrays = case(name, "bfloat16" if name == "gated" else branch)
+        with devices.simulated("lower"), lowered_for(capability):
+            traced = jax.jit(lambda *z, fused=fused: with_gradients(fused, *z)).trace(*arrays)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        for direction in ("forward", "backward"):
+            assert f"residual_norm_{direction}_mosaic_gpu" in text, name
+
+
+def kernels(part, name):
+    """How many kernels of that name a jaxpr calls, whose innermost equation alone counts."""
+    count = 0
+    for equation in getattr(part, "jaxpr", part).eqns:
+        if name in str(equation.params):
+            inner = [z for z in jax.tree.leaves(list(equation.params.values())) if is_jaxpr(z)]
+            count += sum(kernels(z, name) for z in inner) or 1
+    return count
+
+
+def is_jaxpr(z):
+    return hasattr(getattr(z, "jaxpr", z), "eqns")
+
+
+def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
+    def forward_passes(remat):
+        sizes = {"vocab_size": 8, "dim": 64, "heads": 1, "state_size": 64, "layers": 1}
+        config = make_config("gf", **sizes, dtype="bfloat16", impl="portable", remat=remat)
+        model, tokens = make_model(config), jnp.zeros((1, 64), jnp.int32)
+        loss = lambda params: model.apply({"params": params}, tokens, tokens, method="loss").nats
+        with devices.simulated("lower"):
+            params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+            return kernels(jax.make_jaxpr(jax.grad(loss))(params), "residual_norm_forward")
+
+    none, dots, full = (forward_passes(remat) for remat in ("none", "dots", "full"))
+    assert 0 < none == dots < full
+
+
+@pytest.mark.parametrize(
+    "width, dtype, reason",
+    [
+        (64, "float32", "is for bfloat16; this is float32"),
+        (100, "bfloat16", "is not for 100 channels"),
+        (8192, "bfloat16", "is not for 8192 channels"),
+    ],
+)
+def test_what_the_norm_does_not_take_is_named(width, dtype, reason):
+    with devices.simulated("lower"):
+        assert reason in residual_norm.unsupported(width, dtype, "added")
+        assert residual_norm.unsupported(64, "bfloat16", "gated") is None
