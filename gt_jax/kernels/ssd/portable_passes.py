@@ -16,12 +16,15 @@ from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS, left, load, load_left, zeros
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
+from gt_jax.kernels.ssd.portable_ends import parts, places_of_end
+from gt_jax.kernels.ssd.portable_splits import add_weighed
 
 # Of each token: the gradients of the step size and of the log decay inside the chunk, the term of
 # what the state keeps of the token, and the token's term of the gradient of D.
 INPUT_ROWS = 4
 _BEFORE = BLOCKS - 1  # rows of zeros before the sums of blocks
 MOST_TOGETHER = 32  # heads whose dB and dC a block adds, chosen by measuring
+TERMS = 2  # bfloat16 numbers whose sum a token adds to the state of an odd chunk
 
 
 def heads_together(size: Sizes) -> int:
@@ -46,8 +49,9 @@ def of_inputs(
     g: jax.Array,
     dt: jax.Array,
     D: jax.Array,
-    ends: jax.Array,
     dy: jax.Array,
+    dx: jax.Array,
+    states: jax.Array,
 ) -> list[jax.Array]:
     """dx and dB, and what dC gets from tokens of the same chunk.
 
@@ -57,11 +61,11 @@ def of_inputs(
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
-        ends: [B, H, chunks, P, N] bfloat16, dS at the end of each chunk.
+        dx, states: where `ends` has put dS at the end of each chunk.
 
     Returns:
-        dx as x; dB, and dC without what the states give, [B, T, sums, N] float32; INPUT_ROWS
-        [B, H, chunks, rows, CHUNK].
+        dB, and dC without what the states give, [B, T, sums, N] float32; INPUT_ROWS
+        [B, H, chunks, rows, CHUNK]; dx as x.
     """
     P, N = size.P, size.N
     square, bf16, f32 = (CHUNK, CHUNK), jnp.bfloat16, jnp.float32
@@ -75,7 +79,8 @@ def of_inputs(
         def start(h, slot):
             copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x.at[slot])
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copies.start_copy(refs.ends_gmem.at[b, h, m], refs.dS.at[slot])
+            for part, place in zip(parts(refs.dS.at[slot]), places_of_end(refs, size, b, h, m)):
+                copies.start_copy(place, part)
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
@@ -171,11 +176,11 @@ def of_inputs(
             "g": g,
             "dt": dt,
             "D": D,
-            "ends": ends,
             "dy": dy,
+            "states": states,
         },
+        updates={"dx": dx},
         outputs={
-            "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "dB": sums,
             "dC": sums,
             "rows": jax.ShapeDtypeStruct((*dt.shape[:3], INPUT_ROWS, CHUNK), f32),
@@ -196,13 +201,21 @@ def of_inputs(
 
 @lowered_once("size")
 def of_reads(
-    size: Sizes, C: jax.Array, g: jax.Array, states: jax.Array, odd: jax.Array, dy: jax.Array
+    size: Sizes,
+    x: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    g: jax.Array,
+    dt: jax.Array,
+    states: jax.Array,
+    dy: jax.Array,
 ) -> list[jax.Array]:
     """What dC gets from the states.
 
     Args:
-        size, C, g, dy: as of `of_inputs`.
-        states, odd: [B, H, chunks / 2, P, N] bfloat16, what even and odd chunks start from.
+        size, x, B, C, g, dt, dy: as of `of_inputs`.
+        states: [B, H, chunks / 2, P, N] bfloat16, what even chunks start from; a block of an odd
+            one finds its states from them and from the tokens before.
 
     Returns:
         dC [B, T, sums, N] float32; the gradient of the log decay of what a token reads
@@ -214,20 +227,40 @@ def of_reads(
     def body(refs):
         b, m, of_sum, group, first = _block(size, together)
         at = (b, tiles.tokens(m))
-        pair, second = divide(m, 2)
+        pair, odd = divide(m, 2)
+        before = (b, tiles.tokens(m - odd))  # an even chunk copies B of itself, and does not use it
+
+        def start_before(h, slot):
+            copies.start_copy(refs.x_gmem.at[(*before, h)], refs.x.at[slot])
+            copies.start_copy_row(refs.g_gmem.at[b, h, m - 1, 0], refs.g_before.at[slot])
+            copies.start_copy_row(refs.dt_gmem.at[b, h, m - 1], refs.dt.at[slot])
 
         def start(h, slot):
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copy = lambda states: copies.start_copy(states.at[b, h, pair], refs.S.at[slot])
-            pl.when(second == 0)(lambda: copy(refs.states_gmem))
-            pl.when(second == 1)(lambda: copy(refs.odd_gmem))
+            copies.start_copy(refs.states_gmem.at[b, h, pair], refs.S.at[slot])
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
+            pl.when(odd == 1)(lambda: start_before(h, slot))
+
+        def pass_chunk(slot):
+            """The state before the chunk in the place of the one before the chunk before."""
+            g_end = refs.g_before[slot, CHUNK - 1]
+            weight = jnp.exp2(g_end - tiles.load_columns(refs.g_before.at[slot]))
+            weight *= tiles.load_columns(refs.dt.at[slot])
+            for n in range(0, N, half):
+                columns = slice(n, n + half)
+                S_s = refs.S.at[slot, :, columns]
+                S = load(S_s) * jnp.exp2(g_end)
+                S = add_weighed(S, refs.x.at[slot], weight, refs.B.at[:, columns], terms=TERMS)
+                warps.sync_warp()  # only its own warp reads a row of S here
+                S_s[...] = S.astype(jnp.bfloat16)
+            warps.sync()
 
         def step(n, dC):
             h, slot = first + n, lax.rem(n, jnp.int32(2))
             copies.arrived()
             warps.sync()
             start(jnp.minimum(h + 1, first + together - 1), 1 - slot)
+            pl.when(odd == 1)(lambda: pass_chunk(slot))
             from_start = jnp.exp2(tiles.load_rows(refs.g.at[slot]))
             dy, read, sums = load_left(refs.dy.at[slot]), 0.0, []
             for sum_of_half, n in zip(dC, range(0, N, half), strict=True):
@@ -240,6 +273,7 @@ def of_reads(
 
         start(first, 0)
         copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C)
+        copies.start_copy(refs.B_gmem.at[(*before, group)], refs.B)
         dC = loop(together, step, tuple(zeros(CHUNK, half) for _ in range(0, N, half)))
         for n, z in zip(range(0, N, half), dC, strict=True):
             refs.dC_gmem.at[(*at, of_sum, slice(n, n + half))][...] = z
@@ -249,7 +283,7 @@ def of_reads(
     return kernel(
         body,
         name="ssd_portable_of_reads",
-        inputs={"C": C, "g": g, "states": states, "odd": odd, "dy": dy},
+        inputs={"x": x, "B": B, "C": C, "g": g, "dt": dt, "states": states, "dy": dy},
         outputs={
             "dC": jax.ShapeDtypeStruct(sums, jnp.float32),
             "read": jax.ShapeDtypeStruct((size.batch, size.heads, size.chunks, CHUNK), jnp.float32),
@@ -258,7 +292,11 @@ def of_reads(
             "dy": tiles.tile(2, CHUNK, P),
             "S": tiles.tile(2, P, N),
             "C": tiles.tile(CHUNK, N),
+            "x": tiles.tile(2, CHUNK, P),
+            "B": tiles.tile(CHUNK, N),
             "g": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "g_before": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "dt": plgpu.SMEM((2, CHUNK), jnp.float32),
         },
         grid={"blocks": size.batch * size.chunks * (size.heads // together)},
         threads=1,
