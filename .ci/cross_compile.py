@@ -77,7 +77,7 @@ OTHERS = {
 # Names of the kernels of a backward pass, by their number
 BACKWARD = {
     1: ["backward"],
-    3: ["backward, ends", "backward, of inputs", "backward, of reads"],
+    3: ["backward, of reads", "backward, ends", "backward, of inputs"],
 }
 
 

@@ -42,6 +42,7 @@ def backward(
     dt: jax.Array,
     D: jax.Array,
     states: jax.Array,
+    scales: jax.Array,
     dy: jax.Array,
     dstate: jax.Array,
     *,
@@ -55,7 +56,7 @@ def backward(
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
-        states: [B, H, chunks / 2, P, N] bfloat16, the state every other chunk starts from.
+        states, scales: of the state that every other chunk starts from, as `forward` saved them.
         dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
         of_start: whether the gradient of the initial state is asked for.
 
@@ -63,9 +64,9 @@ def backward(
         dx; dB and dC [B, T, sums, N] float32; the gradients of the step size and of the log decay
         [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the initial state.
     """
-    dC_read, read = of_reads(size, x, B, C, g, dt, states, dy)
-    carried, dstart, dx, states = ends(size, x, B, C, g, dt, states, dy, dstate, read)
-    dB, dC, rows, dx = of_inputs(size, x, B, C, g, dt, D, dy, dx, states)
+    dC, read = of_reads(size, x, B, C, g, dt, states, scales, dy)
+    carried, dstart, dx, states = ends(size, x, B, C, g, dt, states, scales, dy, dstate, read)
+    dB, rows, dx, dC = of_inputs(size, x, B, C, g, dt, D, dy, dx, states, dC)
     of_step, of_decay, kept, of_D = (rows[..., n, :] for n in range(INPUT_ROWS))
     # A decay at t decays what is read at i >= t, what is kept from j < t, and all that is carried.
     until = jnp.tri(CHUNK, dtype=jnp.float32)  # [i, t]: t <= i
@@ -73,4 +74,4 @@ def backward(
     da = of_decay + sums(read, until) + sums(kept, 1 - until)
     da += jnp.sum(carried, axis=-1, keepdims=True)
     dD = jnp.sum(of_D, axis=2)
-    return dx, dB, dC + dC_read, of_step, da, dD, *((dstart,) if of_start else ())
+    return dx, dB, dC, of_step, da, dD, *((dstart,) if of_start else ())

@@ -10,8 +10,10 @@ from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 from gt_jax.kernels.ssd.portable_splits import add_weighed
+from gt_jax.kernels.ssd.portable_states import float16
 
 HALF = 64  # channels of the state that stand together
+TERMS = 2  # bfloat16 numbers whose sum a token adds to the state of an odd chunk
 
 
 def parts(tile):
@@ -36,6 +38,7 @@ def ends(
     g: jax.Array,
     dt: jax.Array,
     states: jax.Array,
+    scales: jax.Array,
     dy: jax.Array,
     dstate: jax.Array,
     read: jax.Array,
@@ -50,9 +53,9 @@ def ends(
         x, dy: [B, T, H, P]; B, C: [B, T, G, N], bfloat16.
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
-        states: [B, H, chunks / 2, P, N] bfloat16, the states that even chunks start from.
+        states, scales: of the states that even chunks start from, as `forward` saved them.
         dstate: [B, H, P, N] float32, of the final state.
-        read: not read; it comes from the last kernel that reads `states`, which this one overwrites.
+        read: not used; it comes from the last kernel that needs `states`, overwritten here.
 
     Returns:
         The gradient of the log decay that a chunk carries through, over rows of the state
@@ -95,6 +98,7 @@ def ends(
             pair = size.chunks // 2 - 1 - back
             even, odd = 2 * pair, 2 * pair + 1
             S = tiles.load_from_gmem(refs.states_gmem.at[b, h, pair])
+            scale = tiles.over_columns(warps.load_rows(refs.scales_gmem.at[b, h, pair]), (P, N))
             copies.arrived()
             warps.sync()
             start(even, 0)
@@ -102,13 +106,13 @@ def ends(
             g_end = [refs.g[slot, CHUNK - 1] for slot in range(2)]
             decay = [jnp.exp2(z) for z in g_end]
             weight = jnp.exp2(g_end[0] - g[0]) * tiles.load_columns(refs.dt)
-            S_odd = S.astype(jnp.float32) * decay[0]
-            S_odd = add_weighed(S_odd, refs.x, weight, refs.B, terms=2)
+            S_odd = float16(S).astype(jnp.float32) * scale * decay[0]
+            S_odd = add_weighed(S_odd, refs.x, weight, refs.B, terms=TERMS)
             dS = pass_through(odd, 1, dS, S_odd, decay[1], jnp.exp2(g[1]))
             copies.arrived()
             warps.sync()
             pl.when(pair > 0)(lambda: start_odd(odd - 2))
-            S = S.astype(jnp.float32)
+            S = float16(S).astype(jnp.float32) * scale
             return pass_through(even, 0, dS, S, decay[0], jnp.exp2(g[0]))
 
         start_odd(jnp.int32(size.chunks - 1))
@@ -124,6 +128,7 @@ def ends(
             "C": C,
             "g": g,
             "dt": dt,
+            "scales": scales,
             "dy": dy,
             "dlast": dstate,
             "read": read,

@@ -15,16 +15,17 @@ from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_on
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS, left, load, load_left, zeros
+from gt_jax.kernels.ssd import portable_ends
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 from gt_jax.kernels.ssd.portable_ends import parts, places_of_end
 from gt_jax.kernels.ssd.portable_splits import add_weighed
+from gt_jax.kernels.ssd.portable_states import float16, held, scaled
 
 # Of each token: the gradients of the step size and of the log decay inside the chunk, the term of
 # what the state keeps of the token, and the token's term of the gradient of D.
 INPUT_ROWS = 4
 _BEFORE = BLOCKS - 1  # rows of zeros before the sums of blocks
 MOST_TOGETHER = 32  # heads whose dB and dC a block adds, chosen by measuring
-TERMS = 2  # bfloat16 numbers whose sum a token adds to the state of an odd chunk
 
 
 def heads_together(size: Sizes) -> int:
@@ -52,8 +53,9 @@ def of_inputs(
     dy: jax.Array,
     dx: jax.Array,
     states: jax.Array,
+    dC: jax.Array,
 ) -> list[jax.Array]:
-    """dx and dB, and what dC gets from tokens of the same chunk.
+    """dx and dB, and dC with what it gets from tokens of the same chunk.
 
     Args:
         size: the call's Sizes.
@@ -62,10 +64,10 @@ def of_inputs(
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
         dx, states: where `ends` has put dS at the end of each chunk.
+        dC: [B, T, sums, N] float32, what `of_reads` gave.
 
     Returns:
-        dB, and dC without what the states give, [B, T, sums, N] float32; INPUT_ROWS
-        [B, H, chunks, rows, CHUNK]; dx as x.
+        dB [B, T, sums, N] float32; INPUT_ROWS [B, H, chunks, rows, CHUNK]; dx as x; dC.
     """
     P, N = size.P, size.N
     square, bf16, f32 = (CHUNK, CHUNK), jnp.bfloat16, jnp.float32
@@ -162,8 +164,8 @@ def of_inputs(
         warps.sync()
         dB = warps.dot(dB, left(dCB), refs.dS.at[other])
         refs.dB_gmem.at[(*at, of_sum)][...] = dB
-        dC = warps.dot(zeros(CHUNK, N), load_left(dCB_s.T), B_s)
-        refs.dC_gmem.at[(*at, of_sum)][...] = dC
+        dC_g = refs.dC_gmem.at[(*at, of_sum)]
+        dC_g[...] = warps.dot(tiles.load_from_gmem(dC_g), load_left(dCB_s.T), B_s)
 
     sums = jax.ShapeDtypeStruct((size.batch, size.length, size.heads // together, N), f32)
     return kernel(
@@ -179,10 +181,9 @@ def of_inputs(
             "dy": dy,
             "states": states,
         },
-        updates={"dx": dx},
+        updates={"dx": dx, "dC": dC},
         outputs={
             "dB": sums,
-            "dC": sums,
             "rows": jax.ShapeDtypeStruct((*dt.shape[:3], INPUT_ROWS, CHUNK), f32),
         },
         scratch={
@@ -208,14 +209,15 @@ def of_reads(
     g: jax.Array,
     dt: jax.Array,
     states: jax.Array,
+    scales: jax.Array,
     dy: jax.Array,
 ) -> list[jax.Array]:
     """What dC gets from the states.
 
     Args:
         size, x, B, C, g, dt, dy: as of `of_inputs`.
-        states: [B, H, chunks / 2, P, N] bfloat16, what even chunks start from; a block of an odd
-            one finds its states from them and from the tokens before.
+        states, scales: of the states that even chunks start from, as `forward` saved them; a block
+            of an odd chunk finds its states from them and from the tokens before.
 
     Returns:
         dC [B, T, sums, N] float32; the gradient of the log decay of what a token reads
@@ -228,16 +230,19 @@ def of_reads(
         b, m, of_sum, group, first = _block(size, together)
         at = (b, tiles.tokens(m))
         pair, odd = divide(m, 2)
-        before = (b, tiles.tokens(m - odd))  # an even chunk copies B of itself, and does not use it
+        before = (b, tiles.tokens(m - odd))
+
+        def start_x(h):
+            pl.when(odd == 1)(lambda: copies.start_copy(refs.x_gmem.at[(*before, h)], refs.x))
 
         def start_before(h, slot):
-            copies.start_copy(refs.x_gmem.at[(*before, h)], refs.x.at[slot])
             copies.start_copy_row(refs.g_gmem.at[b, h, m - 1, 0], refs.g_before.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m - 1], refs.dt.at[slot])
 
         def start(h, slot):
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
             copies.start_copy(refs.states_gmem.at[b, h, pair], refs.S.at[slot])
+            copies.start_copy_row(refs.scales_gmem.at[b, h, pair], refs.scale.at[slot])
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             pl.when(odd == 1)(lambda: start_before(h, slot))
 
@@ -246,13 +251,13 @@ def of_reads(
             g_end = refs.g_before[slot, CHUNK - 1]
             weight = jnp.exp2(g_end - tiles.load_columns(refs.g_before.at[slot]))
             weight *= tiles.load_columns(refs.dt.at[slot])
-            for n in range(0, N, half):
-                columns = slice(n, n + half)
-                S_s = refs.S.at[slot, :, columns]
-                S = load(S_s) * jnp.exp2(g_end)
-                S = add_weighed(S, refs.x.at[slot], weight, refs.B.at[:, columns], terms=TERMS)
-                warps.sync_warp()  # only its own warp reads a row of S here
-                S_s[...] = S.astype(jnp.bfloat16)
+            S_s = refs.S.at[slot]
+            S = float16(tiles.load(S_s)).astype(jnp.float32)
+            S *= over_columns(tiles.load_rows(refs.scale.at[slot]) * jnp.exp2(g_end), S.shape)
+            S, scale = scaled(add_weighed(S, refs.x, weight, refs.B, terms=portable_ends.TERMS))
+            warps.sync_warp()  # only its own warp reads a row here
+            S_s[...] = held(S)
+            refs.scale.at[slot][...] = scale
             warps.sync()
 
         def step(n, dC):
@@ -261,19 +266,25 @@ def of_reads(
             warps.sync()
             start(jnp.minimum(h + 1, first + together - 1), 1 - slot)
             pl.when(odd == 1)(lambda: pass_chunk(slot))
-            from_start = jnp.exp2(tiles.load_rows(refs.g.at[slot]))
-            dy, read, sums = load_left(refs.dy.at[slot]), 0.0, []
+            start_x(jnp.minimum(h + 1, first + together - 1))
+            # Rows of S and of dy have a scale, so that a product of float16 loses no digits.
+            dy = load(refs.dy.at[slot])
+            dy *= over_rows(tiles.load_columns(refs.scale.at[slot]), dy.shape)
+            dy, scale = scaled(dy)
+            dy, from_start = left(dy), jnp.exp2(tiles.load_rows(refs.g.at[slot])) * scale
+            read, sums = 0.0, []
             for sum_of_half, n in zip(dC, range(0, N, half), strict=True):
                 columns = slice(n, n + half)
-                z = warps.dot(zeros(CHUNK, half), dy, refs.S.at[slot, :, columns])
+                z = warps.dot(zeros(CHUNK, half), dy, refs.S.at[slot, :, columns], float16)
                 read += jnp.sum(z * load(refs.C.at[:, columns]), axis=1)
                 sums.append(sum_of_half + z * over_columns(from_start, z.shape))
             refs.read_gmem.at[b, h, m][...] = read * from_start
             return tuple(sums)
 
         start(first, 0)
+        start_x(first)
         copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C)
-        copies.start_copy(refs.B_gmem.at[(*before, group)], refs.B)
+        pl.when(odd == 1)(lambda: copies.start_copy(refs.B_gmem.at[(*before, group)], refs.B))
         dC = loop(together, step, tuple(zeros(CHUNK, half) for _ in range(0, N, half)))
         for n, z in zip(range(0, N, half), dC, strict=True):
             refs.dC_gmem.at[(*at, of_sum, slice(n, n + half))][...] = z
@@ -283,7 +294,16 @@ def of_reads(
     return kernel(
         body,
         name="ssd_portable_of_reads",
-        inputs={"x": x, "B": B, "C": C, "g": g, "dt": dt, "states": states, "dy": dy},
+        inputs={
+            "x": x,
+            "B": B,
+            "C": C,
+            "g": g,
+            "dt": dt,
+            "states": states,
+            "scales": scales,
+            "dy": dy,
+        },
         outputs={
             "dC": jax.ShapeDtypeStruct(sums, jnp.float32),
             "read": jax.ShapeDtypeStruct((size.batch, size.heads, size.chunks, CHUNK), jnp.float32),
@@ -292,11 +312,12 @@ def of_reads(
             "dy": tiles.tile(2, CHUNK, P),
             "S": tiles.tile(2, P, N),
             "C": tiles.tile(CHUNK, N),
-            "x": tiles.tile(2, CHUNK, P),
+            "x": tiles.tile(CHUNK, P),
             "B": tiles.tile(CHUNK, N),
             "g": plgpu.SMEM((2, CHUNK), jnp.float32),
             "g_before": plgpu.SMEM((2, CHUNK), jnp.float32),
             "dt": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "scale": plgpu.SMEM((2, P), jnp.float32),
         },
         grid={"blocks": size.batch * size.chunks * (size.heads // together)},
         threads=1,
