@@ -41,9 +41,9 @@ MOST_SPILLED = {
     "WKV6 portable, backward": 1180,
     "SSD portable, forward": 480,
     "SSD portable, forward that saves": 480,
-    "SSD portable, backward, ends": 480,
+    "SSD portable, backward, of reads": 200,
+    "SSD portable, backward, ends": 130,
     "SSD portable, backward, of inputs": 420,
-    "SSD portable, backward, of reads": 20,
     "SSD portable, splits, forward": 60,
     "WKV6 Hopper, forward": 60,
     "WKV6 Hopper, forward that saves": 80,
@@ -78,7 +78,7 @@ OTHERS = {
 # Names of the kernels of a backward pass, by their number
 BACKWARD = {
     1: ["backward"],
-    3: ["backward, ends", "backward, of inputs", "backward, of reads"],
+    3: ["backward, of reads", "backward, ends", "backward, of inputs"],
 }
 
 

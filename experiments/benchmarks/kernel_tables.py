@@ -26,6 +26,8 @@ def print_group(op, shape, rows):
             line += f"{row['extra_bytes'] / 2**20:11.0f}{kept}{row['compile_seconds']:11.1f}"
         if "errors" in row:
             line += f"{max(row['errors'].values()):8.1e}"
+        if "halves" in row:
+            line += f"  halves {max(row['halves'].values()):.1e}"
         print(line, flush=True)
 
 

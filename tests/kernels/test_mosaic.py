@@ -37,6 +37,18 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, k
 
 
 @too_old
+@each_kernel
+def test_interpreted_kernel_of_one_chunk_without_initial_state_matches_reference(
+    float64_in_every_thread, kernel, impl
+):
+    *inputs, _ = kernel.per_token(kernel.make(length=64, heads=1))
+    without = lambda name: lambda *z: kernel.run(name)(*z, None)
+    with devices.simulated("interpret"):
+        candidate, reference = without(impl), without("reference")
+        assert_accurate(candidate, reference, inputs, kernel.arguments[:-1], "bfloat16")
+
+
+@too_old
 @each_kernel_and_dtype
 def test_interpreted_splits_of_a_sequence_join_exactly(
     float64_in_every_thread, monkeypatch, kernel, impl, dtype
@@ -75,7 +87,12 @@ def test_kernels_lower_under_shard_map(kernel, impl, dtype):
     shard = jax.shard_map(
         kernel.call(impl), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
     )
-    lower(shard, *inputs)
+
+    def gradients(*inputs):
+        outputs, pull_back = jax.vjp(shard, *inputs)
+        return pull_back(outputs)
+
+    lower(gradients, *inputs)
 
 
 @each_kernel

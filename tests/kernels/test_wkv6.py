@@ -78,6 +78,22 @@ def test_chunked_matches_reference_at_every_length(length, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
+@pytest.mark.parametrize("length", (64, 65))
+@pytest.mark.parametrize("final_state", (True, False))
+def test_chunked_without_initial_state_matches_reference(length, final_state):
+    *inputs, _ = make("float64", batch=1, length=length, heads=2, K=4, V=4)
+
+    def without(impl):
+        def function(*inputs):
+            output, state = run(impl)(*inputs, None)
+            return output, state if final_state else jnp.zeros(())
+
+        return function
+
+    candidate, reference = without("chunked"), without("reference")
+    assert_accurate(candidate, reference, tuple(inputs), NAMES[:-1], "float64")
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("regime, length", [("typical", 4096), ("near_one", 16384)])

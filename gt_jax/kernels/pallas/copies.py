@@ -62,10 +62,12 @@ def start_copy(source, tile):
         thread = mgpu.utils.thread_idx()
         row, part = arith.divui(thread, number(8)), arith.remui(thread, number(8))
         in_tile = arith.remui(row, number(8))
-        step, tiles_of_row = mgpu.utils.WARPGROUP_SIZE // 8, columns // 64
+        step = mgpu.utils.WARPGROUP_SIZE // 8
+        # A slice of columns has the strides of the whole.
+        tiles_apart = ir.MemRefType(to_smem.type).get_strides_and_offset()[0][0]
         source = arith.addi(arith.muli(row, number(stride)), arith.muli(part, number(8)))
         target = arith.addi(
-            arith.muli(arith.divui(row, number(8)), number(tiles_of_row * 512)),
+            arith.muli(arith.divui(row, number(8)), number(tiles_apart)),
             arith.addi(
                 arith.muli(in_tile, number(64)),
                 arith.muli(arith.xori(part, in_tile), number(8)),
@@ -75,9 +77,9 @@ def start_copy(source, tile):
         source = pointer(_global_pointer(from_gmem), source)
         target = pointer(mgpu.utils.memref_ptr(to_smem), target)
         for n in range(rows // step):
-            for tile_of_row in range(tiles_of_row):
+            for tile_of_row in range(columns // 64):
                 nvvm.cp_async_shared_global(
-                    pointer(target, (n * step // 8 * tiles_of_row + tile_of_row) * 512),
+                    pointer(target, n * step // 8 * tiles_apart + tile_of_row * 512),
                     pointer(source, n * step * stride + tile_of_row * 64),
                     16,
                     nvvm.LoadCacheModifierKind.CG,

@@ -32,23 +32,28 @@ def kernel(
     scratch: dict,
     grid: dict[str, int],
     threads: int,
+    updates: dict | None = None,
 ) -> list[jax.Array]:
     """Runs body(refs) on every block of a grid; the body orders its own shared memory accesses.
 
     Args:
-        body: function of one namespace. It holds a reference NAME_gmem for each name of `inputs`
-            and `outputs`, and scratch references under their own names.
+        body: function of one namespace. It holds a reference NAME_gmem for each name of `inputs`,
+            `updates` and `outputs`, and scratch references under their own names.
         name: of the kernel, as profilers show it.
         inputs: name -> array, or None for an array that this call has not.
         outputs: name -> jax.ShapeDtypeStruct, or None likewise.
         scratch: name -> type of scratch, or None likewise; shared memory is laid out in this order.
         grid: name -> size of each axis of the grid.
         threads: warpgroups of a block; their axis is "wg".
+        updates: name -> array that the kernel overwrites in place, where XLA needs it for nothing
+            else: what reads it must run before, which only a dependency ensures.
 
     Returns:
-        The outputs that are not None, in order.
+        The outputs that are not None, in order, and then the updated arrays.
     """
-    in_gmem = {f"{key}_gmem": z for key, z in (*inputs.items(), *outputs.items())}
+    updates = {key: jax.new_ref(z) for key, z in (updates or {}).items()}
+    in_gmem = inputs | updates | outputs
+    in_gmem = {f"{key}_gmem": z for key, z in in_gmem.items()}
     names = [key for key, z in (in_gmem | scratch).items() if z is not None]
     absent = dict.fromkeys([key for key, z in (in_gmem | scratch).items() if z is None])
     given = lambda entries: [z for z in entries.values() if z is not None]
@@ -77,7 +82,7 @@ def kernel(
             unsafe_no_auto_barriers=True,
         ),
     )
-    return run(*given(inputs))
+    return [*run(*given(inputs | updates)), *map(jax.freeze, updates.values())]
 
 
 def lowered_once(*static: str) -> Callable:

@@ -241,16 +241,29 @@ def load_columns(ref):
     return plgpu.load(ref, layout=_ACC.reduce(0), optimized=False)
 
 
+def row_maxima(z):
+    """Of an accumulator [64, columns], to be broadcast along columns; jnp.max would reserve 2 KiB
+    of shared memory."""
+    if interpreting():
+        return jnp.max(z, axis=1)
+
+    @inline((_ACC,), _result(z.shape[:1], z.dtype, _ACC.reduce(1)))
+    def reduce(_, z):
+        return z.reduce("max", 1)
+
+    return reduce(z)
+
+
 def zeros(*shape):
     """An accumulator."""
     return tiles.full(shape, 0.0, jnp.float32)
 
 
-def dot(acc, a, b):
-    """acc + a @ b, a a left operand and b a tile [k, n] of shared memory."""
+def dot(acc, a, b, read=lambda z: z):
+    """acc + a @ read(b), a a left operand and b a tile [k, n] of shared memory."""
     if interpreting():
-        return acc + _product("ik,kj->ij", a, b[...])
-    return plgpu.mma(acc, a, plgpu.load(b, layout=_right_layout(b.dtype)))
+        return acc + _product("ik,kj->ij", a, read(b[...]))
+    return plgpu.mma(acc, a, read(plgpu.load(b, layout=_right_layout(b.dtype))))
 
 
 def block_dot(acc, a, b):

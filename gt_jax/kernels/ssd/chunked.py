@@ -59,20 +59,17 @@ def ssd_chunked(
     initial_state = zeros_if_none(initial_state, (batch, H, P, B.shape[-1]), plan)
     if resets is not None:
         a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
-    y, final_state = _ssd(x, dt, a, B, C, initial_state, plan)
-    if D is not None:
-        y += D.astype(y.dtype)[:, None] * x.astype(y.dtype)
-    return y.astype(x.dtype), final_state
+    return _ssd(x, dt, a, B, C, D, initial_state, plan)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _ssd(x, dt, a, B, C, state, plan):
-    return _forward(plan, x, dt, a, B, C, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _ssd(x, dt, a, B, C, D, state, plan):
+    return _forward(plan, x, dt, a, B, C, D, state)[0]
 
 
-def _forward(plan, x, dt, a, B, C, state):
+def _forward(plan, x, dt, a, B, C, D, state):
     def group(state, _, *inputs):
-        y, final_state = _group_forward(*inputs, state, plan)
+        y, final_state = _group_forward(*inputs, D, state, plan)
         return final_state, state, (y,)
 
     def rows(x, dt, a, B, C, state):
@@ -80,30 +77,34 @@ def _forward(plan, x, dt, a, B, C, state):
         return y, final_state, states if states is None else states.swapaxes(0, 1)
 
     y, final_state, states = named(map_rows(rows, plan, x, dt, a, B, C, state))
-    return (y, final_state), (x, dt, a, B, C, states)
+    return (y, final_state), (x, dt, a, B, C, D, states)
 
 
 def _backward(plan, residuals, cotangents):
-    *inputs, states = residuals
+    *inputs, D, states = residuals
     dy, dstate = cotangents_or_none(cotangents)
     x, B = inputs[0], inputs[3]
-    dy = jnp.zeros(x.shape, plan.dtype) if dy is None else dy
+    dy = jnp.zeros_like(x) if dy is None else dy
     if states is not None:
         shape = (x.shape[0], *x.shape[2:], B.shape[-1])
         dstate = jnp.zeros(shape, plan.dtype) if dstate is None else dstate
 
-    def group(dstate, state, *inputs):
-        *grads, dstate = _group_backward(state, *inputs, dstate, plan)
-        return dstate, None, tuple(grads)
+    def group(carry, state, *inputs):
+        dstate, dD = carry
+        *grads, dD_group, dstate = _group_backward(state, *inputs, D, dstate, plan)
+        return (dstate, None if D is None else dD + dD_group), None, tuple(grads)
 
     def rows(states, dstate, *arrays):
+        carry = (dstate, None if D is None else jnp.zeros(D.shape, plan.dtype))
         per_group = None if states is None else states.swapaxes(0, 1)
-        dstate, _, grads = scan_tokens(
-            group, dstate, arrays, plan, per_group=per_group, reverse=True
+        (dstate, dD), _, grads = scan_tokens(
+            group, carry, arrays, plan, per_group=per_group, reverse=True
         )
-        return *grads, None if states is None else dstate
+        return *grads, None if D is None else dD[None], None if states is None else dstate
 
-    return map_rows(rows, plan, states, dstate, *inputs, dy)
+    *grads, dD, dstate = map_rows(rows, plan, states, dstate, *inputs, dy)
+    dD = None if D is None else jnp.sum(dD, axis=0).astype(D.dtype)
+    return *grads, dD, dstate
 
 
 _ssd.defvjp(lambda *args: _forward(args[-1], *values(args[:-1])), _backward, symbolic_zeros=True)
@@ -140,7 +141,7 @@ def _carry(state, total, update, **options):
     return _by_group(states, G), final
 
 
-def _group_forward(x, dt, a, B, C, state, plan):
+def _group_forward(x, dt, a, B, C, D, state, plan):
     """One group: x [M, B, H, C, P], dt and a [M, B, H, C], B and C [M, B, G, C, N]."""
     dtype = plan.dtype
     dot = functools.partial(product, plan=plan, dtype=dtype)
@@ -150,14 +151,18 @@ def _group_forward(x, dt, a, B, C, state, plan):
     y = dot("...rij,...rjp->...rip", L * CB * dt[..., None, :], x_)
     update = dot("...rjp,...jn->...rpn", x_ * (to_end * dt)[..., None], B)
     if state is None:
-        return _by_head(y), _by_head(update)[0]
-    states, final_state = _carry(state, total, update, starts_dtype=plan.operand_dtype)
-    y += dot("...in,...rpn->...rip", C, states) * from_start[..., None]
-    return _by_head(y), final_state
+        final_state = _by_head(update)[0]
+    else:
+        states, final_state = _carry(state, total, update, starts_dtype=plan.operand_dtype)
+        y += dot("...in,...rpn->...rip", C, states) * from_start[..., None]
+    y = _by_head(y)
+    if D is not None:
+        y += D.astype(dtype)[:, None, None] * x.astype(dtype)
+    return y.astype(x.dtype), final_state
 
 
-def _group_backward(state, x, dt, a, B, C, dy, dstate, plan):
-    """Gradients of one group: dx, ddt, da, dB, dC and that of the state it started from."""
+def _group_backward(state, x, dt, a, B, C, dy, D, dstate, plan):
+    """Gradients of one group: dx, ddt, da, dB, dC, dD and that of the state it started from."""
     dtype, G, steps = plan.dtype, B.shape[2], plan.steps
     dot = functools.partial(product, plan=plan, dtype=dtype)
     x_, dt_, a_, dy_ = (_by_group(z.astype(dtype), G) for z in (x, dt, a, dy))
@@ -196,5 +201,9 @@ def _group_backward(state, x, dt, a, B, C, dy, dstate, plan):
         da += exact("jt,...j->...t", earlier, d_weight * weight)
         of_state = states * dstates  # [M, B, G, R, P, N]
         da += (total * sum_channels(of_state.reshape(*total.shape, -1))[..., 0])[..., None]
-    grads = (_by_head(dx), _by_head(ddt), _by_head(da), dB, dC)
-    return (*(g.astype(z.dtype) for g, z in zip(grads, (x, dt, a, B, C))), dstate)
+    dx, dD = _by_head(dx), None
+    if D is not None:
+        dx += D.astype(dtype)[:, None, None] * _by_head(dy_)
+        dD = jnp.sum(sum_channels(dy_ * x_), axis=(0, 1, 4, 5)).reshape(-1)  # [H]
+    grads = (dx, _by_head(ddt), _by_head(da), dB, dC)
+    return (*(g.astype(z.dtype) for g, z in zip(grads, (x, dt, a, B, C))), dD, dstate)

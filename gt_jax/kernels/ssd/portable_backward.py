@@ -10,16 +10,17 @@ Per chunk, with dS the gradient of the state that leaves it, L = exp2(g_i - g_j)
 
 Only the last line ties chunks to each other. So three kernels run, and no block waits for another:
 
+    of_reads   the second term of dC: a block has one chunk, and one head after the other;
     ends       walks the chunks of a head from the last to the first and keeps dS of each;
-    of_inputs  dx, dB and the first term of dC: a block has one chunk, and one head after the other;
-    of_reads   the second term of dC, likewise.
+    of_inputs  dx, dB and the first term of dC, as of_reads.
 
 A block adds dB and dC of its heads in registers, in a fixed order, so the bits are the same every
 time; C B^T is computed once a block, as are the products of the summed gradient of C B^T. Squares
 are held transposed, [j, i], so that M^T is a left operand. The gradient of the log decay sums the
 rectangle i >= t > j of L * C B^T * dt_j * dM by a product with ones, never as a difference of sums.
 
-The state that every other chunk starts from was saved; `ends` computes the one between from it.
+The state that every other chunk starts from was saved; the one between follows from it. Nothing
+else takes much memory: dS stands where dx will be and in the place of the saved states.
 """
 
 import jax
@@ -41,6 +42,7 @@ def backward(
     dt: jax.Array,
     D: jax.Array,
     states: jax.Array,
+    scales: jax.Array,
     dy: jax.Array,
     dstate: jax.Array,
     *,
@@ -54,7 +56,7 @@ def backward(
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
-        states: [B, H, chunks / 2, P, N] bfloat16, the state every other chunk starts from.
+        states, scales: of the state that every other chunk starts from, as `forward` saved them.
         dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
         of_start: whether the gradient of the initial state is asked for.
 
@@ -62,9 +64,9 @@ def backward(
         dx; dB and dC [B, T, sums, N] float32; the gradients of the step size and of the log decay
         [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the initial state.
     """
-    dS, odd, carried, dstart = ends(size, x, B, C, g, dt, states, dy, dstate)
-    dx, dB, dC, rows = of_inputs(size, x, B, C, g, dt, D, dS, dy)
-    dC_read, read = of_reads(size, C, g, states, odd, dy)
+    dC, read = of_reads(size, x, B, C, g, dt, states, scales, dy)
+    carried, dstart, dx, states = ends(size, x, B, C, g, dt, states, scales, dy, dstate, read)
+    dB, rows, dx, dC = of_inputs(size, x, B, C, g, dt, D, dy, dx, states, dC)
     of_step, of_decay, kept, of_D = (rows[..., n, :] for n in range(INPUT_ROWS))
     # A decay at t decays what is read at i >= t, what is kept from j < t, and all that is carried.
     until = jnp.tri(CHUNK, dtype=jnp.float32)  # [i, t]: t <= i
@@ -72,4 +74,4 @@ def backward(
     da = of_decay + sums(read, until) + sums(kept, 1 - until)
     da += jnp.sum(carried, axis=-1, keepdims=True)
     dD = jnp.sum(of_D, axis=2)
-    return dx, dB, dC + dC_read, of_step, da, dD, *((dstart,) if of_start else ())
+    return dx, dB, dC, of_step, da, dD, *((dstart,) if of_start else ())

@@ -19,6 +19,7 @@ from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_on
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.ssd.hopper_sizes import sizes_of
 from gt_jax.kernels.ssd.portable_splits import add_weighed
+from gt_jax.kernels.ssd.portable_states import held, scaled
 
 
 @lowered_once("save")
@@ -44,8 +45,9 @@ def forward(
         save: whether to return what only the backward pass reads.
 
     Returns:
-        y as x; the final state as `state`; with save the state that every other chunk starts from,
-        [B, H, chunks / 2, P, N] bfloat16.
+        y as x; the final state as `state`; with save the state that every other chunk starts
+        from, [B, H, chunks / 2, P, N], and the scale of its rows [B, H, chunks / 2, P]; see
+        portable_states.py.
     """
     size = sizes_of(x, B)
     P, N = size.P, size.N
@@ -66,16 +68,23 @@ def forward(
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
+        def save_state(S, pair):
+            S, scale = scaled(S)
+            S_s[...] = held(S)
+            refs.scales_gmem.at[b, h, pair][...] = scale
+            warps.sync_warp()
+            copies.copy_out(S_s, refs.states_gmem.at[b, h, pair])
+            warps.sync_warp()
+
         def step(m, S):
             pair, slot = divide(m, 2)
             copies.arrived()
             warps.sync()
             pl.when(m < size.chunks - 1)(lambda: start(m + 1, 1 - slot))
             x_s, B_s, C_s, g_s = (z.at[slot] for z in (refs.x, refs.B, refs.C, refs.g))
-            S_s[...] = S.astype(bf16)
             if save:
-                warps.sync_warp()
-                pl.when(slot == 0)(lambda: copies.copy_out(S_s, refs.states_gmem.at[b, h, pair]))
+                pl.when(slot == 0)(lambda: save_state(S, pair))
+            S_s[...] = S.astype(bf16)
 
             CB = warps.dot(warps.zeros(*square), warps.load_left(C_s), B_s.T)
             warps.sync()
@@ -114,6 +123,7 @@ def forward(
             "y": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "final": jax.ShapeDtypeStruct((size.batch, size.heads, P, N), jnp.float32),
             "states": jax.ShapeDtypeStruct(saved, bf16) if save else None,
+            "scales": jax.ShapeDtypeStruct(saved[:-1], jnp.float32) if save else None,
         },
         scratch={
             "x": tiles.tile(2, CHUNK, P),

@@ -15,7 +15,11 @@ from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_on
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_columns, over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS, left, load, load_left, zeros
+from gt_jax.kernels.ssd import portable_ends
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
+from gt_jax.kernels.ssd.portable_ends import parts, places_of_end
+from gt_jax.kernels.ssd.portable_splits import add_weighed
+from gt_jax.kernels.ssd.portable_states import float16, held, scaled
 
 # Of each token: the gradients of the step size and of the log decay inside the chunk, the term of
 # what the state keeps of the token, and the token's term of the gradient of D.
@@ -46,10 +50,12 @@ def of_inputs(
     g: jax.Array,
     dt: jax.Array,
     D: jax.Array,
-    ends: jax.Array,
     dy: jax.Array,
+    dx: jax.Array,
+    states: jax.Array,
+    dC: jax.Array,
 ) -> list[jax.Array]:
-    """dx and dB, and what dC gets from tokens of the same chunk.
+    """dx and dB, and dC with what it gets from tokens of the same chunk.
 
     Args:
         size: the call's Sizes.
@@ -57,11 +63,11 @@ def of_inputs(
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
-        ends: [B, H, chunks, P, N] bfloat16, dS at the end of each chunk.
+        dx, states: where `ends` has put dS at the end of each chunk.
+        dC: [B, T, sums, N] float32, what `of_reads` gave.
 
     Returns:
-        dx as x; dB, and dC without what the states give, [B, T, sums, N] float32; INPUT_ROWS
-        [B, H, chunks, rows, CHUNK].
+        dB [B, T, sums, N] float32; INPUT_ROWS [B, H, chunks, rows, CHUNK]; dx as x; dC.
     """
     P, N = size.P, size.N
     square, bf16, f32 = (CHUNK, CHUNK), jnp.bfloat16, jnp.float32
@@ -75,7 +81,8 @@ def of_inputs(
         def start(h, slot):
             copies.start_copy(refs.x_gmem.at[(*at, h)], refs.x.at[slot])
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copies.start_copy(refs.ends_gmem.at[b, h, m], refs.dS.at[slot])
+            for part, place in zip(parts(refs.dS.at[slot]), places_of_end(refs, size, b, h, m)):
+                copies.start_copy(place, part)
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
             copies.start_copy_row(refs.dt_gmem.at[b, h, m], refs.dt.at[slot])
 
@@ -157,8 +164,8 @@ def of_inputs(
         warps.sync()
         dB = warps.dot(dB, left(dCB), refs.dS.at[other])
         refs.dB_gmem.at[(*at, of_sum)][...] = dB
-        dC = warps.dot(zeros(CHUNK, N), load_left(dCB_s.T), B_s)
-        refs.dC_gmem.at[(*at, of_sum)][...] = dC
+        dC_g = refs.dC_gmem.at[(*at, of_sum)]
+        dC_g[...] = warps.dot(tiles.load_from_gmem(dC_g), load_left(dCB_s.T), B_s)
 
     sums = jax.ShapeDtypeStruct((size.batch, size.length, size.heads // together, N), f32)
     return kernel(
@@ -171,13 +178,12 @@ def of_inputs(
             "g": g,
             "dt": dt,
             "D": D,
-            "ends": ends,
             "dy": dy,
+            "states": states,
         },
+        updates={"dx": dx, "dC": dC},
         outputs={
-            "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "dB": sums,
-            "dC": sums,
             "rows": jax.ShapeDtypeStruct((*dt.shape[:3], INPUT_ROWS, CHUNK), f32),
         },
         scratch={
@@ -196,13 +202,22 @@ def of_inputs(
 
 @lowered_once("size")
 def of_reads(
-    size: Sizes, C: jax.Array, g: jax.Array, states: jax.Array, odd: jax.Array, dy: jax.Array
+    size: Sizes,
+    x: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    g: jax.Array,
+    dt: jax.Array,
+    states: jax.Array,
+    scales: jax.Array,
+    dy: jax.Array,
 ) -> list[jax.Array]:
     """What dC gets from the states.
 
     Args:
-        size, C, g, dy: as of `of_inputs`.
-        states, odd: [B, H, chunks / 2, P, N] bfloat16, what even and odd chunks start from.
+        size, x, B, C, g, dt, dy: as of `of_inputs`.
+        states, scales: of the states that even chunks start from, as `forward` saved them; a block
+            of an odd chunk finds its states from them and from the tokens before.
 
     Returns:
         dC [B, T, sums, N] float32; the gradient of the log decay of what a token reads
@@ -214,32 +229,62 @@ def of_reads(
     def body(refs):
         b, m, of_sum, group, first = _block(size, together)
         at = (b, tiles.tokens(m))
-        pair, second = divide(m, 2)
+        pair, odd = divide(m, 2)
+        before = (b, tiles.tokens(m - odd))
+
+        def start_x(h):
+            pl.when(odd == 1)(lambda: copies.start_copy(refs.x_gmem.at[(*before, h)], refs.x))
+
+        def start_before(h, slot):
+            copies.start_copy_row(refs.g_gmem.at[b, h, m - 1, 0], refs.g_before.at[slot])
+            copies.start_copy_row(refs.dt_gmem.at[b, h, m - 1], refs.dt.at[slot])
 
         def start(h, slot):
             copies.start_copy(refs.dy_gmem.at[(*at, h)], refs.dy.at[slot])
-            copy = lambda states: copies.start_copy(states.at[b, h, pair], refs.S.at[slot])
-            pl.when(second == 0)(lambda: copy(refs.states_gmem))
-            pl.when(second == 1)(lambda: copy(refs.odd_gmem))
+            copies.start_copy(refs.states_gmem.at[b, h, pair], refs.S.at[slot])
+            copies.start_copy_row(refs.scales_gmem.at[b, h, pair], refs.scale.at[slot])
             copies.start_copy_row(refs.g_gmem.at[b, h, m, 0], refs.g.at[slot])
+            pl.when(odd == 1)(lambda: start_before(h, slot))
+
+        def pass_chunk(slot):
+            """The state before the chunk in the place of the one before the chunk before."""
+            g_end = refs.g_before[slot, CHUNK - 1]
+            weight = jnp.exp2(g_end - tiles.load_columns(refs.g_before.at[slot]))
+            weight *= tiles.load_columns(refs.dt.at[slot])
+            S_s = refs.S.at[slot]
+            S = float16(tiles.load(S_s)).astype(jnp.float32)
+            S *= over_columns(tiles.load_rows(refs.scale.at[slot]) * jnp.exp2(g_end), S.shape)
+            S, scale = scaled(add_weighed(S, refs.x, weight, refs.B, terms=portable_ends.TERMS))
+            warps.sync_warp()  # only its own warp reads a row here
+            S_s[...] = held(S)
+            refs.scale.at[slot][...] = scale
+            warps.sync()
 
         def step(n, dC):
             h, slot = first + n, lax.rem(n, jnp.int32(2))
             copies.arrived()
             warps.sync()
             start(jnp.minimum(h + 1, first + together - 1), 1 - slot)
-            from_start = jnp.exp2(tiles.load_rows(refs.g.at[slot]))
-            dy, read, sums = load_left(refs.dy.at[slot]), 0.0, []
+            pl.when(odd == 1)(lambda: pass_chunk(slot))
+            start_x(jnp.minimum(h + 1, first + together - 1))
+            # Rows of S and of dy have a scale, so that a product of float16 loses no digits.
+            dy = load(refs.dy.at[slot])
+            dy *= over_rows(tiles.load_columns(refs.scale.at[slot]), dy.shape)
+            dy, scale = scaled(dy)
+            dy, from_start = left(dy), jnp.exp2(tiles.load_rows(refs.g.at[slot])) * scale
+            read, sums = 0.0, []
             for sum_of_half, n in zip(dC, range(0, N, half), strict=True):
                 columns = slice(n, n + half)
-                z = warps.dot(zeros(CHUNK, half), dy, refs.S.at[slot, :, columns])
+                z = warps.dot(zeros(CHUNK, half), dy, refs.S.at[slot, :, columns], float16)
                 read += jnp.sum(z * load(refs.C.at[:, columns]), axis=1)
                 sums.append(sum_of_half + z * over_columns(from_start, z.shape))
             refs.read_gmem.at[b, h, m][...] = read * from_start
             return tuple(sums)
 
         start(first, 0)
+        start_x(first)
         copies.start_copy(refs.C_gmem.at[(*at, group)], refs.C)
+        pl.when(odd == 1)(lambda: copies.start_copy(refs.B_gmem.at[(*before, group)], refs.B))
         dC = loop(together, step, tuple(zeros(CHUNK, half) for _ in range(0, N, half)))
         for n, z in zip(range(0, N, half), dC, strict=True):
             refs.dC_gmem.at[(*at, of_sum, slice(n, n + half))][...] = z
@@ -249,7 +294,16 @@ def of_reads(
     return kernel(
         body,
         name="ssd_portable_of_reads",
-        inputs={"C": C, "g": g, "states": states, "odd": odd, "dy": dy},
+        inputs={
+            "x": x,
+            "B": B,
+            "C": C,
+            "g": g,
+            "dt": dt,
+            "states": states,
+            "scales": scales,
+            "dy": dy,
+        },
         outputs={
             "dC": jax.ShapeDtypeStruct(sums, jnp.float32),
             "read": jax.ShapeDtypeStruct((size.batch, size.heads, size.chunks, CHUNK), jnp.float32),
@@ -258,7 +312,12 @@ def of_reads(
             "dy": tiles.tile(2, CHUNK, P),
             "S": tiles.tile(2, P, N),
             "C": tiles.tile(CHUNK, N),
+            "x": tiles.tile(CHUNK, P),
+            "B": tiles.tile(CHUNK, N),
             "g": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "g_before": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "dt": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "scale": plgpu.SMEM((2, P), jnp.float32),
         },
         grid={"blocks": size.batch * size.chunks * (size.heads // together)},
         threads=1,

@@ -37,8 +37,8 @@ def wkv6_reference(
         o [B, T, H, V] in v.dtype, and the final state [B, H, K, V].
     """
     del precision
-    initial_state = given_or_zeros(initial_state, r, k, v, w, u)
-    dtype = initial_state.dtype
+    state = given_or_zeros(initial_state, r, k, v, w, u)
+    dtype = state.dtype
     if resets is None:
         resets = jnp.zeros(r.shape[:2], bool)
     u = u.astype(dtype)
@@ -55,7 +55,7 @@ def wkv6_reference(
 
     over_time = [jnp.moveaxis(x, 1, 0) for x in (r, k, v, w, resets)]
     step = jax.checkpoint(step, prevent_cse=False)  # keeps one state a token, nothing else
-    final_state, o = jax.lax.scan(step, initial_state, over_time)
+    final_state, o = jax.lax.scan(step, state, over_time)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), final_state
 
 
