@@ -52,8 +52,7 @@ def test_rate_that_diverged_is_not_chosen():
 
 def test_fusions_are_compared_at_both_rates(text, tmp_path, capsys):
     out = tmp_path / "fusion.json"
-    flags = ["--quick", "--seeds=2", "--only=rf,GF", "--impl=reference"]
-    fusion.main([*flags, f"--source={text}", f"--out={out}"])
+    fusion.main(["--quick", "--seeds=2", "--only=rf,GF", f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists() and "Differences at 3e-4" in capsys.readouterr().out
     measures, (losses, *_) = result["measures"], result["tables"]
@@ -70,8 +69,7 @@ def test_fusions_are_compared_at_both_rates(text, tmp_path, capsys):
 
 def test_gates_are_followed(text, tmp_path):
     out = tmp_path / "ratio.json"
-    flags = ["--quick", "--seeds=2", "--branch=legacy", "--impl=reference"]
-    ratio.main([*flags, f"--source={text}", f"--out={out}"])
+    ratio.main(["--quick", "--seeds=2", "--branch=legacy", f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert result["name"] == "ratio-legacy"
     for start, series in zip(ratio.STARTS, result["plots"][1]["series"]):

@@ -11,8 +11,7 @@ def test_comparison_runs(tmp_path, monkeypatch):
     text.write_text("to be or not to be that is the question\n" * 100)
     monkeypatch.setattr(optimizers, "FAMILIES", ("GF-MH",))  # to be quick
     monkeypatch.setattr(optimizers, "RATES", (1e-3, 4e-3))
-    flags = ["--quick", "--seeds=2", "--impl=reference", f"--source={text}"]
-    optimizers.main([*flags, f"--out={out}"])
+    optimizers.main(["--quick", "--seeds=2", f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists()
     measures, (table, *differences) = result["measures"], result["tables"]

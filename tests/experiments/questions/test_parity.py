@@ -77,7 +77,7 @@ def test_comparison_runs(text, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "FAMILIES", two)
     monkeypatch.setattr(parity, "CONTROLS", {})
     out = tmp_path / "parity.json"
-    flags = ["--quick", "--seeds=2", "--texts=characters", "--impl=reference"]
+    flags = ["--quick", "--seeds=2", "--texts=characters"]
     parity.main([*flags, f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists()

@@ -90,7 +90,6 @@ def test_impossible_sizes_are_one_line(flags, message):
 def test_pairs_are_recalled(tmp_path):
     out = tmp_path / "recall.json"
     flags = ["--quick", "--seeds=2", "--models=gpt-2,mamba-2 small", "--vocabulary=64"]
-    flags += ["--impl=reference"]
     recall.main([*flags, f"--out={out}"])
     result = results.read(out)
     (table,) = result["tables"]
@@ -105,7 +104,7 @@ def test_needles_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(needle, "FAMILIES", two)
     text, out = tmp_path / "text.txt", tmp_path / "needle.json"
     text.write_text("to be or not to be that is the question\n" * 100)
-    flags = ["--quick", "--seeds=2", "--texts=characters", "--impl=reference"]
+    flags = ["--quick", "--seeds=2", "--texts=characters"]
     needle.main([*flags, f"--source={text}", f"--out={out}"])
     result = results.read(out)
     rows = {row[0]: row[3:] for row in result["tables"][0]["rows"]}

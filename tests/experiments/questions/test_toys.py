@@ -14,7 +14,7 @@ def test_families_are_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(toys, "FAMILIES", two)
     monkeypatch.setattr(toys, "BRANCHES", ("Mamba-2",))
     out = tmp_path / "toys.json"
-    toys.main(["--quick", "--seeds=2", "--tasks=Synergy", "--impl=reference", f"--out={out}"])
+    toys.main(["--quick", "--seeds=2", "--tasks=Synergy", f"--out={out}"])
     result = results.read(out)
     assert out.with_suffix(".png").exists()
     ((name, *right, guessed),) = result["tables"][0]["rows"]
