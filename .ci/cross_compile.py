@@ -8,7 +8,8 @@ with the version of JAX that is installed; needs a C compiler. JAX's CUDA plugin
 MosaicGpuCompile, for its own bridge to PyTorch, which asks the driver for the compute capability
 and nothing else: stub_libcuda.c answers. NVIDIA's assembler refuses what a GPU has not, and reports
 registers and spills. Prints a table; fails where a kernel does not compile, spills more bytes a
-thread than MOST_SPILLED, or takes more shared memory than a block may have.
+thread than MOST_SPILLED, or takes more shared memory than a block may have, and where
+gt_jax/kernels/COMPILED.md, written with the same JAX, says something else.
 """
 
 import argparse
@@ -23,14 +24,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-GPUS = {
-    "8.0": "A100",
-    "8.6": "A10, RTX 30",
-    "8.9": "L4, RTX 40",
-    "9.0": "H100, H200",
-    "10.0": "B200",
-    "12.0": "RTX 50",
-}
+from compiled_table import GPUS, TABLE, as_table, outdated
+
+HOPPER = "9.0"
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
 MOST_SPILLED = {
@@ -93,13 +89,16 @@ def main():
         json.dump(compile_all(options.one, options.wheels), sys.stdout)
         return 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for of_gpu in pool.map(lambda g: run_for(g, options), options.gpus)
-                for row in of_gpu]  # fmt: skip
+        longest_first = sorted(options.gpus, key=lambda gpu: gpu != HOPPER)
+        found = dict(zip(longest_first, pool.map(lambda g: run_for(g, options), longest_first)))
+    rows = [row for gpu in options.gpus for row in found[gpu]]
     table = as_table(rows)
     print(table)
+    faults = [fault for row in rows for fault in faults_of(row)]
     if options.write:
         options.write.write_text(table + "\n")
-    faults = [fault for row in rows for fault in faults_of(row)]
+    else:
+        faults += outdated(table, TABLE.read_text())
     print("\n".join(faults))
     return bool(faults)
 
@@ -119,7 +118,7 @@ def compile_all(gpu, wheels):
     capability = tuple(map(int, gpu.split(".")))
     found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
-        if impl == "portable" or gpu == "9.0":
+        if impl == "portable" or gpu == HOPPER:
             of_variant = kernels(op, impl, dtype, capability)
             found += [(f"{variant}, {kernel}", module) for kernel, module in of_variant]
     for kernel, module in found:
@@ -313,37 +312,6 @@ def faults_of(row):
     allowed = SHARED_MEMORY[row["gpu"]] * 1024 - 16  # for what is not dynamic
     if not 0 <= row["shared"] <= allowed:
         yield f"{who} takes {row['shared']} bytes of shared memory of {allowed}"
-
-
-def as_table(rows):
-    """Markdown: a row a kernel, registers / spilled bytes of each GPU."""
-    import jax
-
-    gpus = list(dict.fromkeys(row["gpu"] for row in rows))
-    lines = [
-        "# Kernels compiled for GPUs that were not there",
-        "",
-        f"JAX {jax.__version__}; registers / bytes spilled, both of a thread, and KiB of shared "
-        "memory of a block. `python .ci/cross_compile.py --wheels FOLDER --write "
-        "gt_jax/kernels/COMPILED.md` repeats it.",
-        "",
-        "| | " + " | ".join(f"{gpu} ({GPUS[gpu]})" for gpu in gpus) + " | shared memory |",
-        "|---" * (len(gpus) + 2) + "|",
-    ]
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        of_kernel = {row["gpu"]: row for row in rows if row["kernel"] == kernel}
-        cells = []
-        for gpu in gpus:
-            row = of_kernel.get(gpu)
-            if row is None:
-                cells.append("")
-            else:
-                cells.append(
-                    "fails" if "error" in row else f"{row['registers']} / {row['spilled']}"
-                )
-        shared = max(row.get("shared", -1) for row in of_kernel.values())
-        lines.append(f"| {kernel} | " + " | ".join(cells) + f" | {shared / 1024:.0f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
