@@ -28,14 +28,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # Tests compile much and run it once: XLA's CPU compiler leaves out most optimizations, in the
 # processes that tests start too, and needs half of the time; on JAX 0.10 its earlier code
-# generator needs a sixth. Tests whose result optimizations can change need them.
+# generator needs a sixth, and a sixth less where it does not split its work for threads: other
+# tests have the cores. Tests whose results optimizations can change need those.
 AS_FOR_USERS = "JAX_DISABLE_MOST_OPTIMIZATIONS=false python -m pytest -m optimized"
 _quick = False
 if not Path("/dev/nvidiactl").exists():
     _quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
     _flags = os.environ.get("XLA_FLAGS", "")
     if _quick and version("jaxlib").startswith("0.10.") and "fusion_emitters" not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+        _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = _flags
 
 
 def pytest_collection_modifyitems(items):

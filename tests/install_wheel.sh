@@ -7,7 +7,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 git clone -q "$root" "$work/source"  # builds leave files behind
-"$python" -m venv "$work/venv"
+"$python" -m venv --upgrade-deps "$work/venv"
 . "$work/venv/bin/activate"
 pip wheel -q --no-deps -w "$work" "$work/source" "$@"
 pip install -q "$work"/gt_jax-*.whl "$@"

@@ -1,14 +1,32 @@
 """The comparison of grafts with training from scratch runs anywhere, small enough."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
+from experiments.lab import jobs
 from experiments.lab.jobs import run
 from experiments.questions import graft
+from gt_jax import train
+
+
+def after_the_first():
+    """subprocess.run, whose second and later commands run in this process: no Python starts."""
+    started = []
+
+    def run_command(command, **options):
+        started.append(command)
+        if len(started) == 1:
+            return subprocess.run(command, **options)
+        return subprocess.CompletedProcess(command, train.main(command[2:]) or 0, "", "")
+
+    return run_command
 
 
 def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=after_the_first()))
     (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 100)
     small = {"train.batch_size": 2, "train.seq_len": 16, "optim.warmup_steps": 1}
     monkeypatch.setattr(graft, "SIZE", {"model.dim": 32, "model.layers": 1})
