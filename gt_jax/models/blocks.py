@@ -21,7 +21,7 @@ _apart = contextvars.ContextVar("apart", default=False)
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Models traced inside hold the equations of all blocks in one jaxpr, for code that reads it."""
+    """Models traced inside hold the equations of all blocks in one jaxpr, for who reads it."""
     token = _apart.set(True)
     try:
         yield
