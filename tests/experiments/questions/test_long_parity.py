@@ -12,19 +12,16 @@ def test_every_family_trains_in_full_at_the_rate_that_was_best_in_short(tmp_path
     text, out = tmp_path / "text.txt", tmp_path / "long_parity.json"
     text.write_text("to be or not to be that is the question\n" * 100)
     calls, train = [], lab.train
+    best = dict(zip(["GF-MH", "GPT-2"], long_parity.RATES))
 
     def watched(arms, **options):
         calls.append((list(arms), list(options["seeds"]), options["sweep"]["optim.lr"]))
+        if options["seeds"] == [0]:  # which rate is best is known
+            return {name: best[name] for name in arms}
         return train(arms, **options)
 
     monkeypatch.setattr(lab, "train", watched)
-    best = dict(zip(["GF-MH", "GPT-2"], long_parity.RATES))
-    monkeypatch.setattr(
-        long_parity,
-        "best_rate",
-        lambda runs: best["GPT-2" if runs.model_config.architecture == "gpt" else "GF-MH"],
-    )
-    monkeypatch.setattr(long_parity, "RATES", long_parity.RATES[:2])
+    monkeypatch.setattr(long_parity, "best_rate", lambda rate: rate)
     long_parity.main(["--quick", "--seeds=2", f"--source={text}", f"--out={out}"])
     assert calls == [
         (["GF-MH", "GPT-2"], [0], long_parity.RATES),
