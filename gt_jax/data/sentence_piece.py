@@ -17,6 +17,8 @@ from gt_jax.errors import InputError, one_line
 _BLOCK_LENGTH = 1_000_000  # characters
 _SAMPLE = 1 << 24  # characters to train on
 THREADS = 16  # for large texts; a constant, because the model's file records it
+# What the package raises where it refuses its input; up to 0.2.1 a SyntaxError for an argument.
+_REFUSED = (RuntimeError, ValueError, SyntaxError)
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -37,7 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._processor.id_to_piece(list(range(self._processor.vocab_size())))
-        except (RuntimeError, ValueError) as error:  # ValueError: of a token that is not UTF-8
+        except _REFUSED as error:  # ValueError: of a token that is not UTF-8
             reason = one_line(str(error).removeprefix("INTERNAL: "), 120)
             raise InputError(f"the SentencePiece model is damaged ({reason})") from error
         self.vocab_size = self._processor.vocab_size()
@@ -136,7 +138,7 @@ def train_sentencepiece(
             num_threads=threads if stride == 1 else THREADS,
             minloglevel=4,
         )
-    except (RuntimeError, ValueError) as error:
+    except _REFUSED as error:
         raise InputError(f"data.vocab_size={vocab_size} {_explain_vocab_size(error)}") from error
     return SentencePieceTokenizer(model.getvalue())
 
