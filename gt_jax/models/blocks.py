@@ -15,6 +15,7 @@ from flax.linen import module as flax_module
 from jax.extend.core import concrete_or_error
 
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.fsdp import is_cut
 
 _apart = contextvars.ContextVar("apart", default=False)
 
@@ -52,7 +53,8 @@ def caller(
         call(layer, x, *inputs): the results of block `layer` of the model.
     """
     of_its_own = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
-    if random or _apart.get() or not _is_abstract(x) or _may_tell_apart(model):
+    # Sharing would change which collectives of cut parameters a step has.
+    if random or is_cut() or _apart.get() or not _is_abstract(x) or _may_tell_apart(model):
         return of_its_own
     recording = model.is_mutable_collection("activations")
 
