@@ -141,7 +141,6 @@ def backward(
         m, token, kept = place(grid)
         here = Tokens(refs, grid, m)
         cotangents = [getattr(refs, f"dn{i}_gmem") for i in range(len(dn))]
-        scales = here.parameter(refs.scale_gmem)
 
         def read(n):
             n = jnp.minimum(n, grid.steps - 1)
@@ -158,6 +157,7 @@ def backward(
             turn = lax.rem(n, jnp.int32(2))
             gate, kernels = here.gate(a, b, turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
+            scales = here.parameter(refs.scale_gmem)  # again for each token: saves registers
             dn = [sum(wide(z)[1:], z[0].astype(jnp.float32)) for z in zip(*dn)]
             squares = along = rows.zeros(row)
             for z, d, scale in zip(u, dn, scales):
