@@ -8,11 +8,6 @@ the laboratory, several can run in one process: one compiles while another runs,
 every one of them.
 """
 
-if __name__ == "__main__":
-    from gt_jax import heap
-
-    heap.prepare()  # before NumPy starts threads
-
 import ast
 import importlib
 import itertools

@@ -10,11 +10,6 @@ recurrent models carry their state to the end of each document, attention models
 windows. --seq_len or --stride asks for windows in any model.
 """
 
-if __name__ == "__main__":
-    from gt_jax import heap
-
-    heap.prepare()  # before NumPy starts threads
-
 import functools
 
 import jax

@@ -14,11 +14,6 @@ signal N, of which SIGHUP (129), SIGINT (130, Ctrl-C) and SIGTERM (143) are save
 under way, as is a closed pipe (141, `| head`). A second signal ends the program at once.
 """
 
-if __name__ == "__main__":
-    from gt_jax import heap
-
-    heap.prepare()  # before NumPy starts threads
-
 import contextlib
 import dataclasses
 import functools

@@ -2,7 +2,7 @@
 
 import jax
 
-from gt_jax.heap import keep_freed_memory
+from gt_jax.training.memory import keep_freed_memory
 
 
 def prepare() -> None:
