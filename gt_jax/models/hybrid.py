@@ -86,10 +86,11 @@ class Block(nn.Module):
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
         fusion = FUSIONS[c.fusion](c, name="fusion")
         fusion_state, branches = state.fusion, with_residuals(c, rwkv, mamba, n)
-        if _joins_in_kernel(c, fusion, x, *branches):
+        if type(fusion) is Gate and _joins_in_kernel(c, x, *branches):
             norm = rms_norm(c, "ffn_norm")
-            parameters = *fusion.parameters(), norm.weight(c.dim)
-            x, n, gate = residual_norm.gated(norm.epsilon, x, *branches, *parameters)
+            kernel, bias = fusion.parameters()
+            scale = norm.weight(c.dim)
+            x, n, gate = residual_norm.gated(norm.epsilon, x, *branches, kernel, bias, scale)
             record(fusion, gate=gate)
             if self.is_mutable_collection("activations"):  # computed if anybody uses it
                 record(self, fused=fusion.join(gate, *branches))
@@ -116,11 +117,10 @@ class Block(nn.Module):
         return TimeMix(self.config, self.layer, name=name)
 
 
-def _joins_in_kernel(config, fusion, x, rwkv, mamba) -> bool:
-    """Whether one kernel joins the branches, adds them to the stream and normalises it."""
+def _joins_in_kernel(config, x, rwkv, mamba) -> bool:
+    """Whether one kernel joins gated branches, adds them to the stream and normalises it."""
     return (
-        type(fusion) is Gate
-        and config.feed_forward
+        config.feed_forward
         and not config.post_norm
         and rwkv.dtype == mamba.dtype == jnp.bfloat16
         and stream.takes_kernels(config, x, "gated")

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experiments").rglob("*.py"))
-HELPERS = {"kernel_tables", "peers_jax", "peers_torch", "peers_generation"}  # of benchmarks
+# Of benchmarks.
+HELPERS = {"kernel_errors", "kernel_tables", "peers_jax", "peers_torch", "peers_generation"}
 # What a part of experiments/ may import of it, as the first words of dotted names.
 ALLOWED = {
     "lab": {"experiments.lab"},

@@ -8,6 +8,10 @@ every bit of every parameter.
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -67,6 +71,20 @@ def train(preset, **fields):
 def test_losses_of_twenty_steps_are_the_golden_ones(preset):
     losses, _ = train(preset)
     np.testing.assert_allclose(losses[[0, 9, 19]], GOLDEN[preset], rtol=TOLERANCE[preset])
+
+
+@pytest.mark.optimized
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="malloc gives a CPU's memory alone")
+def test_losses_do_not_depend_on_what_memory_held_before():
+    """Freed memory is reused, so an operation that read more than was written would show."""
+    losses, _ = train("gf-mh")
+    code = f"import {__name__} as golden; print(golden.train('gf-mh')[0].tobytes().hex())"
+    # Every byte of new memory is 0x7f, so a float32 is 3.4e38; no small blocks are kept unfilled.
+    filled = {"MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    filled |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | filled, capture_output=True)
+    assert done.stdout.decode().strip() == losses.tobytes().hex(), done.stderr.decode()
 
 
 @pytest.mark.gpu

@@ -67,6 +67,7 @@ def grid_for(x, direction, gated):
     tokens = math.prod(tokens)
     tuning = TUNING[direction, gated]
     row = row_for(width, gated, tuning.channels)
+    assert row is not None, unsupported(width, gated)
     blocks = min(pl.cdiv(tokens, row.number), tuning.blocks)
     steps = pl.cdiv(tokens, blocks * row.number)
     return Grid(row, width // row.channels, blocks, steps, tokens)
