@@ -89,8 +89,9 @@ class Block(nn.Module):
         if type(fusion) is Gate and _joins_in_kernel(c, x, *branches):
             norm = rms_norm(c, "ffn_norm")
             kernel, bias = fusion.parameters()
-            scale = norm.weight(c.dim)
-            x, n, gate = residual_norm.gated(norm.epsilon, x, *branches, kernel, bias, scale)
+            given = norm.epsilon, x, *branches, kernel, bias, norm.weight(c.dim)
+            joined: Any = residual_norm.gated(*given)  # custom_vjp hides the type
+            x, n, gate = joined
             record(fusion, gate=gate)
             if self.is_mutable_collection("activations"):  # computed if anybody uses it
                 record(self, fused=fusion.join(gate, *branches))
