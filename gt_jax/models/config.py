@@ -137,7 +137,7 @@ class ModelConfig:
     remat: str = setting(
         "none",
         "what the backward pass recomputes instead of storing: none, dots (all but the results of"
-        " dense layers and recurrences) or full blocks",
+        " dense layers, recurrences and norm kernels) or full blocks",
         choices=("none", "dots", "full"),
     )
 
