@@ -33,7 +33,7 @@ def apply_with(model, params, batch, change):
         block, *within = context.module.path or ("",)
         if within == ["rwkv"]:
             inputs[block] = args[0].astype(jnp.float32) * (c.branch == "legacy")
-        if within != ["fusion"]:
+        if within != ["fusion"] or context.method_name != "__call__":
             return result
         rwkv, mamba = (branch.astype(jnp.float32) for branch in args[:2])
         (gate,) = context.module.get_variable("activations", "gate")

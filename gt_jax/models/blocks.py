@@ -79,15 +79,19 @@ def caller(
     return together
 
 
-def _may_tell_apart(model: nn.Module) -> bool:
-    """Whether somebody looks into single blocks: to make them, capture results or intercept calls.
+def intercepted() -> bool:
+    """Whether somebody looks at the calls of modules (flax.linen.intercept_methods).
 
-    What intercepts calls is not public in Flax; where that is elsewhere, blocks are not shared.
+    That is not public in Flax; where it is elsewhere, the answer is yes.
     """
+    return bool(getattr(flax_module, "_global_interceptor_stack", True))
+
+
+def _may_tell_apart(model: nn.Module) -> bool:
+    """Whether somebody looks into single blocks: makes, captures or intercepts what is theirs."""
     kept = map(model.is_mutable_collection, ("params", "intermediates"))
-    interceptors = getattr(flax_module, "_global_interceptor_stack", True)
     recorded_before = model.has_variable("activations", "blocks_0")
-    return any(kept) or bool(interceptors) or recorded_before
+    return any(kept) or intercepted() or recorded_before
 
 
 def _is_abstract(x: jax.Array) -> bool:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import residual_norm
-from gt_jax.models import stream
+from gt_jax.models import blocks, stream
 from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS, Gate
@@ -119,9 +119,13 @@ class Block(nn.Module):
 
 
 def _joins_in_kernel(config, x, rwkv, mamba) -> bool:
-    """Whether one kernel joins gated branches, adds them to the stream and normalises it."""
+    """Whether one kernel joins gated branches, adds them to the stream and normalises it.
+
+    Not where calls of the fusion are intercepted: there would be none.
+    """
     return (
         config.feed_forward
+        and not blocks.intercepted()
         and not config.post_norm
         and rwkv.dtype == mamba.dtype == jnp.bfloat16
         and stream.takes_kernels(config, x, "gated")

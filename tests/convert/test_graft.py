@@ -14,7 +14,7 @@ from gt_jax.convert import __main__, params
 from gt_jax.convert.graft import graft
 from gt_jax.data.pretrained import IdTokenizer
 from gt_jax.errors import InputError
-from gt_jax.models import hybrid, language_model, make_model
+from gt_jax.models import hybrid, language_model, make_model, stream
 from gt_jax.models.layers import RMSNorm
 from gt_jax.models.rwkv6 import TimeMix
 from tests.convert import small
@@ -38,7 +38,7 @@ def logits(model, params):
 
 def test_graft_without_rwkv_is_its_mamba_parent(parents, tmp_path, monkeypatch):
     """But for the eps of the norms, which is 1e-6 in hybrids and 1e-5 in Mamba-2."""
-    for module in (hybrid, language_model):
+    for module in (hybrid, language_model, stream):
         monkeypatch.setattr(module, "rms_norm", lambda c, name: RMSNorm(1e-5, c.dtype, name=name))
     graft(**parents, target=tmp_path / "c", gate=0.3, rest="mamba")
     model, params, _ = gt_jax.load(tmp_path / "c")

@@ -1,5 +1,6 @@
 """How models call the Hopper kernels, seen without a GPU: what is lowered, what runs twice."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,6 +27,31 @@ def trace_gradient(layers, remat="none"):
     with devices.simulated("lower"):
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
         return jax.jit(jax.grad(loss)).trace(params)
+
+
+def test_whoever_intercepts_calls_sees_those_of_the_fusion():
+    """One kernel joins the branches where nobody looks; an ablation of them must still count."""
+    config = make_config(
+        "gf", vocab_size=8, dim=64, heads=1, state_size=64, layers=2, dtype="bfloat16",
+        impl="mosaic",
+    )  # fmt: skip
+    model, tokens, seen = make_model(config), jnp.zeros((2, 64), jnp.int32), []
+
+    def look(call, args, kwargs, context):
+        if context.method_name == "__call__":
+            seen.append((*context.module.path, len(args)))
+        return call(*args, **kwargs)
+
+    def kernels():
+        shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        return str(jax.make_jaxpr(model.apply)(shapes, tokens)).count("gated_forward")
+
+    with devices.simulated("lower"):
+        alone = kernels()
+        with nn.intercept_methods(look):
+            assert kernels() < alone
+    for block in ("blocks_0", "blocks_1"):
+        assert (block, "fusion", 4) in seen
 
 
 def test_layers_share_the_lowering_of_a_kernel():
