@@ -13,8 +13,6 @@ import jax.numpy as jnp
 # Logits of a chunk: 256 MiB of float32.
 _CHUNK = 2**26
 
-ONE_PASS = True
-
 
 @jax.custom_vjp
 def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
@@ -78,36 +76,14 @@ def _logits(x, weights):
 
 def _nats(logits, targets):
     """Summed nats, and by token the logarithm of its sum [n, 1] and where its target is [n, V]."""
-    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
-    # A masked sum instead of a gather: it is one more number of a pass over the logits.
-    log_total, of_target = _log_total(logits, jnp.where(is_target, logits, 0))
-    of_target = jnp.where(targets < logits.shape[1], of_target, jnp.nan)
-    return jnp.sum(log_total[:, 0] - of_target, where=targets >= 0), log_total, is_target
-
-
-def _log_total(logits, selected):
-    """logsumexp [n, 1] of logits [n, V], and the sum [n] of `selected` [n, V]."""
-    if ONE_PASS and jax.default_backend() == "gpu":
-        return _log_total_in_one_pass(logits, selected)
     top = jnp.max(logits, axis=-1, keepdims=True)
     log_total = top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
-    return log_total, jnp.sum(selected, axis=-1)
-
-
-def _log_total_in_one_pass(logits, selected):
-    """The same, with the sum of exponentials rescaled whenever a larger logit comes."""
-
-    def join(one, other):
-        (top, total, chosen), (top_2, total_2, chosen_2) = one, other
-        highest = jnp.maximum(top, top_2)
-        total = total * jnp.exp(top - highest) + total_2 * jnp.exp(top_2 - highest)
-        return highest, total, chosen + chosen_2
-
-    zero, lowest = jnp.zeros((), logits.dtype), jnp.array(jnp.finfo(logits.dtype).min, logits.dtype)
-    top, total, chosen = jax.lax.reduce(
-        (logits, jnp.ones_like(logits), selected), (lowest, zero, zero), join, (1,)
-    )
-    return (top + jnp.log(total))[:, None], chosen
+    # A masked sum instead of a gather: XLA computes it in the pass over the logits that it makes
+    # for the sum above.
+    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
+    of_target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    of_target = jnp.where(targets < logits.shape[1], of_target, jnp.nan)
+    return jnp.sum(log_total[:, 0] - of_target, where=targets >= 0), log_total, is_target
 
 
 def _over_chunks(step, carry, x, targets, vocabulary):

@@ -128,7 +128,7 @@ def _joins_in_kernel(config, x, rwkv, mamba) -> bool:
         and not blocks.intercepted()
         and not config.post_norm
         and rwkv.dtype == mamba.dtype == jnp.bfloat16
-        and stream.takes_kernels(config, x, "gated")
+        and stream.takes_kernels(config, x, is_gated=True)
     )
 
 

@@ -27,7 +27,7 @@ def normed(
         computation dtype.
     """
     norm = rms_norm(config, name)
-    if takes_kernels(config, x, "normed"):
+    if takes_kernels(config, x):
         return residual_norm.normed(norm.epsilon, readers, x, norm.weight(x.shape[-1]))
     return x, [norm(x)] * readers
 
@@ -37,17 +37,17 @@ def add_and_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """x + branch [B, T, D], and its RMSNorm `name` in the computation dtype; as `normed`."""
     norm = rms_norm(config, name)
-    if takes_kernels(config, x, "added") and branch.dtype in ("bfloat16", "float32"):
+    if takes_kernels(config, x) and branch.dtype in ("bfloat16", "float32"):
         return residual_norm.added(norm.epsilon, x, branch, norm.weight(x.shape[-1]))
     x = x + branch
     return x, norm(x)
 
 
-def takes_kernels(config: ModelConfig, x: jax.Array, kind: str) -> bool:
-    """Whether a kernel of residual_norm.py, `kind`, serves the stream x [B, T, D]."""
+def takes_kernels(config: ModelConfig, x: jax.Array, is_gated: bool = False) -> bool:
+    """Whether the kernels of residual_norm.py, or its `gated`, take the stream x [B, T, D]."""
     return (
         config.impl not in ("chunked", "reference")
         and x.shape[1] > 1
         and x.dtype == "float32"
-        and not residual_norm.unsupported(x.shape[-1], config.dtype, kind)
+        and not residual_norm.unsupported(x.shape[-1], config.dtype, is_gated)
     )

@@ -3,14 +3,11 @@
 Each direction reads its inputs once and writes its outputs once.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
-BY_ROWS = True  # by head_norm_row_kernels.py; else by head_norm_kernels.py
 TOKENS, CHANNELS, MOST_CHANNELS = 32, 32, 128  # of a tile; of a head: multiples, and the most
 
 
@@ -49,8 +46,6 @@ def gated(
         [B, T, H V] bfloat16.
     """
     B, T, H, V = y.shape
-    if BY_ROWS:
-        return _gated_by_rows(epsilon, y, g, scale, bias)
     out = _gated(epsilon, y.reshape(B * T, H, V), g.reshape(B * T, H * V), scale, bias)
     return out.reshape(g.shape)
 
@@ -78,27 +73,3 @@ def _backward(epsilon, residuals, dout):
 
 _gated = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _gated.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_by_rows(epsilon, y, g, scale, bias):
-    return _call("gated", epsilon, y, g, scale, bias)[0]
-
-
-def _call(name, epsilon, *arrays):
-    """A kernel of head_norm_row_kernels.py, whose arrays begin with an axis of models."""
-    from gt_jax.kernels.elementwise import head_norm_row_kernels
-    from gt_jax.kernels.pallas.launch import batched_as_rows
-
-    kernel = functools.partial(getattr(head_norm_row_kernels, name), epsilon=epsilon)
-    return [z[0] for z in batched_as_rows(kernel)(*(z[None] for z in arrays))]
-
-
-def _backward_by_rows(epsilon, residuals, dout):
-    dy, dg, dscale, dbias = _call("gradients", epsilon, *residuals, dout)
-    return dy, dg, jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
-
-
-_gated_by_rows.defvjp(
-    lambda epsilon, *arrays: (_gated_by_rows(epsilon, *arrays), arrays), _backward_by_rows
-)

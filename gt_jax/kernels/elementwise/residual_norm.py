@@ -14,29 +14,26 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
-SERVED = ("normed", "added", "gated")  # functions of this module
 # Results of these functions that model.remat=dots keeps: bytes that a forward pass writes anyway,
 # and that a backward pass would have to compute from a float32 stream.
 KEPT = ("normed", "added", "gated")
 
 
-def unsupported(width: int, dtype: str, kind: str) -> str | None:
+def unsupported(width: int, dtype: str, is_gated: bool = False) -> str | None:
     """Why the fused kernels do not take a call, or None.
 
     Args:
         width: channels of the stream.
         dtype: of the norm's result.
-        kind: the function that is to be called, one of SERVED.
+        is_gated: whether it is of `gated`, which holds more of a token.
     """
-    if kind not in SERVED:
-        return f"no kernel serves {kind}"
     if reason := portable_unsupported():
         return reason
     if dtype != "bfloat16":
         return f"the fused residual norm is for bfloat16; this is {dtype}"
     from gt_jax.kernels.elementwise import residual_norm_rows
 
-    return residual_norm_rows.unsupported(width, kind == "gated")
+    return residual_norm_rows.unsupported(width, is_gated)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -200,5 +200,5 @@ def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
 )
 def test_what_the_norm_does_not_take_is_named(width, dtype, reason):
     with devices.simulated("lower"):
-        assert reason in residual_norm.unsupported(width, dtype, "added")
-        assert residual_norm.unsupported(64, "bfloat16", "gated") is None
+        assert reason in residual_norm.unsupported(width, dtype)
+        assert residual_norm.unsupported(64, "bfloat16", is_gated=True) is None
