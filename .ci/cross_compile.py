@@ -117,6 +117,7 @@ def compile_all(gpu, wheels):
     rows = []
     capability = tuple(map(int, gpu.split(".")))
     found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
+    found += linear_scan_kernels(capability)
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == HOPPER:
             of_variant = kernels(op, impl, dtype, capability)
@@ -208,6 +209,24 @@ def residual_norm_kernels(capability):
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):
                 yield f"Residual norm, {kind}, {direction}, {width} channels", module
+
+
+def linear_scan_kernels(capability):
+    """(name, serialised kernel) of the scan of arbiters."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import linear_scan
+
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    passes = ("forward", "backward")
+    splits = ("splits, forward", "forward of a split", "splits, backward", "backward of a split")
+    # Rows of 1, 2 and 32 threads
+    for B, T, C in ((8, 2048, 3), (8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
+        names = splits if B == 1 else passes
+        inputs = [array(B, T, C), array(B, T, C), array(B, C)]
+        calls = calls_of(linear_scan.scan, inputs, capability)
+        yield from zip((f"Linear scan, {z}, {B} x {T} x {C}" for z in names), calls, strict=True)
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):

@@ -99,7 +99,8 @@ class MinGRU(nn.Module):
         candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
         value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
         # 1 - sigmoid(x) would round to zero from x = 17 on.
-        s = linear_scan(jax.nn.sigmoid(-update), jax.nn.sigmoid(update) * value, state, segment_ids)
+        keep, take = jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
+        s = linear_scan(keep, take * value, state, segment_ids, impl=self.config.impl)
         weights = branch_weights(self, s)
         record(self, gate=weights[..., :1])
         return weights[..., :1] * rwkv + weights[..., 1:] * mamba, s[:, -1]
@@ -133,7 +134,8 @@ class RunningMean(nn.Module):
         read = project_pair(rwkv, mamba, jnp.concatenate([kernel, head], axis=1))  # [B, T, 3]
         q = jax.nn.sigmoid(jnp.maximum(read[..., :1] + bias, -30))
         terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
-        sums = linear_scan(jnp.ones_like(terms), terms, state, segment_ids)
+        decay, impl = jnp.ones_like(terms), self.config.impl
+        sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
         weights = jax.nn.softmax(sums[..., :2] / sums[..., 2:] + head_bias(self))
         record(self, gate=weights[..., :1])
         return weights[..., :1] * rwkv + weights[..., 1:] * mamba, sums[:, -1]

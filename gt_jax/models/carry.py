@@ -103,16 +103,23 @@ def choose_rows(chosen: jax.Array, state: Any, other: Any) -> Any:
 
 
 def topic_shifts(
-    n: jax.Array, state: TopicState | None, segment_ids: jax.Array | None, threshold: float
+    n: jax.Array,
+    state: TopicState | None,
+    segment_ids: jax.Array | None,
+    threshold: float,
+    impl: str = "auto",
 ) -> tuple[jax.Array, TopicState]:
-    """Where the topic shifts: [B, T] bool, from a block's input n [B, T, D], and the TopicState."""
+    """Where the topic shifts: [B, T] bool, from a block's input n [B, T, D], and the TopicState.
+
+    impl is model.impl, for the scan.
+    """
     B, T, D = n.shape
     n = jax.lax.stop_gradient(n).astype(jnp.float32)
     if state is None:
         state = TopicState(jnp.zeros((B, 2 * D)), jnp.zeros(B))
     x = jnp.concatenate([n / tokens for tokens in _TOKENS], axis=-1)
     decay = jnp.repeat(1 - 1 / jnp.array(_TOKENS, jnp.float32), D)
-    means = linear_scan(jnp.broadcast_to(decay, x.shape), x, state.means, segment_ids)
+    means = linear_scan(jnp.broadcast_to(decay, x.shape), x, state.means, segment_ids, impl=impl)
     fast, slow = means[..., :D], means[..., D:]
     size = jnp.linalg.norm(fast, axis=-1) * jnp.linalg.norm(slow, axis=-1)
     cosine = jnp.where(size > 0, jnp.sum(fast * slow, axis=-1) / jnp.maximum(size, 1e-30), 1)

@@ -122,9 +122,10 @@ class ParallelScan(nn.Module):
         forget += self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
         decay, scale = jax.nn.sigmoid(forget), jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
         from_rwkv = scale * weights[..., :1] * r
-        h = linear_scan(decay, from_rwkv + scale * weights[..., 1:] * m, state, segment_ids)
+        both, impl = from_rwkv + scale * weights[..., 1:] * m, self.config.impl
+        h = linear_scan(decay, both, state, segment_ids, impl=impl)
         output = output_projection(self)
-        of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids)
+        of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
         record(self, gate=weights[..., :1], from_rwkv=output(of_rwkv))
         return output(h), h[:, -1]
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
         shifts, topic = None, None
         if c.mamba_reset is not None:
             topic = getattr(state, "topic", None)
-            shifts, topic = topic_shifts(n, topic, segment_ids, c.mamba_reset)
+            shifts, topic = topic_shifts(n, topic, segment_ids, c.mamba_reset, c.impl)
 
         def mix(mixer, n, before):
             ids = segment_ids

@@ -112,7 +112,7 @@ class Mamba2(nn.Module):
             y, ssm = recurrence(ssd, c, values, dt, A, B, C, **options)
             if start is not None and segment_ids is not None:
                 log_w = jax.nn.softplus(dt + options["dt_bias"]) * A
-                y, ssm = starts.add_to_ssd(y, ssm, start, log_w, C, segment_ids)
+                y, ssm = starts.add_to_ssd(y, ssm, start, log_w, C, segment_ids, c.impl)
                 y = y.astype(values.dtype)
         y = y.reshape(batch, T, E)
         y = norm.of_projection(y, projected) if fused else norm(y, z)

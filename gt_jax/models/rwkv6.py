@@ -118,7 +118,7 @@ class TimeMix(nn.Module):
                 wkv6, c, r, k, v, log_w, u, initial_state=initial, segment_ids=segment_ids
             )
             if start is not None and segment_ids is not None:
-                y, wkv = starts.add_to_wkv6(y, wkv, start, r, log_w, segment_ids)
+                y, wkv = starts.add_to_wkv6(y, wkv, start, r, log_w, segment_ids, c.impl)
         y = y if bonus is None else y + bonus
         y = HeadNorm(c, self.layer, name="ln_x")(y, g)  # [B, T, D]
         y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)

@@ -9,6 +9,7 @@ decay of 0 or 1 is exact and no length loses digits.
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.elementwise import linear_scan as fused
 from gt_jax.kernels.segments import resets
 
 _CHUNK = 16
@@ -19,6 +20,8 @@ def linear_scan(
     x: jax.Array,
     state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    *,
+    impl: str = "auto",
 ) -> jax.Array:
     """s_t = decay_t s_{t-1} + x_t over axis 1; one token costs one multiplication and one sum.
 
@@ -27,6 +30,8 @@ def linear_scan(
         x: [B, T, C] float32.
         state: [B, C] float32, s before the first token; zeros if None.
         segment_ids: [B, T] int; s is zero before a token whose id differs from the token before.
+        impl: as model.impl; "chunked" and "reference" keep to plain JAX where "auto" takes the
+            kernels of gt_jax/kernels/elementwise/linear_scan.py, on GPUs.
 
     Returns:
         s [B, T, C] float32. Gradients flow to decay, x and state.
@@ -36,6 +41,8 @@ def linear_scan(
         state = jnp.zeros((B, channels), x.dtype)
     if segment_ids is not None:
         decay = jnp.where(resets(segment_ids, (B, T))[..., None], 0, decay)
+    if fused.fits(impl, decay, x, state):
+        return fused.scan(decay, x, state)
     return _scan(decay, x, state)
 
 

@@ -29,6 +29,7 @@ def add_to_wkv6(
     r: jax.Array,
     log_w: jax.Array,
     segment_ids: jax.Array,
+    impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """What `wkv6` gives with resets to `start` in place of zero.
 
@@ -37,6 +38,7 @@ def add_to_wkv6(
         start: [H, K, V] the state before the first token of all documents but a row's first.
         r, log_w: [B, T, H, K] as `wkv6` took them.
         segment_ids: [B, T] int.
+        impl: as of linear_scan.
 
     Returns:
         y and the state after the last token, in the dtype of `state`.
@@ -46,7 +48,7 @@ def add_to_wkv6(
     before = jnp.pad(w[:, :-1], ((0, 0), (1, 0), (0, 0)))
     begins = jnp.broadcast_to(resets(segment_ids)[..., None], w.shape).astype(w.dtype)
     # 1 where a document begins, and 0 in a row's first document.
-    kept = linear_scan(before, begins, segment_ids=segment_ids)
+    kept = linear_scan(before, begins, segment_ids=segment_ids, impl=impl)
     seen = r.astype(state.dtype) * kept.reshape(r.shape)
     y = y + jnp.einsum("bthk,hkv->bthv", seen, start, precision="highest")
     left = (kept[:, -1] * w[:, -1]).reshape(B, H, K, 1)
@@ -60,6 +62,7 @@ def add_to_ssd(
     log_w: jax.Array,
     C: jax.Array,
     segment_ids: jax.Array,
+    impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """What `ssd` gives with resets to `start` in place of zero.
 
@@ -69,6 +72,7 @@ def add_to_ssd(
         log_w: [B, T, H], the step sizes times A.
         C: [B, T, G, N] as `ssd` took it.
         segment_ids: [B, T] int.
+        impl: as of linear_scan.
 
     Returns:
         y and the state after the last token, in the dtype of `state`.
@@ -76,7 +80,7 @@ def add_to_ssd(
     G = C.shape[2]
     w = jnp.exp(log_w.astype(state.dtype))  # [B, T, H]
     begins = resets(segment_ids)[..., None]
-    kept = linear_scan(w, jnp.where(begins, w, 0), segment_ids=segment_ids)
+    kept = linear_scan(w, jnp.where(begins, w, 0), segment_ids=segment_ids, impl=impl)
     by_group = start.reshape(G, -1, *start.shape[1:])  # [G, H / G, P, N]
     read = jnp.einsum("btgn,gjpn->btgjp", C.astype(state.dtype), by_group, precision="highest")
     y = y + kept[..., None] * read.reshape(y.shape)

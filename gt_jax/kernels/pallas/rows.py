@@ -147,10 +147,10 @@ def _store_interpreted(targets, index, column, value, row, keep):
             ref[(*index, _ds(column - first, row))] = value
 
 
-def masked(x, keep):
-    """x where the bool scalar `keep` of the row is true, else zeros."""
+def masked(x, keep, other=0):
+    """x where the bool scalar `keep` of the row is true, else the number `other`."""
     if interpreting():
-        return jnp.where(keep, x, 0)
+        return jnp.where(keep, x, other)
 
     @plgpu.inline_mgpu(
         arg_types=(_layout(_vector(x)), _SCALAR), return_type=_value(x.dtype, _vector(x))
@@ -159,8 +159,8 @@ def masked(x, keep):
         from jaxlib.mlir.dialects import arith, vector
 
         (z,), (kept,) = x.registers.flat, _registers((keep,))
-        zero = vector.broadcast(z.type, mgpu.utils.c(0, z.type.element_type))
-        return _array(arith.select(kept, z, zero), x_dtype)
+        number = vector.broadcast(z.type, mgpu.utils.c(other, z.type.element_type))
+        return _array(arith.select(kept, z, number), x_dtype)
 
     x_dtype = x.dtype
     return select(x, keep)

@@ -36,10 +36,15 @@ _ACC = plgpu.Layout.WGMMA  # the layout of accumulators, also of plgpu.mma
 BLOCKS_AT_ONCE = 2  # blocks of the grid that one multiprocessor holds
 
 
+def blocks_at_once():
+    """How many blocks of the grid the GPU that is there holds at a time."""
+    count = launch.MULTIPROCESSORS if simulation() else jax.devices()[0].core_count
+    return BLOCKS_AT_ONCE * count
+
+
 def choose_splits(blocks, chunks):
     """Into how many splits a sequence is cut, on the GPU that is there."""
-    count = launch.MULTIPROCESSORS if simulation() else jax.devices()[0].core_count
-    return splits.choose_splits(blocks, chunks, running=BLOCKS_AT_ONCE * count)
+    return splits.choose_splits(blocks, chunks, running=blocks_at_once())
 
 
 def inline(arguments, result):

@@ -1,0 +1,144 @@
+"""The kernels of the linear recurrence: right in the interpreter, lowered for every kind of GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.kernels.elementwise import linear_scan
+from gt_jax.kernels.pallas import devices, warps
+from gt_jax.kernels.pallas.architectures import lowered_for
+from gt_jax.models import FUSIONS, ModelConfig, scans
+from tests.kernels.hopper_kernels import too_old
+
+pytestmark = too_old
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """A function that makes the GPU one that so many blocks fill, and tiles short."""
+    from gt_jax.kernels.elementwise import linear_scan_kernels
+
+    monkeypatch.setattr(linear_scan_kernels, "_SPAN", 2)
+    monkeypatch.setattr(linear_scan_kernels, "_LEAST_TILES", 1)
+    jax.clear_caches()  # kernels of a shape are lowered once
+    return lambda blocks: monkeypatch.setattr(warps, "blocks_at_once", lambda: blocks)
+
+
+def case(B, T, C, seed=0):
+    """Decay with exact zeros and ones among it, x, a state, and the cotangent of s; float32."""
+    rng = np.random.default_rng(seed)
+    decay = rng.choice([0, 1, 0.5, 0.999], (B, T, C), p=[0.03, 0.2, 0.27, 0.5])
+    x, g = rng.normal(size=(2, B, T, C))
+    return [jnp.asarray(z, jnp.float32) for z in (decay, x, rng.normal(size=(B, C)), g)]
+
+
+def in_float64(decay, x, state, g):
+    """s and the gradients of decay, x and the state, one token at a time."""
+    decay, x, state, g = (np.float64(z) for z in (decay, x, state, g))
+    s, after = np.empty_like(x), state
+    for t in range(x.shape[1]):
+        after = s[:, t] = decay[:, t] * after + x[:, t]
+    before = np.concatenate([state[:, None], s[:, :-1]], axis=1)
+    dx, u = np.empty_like(x), np.zeros_like(state)
+    for t in reversed(range(x.shape[1])):
+        dx[:, t] = g[:, t] + u
+        u = decay[:, t] * dx[:, t]
+    return s, dx * before, dx, u
+
+
+def with_gradients(scan, decay, x, state, g):
+    s, pull_back = jax.vjp(scan, decay, x, state)
+    return s, *pull_back(g)
+
+
+kernels = lambda *arrays: with_gradients(linear_scan.scan, *arrays)
+
+
+# Four splits of one tile, two of two; channels that are padded.
+@pytest.mark.parametrize("blocks, shape", [(8, (1, 27, 4)), (4, (1, 30, 3))], ids=str)
+def test_interpreted_kernels_match_the_recurrence_in_float64(
+    float64_in_every_thread, gpu_of, blocks, shape
+):
+    gpu_of(blocks)
+    arrays = case(*shape)
+    with devices.simulated("interpret"):
+        run = jax.jit(kernels)
+        found, again = run(*arrays), run(*arrays)
+    for z, repeated, expected in zip(found, again, in_float64(*arrays), strict=True):
+        assert z.dtype == jnp.float32
+        np.testing.assert_array_equal(z, repeated)
+        np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_sequences_under_vmap_and_segments_equal_the_plain_form(gpu_of):
+    gpu_of(4)  # by two slabs of channels of each
+    with jax.enable_x64(False):
+        decay, x, state, g = (z.reshape(2, 1, *z.shape[1:]) for z in case(2, 18, 16))
+        ids = jnp.asarray(np.arange(18) // 5 % 2)[None]
+        x = x.astype(jnp.bfloat16)  # as branches of a model are
+
+        def run(impl):
+            scan = lambda a, x, s: scans.linear_scan(a, x.astype(a.dtype), s, ids, impl=impl)
+            return jax.jit(jax.vmap(lambda *z: with_gradients(scan, *z)))(decay, x, state, g)
+
+        expected = run("chunked")
+        with devices.simulated("interpret"):
+            found = run("auto")
+    for z, want in zip(found, expected, strict=True):
+        assert z.dtype == want.dtype
+        rounding = 2**-7 if z.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(*(np.float32(y) for y in (z, want)), rtol=rounding, atol=1e-6)
+
+
+# In the interpreter a block has four rows of threads, on a GPU 4 to 128.
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 2048, 192), (8, 2048, 3), (576, 64, 192), (300, 1000, 100), (1, 65537, 40), (1, 17, 4)],
+    ids=str,
+)
+def test_kernels_match_the_recurrence_in_float64(shape):
+    if reason := devices.portable_unsupported():
+        pytest.skip(reason)
+    arrays = case(*shape)
+    run = jax.jit(kernels)
+    found, again = run(*arrays), run(*arrays)
+    for z, repeated, expected in zip(found, again, in_float64(*arrays), strict=True):
+        np.testing.assert_array_equal(z, repeated)
+        np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.fixture
+def float32_parameters():
+    """As models draw them for users."""
+    with jax.enable_x64(False):
+        yield
+
+
+# .ci/cross_compile.py compiles for all of them.
+@pytest.mark.parametrize("capability, name", [((8, 0), "mingru"), ((12, 0), "pscan")], ids=str)
+def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capability, name):
+    arbiter = FUSIONS[name](ModelConfig(vocab_size=8, dim=32, heads=1, dtype="bfloat16"))
+    more = {"block_input"} if name == "pscan" else set()
+    branch = jax.ShapeDtypeStruct((2, 64, 32), jnp.bfloat16)
+    call = lambda params, x: arbiter.apply(params, x, x, **dict.fromkeys(more, x))[0]
+    loss = lambda params, x: jnp.sum(call(params, x).astype(jnp.float32))
+    jax.clear_caches()
+    with devices.simulated("lower"), lowered_for(capability):
+        params = jax.eval_shape(arbiter.init, jax.random.key(0), branch, branch)
+        traced = jax.jit(jax.grad(loss)).trace(params, branch)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("linear_scan_forward_mosaic_gpu") == 1
+    assert text.count("linear_scan_backward_mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    "impl, length, dtype",
+    [("chunked", 64, "float32"), ("auto", 16, "float32"), ("auto", 64, "float64")],
+)
+def test_short_wide_or_plainly_computed_sequences_take_no_kernel(impl, length, dtype):
+    arrays = [jax.ShapeDtypeStruct((2, length, 4), dtype)] * 2
+    with devices.simulated("lower"):
+        assert not linear_scan.fits(impl, *arrays)
+        assert linear_scan.fits("auto", *[jax.ShapeDtypeStruct((2, 64, 4), "float32")] * 2)
