@@ -6,7 +6,7 @@ from TensorFlow Datasets on first use; any other takes --config.data.source=FOLD
 
     python -m gt_jax.train --config=configs/gf_mh_350m.py
 
-Expected: on an H200, 164 000 tokens/s in microbatches of 16 x 2048; the loss is not measured. The
+Expected: on an H200, 168 000 tokens/s in microbatches of 16 x 2048; the loss is not measured. The
 speed of a microbatch on random tokens:
 
     python -m experiments profile_training --config=configs/gf_mh_350m.py

@@ -5,7 +5,7 @@ longer text.
 
     python -m gt_jax.train --config=configs/gf_mh_base.py --config.data.source=FOLDER
 
-Expected: 304 000 tokens/s on an H200, so 36 minutes for the 20 000 steps; the loss depends on
+Expected: 320 000 tokens/s on an H200, so 34 minutes for the 20 000 steps; the loss depends on
 the text and is not measured. Its speed on random tokens:
 
     python -m experiments profile_training --config=configs/gf_mh_base.py --timed_steps=20

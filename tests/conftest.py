@@ -15,9 +15,11 @@ os.environ.setdefault("NPROC", "8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
-# Several test processes share a GPU: each takes of its memory what it needs, not three quarters.
+# Several test processes share a GPU: each takes of its memory what it needs, not three quarters,
+# and gives it back. With XLA's own pools, a test of 2^31 numbers left 17 other processes without.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 
 # All processes of a session, those that tests start included, share what XLA compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -6,11 +6,16 @@ import jax.numpy as jnp
 import pytest
 
 from gt_jax.kernels.pallas import devices
-from gt_jax.models import make_config, make_model
+from gt_jax.models import make_config, make_model, stream
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < devices.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_steps_as_large_ones(monkeypatch):
+    monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)
 
 
 def trace_gradient(layers, remat="none"):

@@ -27,6 +27,7 @@ def few_blocks(monkeypatch):
 
     tuning = {key: z._replace(blocks=3) for key, z in residual_norm_rows.TUNING.items()}
     monkeypatch.setattr(residual_norm_rows, "TUNING", tuning)
+    monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)  # tests are small
 
 
 def norm(u, scale):
@@ -147,6 +148,16 @@ def test_a_stream_is_the_same_with_kernels_and_without(float32_parameters):
         rounding = 2**-7 if z.dtype == jnp.bfloat16 else 1e-6
         z, other = (np.asarray(array, np.float32) for array in (z, other))
         np.testing.assert_allclose(z, other, rtol=rounding)
+
+
+def test_kernels_take_the_stream_of_a_large_step_alone(monkeypatch):
+    config = make_config("gf-mh", vocab_size=65, dtype="bfloat16")
+    takes = lambda rows, length: stream.takes_kernels(
+        config, jax.ShapeDtypeStruct((rows, length, config.dim), jnp.float32)
+    )
+    monkeypatch.undo()
+    with devices.simulated("lower"):
+        assert takes(8, 2048) and not takes(64, 64) and not takes(2**20, 1)
 
 
 # .ci/cross_compile.py compiles for all of them.
