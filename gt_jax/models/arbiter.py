@@ -11,12 +11,11 @@ from gt_jax.models.gates import branch_norm, branch_weights, softmax_of_two
 from gt_jax.models.layers import (
     fan_in_uniform,
     project,
-    project_each,
     project_pair,
     record,
     symmetric_uniform,
 )
-from gt_jax.models.scans import linear_scan
+from gt_jax.models.scans import gated_scan, linear_scan
 
 
 class GRU(nn.Module):
@@ -95,13 +94,8 @@ class MinGRU(nn.Module):
         pair = branch_norm(self, "rwkv_norm")(rwkv), branch_norm(self, "mamba_norm")(mamba)
         names = ("candidate_kernel", "update_kernel")
         kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
-        candidate, update = (
-            z.astype(jnp.float32) for z in project_each(jnp.concatenate(pair, axis=-1), kernels)
-        )  # [B, T, 1.5 D] each
-        value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
-        # 1 - sigmoid(x) would round to zero from x = 17 on.
-        keep, take = jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
-        s = linear_scan(keep, take * value, state, segment_ids, impl=self.config.impl)
+        gates = project(jnp.concatenate(pair, axis=-1), jnp.concatenate(kernels, axis=-1))
+        s = gated_scan(gates, state, segment_ids, impl=self.config.impl)
         of_rwkv, of_mamba = branch_weights(self, s)
         record(self, gate=of_rwkv)
         return of_rwkv * rwkv + of_mamba * mamba, s[:, -1]
