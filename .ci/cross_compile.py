@@ -212,21 +212,30 @@ def residual_norm_kernels(capability):
 
 
 def linear_scan_kernels(capability):
-    """(name, serialised kernel) of the scan of arbiters."""
+    """(name, serialised kernel) of the scans of arbiters."""
     import jax
     import jax.numpy as jnp
 
-    from gt_jax.kernels.elementwise import linear_scan
+    from gt_jax.kernels.elementwise import gated_scan, linear_scan
 
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     passes = ("forward", "backward")
     splits = ("splits, forward", "forward of a split", "splits, backward", "backward of a split")
+
+    def named(kind, function, inputs, B, T, C):
+        calls = calls_of(function, inputs, capability)
+        names = splits if B == 1 else passes
+        return zip((f"{kind}, {z}, {B} x {T} x {C}" for z in names), calls, strict=True)
+
     # Rows of 1, 2 and 32 threads
     for B, T, C in ((8, 2048, 3), (8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
-        names = splits if B == 1 else passes
         inputs = [array(B, T, C), array(B, T, C), array(B, C)]
-        calls = calls_of(linear_scan.scan, inputs, capability)
-        yield from zip((f"Linear scan, {z}, {B} x {T} x {C}" for z in names), calls, strict=True)
+        yield from named("Linear scan", linear_scan.scan, inputs, B, T, C)
+    for B, T, C in ((8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
+        inputs = [array(B, T, 2 * C, dtype=jnp.bfloat16), array(B, C)]
+        resets = jnp.zeros((B, T), jnp.int32) if T == 2048 else None
+        scan = functools.partial(gated_scan.scan, resets=resets)
+        yield from named("Gated scan", scan, inputs, B, T, C)
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):

@@ -7,7 +7,7 @@ from jax.nn import initializers
 
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.gates import branch_norm, branch_weights, head_bias
+from gt_jax.models.gates import branch_norm, branch_weights, softmax_of_two
 from gt_jax.models.layers import (
     fan_in_uniform,
     project,
@@ -15,7 +15,7 @@ from gt_jax.models.layers import (
     record,
     symmetric_uniform,
 )
-from gt_jax.models.scans import linear_scan
+from gt_jax.models.scans import gated_scan, linear_scan
 
 
 class GRU(nn.Module):
@@ -62,9 +62,9 @@ class GRU(nn.Module):
 
         state = jnp.zeros((B, D)) if state is None else state
         state, h = jax.lax.scan(step, state, (inputs.swapaxes(0, 1), starts.T))
-        weights = branch_weights(self, h.swapaxes(0, 1))
-        record(self, gate=weights[..., :1])
-        return weights[..., :1] * rwkv + weights[..., 1:] * mamba, state
+        of_rwkv, of_mamba = branch_weights(self, h.swapaxes(0, 1))
+        record(self, gate=of_rwkv)
+        return of_rwkv * rwkv + of_mamba * mamba, state
 
 
 class MinGRU(nn.Module):
@@ -92,18 +92,13 @@ class MinGRU(nn.Module):
         D = self.config.dim
         hidden = 3 * D // 2
         pair = branch_norm(self, "rwkv_norm")(rwkv), branch_norm(self, "mamba_norm")(mamba)
-        candidate, update = (
-            project_pair(*pair, self.param(name, fan_in_uniform(), (2 * D, hidden)))
-            for name in ("candidate_kernel", "update_kernel")
-        )
-        candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
-        value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
-        # 1 - sigmoid(x) would round to zero from x = 17 on.
-        keep, take = jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
-        s = linear_scan(keep, take * value, state, segment_ids, impl=self.config.impl)
-        weights = branch_weights(self, s)
-        record(self, gate=weights[..., :1])
-        return weights[..., :1] * rwkv + weights[..., 1:] * mamba, s[:, -1]
+        names = ("candidate_kernel", "update_kernel")
+        kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
+        gates = project(jnp.concatenate(pair, axis=-1), jnp.concatenate(kernels, axis=-1))
+        s = gated_scan(gates, state, segment_ids, impl=self.config.impl)
+        of_rwkv, of_mamba = branch_weights(self, s)
+        record(self, gate=of_rwkv)
+        return of_rwkv * rwkv + of_mamba * mamba, s[:, -1]
 
 
 class RunningMean(nn.Module):
@@ -136,6 +131,7 @@ class RunningMean(nn.Module):
         terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
         decay, impl = jnp.ones_like(terms), self.config.impl
         sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
-        weights = jax.nn.softmax(sums[..., :2] / sums[..., 2:] + head_bias(self))
-        record(self, gate=weights[..., :1])
-        return weights[..., :1] * rwkv + weights[..., 1:] * mamba, sums[:, -1]
+        for_rwkv, for_mamba, total = jnp.split(sums, 3, axis=-1)  # [B, T, 1] each
+        of_rwkv, of_mamba = softmax_of_two(self, (for_rwkv - for_mamba) / total)
+        record(self, gate=of_rwkv)
+        return of_rwkv * rwkv + of_mamba * mamba, sums[:, -1]

@@ -56,7 +56,7 @@ def post_norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.branch_epsilon or BRANCH_EPSILON, name=name)
 
 
-def branch_weights(fusion: Configured, h: jax.Array) -> jax.Array:
+def branch_weights(fusion: Configured, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     """softmax(W h + b), the weights of both branches.
 
     They are exactly (share, 1 - share) at initialisation, where W is zero.
@@ -66,14 +66,27 @@ def branch_weights(fusion: Configured, h: jax.Array) -> jax.Array:
         h: [B, T, C] float32.
 
     Returns:
-        [B, T, 2] float32, RWKV first; they sum to one.
+        RWKV's and Mamba's, [B, T, 1] float32; they sum to one.
     """
     kernel = fusion.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
-    return jax.nn.softmax(h @ kernel + head_bias(fusion))
+    return softmax_of_two(fusion, (h @ (kernel[:, 0] - kernel[:, 1]))[..., None])
 
 
-def head_bias(fusion: Configured) -> jax.Array:
-    """The parameter head_bias [2], which starts at the logarithms of (share, 1 - share)."""
+def softmax_of_two(fusion: Configured, difference: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """softmax(z + b) of two numbers, from the difference of those of z.
+
+    A softmax over an axis of two is several small kernels on a GPU, a sigmoid is part of another.
+
+    Args:
+        fusion: the module whose parameter head_bias b is: [2], which starts at the logarithms of
+            (share, 1 - share).
+        difference: [B, T, 1] float32, z_0 - z_1.
+
+    Returns:
+        The first number's and the second's, [B, T, 1] float32.
+    """
     share = initial_share(fusion)
     log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
-    return fusion.param("head_bias", lambda key, shape: log_shares, (2,))
+    bias = fusion.param("head_bias", lambda key, shape: log_shares, (2,))
+    score = difference + (bias[0] - bias[1])
+    return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)

@@ -20,7 +20,7 @@ from gt_jax.models.gates import (
     initial_share,
     logit,
 )
-from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, record
+from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, project_each, record
 from gt_jax.models.scans import linear_scan
 
 
@@ -46,16 +46,14 @@ class GLU(nn.Module):
     ) -> tuple[jax.Array, None]:
         D = self.config.dim
         r, m, n = normalised(self, rwkv, mamba, block_input)
-        gates = [
-            jax.nn.sigmoid(project(n, self.param(name, normal, (D, D))).astype(jnp.float32))
-            for name in ("rwkv_kernel", "mamba_kernel")
-        ]
-        weights = branch_weights(self, gates[0] * r + gates[1] * m)
+        kernels = [self.param(name, normal, (D, D)) for name in ("rwkv_kernel", "mamba_kernel")]
+        gates = [jax.nn.sigmoid(z.astype(jnp.float32)) for z in project_each(n, kernels)]
+        of_rwkv, of_mamba = branch_weights(self, gates[0] * r + gates[1] * m)
         kernel = self.param("output_kernel", initializers.zeros, (D, D))
         output = lambda branch: project(branch.astype(self.config.dtype), kernel)
-        from_rwkv = weights[..., :1] * rwkv
-        record(self, gate=weights[..., :1], from_rwkv=output(from_rwkv))
-        return output(from_rwkv + weights[..., 1:] * mamba), state
+        from_rwkv = of_rwkv * rwkv
+        record(self, gate=of_rwkv, from_rwkv=output(from_rwkv))
+        return output(from_rwkv + of_mamba * mamba), state
 
 
 class ParallelFusion(nn.Module):
@@ -80,11 +78,13 @@ class ParallelFusion(nn.Module):
         c = self.config
         share = initial_share(self)
         r, m, n = normalised(self, rwkv, mamba, block_input)
-        gates = []
+        kernels, biases = [], []
         for name, start in (("rwkv", share), ("mamba", 1 - share)):
-            kernel = self.param(f"{name}_kernel", initializers.zeros, (c.dim, c.dim))
-            bias = self.param(f"{name}_bias", initializers.constant(logit(start)), (c.dim,))
-            gates.append(jax.nn.sigmoid(project(n, kernel).astype(jnp.float32) + bias))
+            kernels.append(self.param(f"{name}_kernel", initializers.zeros, (c.dim, c.dim)))
+            start = initializers.constant(logit(start))
+            biases.append(self.param(f"{name}_bias", start, (c.dim,)))
+        scores = zip(project_each(n, kernels), biases)
+        gates = [jax.nn.sigmoid(z.astype(jnp.float32) + bias) for z, bias in scores]
         output = output_projection(self)
         from_rwkv = gates[0] * r
         record(self, gate=gates[0] / (gates[0] + gates[1]), from_rwkv=output(from_rwkv))
@@ -114,19 +114,18 @@ class ParallelScan(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         D = self.config.dim
         r, m, n = normalised(self, rwkv, mamba, block_input)
-        weights = branch_weights(self, n.astype(jnp.float32))
-        forget, read = (
-            project(n, self.param(name, fan_in_uniform(), (D, D))).astype(jnp.float32)
-            for name in ("decay_kernel", "input_kernel")
-        )
+        of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
+        names = ("decay_kernel", "input_kernel")
+        kernels = [self.param(name, fan_in_uniform(), (D, D)) for name in names]
+        forget, read = (z.astype(jnp.float32) for z in project_each(n, kernels))
         forget += self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
         decay, scale = jax.nn.sigmoid(forget), jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
-        from_rwkv = scale * weights[..., :1] * r
-        both, impl = from_rwkv + scale * weights[..., 1:] * m, self.config.impl
+        from_rwkv = scale * of_rwkv * r
+        both, impl = from_rwkv + scale * of_mamba * m, self.config.impl
         h = linear_scan(decay, both, state, segment_ids, impl=impl)
         output = output_projection(self)
-        of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
-        record(self, gate=weights[..., :1], from_rwkv=output(of_rwkv))
+        kept_of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
+        record(self, gate=of_rwkv, from_rwkv=output(kept_of_rwkv))
         return output(h), h[:, -1]
 
 

@@ -9,6 +9,7 @@ decay of 0 or 1 is exact and no length loses digits.
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.elementwise import gated_scan as fused_gates
 from gt_jax.kernels.elementwise import linear_scan as fused
 from gt_jax.kernels.segments import resets
 
@@ -44,6 +45,37 @@ def linear_scan(
     if fused.fits(impl, decay, x, state):
         return fused.scan(decay, x, state)
     return _scan(decay, x, state)
+
+
+def gated_scan(
+    gates: jax.Array,
+    state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+) -> jax.Array:
+    """A minGRU's s_t = (1 - z_t) s_{t-1} + z_t g(candidate_t) with z = sigmoid(update).
+
+    g(x) is x + 1/2 from zero on and sigmoid(x) below (Feng et al. 2024).
+
+    Args:
+        gates: [B, T, 2 C], [candidate | update].
+        state: [B, C] float32, s before the first token; zeros if None.
+        segment_ids, impl: as of linear_scan.
+
+    Returns:
+        s [B, T, C] float32. Gradients flow to gates and state.
+    """
+    if state is None:
+        state = jnp.zeros((gates.shape[0], gates.shape[2] // 2), jnp.float32)
+    if fused_gates.fits(impl, gates, state):
+        starts = None if segment_ids is None else resets(segment_ids).astype(jnp.int32)
+        return fused_gates.scan(gates, state, starts)
+    candidate, update = jnp.split(gates.astype(jnp.float32), 2, axis=-1)
+    value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
+    # 1 - sigmoid(x) would round to zero from x = 17 on.
+    keep, take = jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
+    return linear_scan(keep, take * value, state, segment_ids, impl=impl)
 
 
 @jax.custom_vjp

@@ -1,87 +1,27 @@
-"""The Pallas kernels of linear_scan.py.
-
-A block of the grid owns a few channels of a sequence, or of a split of it, and walks its tokens in
-tiles. Each row of its threads (pallas/rows.py) takes the next `span` tokens of a tile and computes
-
-    e_t = decay_t e_{t-1} + x_t from e = 0,   p = the product of their decays
-
-all rows at a time. A row starts from p s + e, folded over the rows before it, and computes its
-tokens again from there: s. The threads hold decay and x meanwhile. Folding takes two steps, over
-the rows of a group and over the groups before, of about the square root of the rows each.
+"""The Pallas kernels of linear_scan.py; linear_scan_rows.py says how they work.
 
 The gradient walks from the last token to the first. With u_t = decay_t ds_t, the gradient of the
 state that token t reads, and g the cotangent of s:
 
     u_t = decay_t u_{t+1} + decay_t g_t,   dx_t = g_t + u_{t+1},   d decay_t = dx_t s_{t-1}
-
-In the interpreter the rows of a block are the threads of the kernel.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
-from gt_jax.kernels.pallas.devices import interpreting
-from gt_jax.kernels.pallas.launch import divide, kernel, loop, lowered_once
-from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits, states_of_splits
-
-_VECTOR = 4  # neighbouring channels of a thread: 16 bytes
-_SPAN = 8  # most tokens of a row in a tile
-_LEAST_TILES = 4  # of a split
-_INTERPRETED = 4  # rows of a block in the interpreter
+from gt_jax.kernels.elementwise.linear_scan_rows import (
+    Place,
+    grid_for,
+    run,
+    states_before,
+    states_of_tokens,
+)
+from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas.launch import loop, lowered_once
 
 
-class Grid(NamedTuple):
-    """How a call's channels and tokens are divided."""
-
-    row: rows.Row
-    span: int  # tokens of a row in a tile
-    tiles: int  # of a split
-    splits: int  # of a sequence
-    slabs: int  # of a token's channels
-    length: int  # tokens of a sequence
-
-    @property
-    def number(self) -> int:
-        """Rows of a block."""
-        return _INTERPRETED if interpreting() else self.row.number
-
-    @property
-    def group(self) -> int:
-        """Rows of a group."""
-        return 2 ** (self.number.bit_length() // 2)
-
-    @property
-    def walked(self) -> int:
-        """Tokens of a split; the last may have fewer."""
-        return self.tiles * self.number * self.span
-
-
-def grid_for(batch: int, length: int, channels: int) -> Grid:
-    """Slabs as wide as leave enough blocks to fill the GPU, 32 bytes or more where that can be;
-    splits of a sequence where blocks are too few nevertheless.
-
-    Args:
-        batch, length, channels: of the arrays; channels is a multiple of 4.
-    """
-    running = warps.blocks_at_once()
-    rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
-    rows_of = rows_of or [rows.Row(1, _VECTOR)]
-    filling = [row for row in rows_of if batch * channels // row.channels >= running]
-    row = (filling or rows_of[-1:])[0]
-    grid = Grid(row, 1, 1, 1, channels // row.channels, length)
-    while grid.span < _SPAN and grid.walked < length:
-        grid = grid._replace(span=2 * grid.span)
-    tiles = pl.cdiv(length, grid.walked)
-    chunks = tiles * LEAST_CHUNKS // _LEAST_TILES
-    tiles = pl.cdiv(tiles, choose_splits(batch * grid.slabs, chunks, running=running))
-    grid = grid._replace(tiles=tiles)
-    return grid._replace(splits=pl.cdiv(length, grid.walked))
+def _terms(place, token):
+    return place.load(place.refs.decay_gmem, token), place.load(place.refs.x_gmem, token)
 
 
 @lowered_once()
@@ -92,24 +32,8 @@ def forward(decay: jax.Array, x: jax.Array, state: jax.Array) -> list[jax.Array]
         decay, x: [B, T, C] float32, C a multiple of 4.
         state: [B, C] float32 before the first token.
     """
-    grid = grid_for(*x.shape)
-    states = _states(grid, decay, x, state, reverse=False)
-
-    def body(refs):
-        place = _Place(grid, refs, reverse=False)
-
-        def step(n, carry):
-            tokens, decays, xs = place.read(n)
-            s, carry, _ = place.fold(decays, xs, carry)
-            for token, decay, x in zip(tokens, decays, xs):
-                s = decay * s + x
-                place.store(refs.s_gmem, token, s)
-            return carry
-
-        loop(grid.tiles, step, place.start())
-
-    inputs = {"decay": decay, "x": x, "states": states}
-    return _run(grid, body, "forward", inputs, {"s": jax.ShapeDtypeStruct(x.shape, x.dtype)})
+    inputs = {"decay": decay, "x": x}
+    return [states_of_tokens("linear_scan_forward", inputs, _terms, state, x.shape[1])]
 
 
 @lowered_once()
@@ -121,19 +45,16 @@ def backward(decay: jax.Array, ds: jax.Array, s: jax.Array, state: jax.Array) ->
         ds: [B, T, C] float32, the cotangent of s.
     """
     grid = grid_for(*s.shape)
-    states = _states(grid, decay, ds, jnp.zeros_like(state), reverse=True)
+    inputs = {"decay": decay, "x": ds}
+    states = states_before(grid, inputs, _terms, jnp.zeros_like(state), reverse=True)
 
     def body(refs):
-        place = _Place(grid, refs, reverse=True)
+        place = Place(grid, refs, reverse=True)
         before = rows.load(refs.state_gmem, (place.sequence,), place.column, grid.row)
 
         def step(n, carry):
-            tokens, decays, gs = place.read(n)
-            earlier = [place.load(refs.s_gmem, token - 1, inside) for token, inside in tokens[:-1]]
-            token, inside = tokens[-1]  # the only one that may be the first of all
-            later = token > 0 if inside is None else inside & (token > 0)
-            s = place.load(refs.s_gmem, jnp.maximum(token - 1, 0), later)
-            earlier.append(s + rows.masked(before, token == 0))
+            tokens, decays, gs = place.read(n, _terms)
+            earlier = place.states_earlier(tokens, before)
             u, carry, _ = place.fold(decays, gs, carry)
             for token, decay, g, s in zip(tokens, decays, gs, earlier):
                 dx = g + u
@@ -144,141 +65,7 @@ def backward(decay: jax.Array, ds: jax.Array, s: jax.Array, state: jax.Array) ->
 
         loop(grid.tiles, step, place.start())
 
-    inputs = {"decay": decay, "x": ds, "states": states, "s": s, "state": state}
+    inputs |= {"states": states, "s": s, "state": state}
     like_s = jax.ShapeDtypeStruct(s.shape, s.dtype)
-    return _run(grid, body, "backward", inputs, {"d_decay": like_s, "dx": like_s})
-
-
-def _states(grid, decay, x, state, *, reverse):
-    """[B, splits, C]: what each split starts its walk with."""
-    if grid.splits == 1:
-        return state[:, None]
-    batch, _, channels = x.shape
-
-    def body(refs):
-        place = _Place(grid, refs, reverse)
-
-        def step(n, carry):
-            kept, end = carry
-            _, decays, xs = place.read(n)
-            _, end, product = place.fold(decays, xs, end)
-            return product * kept, end
-
-        kept, end = loop(grid.tiles, step, (rows.zeros(grid.row) + 1, rows.zeros(grid.row)))
-        at = place.sequence, place.split
-        rows.store(refs.kept_gmem, at, place.column, kept, grid.row, place.own == 0)
-        rows.store(refs.end_gmem, at, place.column, end, grid.row, place.own == 0)
-
-    like = jax.ShapeDtypeStruct((batch, grid.splits, channels), x.dtype)
-    name = "splits_backward" if reverse else "splits_forward"
-    ends = _run(grid, body, name, {"decay": decay, "x": x}, {"kept": like, "end": like})
-    inner = slice(1, None) if reverse else slice(None, -1)
-    ends = [z[:, None, inner, :, None] for z in ends]
-    states = states_of_splits(*ends, state[:, None, :, None], reverse=reverse)
-    return states.reshape(like.shape)
-
-
-class _Place:
-    """What a row of threads works on, and how it does what all kernels do."""
-
-    def __init__(self, grid, refs, reverse):
-        self.grid, self.refs, self.reverse = grid, refs, reverse
-        block, slab = divide(lax.axis_index("blocks"), grid.slabs)
-        self.sequence, self.split = divide(block, grid.splits)
-        self.column = slab * grid.row.channels
-        self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
-
-    def start(self):
-        """The state before the split's first tile."""
-        return rows.load(
-            self.refs.states_gmem, (self.sequence, self.split), self.column, self.grid.row
-        )
-
-    def read(self, n):
-        """Of tile n the row's tokens in the order of the walk, each with whether it exists or None
-        for sure, and their decay and x; zeros for tokens beyond the last."""
-        grid = self.grid
-        tokens = []
-        for j in range(grid.span):
-            token = (n * grid.number + self.own) * grid.span + j
-            token = grid.walked - 1 - token if self.reverse else token
-            token, inside = token + self.split * grid.walked, None
-            if grid.length % grid.walked:
-                token, inside = jnp.minimum(token, grid.length - 1), token < grid.length
-            tokens.append((token, inside))
-        refs = self.refs.decay_gmem, self.refs.x_gmem
-        return tokens, *([self.load(ref, *token) for token in tokens] for ref in refs)
-
-    def load(self, ref, token, inside):
-        return rows.load(ref, (self.sequence, token), self.column, self.grid.row, inside)
-
-    def store(self, ref, token, value):
-        token, inside = token
-        rows.store(ref, (self.sequence, token), self.column, value, self.grid.row, inside)
-
-    def fold(self, decays, xs, carry):
-        """The state before the row's tokens and that after the tile, from `carry` before it; and
-        the product of the tile's decays."""
-        refs, grid, own = self.refs, self.grid, self.own
-        product, end = decays[0], decays[0] * xs[0] if self.reverse else xs[0]
-        for decay, x in zip(decays[1:], xs[1:]):
-            end = decay * (x + end) if self.reverse else decay * end + x
-            product = product * decay
-        self._put(refs.products, refs.ends, own, product, end)
-        self._sync()
-        first = own - lax.rem(own, jnp.int32(grid.group))
-        kept, before = rows.zeros(grid.row) + 1, rows.zeros(grid.row)  # by rows of the group
-        for n in range(grid.group - 1):
-            p, e = self._taken(refs.products, refs.ends, first + n, first + n < own)
-            kept, before = p * kept, p * before + e
-        last = own == first + (grid.group - 1)
-        group, _ = divide(own, grid.group)
-        product, end = product * kept, product * before + end
-        self._put(refs.group_products, refs.group_ends, group, product, end, last)
-        self._sync()
-        state, total = carry, rows.zeros(grid.row) + 1
-        for n in range(grid.number // grid.group):
-            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), n < group)
-            state = p * state + e
-            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), None)
-            carry, total = p * carry + e, p * total
-        return kept * state + before, carry, total
-
-    def _put(self, products, ends, at, product, end, keep=None):
-        for ref, z in ((products, product), (ends, end)):
-            rows.store(ref, (at,), jnp.int32(0), z, self.grid.row, keep)
-
-    def _taken(self, products, ends, at, keep):
-        """Product and end of a row or group, or 1 and 0 where not `keep`."""
-        p, e = (rows.load(ref, (at,), jnp.int32(0), self.grid.row) for ref in (products, ends))
-        return (p, e) if keep is None else (rows.masked(p, keep, 1), rows.masked(e, keep))
-
-    def _sync(self):
-        """What any row has put is there for all rows behind."""
-        if interpreting():
-            plgpu.barrier_arrive(self.refs.barrier)
-            plgpu.barrier_wait(self.refs.barrier)
-        else:
-            warps.sync()
-
-
-def _run(grid, body, name, inputs, outputs):
-    batch = inputs["decay"].shape[0]
-    of_rows = plgpu.SMEM((grid.number, grid.row.channels), jnp.float32)
-    of_groups = plgpu.SMEM((grid.number // grid.group, grid.row.channels), jnp.float32)
-    interpreted = interpreting()
-    return kernel(
-        body,
-        name=f"linear_scan_{name}",
-        inputs=inputs,
-        outputs=outputs,
-        scratch={
-            "products": of_rows,
-            "ends": of_rows,
-            "group_products": of_groups,
-            "group_ends": of_groups,
-            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreted else None,
-        },
-        grid={"blocks": batch * grid.splits * grid.slabs},
-        threads=_INTERPRETED if interpreted else 1,
-    )
+    outputs = {"d_decay": like_s, "dx": like_s}
+    return run(grid, body, "linear_scan_backward", len(s), inputs, outputs)

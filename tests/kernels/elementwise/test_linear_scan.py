@@ -1,11 +1,11 @@
-"""The kernels of the linear recurrence: right in the interpreter, lowered for every kind of GPU."""
+"""The kernels of linear recurrences: right in the interpreter, lowered for every kind of GPU."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels.elementwise import linear_scan
+from gt_jax.kernels.elementwise import gated_scan, linear_scan
 from gt_jax.kernels.pallas import devices, warps
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import FUSIONS, ModelConfig, scans
@@ -17,10 +17,10 @@ pytestmark = too_old
 @pytest.fixture
 def gpu_of(monkeypatch):
     """A function that makes the GPU one that so many blocks fill, and tiles short."""
-    from gt_jax.kernels.elementwise import linear_scan_kernels
+    from gt_jax.kernels.elementwise import linear_scan_rows
 
-    monkeypatch.setattr(linear_scan_kernels, "_SPAN", 2)
-    monkeypatch.setattr(linear_scan_kernels, "_LEAST_TILES", 1)
+    monkeypatch.setattr(linear_scan_rows, "_SPAN", 2)
+    monkeypatch.setattr(linear_scan_rows, "_LEAST_TILES", 1)
     jax.clear_caches()  # kernels of a shape are lowered once
     return lambda blocks: monkeypatch.setattr(warps, "blocks_at_once", lambda: blocks)
 
@@ -71,6 +71,43 @@ def test_interpreted_kernels_match_the_recurrence_in_float64(
         np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
+def gated_in_float64(gates, state, resets, g):
+    """s and the gradients of gates and state of a minGRU."""
+    candidate, update = np.split(np.float64(gates), 2, axis=-1)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    z, below, stays = sigmoid(update), sigmoid(candidate), 1 - np.float64(resets)[..., None]
+    value = np.where(candidate >= 0, candidate + 0.5, below)
+    s, d_decay, dx, du = in_float64((1 - z) * stays, z * value, state, g)
+    d_update = (dx * value - d_decay * stays) * z * (1 - z)
+    d_candidate = dx * z * np.where(candidate >= 0, 1, below * (1 - below))
+    return s, np.concatenate([d_candidate, d_update], axis=-1), du
+
+
+@pytest.mark.parametrize("dtype, blocks", [("bfloat16", 8), ("float32", 1)])
+def test_interpreted_gates_match_a_mingru_in_float64(
+    float64_in_every_thread, gpu_of, dtype, blocks
+):
+    """Two models under vmap, documents, shut and open gates; four splits, and none."""
+    gpu_of(blocks)
+    rng = np.random.default_rng(0)
+    gates = rng.normal(size=(2, 1, 27, 8)) * rng.choice([1, 30], (2, 1, 27, 1), p=[0.9, 0.1])
+    gates = jnp.asarray(gates, dtype)
+    _, g, state, _ = (z[:, None] for z in case(2, 27, 4))
+    resets = jnp.asarray(rng.random((2, 1, 27)) < 0.2, jnp.int32).at[:, :, 0].set(0)
+
+    def run(gates, state, resets, g):
+        s, pull_back = jax.vjp(lambda *z: gated_scan.scan(*z, resets), gates, state)
+        return s, *pull_back(g)
+
+    with devices.simulated("interpret"):
+        found = jax.jit(jax.vmap(run))(gates, state, resets, g)
+    wanted = gated_in_float64(*(z[:, 0] for z in (gates, state, resets, g)))
+    for z, expected in zip(found, wanted, strict=True):
+        rounding = 2**-8 if z.dtype == jnp.bfloat16 else 1e-5
+        error = 1e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(np.float64(z[:, 0]), expected, rtol=rounding, atol=error)
+
+
 def test_sequences_under_vmap_and_segments_equal_the_plain_form(gpu_of):
     gpu_of(4)  # by two slabs of channels of each
     with jax.enable_x64(False):
@@ -117,8 +154,12 @@ def float32_parameters():
 
 
 # .ci/cross_compile.py compiles for all of them.
-@pytest.mark.parametrize("capability, name", [((8, 0), "mingru"), ((12, 0), "pscan")], ids=str)
-def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capability, name):
+@pytest.mark.parametrize(
+    "capability, name, kernel",
+    [((8, 0), "mingru", "gated_scan"), ((12, 0), "pscan", "linear_scan")],
+    ids=str,
+)
+def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capability, name, kernel):
     arbiter = FUSIONS[name](ModelConfig(vocab_size=8, dim=32, heads=1, dtype="bfloat16"))
     more = {"block_input"} if name == "pscan" else set()
     branch = jax.ShapeDtypeStruct((2, 64, 32), jnp.bfloat16)
@@ -129,8 +170,8 @@ def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capabil
         params = jax.eval_shape(arbiter.init, jax.random.key(0), branch, branch)
         traced = jax.jit(jax.grad(loss)).trace(params, branch)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("linear_scan_forward_mosaic_gpu") == 1
-    assert text.count("linear_scan_backward_mosaic_gpu") == 1
+    assert text.count(f"{kernel}_forward_mosaic_gpu") == 1
+    assert text.count(f"{kernel}_backward_mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize(

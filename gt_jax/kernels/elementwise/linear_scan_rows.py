@@ -1,0 +1,281 @@
+"""How the kernels of linear scans divide their work, and what a row of threads does.
+
+A block of the grid owns a few channels of a sequence, or of a split of it, and walks its tokens in
+tiles. Each row of its threads (pallas/rows.py) takes the next `span` tokens of a tile and computes
+
+    e_t = decay_t e_{t-1} + x_t from e = 0,   p = the product of their decays
+
+all rows at a time. A row starts from p s + e, folded over the rows before it, and computes its
+tokens again from there: s. The threads hold decay and x meanwhile. Folding takes two steps, over
+the rows of a group and over the groups before, of about the square root of the rows each.
+
+In the interpreter the rows of a block are the threads of the kernel.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gt_jax.kernels.pallas import rows, warps
+from gt_jax.kernels.pallas.devices import interpreting
+from gt_jax.kernels.pallas.launch import divide, kernel, loop
+from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits, states_of_splits
+
+_VECTOR = 4  # neighbouring channels of a thread: 16 bytes
+_SPAN = 8  # most tokens of a row in a tile
+_LEAST_TILES = 4  # of a split
+_INTERPRETED = 4  # rows of a block in the interpreter
+
+
+class Grid(NamedTuple):
+    """How a call's channels and tokens are divided."""
+
+    row: rows.Row
+    span: int  # tokens of a row in a tile
+    tiles: int  # of a split
+    splits: int  # of a sequence
+    slabs: int  # of a token's channels
+    length: int  # tokens of a sequence
+
+    @property
+    def number(self) -> int:
+        """Rows of a block."""
+        return _INTERPRETED if interpreting() else self.row.number
+
+    @property
+    def group(self) -> int:
+        """Rows of a group."""
+        return 2 ** (self.number.bit_length() // 2)
+
+    @property
+    def walked(self) -> int:
+        """Tokens of a split; the last may have fewer."""
+        return self.tiles * self.number * self.span
+
+
+def grid_for(batch: int, length: int, channels: int) -> Grid:
+    """Slabs as wide as leave enough blocks to fill the GPU, 32 bytes or more where that can be;
+    splits of a sequence where blocks are too few nevertheless.
+
+    Args:
+        batch, length, channels: of the arrays; channels is a multiple of 4.
+    """
+    running = warps.blocks_at_once()
+    rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
+    rows_of = rows_of or [rows.Row(1, _VECTOR)]
+    filling = [row for row in rows_of if batch * channels // row.channels >= running]
+    row = (filling or rows_of[-1:])[0]
+    grid = Grid(row, 1, 1, 1, channels // row.channels, length)
+    while grid.span < _SPAN and grid.walked < length:
+        grid = grid._replace(span=2 * grid.span)
+    tiles = pl.cdiv(length, grid.walked)
+    chunks = tiles * LEAST_CHUNKS // _LEAST_TILES
+    tiles = pl.cdiv(tiles, choose_splits(batch * grid.slabs, chunks, running=running))
+    grid = grid._replace(tiles=tiles)
+    return grid._replace(splits=pl.cdiv(length, grid.walked))
+
+
+def states_before(
+    grid: Grid, inputs: dict, terms: Callable, state: jax.Array, *, reverse: bool
+) -> jax.Array:
+    """What each split starts its walk with, [B, splits, C].
+
+    Args:
+        grid: of the call.
+        inputs: of the kernel, of which `terms` reads.
+        terms: function of a Place and a token, as `Place.read` takes it.
+        state: [B, C] before the first split; after the last if reverse.
+        reverse: whether the walk is from the end.
+    """
+    if grid.splits == 1:
+        return state[:, None]
+
+    def body(refs):
+        place = Place(grid, refs, reverse)
+
+        def step(n, carry):
+            kept, end = carry
+            _, decays, xs = place.read(n, terms)
+            _, end, product = place.fold(decays, xs, end)
+            return product * kept, end
+
+        kept, end = loop(grid.tiles, step, (rows.zeros(grid.row) + 1, rows.zeros(grid.row)))
+        place.store_of_split(refs.kept_gmem, kept)
+        place.store_of_split(refs.end_gmem, end)
+
+    like = jax.ShapeDtypeStruct((len(state), grid.splits, state.shape[1]), jnp.float32)
+    name = "linear_scan_splits_" + ("backward" if reverse else "forward")
+    ends = run(grid, body, name, len(state), inputs, {"kept": like, "end": like})
+    inner = slice(1, None) if reverse else slice(None, -1)
+    ends = [z[:, None, inner, :, None] for z in ends]
+    states = states_of_splits(*ends, state[:, None, :, None], reverse=reverse)
+    return states.reshape(like.shape)
+
+
+def states_of_tokens(
+    name: str, inputs: dict, terms: Callable, state: jax.Array, length: int
+) -> jax.Array:
+    """s_t = decay_t s_{t-1} + x_t, [B, T, C] float32, by a kernel of this name.
+
+    Args:
+        name: of the kernel.
+        inputs: of the kernel, of which `terms` reads.
+        terms: function of a Place and a token, as `Place.read` takes it.
+        state: [B, C] before the first token.
+        length: T.
+    """
+    batch, channels = state.shape
+    grid = grid_for(batch, length, channels)
+    states = states_before(grid, inputs, terms, state, reverse=False)
+
+    def body(refs):
+        place = Place(grid, refs, reverse=False)
+
+        def step(n, carry):
+            tokens, decays, xs = place.read(n, terms)
+            s, carry, _ = place.fold(decays, xs, carry)
+            for token, decay, x in zip(tokens, decays, xs):
+                s = decay * s + x
+                place.store(refs.s_gmem, token, s)
+            return carry
+
+        loop(grid.tiles, step, place.start())
+
+    outputs = {"s": jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)}
+    (s,) = run(grid, body, name, batch, inputs | {"states": states}, outputs)
+    return s
+
+
+class Place:
+    """What a row of threads works on, and how it does what all kernels do."""
+
+    def __init__(self, grid, refs, reverse):
+        self.grid, self.refs, self.reverse = grid, refs, reverse
+        block, slab = divide(lax.axis_index("blocks"), grid.slabs)
+        self.sequence, self.split = divide(block, grid.splits)
+        self.column = slab * grid.row.channels
+        self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
+
+    def start(self):
+        """The state before the split's first tile."""
+        return rows.load(
+            self.refs.states_gmem, (self.sequence, self.split), self.column, self.grid.row
+        )
+
+    def tokens(self, n):
+        """Of tile n the row's tokens in the order of the walk, each with whether it exists, or None
+        for sure."""
+        grid = self.grid
+        tokens = []
+        for j in range(grid.span):
+            token = (n * grid.number + self.own) * grid.span + j
+            token = grid.walked - 1 - token if self.reverse else token
+            token, inside = token + self.split * grid.walked, None
+            if grid.length % grid.walked:
+                token, inside = jnp.minimum(token, grid.length - 1), token < grid.length
+            tokens.append((token, inside))
+        return tokens
+
+    def read(self, n, terms):
+        """`tokens` of tile n, their decays and their x, by terms(place, token) -> (decay, x)."""
+        tokens = self.tokens(n)
+        return tokens, *zip(*(terms(self, token) for token in tokens))
+
+    def states_earlier(self, tokens, before):
+        """s of the token before each of `tokens`, of a walk from the end; `before` the first."""
+        refs = self.refs
+        earlier = [self.load(refs.s_gmem, (token - 1, inside)) for token, inside in tokens[:-1]]
+        token, inside = tokens[-1]  # the only one that may be the first of all
+        later = token > 0 if inside is None else inside & (token > 0)
+        s = self.load(refs.s_gmem, (jnp.maximum(token - 1, 0), later))
+        return [*earlier, s + rows.masked(before, token == 0)]
+
+    def load(self, ref, token, offset=0):
+        """The row's channels of a token, from column `offset` of the array on."""
+        token, inside = token
+        return rows.load(ref, (self.sequence, token), self.column + offset, self.grid.row, inside)
+
+    def store(self, ref, token, value, offset=0):
+        """Writes what `load` would read."""
+        token, inside = token
+        at = self.sequence, token
+        rows.store(ref, at, self.column + offset, value, self.grid.row, inside)
+
+    def store_of_split(self, ref, value):
+        """Writes [B, splits, C], of which all rows hold the same."""
+        at = self.sequence, self.split
+        rows.store(ref, at, self.column, value, self.grid.row, self.own == 0)
+
+    def fold(self, decays, xs, carry):
+        """The state before the row's tokens and that after the tile, from `carry` before it; and
+        the product of the tile's decays."""
+        refs, grid, own = self.refs, self.grid, self.own
+        product, end = decays[0], decays[0] * xs[0] if self.reverse else xs[0]
+        for decay, x in zip(decays[1:], xs[1:]):
+            end = decay * (x + end) if self.reverse else decay * end + x
+            product = product * decay
+        self._put(refs.products, refs.ends, own, product, end)
+        self._sync()
+        first = own - lax.rem(own, jnp.int32(grid.group))
+        kept, before = rows.zeros(grid.row) + 1, rows.zeros(grid.row)  # by rows of the group
+        for n in range(grid.group - 1):
+            p, e = self._taken(refs.products, refs.ends, first + n, first + n < own)
+            kept, before = p * kept, p * before + e
+        last = own == first + (grid.group - 1)
+        group, _ = divide(own, grid.group)
+        product, end = product * kept, product * before + end
+        self._put(refs.group_products, refs.group_ends, group, product, end, last)
+        self._sync()
+        state, total = carry, rows.zeros(grid.row) + 1
+        for n in range(grid.number // grid.group):
+            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), n < group)
+            state = p * state + e
+            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), None)
+            carry, total = p * carry + e, p * total
+        return kept * state + before, carry, total
+
+    def _put(self, products, ends, at, product, end, keep=None):
+        for ref, z in ((products, product), (ends, end)):
+            rows.store(ref, (at,), jnp.int32(0), z, self.grid.row, keep)
+
+    def _taken(self, products, ends, at, keep):
+        """Product and end of a row or group, or 1 and 0 where not `keep`."""
+        p, e = (rows.load(ref, (at,), jnp.int32(0), self.grid.row) for ref in (products, ends))
+        return (p, e) if keep is None else (rows.masked(p, keep, 1), rows.masked(e, keep))
+
+    def _sync(self):
+        """What any row has put is there for all rows behind."""
+        if interpreting():
+            plgpu.barrier_arrive(self.refs.barrier)
+            plgpu.barrier_wait(self.refs.barrier)
+        else:
+            warps.sync()
+
+
+def run(
+    grid: Grid, body: Callable, name: str, batch: int, inputs: dict, outputs: dict
+) -> list[jax.Array]:
+    """The outputs of a kernel; see launch.kernel."""
+    of_rows = plgpu.SMEM((grid.number, grid.row.channels), jnp.float32)
+    of_groups = plgpu.SMEM((grid.number // grid.group, grid.row.channels), jnp.float32)
+    interpreted = interpreting()
+    return kernel(
+        body,
+        name=name,
+        inputs=inputs,
+        outputs=outputs,
+        scratch={
+            "products": of_rows,
+            "ends": of_rows,
+            "group_products": of_groups,
+            "group_ends": of_groups,
+            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreted else None,
+        },
+        grid={"blocks": batch * grid.splits * grid.slabs},
+        threads=_INTERPRETED if interpreted else 1,
+    )
