@@ -25,6 +25,11 @@ def best_rate(runs):
     return min(finite or means, key=means.get)
 
 
+def ranked(losses):
+    """Names of a dict of losses [seeds], the lowest mean first; what diverged comes last."""
+    return sorted(losses, key=lambda name: np.nan_to_num(np.mean(losses[name]), nan=np.inf))
+
+
 def final(runs):
     """[runs] last loss on the second half of the validation text."""
     return runs.loss(second_half(runs))[:, -1]
@@ -60,7 +65,5 @@ def difference_table(title, pairs):
 
 
 def dots(title, losses):
-    ranked = sorted(losses, key=lambda name: np.mean(losses[name]))
-    return results.plot(
-        title, "nats per character", "", [results.dot(n, estimate(losses[n])) for n in ranked]
-    )
+    shown = [results.dot(name, estimate(losses[name])) for name in ranked(losses)]
+    return results.plot(title, "nats per character", "", shown)

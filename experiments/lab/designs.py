@@ -12,6 +12,7 @@ import numpy as np
 from experiments import lab
 from experiments.lab import branches, command, comparisons, results, unfinished
 from experiments.lab.statistics import compare, estimate
+from gt_jax.errors import InputError
 
 BASE = "GF-MH"
 RATES = (1.5e-3, 3e-3, 6e-3)  # around the best of GF-MH
@@ -56,7 +57,7 @@ def add_flags(parser, *, steps, seeds, source="shakespeare-all"):
     )
     parser.add_argument("--only", help="designs, with commas between; all if not given")
     parser.add_argument(
-        "--parts", nargs="+", help="train nothing: join results of --only with the same flags"
+        "--parts", nargs="+", help="train nothing: join results of --only, which had the same flags"
     )
 
 
@@ -86,10 +87,11 @@ def study(
     """
     against = next(iter(designs))
     names = names_of(options, designs, few)
+    kept = origin = None
     if options.parts:
-        found, settings = joined(options.parts)
+        found, settings, origin = joined(options, designs)
     else:
-        found, settings = measured(options, {name: designs[name] for name in names})
+        found, settings, kept = measured(options, {name: designs[name] for name in names})
     losses = {name: values["loss"] for name, values in found.items()}
     pairs = compare(losses, against=against) if len(losses) > 1 else []
     measures = dict(measures) | {
@@ -143,8 +145,10 @@ def study(
         ],
         plots=[comparisons.dots("Validation loss", losses)],
         notes=[verdict(pairs, against), *notes],
+        origin_of=origin,
     )
-    unfinished.forget(options)
+    if kept is not None:
+        kept.forget()
     return found
 
 
@@ -159,7 +163,7 @@ def names_of(options, designs, few):
 
 
 def measured(options, designs):
-    """design -> name -> [seeds], and the settings, of designs that are trained here.
+    """design -> name -> [seeds], the settings and what is kept, of designs that are trained here.
 
     What is measured of a design is kept as soon as it is there, so that a command that was
     interrupted trains the others when it is given again.
@@ -171,10 +175,9 @@ def measured(options, designs):
     config = next(iter(configs.values()))
     rates = tuple(options.rates)
     settings = lab.settings(config) | {"rates": rates}
-    kept = unfinished.Kept(
-        options, {n: f"{config}, rates {rates}" for n, config in configs.items()}
-    )
     task = lab.text_task(config)
+    texts = {n: f"{config}, rates {rates}" for n, config in configs.items()}
+    kept = unfinished.Kept(options, texts, task.text)
     missing = {n: lab.Arm(c, task) for n, c in configs.items() if n not in kept.measured}
     lab.train(
         missing,
@@ -187,7 +190,7 @@ def measured(options, designs):
             name, of_design(runs, missing[name], quick=options.quick)
         ),
     )
-    return {name: kept.measured[name] for name in configs}, settings
+    return {name: kept.measured[name] for name in configs}, settings, kept
 
 
 def of_design(runs, arm, *, quick):
@@ -199,7 +202,7 @@ def of_design(runs, arm, *, quick):
     seeds = np.arange(len(best.points))
     found = {
         "loss": second[:, -1],
-        "best loss": second[seeds, first.argmin(-1)],
+        "best loss": second[seeds, np.nan_to_num(first, nan=np.inf).argmin(-1)],
         "choosing loss": first[:, -1],
         "training loss": comparisons.late(best, "loss"),
         "best rate": np.full(len(seeds), rate),
@@ -213,35 +216,55 @@ def of_design(runs, arm, *, quick):
     return found
 
 
-def joined(paths):
-    """As `measured`, of results that --only wrote in parts.
+def joined(options, designs):
+    """design -> name -> [seeds], the settings and `results.origin`, of what --only wrote in parts.
+
+    Seeds, text and --quick of the options become those of the parts.
+
+    Args:
+        options: uses parts, the paths of the results.
+        designs: name -> config changes, of the question.
 
     Raises:
-        InputError: a file is no such result.
+        InputError: a file is no such result, or its flags are not those of the others.
     """
-    found, settings = {}, {}
-    for path in paths:
+    found, settings, origins = {}, {}, []
+    for path in options.parts:
         part = results.read(path)
-        settings = part["settings"]
-        for name in settings["designs"]:
+        origins.append({name: part.get(name) for name in results.origin()})
+        own = part["settings"] | {"quick": part.get("quick")}
+        of_part = own.pop("designs", None)
+        if not isinstance(of_part, dict) or not of_part.keys() <= designs.keys():
+            raise InputError(f"--parts: {path} is no result of designs of this question")
+        for name, value in own.items():
+            if settings and settings.get(name) != value:
+                raise InputError(
+                    f"--parts: {path} has {name}={value} and {options.parts[0]} "
+                    f"{settings.get(name)}; give all parts the same flags"
+                )
+        settings = settings or own
+        for name in of_part:
             values = {
                 key.removesuffix(f" {name}"): value["values"]
                 for key, value in part["measures"].items()
                 if key.endswith(f" {name}") and "values" in value
             }
             found.setdefault(name, {key: np.array(v, float) for key, v in values.items()})
-    return found, settings
+    options.quick, options.source = settings.pop("quick"), settings["source"]
+    options.seeds = settings["seeds"]
+    several = {name: dict.fromkeys(o[name] for o in origins if o[name]) for name in origins[0]}
+    return found, settings, {name: ", ".join(each) or None for name, each in several.items()}
 
 
 def ranked(found):
     """Names, the lowest loss first."""
-    return sorted(found, key=lambda name: np.mean(found[name]["loss"]))
+    return comparisons.ranked({name: values["loss"] for name, values in found.items()})
 
 
 def chosen(found, count, *, without=(BASE,)):
     """The designs with the lowest mean loss on the first half of the validation text."""
-    names = [name for name in found if name not in without]
-    return sorted(names, key=lambda name: np.mean(found[name]["choosing loss"]))[:count]
+    losses = {n: values["choosing loss"] for n, values in found.items() if n not in without}
+    return comparisons.ranked(losses)[:count]
 
 
 def row(name, found):

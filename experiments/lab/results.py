@@ -86,6 +86,7 @@ def write(
     plots: Sequence[dict] = (),
     notes: Sequence[str] = (),
     name: str | None = None,
+    origin_of: Mapping | None = None,
 ) -> dict:
     """Write a result and a PNG beside it, print the tables, and return what was written.
 
@@ -95,6 +96,7 @@ def write(
         measures, tables, plots, notes: see the module's docstring.
         name: of the result, by which claims find it; the experiment's if None. An experiment that
             can be run in several ways has one for each.
+        origin_of: what `origin` said where the measures are from; None where they are from here.
 
     Raises:
         OSError: the file cannot be written.
@@ -106,7 +108,7 @@ def write(
         "experiment": options.experiment,
         "about": options.about,
         "command": options.command,
-        **origin(),
+        **(origin() if origin_of is None else origin_of),
         "seconds": round(time.perf_counter() - options.began, 1),
         "quick": options.quick,
         "settings": dict(settings) | {"seeds": list(options.seeds), "source": options.source},

@@ -33,7 +33,7 @@ from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, count_parameters
 from gt_jax.scoring import loss_unit
 from gt_jax.training import backend
-from gt_jax.training.text import read_text
+from gt_jax.training.text import fingerprint, read_text
 
 # One program runs at a time on a device.
 _RUNNING = collections.defaultdict(threading.Lock)
@@ -56,6 +56,7 @@ class Task(NamedTuple):
         batches: seed -> endless iterator of Batch, all of one shape; the same for every arm.
         held_out: Batches of one shape to measure every run on; all of them, each time.
         unit: what a loss is per: "character" or "token".
+        text: hash of a text, "" of a drawn task.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task(NamedTuple):
     batches: Callable[[int], Iterator[Batch]]
     held_out: Sequence[Batch]
     unit: str = "token"
+    text: str = ""
 
 
 class Arm(NamedTuple):
@@ -176,6 +178,7 @@ def text_task(config: Config) -> Task:
             text.tokens.validation, max_tokens=config.train.eval_tokens, **shape
         ),
         unit=loss_unit(text.tokenizer),
+        text=fingerprint(text.tokens),
     )
 
 

@@ -1,6 +1,13 @@
-"""What an interrupted experiment had measured, kept until its result is written."""
+"""What an interrupted experiment had measured, kept until its result is written.
+
+    RESULT.HASH.unfinished      beside RESULT.json; HASH is of all that numbers depend on
+
+so that another command, a trial with --quick for example, neither finds nor removes it.
+"""
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import threading
@@ -9,44 +16,47 @@ from pathlib import Path
 
 import numpy as np
 
+import gt_jax
 from experiments.lab import results
 
 
 class Kept:
     """Measures of arms, in a file beside the result that is to come.
 
-    Only what the same flags, build, JAX and device measured of the same config is found again.
+    Only what the same flags, code, JAX and device measured of the same config and text is found
+    again.
 
     Attributes:
         measured: arm -> name -> [seeds] float64.
     """
 
-    def __init__(self, options, configs: Mapping[str, str]):
+    def __init__(self, options, configs: Mapping[str, str], text: str):
         """Find what is kept.
 
         Args:
             options: of lab/command.py.
             configs: arm -> its config as text.
+            text: hash of what the arms train on.
         """
-        self._path = path_of(options)
         self._configs = dict(configs)
         shared = {
             name: str(getattr(options, name)) for name in ("seeds", "source", "impl", "quick")
         }
-        self._of = shared | results.origin()
+        self._of = shared | results.origin() | {"code": _code(), "text": text}
+        name = hashlib.sha256(json.dumps(self._of).encode()).hexdigest()[:12]
+        result = results.path_of(options)
+        self.path = result.with_name(f"{result.name.removesuffix('.json')}.{name}.unfinished")
         self._lock = threading.Lock()
         self.measured = {
-            arm: {name: np.array(values, float) for name, values in each["measures"].items()}
-            for arm, each in self._read().items()
-            if each["config"] == configs.get(arm)
+            arm: measures for arm, (config, measures) in self._read() if config == configs.get(arm)
         }
         if self.measured:
-            print(f"kept from before in {self._path}: {', '.join(self.measured)}", flush=True)
+            print(f"kept from before in {self.path}: {', '.join(self.measured)}", flush=True)
 
     def add(self, arm: str, measures: Mapping) -> None:
         """Keep the measures of one more arm, name -> [seeds]."""
         with self._lock:
-            self.measured[arm] = {name: np.array(v, float) for name, v in measures.items()}
+            self.measured[arm] = _arrays(measures)
             arms = {
                 arm: {
                     "config": self._configs[arm],
@@ -54,25 +64,36 @@ class Kept:
                 }
                 for arm, each in self.measured.items()
             }
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            written = self._path.with_name(f"{self._path.name}.tmp")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            written = self.path.with_name(f"{self.path.name}.{os.getpid()}")
             written.write_text(json.dumps({"of": self._of, "arms": arms}) + "\n", "utf-8")
-            os.replace(written, self._path)
+            os.replace(written, self.path)
+
+    def forget(self) -> None:
+        """Remove the file, once the result is written."""
+        self.path.unlink(missing_ok=True)
 
     def _read(self):
-        """What the file says of arms, nothing if it is of another build or damaged."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(self._path.read_text("utf-8"))
+        """[(arm, (config, measures))] of the file; nothing if it is damaged."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = json.loads(self.path.read_text("utf-8"))
             if found["of"] == self._of:
-                return found["arms"]
-        return {}
+                return [
+                    (arm, (each["config"], _arrays(each["measures"])))
+                    for arm, each in found["arms"].items()
+                ]
+        return []
 
 
-def path_of(options) -> Path:
-    """Where the measures of an unfinished experiment are kept."""
-    return results.path_of(options).with_suffix(".unfinished")
+def _arrays(measures: Mapping) -> dict[str, np.ndarray]:
+    return {name: np.array(values, float) for name, values in measures.items()}
 
 
-def forget(options) -> None:
-    """Remove what is kept, once the result is written."""
-    path_of(options).unlink(missing_ok=True)
+@functools.cache
+def _code() -> str:
+    """Hash of the Python files of the experiments and of gt_jax, committed or not."""
+    sums = hashlib.sha256()
+    for package in (Path(__file__).parents[1], Path(gt_jax.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            sums.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return sums.hexdigest()

@@ -11,11 +11,16 @@ validation text. All losses that are compared are of the second half, at the las
 --branch=legacy takes the original's RWKV branch, init, split and order of the text instead.
 """
 
-import numpy as np
-
 from experiments import lab
 from experiments.lab import command, results
-from experiments.lab.comparisons import best_rate, difference_table, dots, final, second_half
+from experiments.lab.comparisons import (
+    best_rate,
+    difference_table,
+    dots,
+    final,
+    ranked,
+    second_half,
+)
 from experiments.lab.statistics import compare, estimate
 from experiments.lab.variants import (
     REFERENCE_RATE,
@@ -75,7 +80,7 @@ def main(argv=None):
                 ["fusion", "parameters", "at 3e-4", "at its best rate", "best rate"],
                 [
                     [n, runs[n].parameters, estimate(reference[n]), estimate(tuned[n]), best[n]]
-                    for n in sorted(names, key=lambda n: np.mean(tuned[n]))
+                    for n in ranked(tuned)
                 ],
                 "Second half of the validation text, mean and half its 95 % interval over seeds.",
             ),

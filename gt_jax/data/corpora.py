@@ -75,6 +75,9 @@ def load_corpus(
         train, validation = _split(source, documents, validation_fraction)
         return Corpus(source, train, validation, note)
     train, validation = _without_empty(documents), _without_empty(held_out)
+    known = set(train) if validation_source else ()
+    if both := sum(document in known for document in validation):
+        note = f"{note}, {both} of {len(validation)} documents of which train too"
     for name, split in (("train", train), ("validate", validation)):
         if not split:
             raise InputError(f"data.source={source!r} holds no text to {name} on; add some")

@@ -1,7 +1,7 @@
 """Prepared folders as the text of a run: one, or several mixed by weight."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +52,11 @@ def prepared_folders(source: str, named: str = "data.source") -> dict[str, float
             raise InputError(
                 f"{where}: {folder} is no prepared folder; run `python -m gt_jax.prepare SRC DST`"
             )
-        if folder in weights:
+        if places([folder]) & places(weights):
             raise InputError(f"{where} names {folder} twice; add its weights up")
         weights[folder] = value
+    if math.isinf(sum(weights.values())):
+        raise InputError(f"{where}: the weights add up to infinity; divide all by one number")
     return weights
 
 
@@ -99,6 +101,11 @@ def load_prepared(
         MappedTokens.mixture(train, list(folders.values())), MappedTokens.mixture(held_out, weights)
     )
     return PreparedText(tokens, opened[0].tokenizer, note)
+
+
+def places(folders: Iterable[str]) -> set[Path]:
+    """Where folders lie, by whatever names."""
+    return {Path(folder).expanduser().resolve() for folder in folders}
 
 
 def check_tokenizers(name: object, mine: Tokenizer, other: object, theirs: Tokenizer) -> None:

@@ -24,9 +24,16 @@ import numpy as np
 
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
-from gt_jax.data.files import small
 from gt_jax.data.reading import Document, documents
-from gt_jax.data.shards import FORMAT, INDEX, TOKENIZER, UNFINISHED, ShardWriter, dtype_for
+from gt_jax.data.shards import (
+    FORMAT,
+    INDEX,
+    TOKENIZER,
+    UNFINISHED,
+    ShardWriter,
+    dtype_for,
+    read_json,
+)
 from gt_jax.data.sources import Plan, Unit, plan
 from gt_jax.data.tokenizers import tokenizer_from_dict
 from gt_jax.errors import InputError, one_line
@@ -107,7 +114,7 @@ def _hold(target: Path, begun: dict[str, Any]) -> Iterator[dict[str, Any] | None
     if target.is_dir() and any(target.iterdir()) and not unfinished.is_dir():
         if not (target / INDEX).is_file():
             raise InputError(f"{target} holds other files; {_OTHER}")
-        index = json.loads(small(target / INDEX).read_bytes())
+        index = read_json(target / INDEX)
         _check_same(target, index.get("begun", {}), begun)
         yield index
         return
@@ -118,12 +125,10 @@ def _hold(target: Path, begun: dict[str, Any]) -> Iterator[dict[str, Any] | None
     except filelock.Timeout as error:
         raise InputError(f"{target} is being written by another process; wait for it") from error
     with lock:
-        try:
-            before = json.loads(small(unfinished / "begun.json").read_bytes())
-        except FileNotFoundError:
-            replace_file(unfinished / "begun.json", json.dumps(begun).encode())
+        if (unfinished / "begun.json").exists():
+            _check_same(target, read_json(unfinished / "begun.json"), begun)
         else:
-            _check_same(target, before, begun)
+            replace_file(unfinished / "begun.json", json.dumps(begun).encode())
         for partial in unfinished.glob("*.partial"):
             partial.unlink()
         yield None
@@ -135,9 +140,10 @@ def _check_same(target, before, now):
         if before.get(name) != now[name]:
             said = f"{name}={one_line(before.get(name), 80)}, not {one_line(now[name], 80)}"
             raise InputError(f"{target} was begun with {said}; {_OTHER}")
-    if before["files"] != now["files"] or before["units"] != now["units"]:
-        changed = [p for p, size in now["files"] if [p, size] not in before["files"]]
-        changed += [p for p, size in before["files"] if [p, size] not in now["files"]]
+    if before.get("files") != now["files"] or before.get("units") != now["units"]:
+        known = before.get("files") or []
+        changed = [p for p, size in now["files"] if [p, size] not in known]
+        changed += [p for p, size in known if [p, size] not in now["files"]]
         name = changed[0] if changed else "its files"
         raise InputError(f"{target} was begun when {now['source']} held another {name}; {_OTHER}")
 

@@ -184,6 +184,13 @@ class Shard:
     def _checked_ends(self):
         if not self._ends_checked:
             self._check(self._ends_at, self._sums_at)
+            ends = _views(self)[1]
+            last = int(ends[-1]) if len(ends) else 0
+            if last > self.tokens or self.is_open == (last == self.tokens):
+                raise InputError(
+                    f"{self.path} holds {last:,} tokens of whole documents, which does not fit the "
+                    f"{self.tokens:,} tokens that {INDEX} says; {_AGAIN}"
+                )
             self._ends_checked = True
         return _views(self)[1]
 
@@ -253,14 +260,18 @@ def open_prepared(source: str | Path) -> Prepared:
         raise InputError(
             f"{folder} is not prepared to the end; run the same `python -m gt_jax.prepare` again"
         )
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         raise InputError(
             f"{folder / INDEX} is no index of {FORMAT!r}; name a folder that "
             "`python -m gt_jax.prepare` wrote"
         )
-    text = small(folder / TOKENIZER).read_bytes()
     try:
+        text = small(folder / TOKENIZER).read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder / TOKENIZER} cannot be read ({error.strerror})") from error
+    try:
+        _check_index(index)
         vocabulary = index["vocab_size"]
         if hashlib.sha256(text).hexdigest() != index["tokenizer_sha256"]:
             raise InputError(
@@ -277,16 +288,35 @@ def open_prepared(source: str | Path) -> Prepared:
             for split in SPLITS
         }
         largest = max((record["largest"] for record in index["shards"]), default=-1)
+        fits = largest < vocabulary == tokenizer.vocab_size
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder / INDEX} is damaged ({one_line(error)}); {_AGAIN}") from error
-    if not largest < vocabulary == tokenizer.vocab_size:
+    if not fits:
         raise InputError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids and the shards ids up to "
             f"{largest} of {vocabulary}; {_AGAIN}"
         )
     return Prepared(folder, shards, tokenizer, index)
+
+
+def _check_index(index):
+    """Raise KeyError, TypeError or ValueError at what `gt_jax.prepare` does not write."""
+    seen = set()
+    for record in index["shards"]:
+        name = record["file"]
+        if name in seen:
+            raise ValueError(f"it names {name} twice")
+        seen.add(name)
+        if Path(name).name != name:
+            raise ValueError(f"{one_line(name, 80)} is no file of this folder")
+        if record["split"] not in SPLITS or type(record["open"]) is not bool:
+            raise ValueError(f"split={record['split']} or open={record['open']} of {name}")
+    if index["dtype"] != dtype_for(index["vocab_size"]):
+        raise ValueError(f"dtype={index['dtype']} is not for vocab_size={index['vocab_size']}")
+    if not isinstance(index["note"], str | None):
+        raise ValueError(f"note={index['note']}")
 
 
 def check_folder(source: str | Path) -> int:
@@ -307,7 +337,12 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a prepared folder; {} for JSON of another kind.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         content = json.loads(small(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.linen import module as flax_module
-from jax.extend.core import concrete_or_error
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fsdp import is_cut
@@ -34,7 +34,6 @@ def caller(
     model: nn.Module,
     block: Callable,
     config: ModelConfig,
-    x: jax.Array,
     *,
     alike: int,
     random: bool,
@@ -45,7 +44,6 @@ def caller(
         model: the bound module that the blocks stand in.
         block: (config, layer) -> module.
         config: of the model.
-        x: [B, T, D] what the first block reads.
         alike: the layer from which on blocks differ in how they are initialised and nothing else.
         random: whether blocks draw random numbers, each from a key of its own.
 
@@ -54,7 +52,7 @@ def caller(
     """
     of_its_own = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
     # Sharing would change which collectives of cut parameters a step has.
-    if random or is_cut() or _apart.get() or not _is_abstract(x) or _may_tell_apart(model):
+    if random or is_cut() or _apart.get() or not _is_staged() or _may_tell_apart(model):
         return of_its_own
     recording = model.is_mutable_collection("activations")
 
@@ -94,10 +92,9 @@ def _may_tell_apart(model: nn.Module) -> bool:
     return any(kept) or intercepted() or recorded_before
 
 
-def _is_abstract(x: jax.Array) -> bool:
-    """Whether a program is being traced: op by op, jax.jit would compile anew at every call."""
-    try:
-        concrete_or_error(None, x)
-    except jax.errors.ConcretizationTypeError:
-        return True
-    return False
+def _is_staged() -> bool:
+    """Whether a program is being traced: op by op, jax.jit would compile anew at every call.
+
+    Under jax.vmap or jax.grad alone, whatever does not depend on their inputs is computed at once.
+    """
+    return isinstance(jnp.zeros(()), jax.core.Tracer)

@@ -151,7 +151,7 @@ class LanguageModel(nn.Module):
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
         random = rwkv_drop is not None
-        apply_block = blocks.caller(self, block, c, x, alike=alike, random=random)
+        apply_block = blocks.caller(self, block, c, alike=alike, random=random)
         states = []
         # Unrolled: a scan over blocks compiles one of them, but copies what the backward pass needs
         # of each into and out of arrays of all; a step of gf_mh takes 1.8 times as long (H200).

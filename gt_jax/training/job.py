@@ -121,7 +121,8 @@ def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict
         fields += f" and model.max_positions={model_config.max_positions}"
     tune = config.train.tune
     trained = counts["total"] if tune == "none" else tuning.count(model_config, config.train)
-    memory.check_fits(counts["total"], config.optim, fields, trained)
+    cut = config.parallel.fsdp
+    memory.check_fits(counts["total"], config.optim, fields, trained, devices=cut)
     model = make_model(model_config)
     return Job(
         config=config,

@@ -41,7 +41,14 @@ def keep_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(after)
 
 
-def check_fits(parameters: int, optim: Optim, fields: str, trained: int | None = None) -> None:
+def check_fits(
+    parameters: int,
+    optim: Optim,
+    fields: str,
+    trained: int | None = None,
+    *,
+    devices: int = 1,
+) -> None:
     """Refuse a model before it is compiled if its training state alone exceeds the memory.
 
     Activations come on top, and depend on the batch and on model.remat.
@@ -51,6 +58,7 @@ def check_fits(parameters: int, optim: Optim, fields: str, trained: int | None =
         optim: uses what decides how many copies of the parameters there are.
         fields: what the user set to get them, for the message: "model.dim=512 with model.layers=8".
         trained: how many of them are trained; None for all.
+        devices: over which they are cut, parallel.fsdp.
 
     Raises:
         InputError: float32 parameters, their gradients and what the optimizer keeps need more bytes
@@ -58,15 +66,20 @@ def check_fits(parameters: int, optim: Optim, fields: str, trained: int | None =
     """
     have, where = _memory()
     trained = parameters if trained is None else trained
-    need = _state_bytes(parameters, trained, optim)
+    # Vectors are copied to each device, matrices are cut: this is the least that one can have.
+    share = min(_sharing() / devices, 1)
+    need = share * _state_bytes(parameters, trained, optim)
     if have is not None and need > have:
         smaller = ""
-        if _state_bytes(parameters, trained, replace(optim, moments_dtype="bfloat16")) <= have:
+        narrow = replace(optim, moments_dtype="bfloat16")
+        if share * _state_bytes(parameters, trained, narrow) <= have:
             smaller = ", or set optim.moments_dtype=bfloat16"
+        if jax.device_count() > max(devices, _sharing()):
+            smaller += f", or raise parallel.fsdp={devices}"
         raise InputError(
             f"{fields} makes {parameters:,} parameters, which need {need / 1e9:,.0f} GB with their "
-            f"gradients and the optimizer's state, and {where} has {have / 1e9:,.0f} GB; "
-            f"lower them{smaller}"
+            f"gradients and the optimizer's state{' on each device' if share < 1 else ''}, and "
+            f"{where} has {have / 1e9:,.0f} GB; lower them{smaller}"
         )
 
 
@@ -76,6 +89,11 @@ def _state_bytes(parameters: int, trained: int, optim: Optim) -> int:
     averages = (optim.ema > 0) + (optim.name == "schedule_free")
     of_trained = 4 * (1 + averages) + moments * jnp.dtype(optim.moments_dtype).itemsize
     return 4 * parameters + trained * of_trained
+
+
+def _sharing() -> int:
+    """How many devices have the same memory: those of a CPU are parts of this process."""
+    return jax.local_device_count() if jax.local_devices()[0].platform == "cpu" else 1
 
 
 def _memory() -> tuple[int | None, str]:

@@ -21,7 +21,7 @@ from gt_jax.data import (
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import load_held_out
 from gt_jax.data.mapped import MappedTokens
-from gt_jax.data.prepared import check_tokenizers
+from gt_jax.data.prepared import check_tokenizers, places
 from gt_jax.data.tokenizers import KINDS, read_tokenizer
 from gt_jax.errors import InputError
 
@@ -98,16 +98,18 @@ def _read_prepared(config: Config, folders, others, tokenizer: Tokenizer | None)
             )
         wanted = read_tokenizer(data.tokenizer, "data.tokenizer")
         check_tokenizers(f"data.tokenizer={data.tokenizer}", wanted, data.source, text.tokenizer)
-    validation, note = text.tokens.validation, text.note
+    validation, note, trains = text.tokens.validation, text.note, False
     if others is not None:
         held_out = load_prepared(others, validation_fraction=0.0)
         check_tokenizers(data.validation_source, held_out.tokenizer, data.source, text.tokenizer)
         validation = held_out.tokens.validation or held_out.tokens.train
+        trains = not held_out.tokens.validation and places(folders) & places(others)
     elif data.validation_source:
         documents = load_held_out(data.validation_source, data.field)
         validation = encode_corpus(Corpus("", (), documents), text.tokenizer).validation
     if data.validation_source:
-        note = "; ".join(filter(None, [note, f"validates on {data.validation_source}"]))
+        said = f"validates on {data.validation_source}" + (", which trains too" if trains else "")
+        note = "; ".join(filter(None, [note, said]))
     corpus = Corpus(data.source, (), (), note)
     return Text(corpus, text.tokenizer, CorpusTokens(text.tokens.train, validation))
 

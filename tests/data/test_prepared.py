@@ -1,6 +1,7 @@
 """Token shards as the text of a run: the batches of memory, in an order without a list."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -225,9 +226,13 @@ def test_another_source_validates(prepared, tmp_path):
         assert len(text.tokens.train) == 90 and count_tokens(text.tokens.train) > whole
         expected = size or count_tokens(text.tokens.train)
         assert count_tokens(text.tokens.validation) == expected
-        assert text.corpus.note == f"validates on {validation}"
+        too = "" if size else ", which trains too"
+        assert text.corpus.note == f"validates on {validation}{too}"
     text = read_text(config_of(**{"data.source": source, "data.validation_source": held}))
     assert len(text.tokens.train) == 90 and len(text.tokens.validation) == 1
+    assert text.corpus.note == f"validates on {held}"
+    text = read_text(config_of(**{"data.source": source, "data.validation_source": source}))
+    assert text.corpus.note.endswith(", 90 of 90 documents of which train too")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +242,8 @@ def test_another_source_validates(prepared, tmp_path):
         ({"data.tokenizer": "FILE"}, "have other tokenizers .*prepare both with one --tokenizer"),
         ({"data.split": "tracks"}, "data.split=tracks cuts text in memory"),
         ({"data.source": "FOLDER:1,FOLDER:2"}, "names .* twice; add its weights up"),
+        ({"data.source": "FOLDER:1,FOLDER/../out:2"}, "names .*out twice; add its weights up"),
+        ({"data.source": "FOLDER:1e308,OTHER:1e308"}, "weights add up to infinity; divide all"),
         ({"data.source": "FOLDER:1,FOLDER"}, "has no weight|no number|must be a number above 0"),
         ({"data.source": "FOLDER:0,TEXT:1"}, "weight '0' of .* must be a number above 0"),
         ({"data.source": "FOLDER:1,TEXT:1"}, "TEXT is no prepared folder; run `python -m gt_jax"),
@@ -249,7 +256,10 @@ def test_a_mistake_is_an_error_of_one_line(changes, message, prepared, tmp_path)
     (tmp_path / "tokenizer.gt_jax.json").write_text(
         json.dumps(make_tokenizer("char", Corpus("", ("ab",), ())).to_dict())
     )
-    names = {"FOLDER": folder, "TEXT": source, "FILE": str(tmp_path)}
+    other = str(tmp_path / "other")
+    if "OTHER" in str(changes):
+        shutil.copytree(folder, other)
+    names = {"FOLDER": folder, "TEXT": source, "FILE": str(tmp_path), "OTHER": other}
     for word, path in names.items():
         changes = {name: value.replace(word, path) for name, value in changes.items()}
         message = message.replace(word, path)
@@ -292,7 +302,46 @@ def test_a_tokenizer_that_does_not_fit_the_shards_is_refused(broken):
 
 def test_a_damaged_index_is_refused(broken):
     index = json.loads((broken / "index.json").read_bytes())
-    for text in ("{", "[]", json.dumps(index | {"format": "2"}), json.dumps(index | {"shards": 1})):
+    (record,) = index["shards"]
+    of_shard = lambda **changes: json.dumps(index | {"shards": [record | changes]})
+    damaged = ["{", "[]", json.dumps({name: z for name, z in index.items() if name != "note"})]
+    fields = ("format", "2"), ("shards", 1), ("vocab_size", "97"), ("dtype", "int16")
+    damaged += [json.dumps(index | {name: value}) for name, value in fields]
+    damaged += [json.dumps(index | {"shards": [record, record]}), of_shard(split="test")]
+    damaged += [of_shard(file="../out/" + record["file"]), of_shard(largest=None)]
+    damaged += [of_shard(largest="9"), of_shard(open="no")]
+    for text in damaged:
         (broken / "index.json").write_text(text)
         with pytest.raises(InputError, match=r"index.json (is|cannot)"):
             load_prepared(str(broken))
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_an_index_that_counts_other_tokens_is_refused(broken, more):
+    """One token more or less: the file, filled up to 64 bytes, has the size that it should have."""
+    index = json.loads((broken / "index.json").read_bytes())
+    index["shards"][0]["tokens"] += more
+    (broken / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"8,004 tokens of whole documents, which does not fit"):
+        load_prepared(str(broken))
+
+
+def test_whether_a_document_continues_is_what_its_end_says(broken):
+    index = json.loads((broken / "index.json").read_bytes())
+    index["shards"][0]["open"] = True
+    (broken / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"does not fit the 8,004 tokens that index.json says"):
+        load_prepared(str(broken))
+
+
+def test_a_folder_whose_tokenizer_is_gone_is_refused(broken):
+    (broken / "tokenizer.gt_jax.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer.gt_jax.json cannot be read \(No such file"):
+        load_prepared(str(broken))
+
+
+def test_preparing_into_a_folder_with_a_damaged_index_is_one_line(broken):
+    (broken / "index.json").write_text("{")
+    source = str(broken.parent / "text")
+    with pytest.raises(InputError, match=r"index.json cannot be read"):
+        prepare(source, broken, tokenizer=LETTERS, processes=1)

@@ -117,15 +117,25 @@ def test_op_by_op_blocks_are_not_compiled_at_every_call():
     found = []
 
     def note(x):
-        found.append(blocks._is_abstract(x))
+        found.append(blocks._is_staged())
         return x
 
-    note(1.0)
-    jax.grad(note)(1.0)
-    assert found == [False, False]
-    jax.eval_shape(note, 1.0)
-    jax.eval_shape(jax.grad(note), 1.0)
-    assert found[2:] == [True, True]
+    two, inside = jnp.ones(2), jax.vmap(jax.grad(note))
+    for eager, x in (
+        (note, 1.0),
+        (jax.grad(note), 1.0),
+        (jax.vmap(note), two),
+        (inside, two),
+        (jax.grad(lambda x: jnp.sum(inside(x))), two),
+    ):
+        eager(x)
+    assert not any(found)
+    found.clear()
+    for program in (note, jax.grad(note)):
+        jax.eval_shape(program, 1.0)
+    jax.jit(inside)(two)
+    jax.vmap(jax.jit(note))(two)
+    assert all(found) and len(found) == 4
 
 
 def test_parameters_of_a_block_that_are_missing_are_named():

@@ -22,6 +22,22 @@ def test_model_that_cannot_fit_is_refused_with_its_fields_and_sizes(monkeypatch)
         memory.check_fits(14 * 10**8, bfloat16, "model.dim=9")
 
 
+def test_devices_that_cut_a_model_need_a_part_of_its_memory_each(monkeypatch):
+    monkeypatch.setattr(memory, "_memory", lambda: (16 * 10**9, "a toy"))
+    monkeypatch.setattr(memory, "_sharing", lambda: 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(InputError, match=r"need 64 GB .*; lower them, or raise parallel.fsdp=1$"):
+        memory.check_fits(4 * 10**9, Optim(), "model.dim=8")
+    with pytest.raises(InputError, match=r"need 32 GB .* on each device, .*raise parallel.fsdp=2$"):
+        memory.check_fits(4 * 10**9, Optim(), "model.dim=8", devices=2)
+    memory.check_fits(4 * 10**9, Optim(), "model.dim=8", devices=4)
+    with pytest.raises(InputError, match=r"need 24 GB .* has 16 GB; lower them$"):
+        memory.check_fits(12 * 10**9, Optim(), "model.dim=8", devices=8)
+    monkeypatch.setattr(memory, "_sharing", lambda: 8)  # of one process on a CPU
+    with pytest.raises(InputError, match="need 64 GB with their"):
+        memory.check_fits(4 * 10**9, Optim(), "model.dim=8", devices=8)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -1,6 +1,7 @@
 """Designs are what their names say, are compared by one rule, and parts join to the whole."""
 
 import errno
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from experiments import lab
 from experiments.lab import command, designs, phase1, results, rules, unfinished
 from experiments.lab.statistics import compare, estimate
 from experiments.questions import arbiters, debate, pilot, residual, stability
+from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, make_model
 from gt_jax.training.debate import make_terms
 from gt_jax.training.model import make_model_config
@@ -66,7 +68,7 @@ def run(tmp_path_factory):
         assert not out.exists()
         debate.main(flags)
     assert trained == [{"GF-MH", "repaired"}, set()], "what was kept is not trained again"
-    assert not out.with_suffix(".unfinished").exists()
+    assert not list(folder.glob("*.unfinished*"))
     return results.read(out), out
 
 
@@ -74,20 +76,32 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_only_what_the_same_command_measured_of_the_same_config_is_kept(tmp_path):
-    options = debate_options(tmp_path)
-    kept = unfinished.Kept(options, {"a": "config of a", "b": "config of b"})
+def test_only_what_the_same_command_measured_of_the_same_config_is_kept(tmp_path, monkeypatch):
+    options, text = debate_options(tmp_path), "hash of a text"
+    kept = unfinished.Kept(options, {"a": "config of a", "b": "config of b"}, text)
     kept.add("a", {"loss": [1.5, np.nan], "seconds": 3})
     kept.add("b", {"loss": [2.5, 1 / 3]})
-    again = unfinished.Kept(options, {"a": "config of a", "b": "another", "c": ""}).measured
+    found = lambda text=text: unfinished.Kept(options, {"a": "config of a"}, text).measured
+    again = unfinished.Kept(options, {"a": "config of a", "b": "another", "c": ""}, text).measured
     assert set(again) == {"a"}
     np.testing.assert_array_equal(again["a"]["loss"], [1.5, np.nan])
     np.testing.assert_array_equal(again["a"]["seconds"], 3)
-    options.seeds = range(3)
-    assert not unfinished.Kept(options, {"a": "config of a"}).measured
-    for damaged in ("", "{", "[]", '{"of": 1}'):
-        unfinished.path_of(options).write_text(damaged, "utf-8")
-        assert not unfinished.Kept(options, {"a": "config of a"}).measured
+    assert not found("hash of another text")
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "_code", lambda: "another")
+        assert not found()
+    options.quick = True  # a trial meanwhile, to its end
+    trial = unfinished.Kept(options, {"a": "config of a"}, text)
+    assert not trial.measured
+    trial.add("a", {"loss": [1.0]})
+    trial.forget()
+    options.quick = False
+    assert set(found()) == {"a"}
+    whole = kept.path.read_text("utf-8")
+    listed = whole[: whole.index('"arms"')] + '"arms": []}'
+    for damaged in ("", "{", "[]", '{"of": 1}', listed, whole[:-9], whole.replace("1.5", '"x"')):
+        kept.path.write_text(damaged, "utf-8")
+        assert not found(), damaged
 
 
 def debate_options(folder):
@@ -111,14 +125,38 @@ def test_a_trial_measures_losses_and_what_branches_are_worth(run):
     assert 2 < result["measures"]["entropy GF-MH"]["mean"] < np.log(27)
 
 
-def test_parts_join_to_the_result_that_they_are_of(run, tmp_path):
+def test_parts_join_to_the_result_that_they_are_of(run, tmp_path, monkeypatch):
     result, out = run
-    debate.main(["--seeds=2", f"--out={tmp_path / 'whole.json'}", "--parts", str(out)])
+    monkeypatch.setattr(results, "origin", lambda: dict.fromkeys(result_origin(result), "here"))
+    debate.main([f"--out={tmp_path / 'whole.json'}", "--parts", str(out), str(out)])
     whole = results.read(tmp_path / "whole.json")
     assert set(whole["measures"]) == set(result["measures"])
     for name, measure in result["measures"].items():  # files hold six digits
         assert whole["measures"][name]["mean"] == pytest.approx(measure["mean"], abs=1e-4), name
-    assert whole["settings"]["designs"] == result["settings"]["designs"]
+    assert whole["settings"] == result["settings"]
+    assert whole["quick"] and result_origin(whole) == result_origin(result)
+
+
+def result_origin(result):
+    return {name: result[name] for name in ("commit", "device", "jax", "python")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "has steps=7 and .* 6; give all parts the same flags"),
+        ({"source": "x"}, "has source=x and "),
+        ({"designs": {"unknown": {}}}, "is no result of designs of this question"),
+        ({"designs": None}, "is no result of designs"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(run, tmp_path, changes, message):
+    result, out = run
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(result | {"settings": result["settings"] | changes}), "utf-8")
+    with pytest.raises(InputError, match=message):
+        debate.main([f"--out={tmp_path / 'whole.json'}", "--parts", str(out), str(other)])
+    assert not (tmp_path / "whole.json").exists()
 
 
 def made_up(**changes):
@@ -156,6 +194,29 @@ def test_best_designs_are_chosen_on_the_half_that_is_not_reported():
     }
     assert designs.chosen(found, 1) == ["b"]
     assert designs.ranked(found)[0] == "a"
+    diverged = {"choosing loss": [np.nan], "loss": [np.nan]}
+    found = {"GF-MH": found["GF-MH"], "c": diverged} | found
+    assert designs.chosen(found, 3) == ["b", "a", "c"]
+    assert designs.ranked(found) == ["a", "GF-MH", "b", "c"]
+
+
+def test_an_evaluation_that_diverged_is_not_the_best():
+    """Of two evaluations and two batches of a seed, the first half chooses; the rate is one."""
+    nats = np.array([[[2.0, 3.0], [np.nan, np.nan]]])
+    runs = lab.Runs(
+        points=({"optim.lr": 1.0, "seed": 0},),
+        metrics={"loss": np.ones((1, 2))},
+        steps=np.array([1, 2]),
+        nats=nats,
+        correct=nats,
+        targets=np.array([1, 1]),
+        params=None,
+        model_config=arbiters.ModelConfig(2, "gpt2", dim=32, heads=1),
+        parameters=1,
+        seconds=1.0,
+        compile_seconds=1.0,
+    )
+    assert designs.of_design(runs, None, quick=True)["best loss"] == [3.0]
 
 
 def test_difference_is_named_better_only_beyond_its_interval():
