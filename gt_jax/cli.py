@@ -1,6 +1,7 @@
 """What the command-line programs share: absl flags of their own, and errors in one line."""
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -32,6 +33,7 @@ def run(main: Callable[[list[str]], int | None], *, leave_threads: bool = False)
         main: takes the command line.
         leave_threads: after an error, do not wait for threads that may still be writing.
     """
+    gc.freeze()  # what was imported stays: the garbage collector need not look there again and again
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -40,7 +40,7 @@ from gt_jax.training.job import Job, check_same_run, first_state, prepare
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
-from gt_jax.training.plot import draw_curve
+from gt_jax.training.plot import draw_curve, prepare_to_draw
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
 from gt_jax.training.samples import Samples
@@ -118,8 +118,8 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
                 folder, about, progress = rewind(config, workdir, writer, progress, found)
                 start = int(folder.name)
                 speed.rewind(start)
+        _draw(job)  # while the last checkpoint is written
         writer.finish(best_step=progress.best_step)
-        _draw(job)
     stop.work_to_lose = False
     conclude(job, progress, step, stop, speed, time.perf_counter() - began)
     wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
@@ -175,6 +175,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
+            prepare_to_draw()  # Python has nothing else to do now
             display.wait_for(job.compiling["train"], began)
         if config.train.eval_at_start and not start and not stop:
             with contextlib.suppress(Interrupted):

@@ -68,7 +68,7 @@ class Job(NamedTuple):
     train_step: Callable
     eval_step: Callable
     probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
-    compiling: dict[str, Future]  # "train", "evaluate", "init"; empty where calls compile
+    compiling: dict[str, Future]  # "train", "init", "evaluate"; empty where calls compile
     services: list[ModuleType]  # wandb and trackio, where asked for
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import importlib.util
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,24 +27,21 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: str | Path, rows: Sequence[Mapping[str, Any]]):
-        from tensorboardX.event_file_writer import EventsWriter
-
+        open_file, self._event, self._summary = _import_tensorboard()
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
         for file in folder.glob("events.out.tfevents.*"):
             file.unlink()
-        self._writer, self._flushed = EventsWriter(str(folder / "events")), time.monotonic()
+        self._writer, self._flushed = open_file(str(folder / "events")), time.monotonic()
         for row in rows:
             self.write(row)
         self.flush()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row of `gt_jax.training.metrics`."""
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore  made as it is imported
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore  likewise
-
-        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(row).items()]
-        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        new = self._summary
+        values = [new.Value(tag=tag, simple_value=x) for tag, x in scalars(row).items()]
+        event = self._event(wall_time=time.time(), step=row["step"], summary=new(value=values))
         self._writer.write_event(event)
         if time.monotonic() - self._flushed > _PATIENCE:
             self.flush()
@@ -54,6 +53,33 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _import_tensorboard() -> tuple[Any, Any, Any]:
+    """tensorboardX's EventsWriter, Event and Summary.
+
+    The package itself imports torch wherever that is installed, which takes seconds and serves
+    nothing here: while its modules of files are imported, an empty module stands for the package.
+    """
+    name = "tensorboardX"
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is None:
+        return _import_files(name)
+    empty = ModuleType(name)
+    empty.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules[name] = empty
+    try:
+        return _import_files(name)
+    finally:
+        del sys.modules[name]  # whoever imports it gets the whole package
+
+
+def _import_files(name: str) -> tuple[Any, Any, Any]:
+    files, events, summaries = (
+        importlib.import_module(f"{name}.{module}")
+        for module in ("event_file_writer", "proto.event_pb2", "proto.summary_pb2")
+    )
+    return files.EventsWriter, events.Event, summaries.Summary
 
 
 class Service:

@@ -129,7 +129,9 @@ def lower_programs(
     batches: tuple[Batch, Batch],
     carry: Any,
 ) -> dict[str, Callable]:
-    """What a run compiles, for `gt_jax.compilation.compile_side_by_side`, the longest first.
+    """What a run compiles, for `gt_jax.compilation.compile_side_by_side`.
+
+    The longest comes first, then what the first step needs besides.
 
     Args:
         make_state: jitted, key -> TrainState.
@@ -140,8 +142,8 @@ def lower_programs(
         carry: the zero state of an evaluation, or None.
 
     Returns:
-        "train": train_step(state, batch), "evaluate": eval_step(params, batch, carry) with what
-        `put_batch` returns, "init": make_state(key): functions that lower them.
+        "train": train_step(state, batch), "init": make_state(key), "evaluate": eval_step(params,
+        batch, carry) with what `put_batch` returns: functions that lower them.
     """
     key = jax.random.key(0)
 
@@ -159,8 +161,8 @@ def lower_programs(
     evaluate = _jit_eval_step(eval_step, mesh)
     return {
         "train": lambda: train_step.lower(state, training),
-        "evaluate": lambda: evaluate.lower(evaluated, held_out, carry),
         "init": lambda: make_state.lower(key),
+        "evaluate": lambda: evaluate.lower(evaluated, held_out, carry),
     }
 
 

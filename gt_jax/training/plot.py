@@ -1,9 +1,20 @@
 """curve.png: a run's losses, learning rate, auxiliary losses and gates over its steps."""
 
+import importlib
 from pathlib import Path
 
 from gt_jax import thresholds
 from gt_jax.training import metrics, watch
+
+
+# Slow to import: a second. No window is opened this way.
+_PLOTTING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
+
+
+def prepare_to_draw() -> None:
+    """Import what `draw_curve` needs; for when there is nothing else to do."""
+    for name in _PLOTTING:
+        importlib.import_module(name)
 
 
 def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int = 0) -> None:
@@ -15,7 +26,7 @@ def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int =
         unit: of the loss, e.g. "nats per character".
         judged_from: the step from which on collapsed gates are marked.
     """
-    from matplotlib.figure import Figure  # Slow to import, and no window is opened this way.
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = metrics.read(workdir)

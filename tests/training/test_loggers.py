@@ -1,6 +1,7 @@
 """wandb and trackio: imported where asked, they get every row, offline too, and end no run."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -36,6 +37,27 @@ def test_nothing_is_imported_unless_asked_for():
         "l.import_services(Log()); assert not {'wandb', 'trackio'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_event_files_need_no_torch_and_leave_the_package_whole(tmp_path):
+    """Where torch is installed, tensorboardX imports it: seconds at the start of every run."""
+    for name in ("torch", "onnx", "caffe2"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} is imported')")
+    code = f"""
+import sys
+from gt_jax.training.loggers import TensorBoard
+board = TensorBoard({str(tmp_path)!r}, [{{"step": 1, "loss": 0.5}}])
+board.close()
+assert "tensorboardX" not in sys.modules
+for name in ("torch", "onnx", "caffe2"):
+    sys.modules[name] = None  # not installed
+import tensorboardX
+from tensorboardX.proto.event_pb2 import Event
+assert tensorboardX.SummaryWriter and tensorboardX.FileWriter and Event is board._event
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_package_that_is_not_installed_is_one_line(monkeypatch):
