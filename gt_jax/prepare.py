@@ -61,11 +61,18 @@ def main(argv: list[str]) -> None:
         None,
         "A tokenizer.json, SentencePiece .model, RWKV vocabulary, or a prepared folder.",
     )
-    choice("train_tokenizer", "bpe", LEARNED, "What to train where --tokenizer names none.")
-    number("vocab_size", 16384, "Of a trained bpe or sentencepiece.", 1)
-    text("field", "text", "Where text is in JSON objects and tables.")
-    number("processes", len(os.sched_getaffinity(0)), "How many work side by side.", 1)
-    yes("check", False, "Compare DST with its checksums.")
+    choice(
+        "train_tokenizer", "bpe", LEARNED, "Tokenizer to train on SRC where --tokenizer names none."
+    )
+    number("vocab_size", 16384, "Ids of the tokenizer that is trained, if bpe or sentencepiece.", 1)
+    text("field", "text", "The field or column that holds the text of JSON lines and tables.")
+    number(
+        "processes",
+        len(os.sched_getaffinity(0)),
+        "Processes that encode side by side; default: one for each core.",
+        1,
+    )
+    yes("check", False, "Compare the files of DST with their checksums, and do nothing else.")
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]
     if not cli.parse(flags, [argv[0], *options], usage=__doc__):

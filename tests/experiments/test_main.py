@@ -1,5 +1,7 @@
 """`python -m experiments` runs what it is asked to."""
 
+import argparse
+import importlib
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,30 @@ def test_help_lists_every_question_and_benchmark(argv, capsys):
     folder = Path(together.__file__).parent
     assert {file.stem for file in (folder / "questions").glob("*.py")} <= named
     assert {"kernels", "generation", "throughput", "profile_training", "report"} <= named
+
+
+def test_help_of_every_experiment_explains_each_flag_and_shows_its_default(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setenv("COLUMNS", "400")  # --help breaks no word
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    named = together.experiments()
+    named.pop("profile_training")  # has absl's flags, as the programs of gt_jax do
+    for name, file in named.items():
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(together.module(file)).main([])
+        parser = parsed.value.args[0]
+        shown = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            assert action.help, f"{name}: {action.dest} is not explained"
+            default = str(action.default)
+            if default not in ("None", "False", "", "==SUPPRESS==") and action.nargs is None:
+                shows = f"(default: {default})" in shown or "default" in action.help
+                assert shows or default.startswith("/"), f"{name} hides {action.dest}={default}"
 
 
 @pytest.mark.parametrize(
