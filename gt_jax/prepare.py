@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         return
     match words:
         case [target] if flags.check:
-            print(f"{target}: all {check_folder(target)} shards are as they were written")
+            print(f"{target}: {_counted(check_folder(target), 'shard')}, all as they were written")
         case [source, target] if not flags.check:
             _prepare(source, target, flags)
         case _:
@@ -132,28 +132,35 @@ def _report(index: dict, target: str, seconds: float) -> str:
     shards, begun = index["shards"], index["begun"]
     add = lambda name: sum(shard[name] for shard in shards)
     size = sum(size for _, size in begun["files"])
-    lines = [
-        f"read     {len(begun['files']):,} files of {size:,} bytes: {add('documents'):,} documents"
-        f" of {add('characters'):,} characters",
-    ]
+    files = f"{_counted(len(begun['files']), 'file')} of {size:,} bytes: " if begun["files"] else ""
+    documents = _counted(add("documents"), "document")
+    lines = [f"read     {files}{documents} of {add('characters'):,} characters"]
     if index["note"]:
         lines.append(f"         {index['note']}")
     reasons = Counter(index["skipped_files"].values())
     for reason, count in reasons.items():
         first = next(path for path, why in index["skipped_files"].items() if why == reason)
-        lines.append(f"skipped  {count:,} files: {first} {reason}")
+        lines.append(f"skipped  {_counted(count, 'file')}: {first} {reason}")
     for reason, count in index["skipped_documents"].items():
-        lines.append(f"skipped  {count:,} {reason} documents: {index['first_skipped'][reason]}")
+        lines.append(
+            f"skipped  {_counted(count, f'{reason} document')}: {index['first_skipped'][reason]}"
+        )
     for split in SPLITS:
         own = [shard for shard in shards if shard["split"] == split]
         if own:
             tokens = sum(shard["tokens"] for shard in own)
-            lines.append(f"wrote    {tokens:,} tokens for {split}, in {len(own)} shards")
+            lines.append(
+                f"wrote    {tokens:,} tokens for {split}, in {_counted(len(own), 'shard')}"
+            )
     lines.append(
         f"         {index['dtype']} ids of {index['tokenizer']}, vocabulary of "
         f"{index['vocab_size']:,}; {seconds:.0f} s, {add('tokens') / seconds:,.0f} tokens/s"
     )
     return "\n".join([*lines, f"train    --config.data.source={target}"])
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 _LINE_EVERY = 30  # seconds

@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import __main__ as together
+from experiments.lab.command import QUICK
 from experiments.questions import fusion, gates, presets, ratio
 from gt_jax.errors import InputError
 
@@ -73,9 +76,23 @@ def test_help_of_every_experiment_explains_each_flag_and_shows_its_default(monke
         for action in parser._actions:
             assert action.help, f"{name}: {action.dest} is not explained"
             default = str(action.default)
-            if default not in ("None", "False", "", "==SUPPRESS==") and action.nargs is None:
+            plain = isinstance(action.default, int | float | str)
+            if plain and default not in ("False", "", "==SUPPRESS=="):
                 shows = f"(default: {default})" in shown or "default" in action.help
-                assert shows or default.startswith("/"), f"{name} hides {action.dest}={default}"
+                assert shows, f"{name} hides {action.dest}={default}"
+
+
+def test_the_question_that_the_readme_shows_runs(monkeypatch, tmp_path, capsys):
+    text = (Path(together.__file__).parent / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    namespace = {"__name__": "mine"}
+    exec(code, namespace)
+    monkeypatch.setitem(QUICK, "train.steps", 2)
+    namespace["main"](["--quick", "--seeds=2", f"--out={tmp_path / 'mine.json'}"])
+    assert "loss at 0.001" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "mine.json").read_text())["measures"]) == {
+        "loss at 0.001", "loss at 0.003"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
