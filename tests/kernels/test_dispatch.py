@@ -34,7 +34,7 @@ def test_implementations_take_the_same_arguments(kernel):
 
 @each_kernel
 def test_every_implementation_that_runs_here_is_the_definition(kernel):
-    """Of a new one, too; kernels of GPUs that are not here are interpreted in files of their own."""
+    """A new one, too; kernels of GPUs that are not here are interpreted in other files."""
     inputs = kernel.make(length=70, dtype="bfloat16")
     for name, implementation in IMPLEMENTATIONS[kernel.name].items():
         if name != "reference" and implementation.unsupported() is None:
