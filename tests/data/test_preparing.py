@@ -270,7 +270,7 @@ def test_the_program_says_what_it_read_skipped_and_wrote(tmp_path):
         "84 documents",
         "skipped  1 file: README.md is no text",
         "skipped  4 unreadable documents:",
-        "skipped  1 empty documents:",
+        "skipped  1 empty document:",
         "uint16 ids of huggingface, vocabulary of 300",
     ):
         assert words in done.stdout
