@@ -118,7 +118,7 @@ def parse(
             print(describe_settings(), end="\n\n")
         print("flags:")
         for name in sorted(set(flags) - {"config", "flagfile", "undefok"}):
-            print(f"  --{name}: {flags[name].help}")
+            print("  " + _describe_flag(flags[name]))
         return False
     if rest:
         is_config = "config" in flags and rest[0].endswith(".py")
@@ -166,7 +166,7 @@ def define_config(flags: absl_flags.FlagValues, argv: list[str]) -> str:
 
 def describe_settings() -> str:
     """Every field of a config with its default and meaning, as --help prints them."""
-    lines = ["settings, each with its default:"]
+    lines = ["settings, each with its default; where there is none, the preset or nothing sets it:"]
     for name, field in walk_fields():
         default = "" if field.default is None else field.default
         choices = " | ".join(field.metadata["choices"])
@@ -175,6 +175,14 @@ def describe_settings() -> str:
         about = field.metadata["about"]
         lines += textwrap.wrap(about, 96, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
+
+
+def _describe_flag(flag: absl_flags.Flag) -> str:
+    """A line of --help: the flag with its default, and what it says."""
+    unset = flag.default is None or flag.default is False or flag.default == []
+    default = "" if unset else f"={flag.default}"
+    about = flag.help.split(";\n")[0]  # absl adds how to repeat a flag, which we say ourselves
+    return f"--{flag.name}{default}: {about}"
 
 
 def _unknown_field(argv) -> str | None:

@@ -17,7 +17,7 @@ from gt_jax.errors import InputError
 
 def main(argv: list[str]) -> None:
     flags = cli.new_flags()
-    about = "Pinned packages, one NAME==VERSION --hash=sha256:... a line."
+    about = "File of pinned packages, one NAME==VERSION --hash=sha256:... a line."
     absl_flags.DEFINE_string("packages", str(PACKAGES), about, flag_values=flags)
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]

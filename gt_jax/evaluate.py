@@ -94,11 +94,15 @@ def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define = functools.partial(absl_flags.DEFINE_string, flag_values=flags)
     define("checkpoint", None, "A run, RUN@last, RUN@STEP, one folder, or a converted model.")
-    define("source", None, "Other text: as data.source, e.g. a file.")
-    define("field", None, "Where text is in a .jsonl or TFDS --source; default as the run, text.")
+    define("source", None, "Other text, as data.source takes it: a file, for example.")
+    define(
+        "field",
+        None,
+        "The field that holds the text of a .jsonl or TFDS --source; default: the run's.",
+    )
     define = functools.partial(absl_flags.DEFINE_integer, lower_bound=1, flag_values=flags)
     define("batch_size", 8, "Documents or windows read side by side; the result is the same.")
-    define("seq_len", None, "Read in windows of so many tokens.")
+    define("seq_len", None, "Read in windows of this many tokens.")
     define("stride", None, "Tokens from one window to the next; default half of --seq_len.")
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return

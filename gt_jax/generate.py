@@ -39,15 +39,17 @@ def main(argv: list[str]) -> None:
     )
     text("prompt", None, "Text to continue; without it you are asked.")
     whole("max_tokens", 256, "Tokens to add.")
-    real("temperature", 1.0, "0 takes the likeliest token.")
-    whole("top_k", 0, "Among the k likeliest; 0: all.")
-    real("top_p", 1.0, "Among this much probability.")
-    real("min_p", 0.0, "Among tokens this share as likely as the likeliest.")
+    real("temperature", 1.0, "Above 1 flattens the probabilities; 0 takes the likeliest token.")
+    whole("top_k", 0, "Draw among this many of the likeliest tokens; 0: among all.")
+    real("top_p", 1.0, "Draw among the likeliest tokens that together have this probability.")
+    real("min_p", 0.0, "Draw among tokens that are at least this share as likely as the likeliest.")
     real("repetition_penalty", 1.0, "Above 1: tokens seen before become less likely.")
-    whole("seed", 0, "Same seed, same text.")
-    absl_flags.DEFINE_multi_string("stop", [], "End before this; repeatable.", flag_values=flags)
-    text("state", None, "Continue from this file of --save_state.")
-    text("save_state", None, "File to keep the state in, prompt and reply read.")
+    whole("seed", 0, "The same seed gives the same text.")
+    absl_flags.DEFINE_multi_string(
+        "stop", [], "End before this text; can be given several times.", flag_values=flags
+    )
+    text("state", None, "Continue from a file that --save_state wrote.")
+    text("save_state", None, "File for the state after the prompt and the reply.")
     absl_flags.DEFINE_bool("stats", False, "Print the speed of each reply.", flag_values=flags)
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return

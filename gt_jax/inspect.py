@@ -170,9 +170,11 @@ def main(argv: list[str]) -> None:
         "RUN (its best), RUN@last, RUN@STEP, the mean RUN@STEP+STEP, or a folder.",
     )
     define("text", None, "The text to look at.")
-    define("file", None, "A file that holds it, UTF-8.")
+    define("file", None, "A UTF-8 file that holds the text.")
     define("out", None, "The page to write; default inspect.html in the run's folder, else here.")
-    absl_flags.DEFINE_integer("max_tokens", 4096, "Read no more than these.", flag_values=flags)
+    absl_flags.DEFINE_integer(
+        "max_tokens", 4096, "Read at most this many tokens.", flag_values=flags
+    )
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
     name, text = read_text(flags)

@@ -61,18 +61,25 @@ def main(argv: list[str]) -> None:
         None,
         "A tokenizer.json, SentencePiece .model, RWKV vocabulary, or a prepared folder.",
     )
-    choice("train_tokenizer", "bpe", LEARNED, "What to train where --tokenizer names none.")
-    number("vocab_size", 16384, "Of a trained bpe or sentencepiece.", 1)
-    text("field", "text", "Where text is in JSON objects and tables.")
-    number("processes", len(os.sched_getaffinity(0)), "How many work side by side.", 1)
-    yes("check", False, "Compare DST with its checksums.")
+    choice(
+        "train_tokenizer", "bpe", LEARNED, "Tokenizer to train on SRC where --tokenizer names none."
+    )
+    number("vocab_size", 16384, "Ids of the tokenizer that is trained, if bpe or sentencepiece.", 1)
+    text("field", "text", "The field or column that holds the text of JSON lines and tables.")
+    number(
+        "processes",
+        len(os.sched_getaffinity(0)),
+        "Processes that encode side by side; default: one for each core.",
+        1,
+    )
+    yes("check", False, "Compare the files of DST with their checksums, and do nothing else.")
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]
     if not cli.parse(flags, [argv[0], *options], usage=__doc__):
         return
     match words:
         case [target] if flags.check:
-            print(f"{target}: all {check_folder(target)} shards are as they were written")
+            print(f"{target}: {_counted(check_folder(target), 'shard')}, all as they were written")
         case [source, target] if not flags.check:
             _prepare(source, target, flags)
         case _:
@@ -125,28 +132,35 @@ def _report(index: dict, target: str, seconds: float) -> str:
     shards, begun = index["shards"], index["begun"]
     add = lambda name: sum(shard[name] for shard in shards)
     size = sum(size for _, size in begun["files"])
-    lines = [
-        f"read     {len(begun['files']):,} files of {size:,} bytes: {add('documents'):,} documents"
-        f" of {add('characters'):,} characters",
-    ]
+    files = f"{_counted(len(begun['files']), 'file')} of {size:,} bytes: " if begun["files"] else ""
+    documents = _counted(add("documents"), "document")
+    lines = [f"read     {files}{documents} of {add('characters'):,} characters"]
     if index["note"]:
         lines.append(f"         {index['note']}")
     reasons = Counter(index["skipped_files"].values())
     for reason, count in reasons.items():
         first = next(path for path, why in index["skipped_files"].items() if why == reason)
-        lines.append(f"skipped  {count:,} files: {first} {reason}")
+        lines.append(f"skipped  {_counted(count, 'file')}: {first} {reason}")
     for reason, count in index["skipped_documents"].items():
-        lines.append(f"skipped  {count:,} {reason} documents: {index['first_skipped'][reason]}")
+        lines.append(
+            f"skipped  {_counted(count, f'{reason} document')}: {index['first_skipped'][reason]}"
+        )
     for split in SPLITS:
         own = [shard for shard in shards if shard["split"] == split]
         if own:
             tokens = sum(shard["tokens"] for shard in own)
-            lines.append(f"wrote    {tokens:,} tokens for {split}, in {len(own)} shards")
+            lines.append(
+                f"wrote    {tokens:,} tokens for {split}, in {_counted(len(own), 'shard')}"
+            )
     lines.append(
         f"         {index['dtype']} ids of {index['tokenizer']}, vocabulary of "
         f"{index['vocab_size']:,}; {seconds:.0f} s, {add('tokens') / seconds:,.0f} tokens/s"
     )
     return "\n".join([*lines, f"train    --config.data.source={target}"])
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 _LINE_EVERY = 30  # seconds

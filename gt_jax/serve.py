@@ -53,20 +53,28 @@ def main(argv: list[str]) -> None:
         None,
         "RUN (its best), RUN@last, RUN@STEP, the mean RUN@STEP+STEP, or a folder.",
     )
-    text("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all, whoever may call there.")
+    text(
+        "host",
+        "127.0.0.1",
+        "Address to listen at; with 0.0.0.0 every machine that reaches this one may call.",
+    )
     number("port", 8000, "Port to listen at.", upper_bound=65535)
-    number("rows", 8, "Requests drawn at once; the others wait.")
-    number("max_tokens", 4096, "A request may ask for at most.")
-    number("max_seconds", 300, "A request may take.")
-    number("stop_seconds", STOP_SECONDS, "After SIGTERM, for what runs to finish.")
-    text("api_key", None, f"Requests must bring it; better given as {KEY_VARIABLE}.")
+    number("rows", 8, "Requests that are decoded at once; the others wait.")
+    number("max_tokens", 4096, "The most tokens that a request may ask for.")
+    number("max_seconds", 300, "The most seconds that a request may take.")
+    number("stop_seconds", STOP_SECONDS, "Seconds for running requests to finish after SIGTERM.")
+    text(
+        "api_key",
+        None,
+        f"Key that requests must bring; better given in the environment as {KEY_VARIABLE}.",
+    )
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f'{error}; install what serving needs: pip install -e ".[serve]"'
+            f"{error}; install what serving needs: pip install jinja2 starlette uvicorn"
         ) from error
     api_key = _checked_key(flags.api_key)
     from gt_jax.checkpoint import load

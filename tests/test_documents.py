@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import experiments
+from gt_jax.__main__ import PROGRAMS
 from gt_jax.config_files import folder
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,15 @@ def test_a_figure_quoted_twice_is_the_same(what):
         for figure in re.findall(QUOTED[what], text):
             found.setdefault(re.sub(r"[ ,]", "", figure), []).append(path.name)
     assert len(found) == 1, f"{what}: {found}"
+
+
+def test_the_readme_names_every_program_and_the_laboratory_s_every_experiment():
+    text = TEXTS[ROOT / "README.md"]
+    missing = [name for name in PROGRAMS if f"`{name}`" not in text]
+    assert not missing, f"README.md does not name {missing}"
+    text = TEXTS[ROOT / "experiments" / "README.md"]
+    missing = [name for name in experiments() if f"\n| `{name}` | " not in text]
+    assert not missing, f"experiments/README.md does not name {missing}"
 
 
 def result(name):

@@ -46,6 +46,23 @@ def test_every_program_has_a_name_under_one_command():
         assert f"  {name:9} {programs.about(name)}" in listing
 
 
+def test_help_of_a_program_shows_what_each_flag_is_without_a_value(capsys):
+    """Of every flag in the sources, but those that name something or are off."""
+    from gt_jax import evaluate, generate, inspect, prepare, serve
+    from gt_jax.canaries import __main__ as canaries
+
+    shown = ""
+    for program in (evaluate, generate, inspect, prepare, serve, canaries):
+        program.main(["program", "--help"])
+        shown += capsys.readouterr().out
+    for flag in ("max_tokens=256", "temperature=1.0", "port=8000", "max_seconds=300", "rows=8",
+                 "seed=0", "vocab_size=16384", "suite=standard", "batch_size=8"):  # fmt: skip
+        assert f"  --{flag}: " in shown
+    assert "None" not in shown and "repeat this option" not in shown
+    for line in re.findall(r"^  --.*", shown, re.M):
+        assert re.fullmatch(r"  --\w+(=\S+)?: (<[\w|]+>: )?[A-Z].*\.", line), line
+
+
 def test_a_program_by_name_is_the_module():
     run = lambda *command: subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True

@@ -17,7 +17,6 @@ configs/gf_mh_base.py's length.
 (peers_generation.py). What cannot run here is listed with the reason. Numbers go to --out.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -56,13 +55,13 @@ QUICK = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments generation", description=__doc__.split("\n")[0]
-    )
+    parser = command.plain_parser("generation", __doc__)
     parser.add_argument("--batches", nargs="+", type=int, help="instead of the usual ones")
     parser.add_argument("--peers", action="store_true", help="another library too")
     parser.add_argument("--quick", action="store_true", help="a small model, to try it out")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "generation.json")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "generation.json", help="result to write"
+    )
     options = parser.parse_args(argv)
     effort = QUICK if options.quick else FULL
     batches = sorted(options.batches or effort["batches"])

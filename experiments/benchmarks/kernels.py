@@ -70,10 +70,10 @@ LONGEST_CHECKED = 32768  # the float64 gradient keeps the state of every token
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments kernels", description=__doc__.split("\n")[0]
+    parser = command.plain_parser("kernels", __doc__)
+    parser.add_argument(
+        "--ops", nargs="+", choices=OPS, default=list(OPS), help="recurrences to time"
     )
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument(
         "--impls",
         nargs="+",
@@ -85,13 +85,15 @@ def main(argv=None):
         nargs="+",
         type=shape_text,
         metavar="[OP:]B,T,H[,K|N]",
-        help="instead of the list",
+        help="sizes to time instead of the usual ones",
     )
     parser.add_argument("--sweep", action="store_true", help="lengths from 4K to 64K")
-    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of the inputs")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "kernels.json")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "kernels.json", help="result to write"
+    )
     options = parser.parse_args(argv)
     if options.peers and options.dtype != "bfloat16":
         parser.error(f"--dtype={options.dtype}: the libraries of --peers are timed in bfloat16")

@@ -73,11 +73,15 @@ class Job(NamedTuple):
 
 def main(argv=None):
     parser = command.parser("parallel", __doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help="with commas between")
-    parser.add_argument("--config", default="gf_mh_350m", help="of data and fsdp")
-    parser.add_argument("--rows", type=int, default=16, help="of a card, in data and fsdp")
-    parser.add_argument("--length", type=int, default=131072, help="of a row that cards share")
-    parser.add_argument("--timed_steps", type=int, default=10, help="of a stretch")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="what to measure, see above, with commas between"
+    )
+    parser.add_argument("--config", default="gf_mh_350m", help="config that data and fsdp train")
+    parser.add_argument("--rows", type=int, default=16, help="rows of each card in data and fsdp")
+    parser.add_argument(
+        "--length", type=int, default=131072, help="tokens of the row that cards share"
+    )
+    parser.add_argument("--timed_steps", type=int, default=10, help="steps of a timed stretch")
     options = command.parse(parser, argv)
     parts = command.one_of(PARTS, options.parts, "--parts")
     # The processes share the memory of the devices: none may take most of it beforehand.

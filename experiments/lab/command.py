@@ -10,6 +10,8 @@ from pathlib import Path
 from gt_jax import cli
 from gt_jax.errors import InputError
 
+REPOSITORY = Path(__file__).parents[2]
+
 # A tiny model for a few steps, to see that everything runs; its numbers mean nothing.
 QUICK = {
     "model.dim": 32,
@@ -32,25 +34,46 @@ def run(main) -> None:
     cli.run(lambda argv: main(argv[1:]))
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """--help that keeps a docstring's lines and shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        shown, default = action.help or "", action.default
+        unset = default is None or default is False or default in ("", argparse.SUPPRESS)
+        if unset or "default" in shown:
+            return shown
+        if isinstance(default, Path) and default.is_relative_to(REPOSITORY):
+            default = default.relative_to(REPOSITORY)
+        default = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{shown} (default: {default.replace('%', '%%')})"
+
+
+def plain_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """A parser without flags, for an experiment whose flags are all its own."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments {name}",
+        description=doc,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    parser.set_defaults(experiment=name, about=doc.strip().split("\n")[0])
+    return parser
+
+
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the flags that all experiments have.
 
     --seeds N gives options.seeds = range(N).
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments {name}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = refuse
-    parser.set_defaults(experiment=name, about=doc.strip().split("\n")[0])
+    parser = plain_parser(name, doc)
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try it out")
     parser.add_argument("--source", default="shakespeare", help="text, as data.source")
     parser.add_argument("--impl", default="auto", help="of the recurrences, as model.impl")
-    parser.add_argument("--group", type=int, help="runs side by side; as many as fit if not given")
-    parser.add_argument("--out", type=Path, help="default: in experiments/results/")
+    parser.add_argument("--group", type=int, help="most runs side by side; default: all that fit")
+    about = f"result to write; default: experiments/results/{name}.json"
+    parser.add_argument("--out", type=Path, help=about)
     return parser
 
 

@@ -51,7 +51,7 @@ SEARCHED = {
 def add_flags(parser, *, steps, seeds, source="shakespeare-all"):
     """--steps, --rates, --only and --parts, and defaults of the shared flags."""
     parser.set_defaults(seeds=seeds, source=source)
-    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--steps", type=int, default=steps, help="training steps")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from"
     )

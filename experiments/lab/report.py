@@ -5,7 +5,6 @@
 The same results give the same page, to the byte. JSON files of other programs are left out.
 """
 
-import argparse
 import json
 import re
 from collections import Counter
@@ -31,10 +30,11 @@ HALF = 68
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__)
-    parser.error = command.refuse
+    parser = command.plain_parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "report.html")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "report.html", help="page to write"
+    )
     options = parser.parse_args(argv)
     found, others = collect(options.results)
     if not found:

@@ -21,8 +21,10 @@ BRANCHES = {
 
 def add_flags(parser):
     """Flags that fusion and ratio have in common."""
-    parser.add_argument("--branch", choices=BRANCHES, default="official")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument(
+        "--branch", choices=BRANCHES, default="official", help="RWKV's, as model.branch"
+    )
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument(
         "--start",
         choices=("init", "both", "neither"),

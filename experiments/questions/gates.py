@@ -22,7 +22,6 @@ the default optimizer:
     overfit  ten sequences of 64 tokens, learned by heart
 """
 
-import argparse
 import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -84,15 +83,14 @@ class Gate(NamedTuple):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments gates",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command.plain_parser("gates", __doc__)
+    parser.set_defaults(quick=False)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        help="one or several; a run without a name is its last",
     )
-    parser.error = command.refuse
-    parser.set_defaults(experiment="gates", about=__doc__.split("\n")[0], quick=False)
-    parser.add_argument("--checkpoint", required=True, nargs="+", help="a run is its last")
     parser.add_argument("--source", help="text, as data.source; default: that of the run")
     parser.add_argument("--out", type=Path, help="a JSON file for the gates")
     options = command.parse(parser, argv)

@@ -8,7 +8,6 @@ only the shipped config runs, once per rate and seed. Prints a table of the last
 mean and sample standard deviation over seeds, and writes it to --out.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -36,15 +35,15 @@ VARIANTS = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments gf_mh", description=__doc__.split("\n")[0]
-    )
+    parser = command.plain_parser("gf_mh", __doc__)
     parser.add_argument("--source", required=True, help="text file to train on")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--lr", help="comma-separated learning rates to sweep instead")
     parser.add_argument("--only", default="", help="only the variants with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "gf_mh.json")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "gf_mh.json", help="result to write"
+    )
     options = parser.parse_args(argv)
 
     variants = {name: changes for name, changes in VARIANTS.items() if options.only in name}

@@ -11,7 +11,6 @@ Prints the last validation losses, mean and sample standard deviation over seeds
 differences from the first of these runs with the same seed; writes them with all curves to --out.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -39,15 +38,15 @@ GRAFTS = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments graft", description=__doc__.split("\n")[0]
-    )
+    parser = command.plain_parser("graft", __doc__)
     parser.add_argument("--source", required=True, help="text file to train on")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--gate", type=float, default=0.3, help="share of RWKV at first")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "graft.json")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "graft.json", help="result to write"
+    )
     options = parser.parse_args(argv)
     began = time.perf_counter()
     text = {"data.source": options.source, "train.steps": options.steps}

@@ -66,7 +66,7 @@ def main(argv=None):
     parser = command.parser("interventions", __doc__)
     parser.set_defaults(seeds=3)
     variants.add_flags(parser)
-    parser.add_argument("--only", help="with commas between; all if not given, some with --quick")
+    parser.add_argument("--only", help="with commas between; default: all, or some if --quick")
     options = command.parse(parser, argv)
     known = ",".join(QUICK if options.quick else INTERVENTIONS)
     names = command.one_of(INTERVENTIONS, f"{PLAIN},{options.only or known}", "--only")

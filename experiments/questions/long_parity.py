@@ -29,7 +29,7 @@ COLUMNS += ["seconds of all seeds"]
 def main(argv=None):
     parser = command.parser("long_parity", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=50_000, help="training steps")
     options = command.parse(parser, argv)
     shared = BATCH | command.common(options, evaluations=20)
     config = lab.make_config(shared)

@@ -40,8 +40,8 @@ TRIALS = 16  # texts of every length and depth, the same for all models
 def main(argv=None):
     parser = command.parser("needle", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--texts", default=",".join(TEXTS), help="with commas between")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--texts", default=",".join(TEXTS), help="texts, with commas between")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps")
     options = command.parse(parser, argv)
     texts = command.one_of(TEXTS, options.texts, "--texts")
     lengths = QUICK_LENGTHS if options.quick else LENGTHS

@@ -27,7 +27,7 @@ FAMILIES = (HYBRID, *CONTROLS)
 def main(argv=None):
     parser = command.parser("optimizers", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     options = command.parse(parser, argv)
     arms = arms_of(options)
     trained = lab.train(

@@ -46,8 +46,8 @@ BRANCHES = ("rwkv", "mamba")
 
 def main(argv=None):
     parser = command.parser("paradox", __doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     parser.add_argument(
         "--start", choices=STARTS, default="init", help="outputs at zero, as model.branch_start"
     )

@@ -70,7 +70,7 @@ def main(argv=None):
     parser = command.parser("parity", __doc__)
     parser.set_defaults(seeds=3)
     parser.add_argument("--texts", help=f"of {', '.join(TEXTS)}; all, or one if --quick")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     options = command.parse(parser, argv)
     usual = list(TEXTS)[: 1 if options.quick else None]
     texts = command.one_of(TEXTS, options.texts or ",".join(usual), "--texts")

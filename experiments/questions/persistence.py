@@ -45,7 +45,7 @@ def main(argv=None):
     parser = command.parser("persistence", __doc__)
     parser.set_defaults(seeds=3)
     parser.add_argument("--models", default=",".join(FAMILIES), help="with commas between")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="training steps")
     options = command.parse(parser, argv)
     names = command.one_of(FAMILIES, options.models, "--models")
     learnt, turns = (QUICK_LEARNT, QUICK_TURNS) if options.quick else (LEARNT, TURNS)

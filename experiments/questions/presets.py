@@ -9,7 +9,6 @@ Prints, and writes to --out, each run's last validation loss in nats per charact
 the other jobs ran beside it (evaluation and compilation left out), and its seconds in all.
 """
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -23,15 +22,15 @@ LONG = ("gf_mh_8m", "gf_mh_base", "gf_mh_350m", "gf_mh_1b")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments presets", description=__doc__.split("\n")[0]
-    )
+    parser = command.plain_parser("presets", __doc__)
     usual = [name for name in CONFIGS if name not in LONG]
     parser.add_argument("configs", nargs="*", default=usual, help="default: all short ones")
     parser.add_argument("--steps", type=int, help="train this long instead, to try it out")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=results.FOLDER / "presets.json")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER / "presets.json", help="result to write"
+    )
     options = parser.parse_args(argv)
 
     changes = {"train.steps": options.steps} if options.steps else {}

@@ -45,9 +45,9 @@ COPIES = 4  # test batches for every number of pairs
 def main(argv=None):
     parser = command.parser("recall", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--models", help="with commas between; all if not given")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--models", help="families, with commas between; all if not given")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--batch", type=int, default=256, help="rows of a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens; four for each pair")
     parser.add_argument("--vocabulary", type=int, default=256, help="keys and values together")
     parser.add_argument("--rates", type=rates, default=RATES, help="of learning, commas between")

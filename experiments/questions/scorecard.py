@@ -13,7 +13,6 @@ matrix is about the next scale: the grade, the share of canaries passed (python 
 R^2 of the power law (python -m experiments scaling) and the error of the predicted cost.
 """
 
-import argparse
 from pathlib import Path
 
 from experiments.lab import command, formats, results, scorecard
@@ -22,20 +21,18 @@ from gt_jax.training import metrics
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments scorecard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = command.refuse
+    parser = command.plain_parser("scorecard", __doc__)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--baseline", type=Path, help="the folder of the run to compare with")
     for name in ("statefulness", "speed", "memory"):
-        parser.add_argument(f"--{name}", type=float, help="times the baseline's")
-    parser.add_argument("--canaries", type=float, help="%% passed")
-    parser.add_argument("--scaling-fit", type=float, help="R^2 of the power law")
-    parser.add_argument("--prediction-error", type=float, help="of the resources, 0.1 for 10 %%")
+        parser.add_argument(f"--{name}", type=float, help=f"the run's {name} over the baseline's")
+    parser.add_argument("--canaries", type=float, help="share of canaries passed, in %%")
+    parser.add_argument("--scaling-fit", type=float, help="R^2 of the power law of losses")
+    parser.add_argument(
+        "--prediction-error",
+        type=float,
+        help="relative error of the predicted resources, 0.1 for 10 %%",
+    )
     options = parser.parse_args(argv)
     rows = read(options.run)
     axes = {name: getattr(options, name) for name in ("statefulness", "speed", "memory")}

@@ -38,7 +38,7 @@ ROWS, LAST, RATE = 4, 16, 3e-3
 def main(argv=None):
     parser = command.parser("stability", __doc__)
     parser.set_defaults(seeds=3, source="shakespeare-all")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     options = command.parse(parser, argv)
     names = list(DESIGNS)[: 2 if options.quick else None]
     lengths = (32, 64) if options.quick else LENGTHS

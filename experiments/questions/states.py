@@ -53,8 +53,8 @@ SWAPS = {"RWKV": (True, False), "Mamba": (False, True), "both": (True, True)}
 def main(argv=None):
     parser = command.parser("states", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     options = command.parse(parser, argv)
     config = lab.make_config(command.common(options, evaluations=1))
     task = lab.text_task(config)

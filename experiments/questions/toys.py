@@ -32,8 +32,8 @@ SYNERGY = 0.1
 def main(argv=None):
     parser = command.parser("toys", __doc__)
     parser.set_defaults(seeds=3)
-    parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="with commas between")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="tasks, with commas between")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps")
     options = command.parse(parser, argv)
     names = command.one_of(tasks.TASKS, options.tasks, "--tasks")
     shared = {"train.steps": options.steps, "train.batch_size": ROWS}

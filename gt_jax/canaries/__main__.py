@@ -21,10 +21,14 @@ def main(argv: list[str]) -> None:
     flags = cli.new_flags()
     define, integer = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     define("checkpoint", None, "A run, one checkpoint or a converted model.", flag_values=flags)
-    absl_flags.DEFINE_enum("suite", "standard", list(SUITES), "What to ask.", flag_values=flags)
-    define("json", None, "File for the results.", flag_values=flags)
+    absl_flags.DEFINE_enum(
+        "suite", "standard", list(SUITES), "Which canaries to ask.", flag_values=flags
+    )
+    define("json", None, "File to write the results to.", flag_values=flags)
     integer("items", 20, "Prompts per canary.", lower_bound=1, flag_values=flags)
-    integer("batch_size", 8, "Prompts side by side.", lower_bound=1, flag_values=flags)
+    integer(
+        "batch_size", 8, "Prompts that are read side by side.", lower_bound=1, flag_values=flags
+    )
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 

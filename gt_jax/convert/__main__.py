@@ -39,16 +39,18 @@ def main(argv: list[str]) -> None:
         None,
         'import: a tokenizer.json, an RWKV vocabulary, or "ids" for none. Default: beside SRC.',
     )
-    text("format", None, "export: what to write.")
-    text("licence", None, "export: of the weights, for the model card, such as apache-2.0.")
-    text("rwkv", None, "graft: an RWKV-6, a run or a converted model.")
-    text("mamba", None, "graft: a Mamba-2, a run or a converted model.")
+    text("format", None, "export: the format to write; a hybrid has one only, pytorch.")
+    text("licence", None, "export: licence of the weights for the model card, such as apache-2.0.")
+    text("rwkv", None, "graft: the RWKV-6, a run or a converted model.")
+    text("mamba", None, "graft: the Mamba-2, a run or a converted model.")
     text("fusion", "gf", "graft: how the branches are joined.")
-    share("gate", None, "graft: share of RWKV at first, between 0 and 1. Default: the fusion's.")
-    text("rest", "mamba", "graft: whose embedding, head and last norm: rwkv, mamba or new.")
-    number("layers", None, "expand: blocks to have.")
-    number("dim", None, "expand: width to have, a multiple of SRC's.")
-    number("seed", 0, "graft, expand: of what is new.")
+    share("gate", None, "graft: share of RWKV at first, between 0 and 1; default: the fusion's.")
+    text(
+        "rest", "mamba", "graft: whose embedding, head and last norm it takes: rwkv, mamba or new."
+    )
+    number("layers", None, "expand: number of blocks of DST; default: as SRC.")
+    number("dim", None, "expand: width of DST, a multiple of SRC's; default: as SRC.")
+    number("seed", 0, "graft, expand: seed of the new parameters.")
     words = [word for word in argv[1:] if not word.startswith("--")]
     options = [word for word in argv[1:] if word.startswith("--")]
     if not cli.parse(flags, [argv[0], *options], usage=f"{__doc__}{formats}"):

@@ -1,4 +1,10 @@
-"""`python -m gt_jax.models` prints every preset with its exact parameter counts."""
+"""Print every preset with its exact parameter counts.
+
+    python -m gt_jax.models
+
+"legacy" counts the model with model.branch=legacy, "embedding" the embedding, its output head if it
+has one of its own, and segment vectors; "other" is the rest.
+"""
 
 import os
 import sys
@@ -38,7 +44,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the table, or the help; any other argument is a mistake."""
     if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        print(__doc__.strip())
         return
     if arguments:
         print(f"error: {arguments[0]} is not a flag; there is only --help", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How a hybrid block joins its two branches; FUSIONS at the bottom names every way.
+"""How a hybrid block joins its two branches; FUSIONS names every way.
 
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
 fused [B, T, D]. The fusions here keep no state; `arbiter.py` has those

@@ -268,9 +268,9 @@ def test_the_program_says_what_it_read_skipped_and_wrote(tmp_path):
     for words in (
         "read     7 files of",
         "84 documents",
-        "skipped  1 files: README.md is no text",
+        "skipped  1 file: README.md is no text",
         "skipped  4 unreadable documents:",
-        "skipped  1 empty documents:",
+        "skipped  1 empty document:",
         "uint16 ids of huggingface, vocabulary of 300",
     ):
         assert words in done.stdout

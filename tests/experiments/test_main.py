@@ -1,10 +1,15 @@
 """`python -m experiments` runs what it is asked to."""
 
+import argparse
+import importlib
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import __main__ as together
+from experiments.lab.command import QUICK
 from experiments.questions import fusion, gates, presets, ratio
 from gt_jax.errors import InputError
 
@@ -50,6 +55,44 @@ def test_help_lists_every_question_and_benchmark(argv, capsys):
     folder = Path(together.__file__).parent
     assert {file.stem for file in (folder / "questions").glob("*.py")} <= named
     assert {"kernels", "generation", "throughput", "profile_training", "report"} <= named
+
+
+def test_help_of_every_experiment_explains_each_flag_and_shows_its_default(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setenv("COLUMNS", "400")  # --help breaks no word
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    named = together.experiments()
+    named.pop("profile_training")  # has absl's flags, as the programs of gt_jax do
+    for name, file in named.items():
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(together.module(file)).main([])
+        parser = parsed.value.args[0]
+        shown = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            assert action.help, f"{name}: {action.dest} is not explained"
+            default = str(action.default)
+            plain = isinstance(action.default, int | float | str)
+            if plain and default not in ("False", "", "==SUPPRESS=="):
+                shows = f"(default: {default})" in shown or "default" in action.help
+                assert shows, f"{name} hides {action.dest}={default}"
+
+
+def test_the_question_that_the_readme_shows_runs(monkeypatch, tmp_path, capsys):
+    text = (Path(together.__file__).parent / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    namespace = {"__name__": "mine"}
+    exec(code, namespace)
+    monkeypatch.setitem(QUICK, "train.steps", 2)
+    namespace["main"](["--quick", "--seeds=2", f"--out={tmp_path / 'mine.json'}"])
+    assert "loss at 0.001" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "mine.json").read_text())["measures"]) == {
+        "loss at 0.001", "loss at 0.003"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from gt_jax.kernels import choose_impl, dispatch
 from gt_jax.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.segments import resets
+from tests.kernels.accuracy import assert_accurate
 from tests.kernels.hopper_kernels import SSD, WKV6, too_old
 
 each_kernel = pytest.mark.parametrize("kernel", (WKV6, SSD), ids=lambda kernel: kernel.name)
@@ -29,6 +30,16 @@ def test_implementations_take_the_same_arguments(kernel):
         parameters = inspect.signature(function_of(kernel.name, name)).parameters.values()
         taken[name] = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     assert len(set(map(tuple, taken.values()))) == 1, taken
+
+
+@each_kernel
+def test_every_implementation_that_runs_here_is_the_definition(kernel):
+    """A new one, too; kernels of GPUs that are not here are interpreted in other files."""
+    inputs = kernel.make(length=70, dtype="bfloat16")
+    for name, implementation in IMPLEMENTATIONS[kernel.name].items():
+        if name != "reference" and implementation.unsupported() is None:
+            call, definition = kernel.public(name), kernel.public("reference")
+            assert_accurate(call, definition, inputs, kernel.arguments, "bfloat16")
 
 
 @too_old

@@ -1,6 +1,8 @@
 """Every optimizer, schedule and average against optax's own, by loops that know nothing of ours."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,30 @@ def test_updates_are_those_of_optax_leaf_by_leaf(name, large, params, make_confi
         others = optax.contrib.schedule_free_eval_params(other_state, others)
         assert optimizer.is_averaged(state)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, others)
+
+
+def test_the_optimizer_that_contributing_shows_is_what_it_says(params, make_config):
+    """Lion's updates are optax's, each part at its rate, and a broken step leaves no trace."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
+    namespace = dict(vars(optimizer))
+    exec(re.search(r"```python\n(def _lion.*?)```", text, re.DOTALL)[1], namespace)
+    rates = {"optim.lr_multipliers.mamba": 0.5}
+    optim = make_config(**{"optim.weight_decay": 0.3} | rates).optim
+    ours = namespace["_lion"](optim, lambda n: 0.02)
+    mask = by_name(params, is_decayed)
+    other = optax.lion(0.02, optim.b1, optim.b2, weight_decay=0.3, mask=mask)
+    grads, state = gradients(params, 0), ours.init(params)
+    (found, after), expected = (
+        jax.jit(ours.update)(optimizer.join(grads), state, params),
+        jax.jit(other.update)(grads, other.init(params), params)[0],
+    )
+    share = by_name(params, lambda name, _: 0.5 if "mamba" in name else 1.0)
+    expected = jax.tree.map(lambda u, s: u * s, expected, share)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+    broken = optimizer.join(jax.tree.map(lambda g: g * jnp.nan, grads))
+    still, unchanged = ours.update(broken, after, params, finite=False)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, after)
+    assert not any(u.any() for u in jax.tree.leaves(still))
 
 
 def test_muon_is_for_the_projections_of_blocks_alone(params):
