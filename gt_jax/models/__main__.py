@@ -44,7 +44,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the table, or the help; any other argument is a mistake."""
     if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     if arguments:
         print(f"error: {arguments[0]} is not a flag; there is only --help", file=sys.stderr)

@@ -56,7 +56,7 @@ class GtJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of token ids."""
-        self.model.embedding = value
+        self.model.add_module("embedding", value)
 
     def forward(
         self,
