@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
-SHORTEST = 17  # tokens: fewer are one operation in the plain form
+SHORTEST = 9  # tokens: fewer are one operation in the plain form
 _ALIGNED = 4  # float32 numbers that a thread reads at once
 
 

@@ -176,7 +176,7 @@ def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capabil
 
 @pytest.mark.parametrize(
     "impl, length, dtype",
-    [("chunked", 64, "float32"), ("auto", 16, "float32"), ("auto", 64, "float64")],
+    [("chunked", 64, "float32"), ("auto", 8, "float32"), ("auto", 64, "float64")],
 )
 def test_short_wide_or_plainly_computed_sequences_take_no_kernel(impl, length, dtype):
     arrays = [jax.ShapeDtypeStruct((2, length, 4), dtype)] * 2
