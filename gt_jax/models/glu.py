@@ -5,7 +5,7 @@ input, and say so with `reads_input = True`. Without it they read the mean of bo
 branches in its place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from gt_jax.models.gates import (
     initial_share,
     logit,
 )
-from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, project_each, record
+from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, record
 from gt_jax.models.scans import linear_scan
 
 
@@ -127,6 +127,15 @@ class ParallelScan(nn.Module):
         kept_of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
         record(self, gate=of_rwkv, from_rwkv=output(kept_of_rwkv))
         return output(h), h[:, -1]
+
+
+def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+    """x [..., in] @ kernel [in, out] of each kernel of one shape, all in one product.
+
+    XLA joins such products of the forward pass, but not those that give the gradient of x.
+    """
+    both = project(x, jnp.concatenate(kernels, axis=-1))
+    return jnp.split(both, len(kernels), axis=-1)
 
 
 def normalised(

@@ -82,15 +82,6 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-    """x [..., in] @ kernel [in, out] of each kernel of one shape, all in one product.
-
-    XLA joins such products of the forward pass, but not those that give the gradient of x.
-    """
-    both = project(x, jnp.concatenate(kernels, axis=-1))
-    return jnp.split(both, len(kernels), axis=-1)
-
-
 def project_pair(rwkv: jax.Array, mamba: jax.Array, kernel: jax.Array) -> jax.Array:
     """[rwkv; mamba] @ kernel [2D, out], without writing the concatenation."""
     D = rwkv.shape[-1]

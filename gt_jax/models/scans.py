@@ -1,6 +1,6 @@
 """The linear recurrence s_t = decay_t s_{t-1} + x_t of every channel, parallel over time.
 
-The sequence is cut into chunks of 16 tokens, which are computed side by side from zero states. The
+The sequence is cut into chunks of 8 tokens, which are computed side by side from zero states. The
 states between chunks follow the same recurrence over chunks. Everything is sums and products of
 what each token gives, as token by token: no logarithm of a long product is ever undone, so a
 decay of 0 or 1 is exact and no length loses digits.
@@ -13,7 +13,7 @@ from gt_jax.kernels.elementwise import gated_scan as fused_gates
 from gt_jax.kernels.elementwise import linear_scan as fused
 from gt_jax.kernels.segments import resets
 
-_CHUNK = 16
+_CHUNK = 8
 
 
 def linear_scan(

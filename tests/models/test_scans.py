@@ -30,14 +30,14 @@ def loop(decay, x, state, ids):
     return np.stack(s, axis=1)
 
 
-@pytest.mark.parametrize("T", [1, 2, 16, 17, 37, 300])
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 37, 300])
 def test_scan_equals_the_loop(T):
     given = case(T)
     expected = loop(*(np.float64(z) for z in given[:3]), given[3])
     assert_allclose(jit(linear_scan)(*given), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [1, 16, 37])
+@pytest.mark.parametrize("T", [1, 8, 37])
 def test_gradients_are_those_of_the_loop(T):
     *given, ids = case(T)
     weights = np.random.default_rng(1).standard_normal((B, T, C))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import linear_scan
+from gt_jax.kernels.pallas.devices import portable_unsupported
 
 _ALIGNED = 4  # channels that a thread reads at once
 
@@ -25,9 +26,13 @@ def fits(impl: str, gates: jax.Array, state: jax.Array) -> bool:
         state: [B, C].
     """
     return (
-        gates.dtype in (jnp.bfloat16, jnp.float32)
+        impl in linear_scan.IMPLS
+        and gates.dtype in (jnp.bfloat16, jnp.float32)
+        and state.dtype == jnp.float32
+        and gates.shape[1] >= linear_scan.SHORTEST
+        and state.size > 0
         and state.shape[-1] % _ALIGNED == 0
-        and linear_scan.fits(impl, jax.ShapeDtypeStruct(gates.shape, jnp.float32), state)
+        and portable_unsupported() is None
     )
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
-SHORTEST = 17  # tokens: fewer are one operation in the plain form
+IMPLS = ("auto", "mosaic", "portable")  # model.impl that allows kernels
+SHORTEST = 9  # tokens: fewer are one operation in the plain form
 _ALIGNED = 4  # float32 numbers that a thread reads at once
 
 
@@ -24,7 +25,7 @@ def fits(impl: str, *arrays: jax.Array) -> bool:
         arrays: decay and x [B, T, C], state [B, C].
     """
     return (
-        impl in ("auto", "mosaic", "portable")
+        impl in IMPLS
         and arrays[0].shape[1] >= SHORTEST
         and all(z.dtype == jnp.float32 and z.size for z in arrays)
         and portable_unsupported() is None

@@ -112,8 +112,8 @@ def states_before(
     name = "linear_scan_splits_" + ("backward" if reverse else "forward")
     ends = run(grid, body, name, len(state), inputs, {"kept": like, "end": like})
     inner = slice(1, None) if reverse else slice(None, -1)
-    ends = [z[:, None, inner, :, None] for z in ends]
-    states = states_of_splits(*ends, state[:, None, :, None], reverse=reverse)
+    kept, end = (z[:, None, inner, :, None] for z in ends)
+    states = states_of_splits(kept, end, state[:, None, :, None], reverse=reverse)
     return states.reshape(like.shape)
 
 

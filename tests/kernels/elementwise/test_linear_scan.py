@@ -47,12 +47,12 @@ def in_float64(decay, x, state, g):
     return s, dx * before, dx, u
 
 
-def with_gradients(scan, decay, x, state, g):
-    s, pull_back = jax.vjp(scan, decay, x, state)
+def with_gradients(scan, arrays, g):
+    s, pull_back = jax.vjp(scan, *arrays)
     return s, *pull_back(g)
 
 
-kernels = lambda *arrays: with_gradients(linear_scan.scan, *arrays)
+kernels = lambda *arrays: with_gradients(linear_scan.scan, arrays[:-1], arrays[-1])
 
 
 # Four splits of one tile, two of two; channels that are padded.
@@ -96,8 +96,7 @@ def test_interpreted_gates_match_a_mingru_in_float64(
     resets = jnp.asarray(rng.random((2, 1, 27)) < 0.2, jnp.int32).at[:, :, 0].set(0)
 
     def run(gates, state, resets, g):
-        s, pull_back = jax.vjp(lambda *z: gated_scan.scan(*z, resets), gates, state)
-        return s, *pull_back(g)
+        return with_gradients(lambda *z: gated_scan.scan(*z, resets), (gates, state), g)
 
     with devices.simulated("interpret"):
         found = jax.jit(jax.vmap(run))(gates, state, resets, g)
@@ -117,7 +116,9 @@ def test_sequences_under_vmap_and_segments_equal_the_plain_form(gpu_of):
 
         def run(impl):
             scan = lambda a, x, s: scans.linear_scan(a, x.astype(a.dtype), s, ids, impl=impl)
-            return jax.jit(jax.vmap(lambda *z: with_gradients(scan, *z)))(decay, x, state, g)
+            return jax.jit(jax.vmap(lambda *z: with_gradients(scan, z[:-1], z[-1])))(
+                decay, x, state, g
+            )
 
         expected = run("chunked")
         with devices.simulated("interpret"):
@@ -144,6 +145,28 @@ def test_kernels_match_the_recurrence_in_float64(shape):
     for z, repeated, expected in zip(found, again, in_float64(*arrays), strict=True):
         np.testing.assert_array_equal(z, repeated)
         np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 2048, 192), (576, 64, 192), (1, 65537, 40)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gates_match_a_mingru_in_float64(shape, dtype):
+    if reason := devices.portable_unsupported():
+        pytest.skip(reason)
+    B, T, C = shape
+    rng = np.random.default_rng(0)
+    gates = jnp.asarray(rng.normal(size=(B, T, 2 * C)), dtype)
+    resets = jnp.asarray(rng.random((B, T)) < 0.01, jnp.int32).at[:, 0].set(0)
+    _, _, state, g = case(*shape)
+    run = jax.jit(lambda *z: with_gradients(lambda *y: gated_scan.scan(*y, resets), z, g))
+    found, again = run(gates, state), run(gates, state)
+    for z, repeated, expected in zip(
+        found, again, gated_in_float64(gates, state, resets, g), strict=True
+    ):
+        np.testing.assert_array_equal(z, repeated)
+        rounding = 2**-8 if z.dtype == jnp.bfloat16 else 1e-5
+        error = 2e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(np.float64(z), expected, rtol=rounding, atol=error)
 
 
 @pytest.fixture
@@ -176,7 +199,7 @@ def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capabil
 
 @pytest.mark.parametrize(
     "impl, length, dtype",
-    [("chunked", 64, "float32"), ("auto", 16, "float32"), ("auto", 64, "float64")],
+    [("chunked", 64, "float32"), ("auto", 8, "float32"), ("auto", 64, "float64")],
 )
 def test_short_wide_or_plainly_computed_sequences_take_no_kernel(impl, length, dtype):
     arrays = [jax.ShapeDtypeStruct((2, length, 4), dtype)] * 2
