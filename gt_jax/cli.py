@@ -33,7 +33,7 @@ def run(main: Callable[[list[str]], int | None], *, leave_threads: bool = False)
         main: takes the command line.
         leave_threads: after an error, do not wait for threads that may still be writing.
     """
-    gc.freeze()  # what was imported stays: the garbage collector need not look there again and again
+    gc.freeze()  # what is imported stays: the garbage collector need not look there
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

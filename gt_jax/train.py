@@ -23,13 +23,14 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags as absl_flags
 
 from gt_jax import cli
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
-from gt_jax.generation import generate
+from gt_jax.generation import Request, generate, lower_ahead
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
 from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
@@ -43,9 +44,10 @@ from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve, prepare_to_draw
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
-from gt_jax.training.samples import Samples
+from gt_jax.training.samples import Samples, is_finished
 from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.summary import conclude, introduce
+from gt_jax.training.text import Text
 from gt_jax.training.watchdog import Watchdog
 from gt_jax.training.writer import Writer, newest_of_all
 
@@ -81,18 +83,17 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     progress = Progress.of_checkpoint(about, start) if about else Progress()
     if about:
         check_same_run(about["config"], config, workdir)
-    if hosts.of_first(lambda: _is_finished(config, own, start, progress)):
+    if hosts.of_first(lambda: is_finished(config, own, start, progress)):
         say(
             f"{workdir} holds a finished run of {start} steps. Continue it with a larger "
             "--config.train.steps or train.patience, or start anew with another --workdir."
         )
         return progress
 
-    job = prepare(config, workdir, own, mesh, about)
-    prompt = beginning(job.text.tokens.validation, 16)
-    if config.train.sample_prompt:
-        named = "train.sample_prompt"
-        prompt = encode_prompt(job.text.tokenizer, config.train.sample_prompt, named)
+    samples = config.train.sample_tokens and hosts.count() == 1
+    lower_sample = functools.partial(_lower_sample, config) if samples else None
+    job = prepare(config, workdir, own, mesh, about, lower_sample)
+    prompt = _prompt(config, job.text)
     introduce(job, start)
     written = json.dumps(to_dict(config), indent=2) + "\n"
     replace_file(own / "config.json", written.encode())
@@ -267,15 +268,6 @@ def _look_for_reasons(stop: Stop, config: Config, began: float) -> None:
     stop.look()
 
 
-def _is_finished(config: Config, folder: Path, start: int, progress: Progress) -> bool:
-    """Whether the run's last step is done, and all that comes after it."""
-    steps = config.train.steps
-    if start > steps or (start < steps and not progress.stops_early(config)):
-        return start > steps
-    sampled = not config.train.sample_tokens or Samples(folder, start=start).last == start
-    return progress.evaluated == start and sampled and (folder / "curve.png").exists()
-
-
 def _report(
     job: Job, speed: Speed, metrics: Metrics, alarm: watch.Alarm, display: Display, row: dict
 ) -> None:
@@ -303,10 +295,21 @@ def _report(
         display.line(f"step {step}/{job.config.train.steps}  validation {said}")
 
 
+def _prompt(config: Config, text: Text) -> np.ndarray:
+    if config.train.sample_prompt:
+        return encode_prompt(text.tokenizer, config.train.sample_prompt, "train.sample_prompt")
+    return beginning(text.tokens.validation, 16)
+
+
+def _lower_sample(config: Config, model, params, text: Text) -> jax.stages.Lowered:
+    return lower_ahead(model, params, Request(_prompt(config, text)))
+
+
 def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
     settings = {"max_tokens": job.config.train.sample_tokens, "seed": job.config.seed}
     params = parallel.on_one_device(params, job.mesh)
+    wait([program for name, program in job.compiling.items() if name == "sample"])
     try:
         tokens = stop.until(generate(job.model, params, prompt, **settings))
         text = job.text.tokenizer.decode([*prompt, *tokens])

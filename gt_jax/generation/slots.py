@@ -127,6 +127,11 @@ def advance(
     return _advance()(model, weights, slots, narrows=narrows, top=top)
 
 
+def lower_advance(model: LanguageModel, weights: Any, slots: Any, *, narrows: bool) -> Any:
+    """The jax.stages.Lowered of `advance` without likeliest tokens, for arrays or their shapes."""
+    return _advance().lower(model, weights, slots, narrows=narrows, top=0)
+
+
 @functools.cache
 def _advance():
     options = compilation.options(compilation.DECODING)

@@ -68,11 +68,18 @@ class Job(NamedTuple):
     train_step: Callable
     eval_step: Callable
     probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
-    compiling: dict[str, Future]  # "train", "init", "evaluate"; empty where calls compile
+    compiling: dict[str, Future]  # "train", "init", "evaluate", "sample"; empty where calls compile
     services: list[ModuleType]  # wandb and trackio, where asked for
 
 
-def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict | None) -> Job:
+def prepare(
+    config: Config,
+    workdir: Path,
+    folder: Path,
+    mesh: Mesh,
+    about: dict | None,
+    sample: Callable | None = None,
+) -> Job:
     """Read the text, make the model, and begin to compile its steps in threads.
 
     Nothing large is allocated.
@@ -82,6 +89,8 @@ def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict
         folder: from `hosts.folder`.
         mesh: from `parallel.make_mesh`.
         about: of the checkpoint to continue from, None for a new run.
+        sample: (model, shapes of its parameters, Text) -> what samples it, lowered; None where
+            nothing is sampled.
 
     Raises:
         InputError: the text, the model and the config do not fit each other or this machine.
@@ -124,6 +133,8 @@ def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict
     cut = config.parallel.fsdp
     memory.check_fits(counts["total"], config.optim, fields, trained, devices=cut)
     model = make_model(model_config)
+    if sample:
+        sample = functools.partial(sample, model, text=text)
     return Job(
         config=config,
         workdir=workdir,
@@ -141,11 +152,11 @@ def prepare(config: Config, workdir: Path, folder: Path, mesh: Mesh, about: dict
         flops=flops_per_token(model_config, config.train.seq_len, frozen=tune != "none"),
         services=services,
         probe=make_probe(model, config, mesh),
-        **_programs(config, mesh, model, batches, held_out, resumes=bool(about)),
+        **_programs(config, mesh, model, batches, held_out, resumes=bool(about), sample=sample),
     )
 
 
-def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) -> dict:
+def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool, sample) -> dict:
     """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
@@ -178,7 +189,9 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool) 
     if config.train.carry_state:
         carry = jax.eval_shape(lambda: model.init_state(config.train.batch_size))
     examples = example, held_out[0]
-    programs = parallel.lower_programs(make_state, train_step, eval_step, mesh, examples, carry)
+    programs = parallel.lower_programs(
+        make_state, train_step, eval_step, mesh, examples, carry, sample
+    )
     if resumes:
         del programs["init"]
     compiling = compilation.compile_side_by_side(programs)

@@ -128,6 +128,7 @@ def lower_programs(
     mesh: Mesh,
     batches: tuple[Batch, Batch],
     carry: Any,
+    sample: Callable | None = None,
 ) -> dict[str, Callable]:
     """What a run compiles, for `gt_jax.compilation.compile_side_by_side`.
 
@@ -140,10 +141,11 @@ def lower_programs(
         mesh: from `make_mesh`.
         batches: a training and an evaluation Batch as for `put_batch`; only their shapes count.
         carry: the zero state of an evaluation, or None.
+        sample: (shapes of the parameters to evaluate) -> what samples them, lowered.
 
     Returns:
         "train": train_step(state, batch), "init": make_state(key), "evaluate": eval_step(params,
-        batch, carry) with what `put_batch` returns: functions that lower them.
+        batch, carry) with what `put_batch` returns, "sample": functions that lower them.
     """
     key = jax.random.key(0)
 
@@ -159,11 +161,12 @@ def lower_programs(
     )
     carry = shapes_on(NamedSharding(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
-    return {
+    programs: dict[str, Callable] = {
         "train": lambda: train_step.lower(state, training),
         "init": lambda: make_state.lower(key),
         "evaluate": lambda: evaluate.lower(evaluated, held_out, carry),
     }
+    return programs | ({"sample": lambda: sample(evaluated)} if sample else {})
 
 
 def shapes_on(shardings: Any, tree: Any) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from gt_jax import thresholds
 from gt_jax.training import metrics, watch
 
-
 # Slow to import: a second. No window is opened this way.
 _PLOTTING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 

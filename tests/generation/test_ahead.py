@@ -1,0 +1,58 @@
+"""Programs compiled before there are parameters are those that a sample finds later."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gt_jax.generation import Request, generate, lower_ahead
+from gt_jax.models import make_model
+from gt_jax.training.parallel import make_mesh
+from tests.models.small_models import small_model
+
+_listening, _events = threading.Event(), []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def listener():
+    """Collects what JAX traces, lowers and compiles, and for how long, while it listens."""
+
+    def on_event(event, duration, **about):
+        if _listening.is_set():
+            _events.append((event, about.get("fun_name"), duration))
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+
+
+@pytest.mark.parametrize("kind", ["gf", "rwkv6", "gpt2"])
+def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind):
+    # A field of its own makes the model one that no other test has sampled from.
+    config = dataclasses.replace(small_model(kind).model.config, vocab_size=23)
+    model, everywhere = make_model(config), NamedSharding(make_mesh(), P())
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    init = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=everywhere)
+    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+    shapes = jax.tree.map(placed, jax.eval_shape(init, key))
+    prompt = np.arange(5, dtype=np.int32)
+
+    def ahead():
+        lower_ahead(model, shapes, Request(prompt)).compile()
+
+    thread = threading.Thread(target=ahead)
+    thread.start()
+    thread.join()
+    params = init(key)
+    _events.clear()
+    _listening.set()
+    try:
+        drawn = list(generate(model, params, prompt, max_tokens=35, seed=3))
+    finally:
+        _listening.clear()
+    assert _events == []
+    jax.clear_caches()
+    assert drawn == list(generate(model, params, prompt, max_tokens=35, seed=3))
