@@ -293,6 +293,20 @@ def test_a_shard_cut_off_or_altered_is_named_with_the_place(broken):
         load_prepared(str(broken))
 
 
+def test_every_block_of_a_shard_is_compared_with_its_checksum(tmp_path):
+    source = write_text(tmp_path / "text", [90_000])  # 180 KB in blocks of 64 KiB
+    prepare(source, tmp_path / "out", tokenizer=LETTERS, processes=1)
+    assert shards.check_folder(tmp_path / "out") == 1
+    path = tmp_path / "out" / "train-00000.shard"
+    data = path.read_bytes()
+    for place in (70_000, 140_000):
+        path.write_bytes(data[:place] + b"x" + data[place + 1 :])
+        with pytest.raises(InputError, match="is damaged between bytes"):
+            shards.check_folder(tmp_path / "out")
+        with pytest.raises(InputError, match="is damaged between bytes"):
+            load_prepared(str(tmp_path / "out")).tokens.train[0]
+
+
 def test_a_tokenizer_that_does_not_fit_the_shards_is_refused(broken):
     other = make_tokenizer("char", Corpus("", ("ab",), ())).to_dict()
     (broken / "tokenizer.gt_jax.json").write_text(json.dumps(other))
