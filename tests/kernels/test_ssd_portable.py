@@ -78,6 +78,14 @@ def test_a_block_adds_as_many_heads_of_one_group_as_divide_it(heads, groups, tog
     assert portable_passes().heads_together(size) == together
 
 
+def test_interpreted_gradients_are_good_from_a_large_state_below_zero(float64_in_every_thread):
+    inputs = [*make()]
+    place = SSD.arguments.index("initial_state")
+    inputs[place] = -1e6 * jnp.abs(inputs[place])
+    with devices.simulated("interpret"):
+        assert_accurate(portable, reference, inputs, SSD.arguments, "bfloat16")
+
+
 def test_interpreted_gradient_of_A_is_good_where_it_cancels(float64_in_every_thread):
     inputs = SSD.make("typical", length=200, heads=4, groups=2, N=128)
     with devices.simulated("interpret"):

@@ -112,6 +112,14 @@ def test_every_block_is_seen_by_who_looks_into_blocks():
         jax.eval_shape(apply)
     assert {(name,) for name in names} <= seen
 
+    _, before = jax.eval_shape(lambda: apply(mutable=["activations"]))
+
+    def again(before):
+        return model.apply({"params": params, **before}, tokens, mutable=["activations"])[1]
+
+    recorded = jax.eval_shape(again, before)["activations"]
+    assert [len(recorded[name]["fusion"]["gate"]) for name in sorted(names)] == [2] * LAYERS
+
 
 def test_op_by_op_blocks_are_not_compiled_at_every_call():
     found = []

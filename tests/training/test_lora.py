@@ -21,7 +21,7 @@ from gt_jax.config import Lora, default_config, from_config_dict
 from gt_jax.convert import export_model, import_model
 from gt_jax.errors import InputError
 from gt_jax.train import train
-from gt_jax.training import lora, parallel
+from gt_jax.training import lora, parallel, watch
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_gradients, make_train_step
@@ -44,6 +44,8 @@ def config_of(base, **changes):
         "model.init_from": str(base / "base"),
         "train.tune": "lora",
         "train.lora.rank": 3,
+        "train.lora.alpha": 8.0,
+        "train.lora.matrices": "kernel$|embedding",  # which devices cut along either axis
         "data.source": str(base / "text.txt"),
         "optim.lr": 0.01,
         "optim.warmup_steps": 0,
@@ -104,7 +106,7 @@ def test_a_run_saves_the_base_with_its_adapters_merged(base, runs):
     before = flat(gt_jax.load(base / "base")[1])
     after = flat(gt_jax.load(f"{runs[0]}@last")[1])
     adapters = stored(runs[0], 4, "adapters")
-    assert len(adapters) == 1 + 2 * 4 and adapters["scale"] == np.float32(16 / 3)
+    assert len(adapters) == 1 + 2 * 5 and adapters["scale"] == np.float32(8 / 3)
     for name, expected in merge_in_float64(before, adapters).items():
         if f"{name}/lora_a" in adapters:
             assert np.abs(after[name] - before[name]).max() > 1e-4
@@ -151,6 +153,20 @@ def test_new_adapters_change_no_bit_of_what_the_base_computes():
     assert a.shape == (64, 16) and a.std() == pytest.approx(64**-0.5, rel=0.1)
     kernels = {name for name in flat(params) if name.endswith("kernel")}
     assert set(lora.matched(params, setting)) == kernels and len(kernels) == 16
+    drawn = [x for name, x in flat(new[lora.KEY]).items() if name.endswith("lora_a")]
+    equal = [(x.shape == y.shape) and (x == y).all() for x in drawn for y in drawn if x is not y]
+    assert not any(equal), "each matrix has a draw of its own"
+    assert "Precision.HIGHEST" in str(jax.make_jaxpr(lora.merged)(new)), "no TF32 on a GPU"
+
+
+def test_what_a_run_probes_is_the_merged_model(toy, make_config, make_batch, monkeypatch):
+    monkeypatch.setattr(watch, "measure_health", lambda model, params, *_: params)
+    config, _, _, state = toy_run(toy, make_config, **{"log.activations": True})
+    params = jax.tree.map(lambda x: x + 0.1, state.params)  # at zero B changes nothing
+    seen = watch.make_probe(toy, config)(params, make_batch(0))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6), seen, lora.merged(params)
+    )
 
 
 ON_TWO_DEVICES = """
@@ -240,7 +256,7 @@ def test_gradients_are_those_of_the_merged_matrices(toy, make_config, make_batch
             {"train.lora.matrices": "q_proj"},
             r"train.lora.matrices='q_proj' matches no matrix; there are blocks_\*/mamba/conv1d/we",
         ),
-        ({"train.lora.rank": 65}, "train.lora.rank=65 must be at most 64, the shorter side of "),
+        ({"train.lora.rank": 30}, "train.lora.rank=30 must be at most 29, the shorter side of emb"),
         ({"train.lora.rank": 0}, "train.lora.rank=0 must be at least 1"),
         ({"train.lora.matrices": "("}, r"train.lora.matrices=\( must be a regular expression"),
         ({"train.tune": "state"}, "train.lora is of train.tune=lora, and train.tune=state; set"),

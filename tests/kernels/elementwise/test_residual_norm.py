@@ -1,5 +1,6 @@
 """The residual stream's fused norm: right in the interpreter, lowered for every kind of GPU."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import pytest
 from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
-from gt_jax.models import make_config, make_model, stream
+from gt_jax.models import hybrid, make_config, make_model, stream
 from gt_jax.models.config import ModelConfig
 from tests.kernels.hopper_kernels import too_old
 
@@ -199,6 +200,29 @@ def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
 
     none, dots, full = (forward_passes(remat) for remat in ("none", "dots", "full"))
     assert 0 < none == dots < full
+
+
+def test_kernels_take_streams_and_branches_that_they_are_for():
+    config = make_config("gf", vocab_size=8, dim=WIDTH, heads=1, dtype="bfloat16")
+    change = functools.partial(dataclasses.replace, config)
+    zeros = lambda tokens, width, dtype="float32": jnp.zeros((1, tokens, width), dtype)
+    x, branch = zeros(2, WIDTH), zeros(2, WIDTH, "bfloat16")
+    with devices.simulated("lower"):
+        takes = functools.partial(stream.takes_kernels, config)
+        assert takes(x) and takes(zeros(2, 160)) and takes(x, is_gated=True)
+        assert not takes(zeros(1, WIDTH)), "a single token"
+        assert not takes(zeros(2, 100)) and not takes(zeros(2, 160), is_gated=True)
+        assert not takes(branch), "a stream in bfloat16"
+        assert not stream.takes_kernels(change(impl="chunked"), x)
+        joins = hybrid._joins_in_kernel
+        assert joins(config, x, branch, branch)
+        assert not joins(change(post_norm=True), x, branch, branch)
+        assert not joins(change(feed_forward=False), x, branch, branch)
+        assert not joins(config, x, x, branch)
+        for dtype, number in {"bfloat16": 2, "float32": 2, "float16": 1}.items():
+            apply = functools.partial(Stream(config).init_with_output, jax.random.key(0), x)
+            jaxpr = jax.make_jaxpr(apply)(zeros(2, WIDTH, dtype))
+            assert kernels(jaxpr, "residual_norm_forward") == number, dtype
 
 
 @pytest.mark.parametrize(
