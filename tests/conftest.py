@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -40,6 +41,15 @@ if not Path("/dev/nvidiactl").exists():
     if _quick and version("jaxlib").startswith("0.10.") and "fusion_emitters" not in _flags:
         _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         os.environ["XLA_FLAGS"] = _flags
+
+
+# Tracing makes objects by the million and few cycles: to look for those among all that a session
+# holds, again and again, takes a tenth of its time.
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay
 
 
 def pytest_collection_modifyitems(items):

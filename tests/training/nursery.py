@@ -5,6 +5,7 @@ answered with the process id of the child that began; {"pid", "kill_after": seco
 the child's exit status as `os.waitstatus_to_exitcode` gives it.
 """
 
+import gc
 import io
 import json
 import os
@@ -135,6 +136,8 @@ def main():
     for number in (signal.SIGTERM, signal.SIGHUP):  # whatever this process was told to ignore
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.set_threshold(50_000, 20, 50)
+    gc.freeze()  # children neither search nor copy what is imported
     for line in sys.stdin:
         order = json.loads(line)
         if "argv" in order:

@@ -65,11 +65,14 @@ def train(preset, **fields):
     return np.array(jax.device_get(losses)), jax.device_get(state.params)
 
 
+trained_once = functools.cache(train)
+
+
 @pytest.mark.optimized
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="golden losses are a CPU's")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_losses_of_twenty_steps_are_the_golden_ones(preset):
-    losses, _ = train(preset)
+    losses, _ = trained_once(preset)
     np.testing.assert_allclose(losses[[0, 9, 19]], GOLDEN[preset], rtol=TOLERANCE[preset])
 
 
@@ -77,7 +80,7 @@ def test_losses_of_twenty_steps_are_the_golden_ones(preset):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="malloc gives a CPU's memory alone")
 def test_losses_do_not_depend_on_what_memory_held_before():
     """Freed memory is reused, so an operation that read more than was written would show."""
-    losses, _ = train("gf-mh")
+    losses, _ = trained_once("gf-mh")
     code = f"import {__name__} as golden; print(golden.train('gf-mh')[0].tobytes().hex())"
     # Every byte of new memory is 0x7f, so a float32 is 3.4e38; no small blocks are kept unfilled.
     filled = {"MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
