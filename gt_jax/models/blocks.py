@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import module as flax_module
+from jax.core import Tracer
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fsdp import is_cut
@@ -97,4 +98,4 @@ def _is_staged() -> bool:
 
     Under jax.vmap or jax.grad alone, whatever does not depend on their inputs is computed at once.
     """
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return isinstance(jnp.zeros(()), Tracer)
