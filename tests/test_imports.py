@@ -125,3 +125,10 @@ def test_importing_everything_touches_no_device():
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_importing_the_training_program_loads_nothing_that_is_needed_later_or_never():
+    heavy = {"matplotlib", "tensorboardX", "torch", "sentencepiece", "tensorflow", "pandas"}
+    heavy |= {"tensorflow_datasets", "transformers", "tokenizers", "safetensors", "wandb"}
+    code = f"import sys, gt_jax.train; assert not (found := {heavy} & set(sys.modules)), found"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -22,9 +22,9 @@ _listening, _events = threading.Event(), []
 def listener():
     """Collects what JAX traces, lowers and compiles, and for how long, while it listens."""
 
-    def on_event(event, duration, **about):
+    def on_event(event: str, duration_secs: float, **about: str | int) -> None:
         if _listening.is_set():
-            _events.append((event, about.get("fun_name"), duration))
+            _events.append((event, about.get("fun_name"), duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
 
