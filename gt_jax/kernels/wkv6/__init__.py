@@ -10,7 +10,7 @@ through a bonus u instead of the state:
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, context_parallel, segments
+from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.dispatch import dispatch
 from gt_jax.kernels.wkv6.reference import given_or_zeros
 
@@ -73,12 +73,11 @@ def wkv6(
     checks.precision("wkv6", precision)
     state_dtype = checks.state_dtype(r, k, v, w, u)
     state = None if initial_state is None else initial_state.astype(state_dtype)
-    resets = None if segment_ids is None else segments.resets(segment_ids)
+    resets = context_parallel.resets(segment_ids, axis_name)
     if axis_name is None:
         return dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
-    state = given_or_zeros(state, r, k, v, w, u)
-    state = context_parallel.wkv6_state_before(k, v, w, state, segment_ids, axis_name, precision)
-    o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
+    state = context_parallel.of_first_device(given_or_zeros(state, r, k, v, w, u), axis_name)
+    o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision, axis_name)
     return o, context_parallel.of_last_device(state, axis_name)
 
 

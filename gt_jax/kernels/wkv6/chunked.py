@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.kernels import checks
+from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.chunks import (
     carry_chunks,
     cotangents_or_none,
@@ -51,11 +51,16 @@ def wkv6_chunked(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
     *,
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     B, T, H, K = r.shape
+    if axis_name is not None:
+        initial_state = context_parallel.wkv6_state_before(
+            k, v, w, initial_state, resets, axis_name, precision
+        )
     cpu_tokens = _CPU_NUMBERS // (H * K)
     dtype = checks.state_dtype(r, k, v, w, u) if initial_state is None else initial_state.dtype
     plan = make_plan(T, chunk_size, r.dtype, precision, dtype, batch=B, cpu_tokens=cpu_tokens)
