@@ -56,7 +56,7 @@ def states_of_splits(
     state: jax.Array,
     *,
     reverse: bool,
-    axis_name: str | None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The state that each split starts from (ends with if reverse).
 
