@@ -20,7 +20,7 @@ SSD_NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 tokens, copied = P(None, "sequence"), P()
 
 
-def over_devices(function, in_specs, segment_ids, count=DEVICES):
+def over_devices(function, in_specs, segment_ids, count=DEVICES, out_specs=(tokens, copied)):
     """function(*arrays, segment_ids) with tokens spread over the devices."""
     mesh = jax.make_mesh((count,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     ids_spec = copied if segment_ids is None else tokens
@@ -28,7 +28,7 @@ def over_devices(function, in_specs, segment_ids, count=DEVICES):
         function,
         mesh=mesh,
         in_specs=(*in_specs, ids_spec),
-        out_specs=(tokens, copied),
+        out_specs=out_specs,
         check_vma=False,
     )
     return lambda *arrays: spread(*arrays, segment_ids)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels import context_parallel
+from gt_jax.kernels import context_parallel, ssd
 from gt_jax.kernels.pallas import devices, launch, splits
 from tests.kernels.accuracy import (
     TOLERANCE,
@@ -18,7 +18,13 @@ from tests.kernels.accuracy import (
     relative_rms,
     values_and_gradients,
 )
-from tests.kernels.context_parallel_cases import kernel_errors, segments_over_devices
+from tests.kernels.context_parallel_cases import (
+    copied,
+    kernel_errors,
+    over_devices,
+    segments_over_devices,
+    tokens,
+)
 from tests.kernels.hopper_kernels import SSD, WKV6, each_kernel_and_dtype, too_old
 
 
@@ -119,6 +125,29 @@ def test_interpreted_hopper_kernels_of_devices_equal_the_definition(
             found[name] = jnp.concatenate(of_devices, axis=1)
     errors = {name: relative_rms(z, e) for (name, z), e in zip(found.items(), expected)}
     assert_within_tolerance(errors, dtype, kernel.name)
+
+
+@too_old
+def test_layers_in_a_scan_exchange_states_once_forward_and_once_backward():
+    """Although jax.checkpoint repeats the layers: what the kernels computed is kept."""
+    inputs = SSD.make(length=64, heads=1)
+    keep = jax.checkpoint_policies.save_only_these_names("recurrence")
+
+    def loss(*arrays):
+        def layer(x, _):
+            return ssd(x, *arrays[1:5], impl="mosaic", axis_name="sequence")[0], None
+
+        layer = jax.checkpoint(layer, policy=keep)
+        return jnp.sum(jax.lax.scan(layer, arrays[0], None, length=2)[0].astype(jnp.float32))
+
+    whole = (*SSD.of_heads, "initial_state")
+    specs = tuple(copied if name in whole else tokens for name in SSD.arguments)
+    gradients = over_devices(
+        lambda *arrays: jax.grad(loss, range(5))(*arrays[:-1]), specs, None, 1, specs[:5]
+    )
+    with devices.simulated("lower"):
+        lowered = jax.jit(gradients).trace(*inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count('"stablehlo.all_gather"') == 2 * 2  # decay and update
 
 
 @pytest.mark.gpu

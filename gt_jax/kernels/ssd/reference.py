@@ -35,9 +35,9 @@ def ssd_reference(
         initial_state: [B, H, P, N]; None for zeros.
         resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `ssd`; every product here is exact to the dtype of the state anyway.
-        axis_name: of the devices that share the sequence, or None. The initial state of others than
-            the first is zero; resets has a device's first token too; the final state is that after
-            this device's tokens.
+        axis_name: of the devices that share the sequence, or None. initial_state is then zero on
+            all devices but the first; resets also marks a segment that starts with a device's first
+            token; the final state is the one after this device's tokens.
 
     Returns:
         y [B, T, H, P] in x.dtype, and the final state [B, H, P, N].

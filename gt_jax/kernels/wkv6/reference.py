@@ -33,9 +33,9 @@ def wkv6_reference(
         initial_state: [B, H, K, V]; None for zeros.
         resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `wkv6`; every product here is exact to the dtype of the state anyway.
-        axis_name: of the devices that share the sequence, or None. Of the initial states, that of
-            the first device counts and is not None, others are zero; resets has a device's first
-            token too; the final state is that after this device's tokens.
+        axis_name: of the devices that share the sequence, or None. initial_state is then given, and
+            zero on all devices but the first; resets also marks a segment that starts with a
+            device's first token; the final state is the one after this device's tokens.
 
     Returns:
         o [B, T, H, V] in v.dtype, and the final state [B, H, K, V].
