@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.dispatch import dispatch
-from gt_jax.kernels.wkv6.reference import given_or_zeros
 
 
 def wkv6(
@@ -76,7 +75,8 @@ def wkv6(
     resets = context_parallel.resets(segment_ids, axis_name)
     if axis_name is None:
         return dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
-    state = context_parallel.of_first_device(given_or_zeros(state, r, k, v, w, u), axis_name)
+    if state is not None:
+        state = context_parallel.of_first_device(state, axis_name)
     o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision, axis_name)
     return o, context_parallel.of_last_device(state, axis_name)
 
