@@ -100,8 +100,9 @@ def test_interpreted_hopper_kernels_of_devices_equal_the_definition(
             return z if n == 0 else 0 * z
         return z if name in ("u", "D") else z[:, n * length : (n + 1) * length]
 
-    pull_backs, outputs, gradients = [], [], []
-    with devices.simulated("interpret"):
+    @jax.jit  # one program: the interpreter can hang while others are started
+    def values_and_gradients_of_devices(inputs, cotangents):
+        pull_backs, outputs, gradients = [], [], []
         for n in range(count):
             some = [of_device(n, name, z) for name, z in zip(kernel.arguments, inputs)]
             run = kernel.run("mosaic", of_device(n, "resets", resets), axis_name="sequence")
@@ -112,7 +113,10 @@ def test_interpreted_hopper_kernels_of_devices_equal_the_definition(
             of_output = of_device(n, "output", cotangents[0]).astype(output.dtype)
             of_state = cotangents[1] * (n == count - 1)
             gradients.insert(0, pull_backs[n]((of_output, of_state.astype(state.dtype))))
+        return outputs, state, gradients
 
+    with devices.simulated("interpret"):
+        outputs, state, gradients = values_and_gradients_of_devices(inputs, cotangents)
     exact = [jnp.asarray(z, jnp.float64) for z in inputs]
     expected = jax.tree.leaves(values_and_gradients(reference, tuple(exact), cotangents))
     found = {"output": jnp.concatenate(outputs, axis=1), "final_state": state}
