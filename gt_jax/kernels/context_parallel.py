@@ -5,8 +5,10 @@ is affine, S -> decay S + added, so devices exchange these maps instead of token
 maps of the devices before it, and runs its own tokens from the state that results. The result is
 that of one device, but for the order of float sums; the exchange is n states a device, whatever T.
 
-With zero state before the device's tokens, `added` is the state after them, which one product over
-all of them gives: every token is weighed by the decays after it, exp of a sum that is at most 0.
+The fused kernels find the map of a device's tokens from those of its splits (pallas/splits.py). For
+the others it is computed here: with zero state before the device's tokens, `added` is the state
+after them, which one product over all of them gives: every token is weighed by the decays after it,
+exp of a sum that is at most 0.
 """
 
 from typing import Any
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gt_jax.kernels import segments
-from gt_jax.kernels.chunks import LOWEST_LOG_DECAY
+from gt_jax.kernels.chunks import LOWEST_LOG_DECAY, carry_chunks
 
 AXIS = "sequence"
 _GROUP = 64  # tokens summed by one product
@@ -43,6 +45,24 @@ def first_token_resets(segment_ids: jax.Array | None, axis_name: str) -> jax.Arr
     return (segment_ids[:, 0] != before) & (lax.axis_index(axis_name) > 0)
 
 
+def resets(segment_ids: jax.Array | None, axis_name: str | None) -> jax.Array | None:
+    """The tokens before which a state is reset to zero, as `segments.resets`.
+
+    Args:
+        segment_ids: [B, T] int, of this device's tokens, or None.
+        axis_name: of the devices, or None for one.
+
+    Returns:
+        [B, T] bool; None for None.
+    """
+    if segment_ids is None:
+        return None
+    within = segments.resets(segment_ids)
+    if axis_name is None:
+        return within
+    return within.at[:, 0].set(first_token_resets(segment_ids, axis_name))
+
+
 def from_device_before(
     x: jax.Array, first: jax.Array | None, axis_name: str, starts: jax.Array | None = None
 ) -> jax.Array:
@@ -66,12 +86,36 @@ def of_last_device(tree: Any, axis_name: str) -> Any:
     return jax.tree.map(lambda x: lax.all_gather(x, axis_name)[-1], tree)
 
 
+def of_first_device(x: jax.Array, axis_name: str) -> jax.Array:
+    """The first device's x, and zeros on the others."""
+    return jnp.where(lax.axis_index(axis_name) == 0, x, 0)
+
+
+def receive_state(
+    decay: jax.Array, added: jax.Array, state: jax.Array, axis_name: str, *, reverse: bool = False
+) -> jax.Array:
+    """The state before this device's tokens (its gradient after them if reverse).
+
+    Args:
+        decay, added: of the map S -> decay S + added of this device's tokens; added [B, H, X, Y],
+            decay of a shape that broadcasts to it. If reverse, of the map of the gradient.
+        state: [B, H, X, Y], to which what the devices before (after if reverse) pass on is added.
+        axis_name: of the devices.
+
+    Returns:
+        [B, H, X, Y].
+    """
+    maps = lax.all_gather((decay, decay * state + added), axis_name)
+    received, _ = carry_chunks(jnp.zeros_like(state), *maps, reverse=reverse)  # [devices, B, ...]
+    return state + received[lax.axis_index(axis_name)]
+
+
 def wkv6_state_before(
     k: jax.Array,
     v: jax.Array,
     w: jax.Array,
     initial_state: jax.Array,
-    segment_ids: jax.Array | None,
+    resets: jax.Array | None,
     axis_name: str,
     precision: str,
 ) -> jax.Array:
@@ -80,8 +124,8 @@ def wkv6_state_before(
     Args:
         k, w: [B, T, H, K] key and log decay of this device's tokens.
         v: [B, T, H, V] value.
-        initial_state: [B, H, K, V] before the first device's first token.
-        segment_ids: [B, T] int or None.
+        initial_state: [B, H, K, V] before the first device's first token; zeros on others.
+        resets: [B, T] bool, True at the first token of a segment, or None.
         axis_name: of the devices.
         precision: as in `wkv6`.
 
@@ -89,9 +133,9 @@ def wkv6_state_before(
         [B, H, K, V] in the dtype of initial_state.
     """
     dtype = initial_state.dtype
-    weights, decay = _weights_and_decay(w.astype(dtype), segment_ids)
+    weights, decay = _weights_and_decay(w.astype(dtype), resets)
     added = _product("bthk,bthv->bhkv", weights * k, v, k.dtype, precision)
-    return _compose(decay[..., None], added, initial_state, segment_ids, axis_name)
+    return receive_state(decay[..., None], added, initial_state, axis_name)
 
 
 def ssd_state_before(
@@ -100,7 +144,7 @@ def ssd_state_before(
     a: jax.Array,
     B: jax.Array,
     initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
+    resets: jax.Array | None,
     axis_name: str,
     precision: str,
 ) -> jax.Array:
@@ -110,8 +154,9 @@ def ssd_state_before(
         x: [B, T, H, P] input of this device's tokens.
         dt, a: [B, T, H] step size and log decay, in the dtype of the state.
         B: [B, T, G, N] input projection.
-        initial_state: [B, H, P, N] before the first device's first token; zeros if None.
-        segment_ids: [B, T] int or None.
+        initial_state: [B, H, P, N] before the first device's first token; zeros on others, and if
+            None.
+        resets: [B, T] bool, True at the first token of a segment, or None.
         axis_name: of the devices.
         precision: as in `ssd`.
 
@@ -122,14 +167,14 @@ def ssd_state_before(
     G, N = B.shape[2:]
     if initial_state is None:
         initial_state = jnp.zeros((batch, H, P, N), dt.dtype)
-    weights, decay = _weights_and_decay(a, segment_ids)
+    weights, decay = _weights_and_decay(a, resets)
     weighed = ((weights * dt)[..., None] * x).reshape(batch, T, G, H // G, P)
     added = _product("btghp,btgn->bghpn", weighed, B, x.dtype, precision)
     added = added.reshape(batch, H, P, N)
-    return _compose(decay[..., None, None], added, initial_state, segment_ids, axis_name)
+    return receive_state(decay[..., None, None], added, initial_state, axis_name)
 
 
-def _weights_and_decay(log_decay, segment_ids):
+def _weights_and_decay(log_decay, resets):
     """[B, T, ...] log decays -> decay after each token, [B, T, ...], and of all, [B, ...].
 
     A token before a segment's start has weight 0, and such a start makes the whole decay 0.
@@ -137,9 +182,9 @@ def _weights_and_decay(log_decay, segment_ids):
     log_decay = jnp.maximum(log_decay, LOWEST_LOG_DECAY)
     weights = jnp.exp(_sums_after(log_decay))
     decay = jnp.exp(jnp.sum(log_decay, axis=1))
-    if segment_ids is None:
+    if resets is None:
         return weights, decay
-    starts = jnp.cumsum(segments.resets(segment_ids), axis=1)
+    starts = jnp.cumsum(resets, axis=1)
     counts = _per_row(starts == starts[:, -1:], weights)
     return jnp.where(counts, weights, 0), jnp.where(_per_row(starts[:, -1] > 0, decay), 0, decay)
 
@@ -161,22 +206,6 @@ def _sums_after(x):
     if group < T:
         within = within + _sums_after(jnp.sum(groups, axis=2))[:, :, None]
     return within.reshape(x.shape[0], -1, *x.shape[2:])[:, :T]
-
-
-def _compose(decay, added, initial_state, segment_ids, axis_name):
-    """The maps S -> decay S + added of the devices before this one, applied to initial_state."""
-    starts = first_token_resets(segment_ids, axis_name)
-    if starts is not None:
-        decay = jnp.where(_per_row(starts, decay), 0, decay)
-    device = lax.axis_index(axis_name)
-
-    def through(state, map_of_device):
-        index, decay, added = map_of_device
-        return jnp.where(index < device, decay * state + added, state), None
-
-    maps = lax.all_gather((decay, added), axis_name)
-    state, _ = lax.scan(through, initial_state, (jnp.arange(lax.axis_size(axis_name)), *maps))
-    return state if starts is None else jnp.where(_per_row(starts, state), 0, state)
 
 
 def _product(equation, left, right, operands, precision):

@@ -26,7 +26,7 @@ with devices.simulated("lower"):
 def _portable(op):
     """The implementation, loaded when called: an older JAX has not what its module needs."""
     load = lambda: importlib.import_module(f"gt_jax.kernels.{op}.portable")
-    return lambda *arguments: getattr(load(), f"{op}_portable")(*arguments)
+    return lambda *arguments, **options: getattr(load(), f"{op}_portable")(*arguments, **options)
 
 
 class Kernel(NamedTuple):
@@ -50,9 +50,9 @@ class Kernel(NamedTuple):
         """`call` under jit, one function for all tests, so that it compiles once a shape."""
         return _public(self.name, impl)
 
-    def run(self, impl, resets=None):
+    def run(self, impl, resets=None, **options):
         """An implementation itself, of all of its inputs in order."""
-        return lambda *arrays: self.implementations[impl](*arrays, resets, "default")
+        return lambda *arrays: self.implementations[impl](*arrays, resets, "default", **options)
 
 
 @functools.cache

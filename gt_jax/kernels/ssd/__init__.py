@@ -8,7 +8,7 @@ A matrix state per head decays by one scalar per token; the read includes the pr
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, context_parallel, segments
+from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.dispatch import dispatch
 
 
@@ -82,14 +82,13 @@ def ssd(
     if initial_state is not None:
         initial_state = initial_state.astype(state_dtype)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
-    resets = None if segment_ids is None else segments.resets(segment_ids)
+    resets = context_parallel.resets(segment_ids, axis_name)
     a = dt * A.astype(state_dtype)  # log decay
     if axis_name is None:
         return dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision)
-    state = context_parallel.ssd_state_before(
-        x, dt, a, B, initial_state, segment_ids, axis_name, precision
-    )
-    y, state = dispatch("ssd", impl, x, dt, a, B, C, D, state, resets, precision)
+    if initial_state is not None:
+        initial_state = context_parallel.of_first_device(initial_state, axis_name)
+    y, state = dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision, axis_name)
     return y, context_parallel.of_last_device(state, axis_name)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.kernels import context_parallel
 from gt_jax.kernels.chunks import (
     LOWEST_LOG_DECAY,
     carry_chunks,
@@ -48,10 +49,15 @@ def ssd_chunked(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
     *,
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
+    if axis_name is not None:
+        initial_state = context_parallel.ssd_state_before(
+            x, dt, a, B, initial_state, resets, axis_name, precision
+        )
     batch, T, H, P = x.shape
     plan = make_plan(
         T, chunk_size, x.dtype, precision, dt.dtype, batch=batch, cpu_tokens=_CPU_NUMBERS // (H * P)

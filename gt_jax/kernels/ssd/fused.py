@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.launch import CHUNK, keep
-from gt_jax.kernels.pallas.splits import states_of_splits
+from gt_jax.kernels.pallas.splits import count_maps, states_of_splits
 from gt_jax.kernels.ssd.hopper_decays import by_chunk, by_token, log2_decays
 from gt_jax.kernels.ssd.hopper_sizes import Sizes, sizes_of
 
@@ -21,7 +21,8 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., Any]  # (x, B, C, g, dt, D, state, save=) -> (y, final state, *saved)
     backward: Callable[..., Any]  # (size, x, B, C, g, dt, D, *saved, dy, dstate, of_start=)
-    split_states: Callable[..., Any]  # (size, splits, x, B, g, dt, state, reverse=) -> states
+    # (size, splits, x, B, g, dt, state, reverse=, axis_name=) -> states
+    split_states: Callable[..., Any]
     dtypes: tuple[jnp.dtype, ...]  # of x, B and C
     tokens: int  # their number is a multiple of it
     splits: Callable[[Sizes], int]  # of a sequence
@@ -38,6 +39,7 @@ def call(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD by fused kernels; arguments and results as of `ssd_reference`.
 
@@ -56,7 +58,7 @@ def call(
     # Splits are whole chunks.
     end = (0, -length % (kernels.tokens if splits == 1 else splits * max(CHUNK, kernels.tokens)))
     x, dt, a, B, C = (_as_rows(z, end, splits) for z in (x, dt, a, B, C))
-    y, final_state = _ssd(kernels, splits, x, dt, a, B, C, D, initial_state)
+    y, final_state = _ssd(kernels, splits, axis_name, x, dt, a, B, C, D, initial_state)
     return y.reshape(-1, length + end[1], *y.shape[2:])[:, :length], final_state
 
 
@@ -80,29 +82,31 @@ def _refusal(kernels, x, dt, B, precision):
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ssd(kernels, splits, x, dt, a, B, C, D, state):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ssd(kernels, splits, axis_name, x, dt, a, B, C, D, state):
     """y and final state; x, dt, a, B and C have the splits as rows of the batch."""
-    return _ssd_forward(kernels, splits, x, dt, a, B, C, D, state, save=False)[0]
+    return _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, state, save=False)[0]
 
 
-def _ssd_forward(kernels, splits, x, dt, a, B, C, D, state, *, save=True):
+def _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, state, *, save=True):
     size = sizes_of(x, B)
     g, dt = log2_decays(a, size), by_chunk(dt, size)
     start = state
-    if splits > 1:
-        start = kernels.split_states(size, splits, x, B, g, dt, start)
+    if count_maps(splits, axis_name):
+        start = kernels.split_states(size, splits, x, B, g, dt, start, axis_name=axis_name)
     y, final, *states = keep(kernels.forward(x, B, C, g, dt, D, start, save=save))
     wanted = None if state is None else ()  # residuals tell apart by structure what is not traced
     return (y, final[splits - 1 :: splits]), (x, B, C, g, dt, D, wanted, states)
 
 
-def _ssd_backward(kernels, splits, residuals, cotangents):
+def _ssd_backward(kernels, splits, axis_name, residuals, cotangents):
     x, B, C, g, dt, D, wanted, states = residuals
     size = sizes_of(x, B)
     dy, dstate = cotangents
-    if splits > 1:
-        dstate = kernels.split_states(size, splits, dy, C, g, None, dstate, reverse=True)
+    if count_maps(splits, axis_name):
+        dstate = kernels.split_states(
+            size, splits, dy, C, g, None, dstate, reverse=True, axis_name=axis_name
+        )
     dx, dB, dC, ddt, da, dD, *dstart = kernels.backward(
         size, x, B, C, g, dt, D, *states, dy, dstate, of_start=wanted is not None
     )
@@ -121,19 +125,19 @@ def _sum_chains(z, size):
     return jnp.sum(z, axis=3)
 
 
-def states_between(size, splits, additions, x, B, g, dt, state, *, reverse):
+def states_between(size, splits, additions, x, B, g, dt, state, *, reverse, axis_name):
     """The state that each split starts from (ends with if reverse); see hopper_splits.py.
 
-    additions: (size, splits, x, B, g, dt, reverse) -> what all splits but the last (first if
-        reverse) add to their states, [rows, H, P, N] float32.
+    additions: (size, splits, maps, x, B, g, dt, reverse) -> what the first `maps` splits of each
+        row (last if reverse) add to their states, [rows, H, P, N] float32.
     """
     if state is None:
         state = jnp.zeros((size.batch // splits, size.heads, size.P, size.N), jnp.float32)
     decay = jnp.exp2(jnp.sum(g[..., -1], axis=(-2, -1)))  # [batch * splits, H]
-    others = slice(1, None) if reverse else slice(-1)  # nothing follows the last split
-    decay = decay.reshape(-1, splits, size.heads)[:, others]
-    update = additions(size, splits, x, B, g, dt, reverse)
-    update = update.reshape(-1, splits - 1, *update.shape[1:])
-    return states_of_splits(
-        decay.swapaxes(1, 2)[..., None, None], update.swapaxes(1, 2), state, reverse=reverse
-    )
+    maps = count_maps(splits, axis_name)
+    mapped = slice(splits - maps, None) if reverse else slice(maps)
+    decay = decay.reshape(-1, splits, size.heads)[:, mapped]
+    decay = decay.swapaxes(1, 2)[..., None, None]  # [batch, H, maps, 1, 1]
+    update = additions(size, splits, maps, x, B, g, dt, reverse)
+    update = update.reshape(-1, maps, *update.shape[1:]).swapaxes(1, 2)  # [batch, H, maps, P, N]
+    return states_of_splits(decay, update, state, reverse=reverse, axis_name=axis_name)

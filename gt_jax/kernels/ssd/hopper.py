@@ -23,13 +23,14 @@ def ssd_mosaic(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD on a Hopper GPU; arguments and results as of `ssd_reference`.
 
     Raises:
         NotImplementedError: a dtype or a size is not supported (says which).
     """
-    return fused.call(_KERNELS, x, dt, a, B, C, D, initial_state, resets, precision)
+    return fused.call(_KERNELS, x, dt, a, B, C, D, initial_state, resets, precision, axis_name)
 
 
 def _splits(size):

@@ -25,6 +25,7 @@ from gt_jax.kernels.pallas.launch import (
     release_registers,
 )
 from gt_jax.kernels.pallas.products import matmul
+from gt_jax.kernels.pallas.splits import row_of_split
 from gt_jax.kernels.pallas.terms import (
     difference,
     input_tiles_in_place,
@@ -49,6 +50,7 @@ def split_states(
     state: jax.Array | None,
     *,
     reverse: bool = False,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The state that each split starts from (ends with if reverse).
 
@@ -59,24 +61,27 @@ def split_states(
         g: [batch * splits, H, chunks, terms, CHUNK].
         dt: [batch * splits, H, chunks, CHUNK], or None if reverse.
         state: [batch, H, P, N] before the first split, or the gradient after the last; None is 0.
+        axis_name: of the devices that share the sequence, as for `states_of_splits`.
 
     Returns:
         [batch * splits, H, P, N] float32.
     """
-    return states_between(size, splits, _additions, x, B, g, dt, state, reverse=reverse)
+    return states_between(
+        size, splits, _additions, x, B, g, dt, state, reverse=reverse, axis_name=axis_name
+    )
 
 
-@lowered_once("size", "splits", "reverse")
-def _additions(size, splits, x, B, g, dt, reverse):
-    """U of all splits but the last (the first if reverse), [rows, H, P, N] float32."""
+@lowered_once("size", "splits", "maps", "reverse")
+def _additions(size, splits, maps, x, B, g, dt, reverse):
+    """U of the first `maps` splits of each row (last if reverse), [rows, H, P, N] float32."""
     W, terms, stages = size.heads_per_block, size.terms, size.tuning.split_stages
-    rows = size.batch // splits * (splits - 1)
+    rows = size.batch // splits * maps
     dt_smem, numbers = None, terms  # scalars that a token has
     if not reverse:
         dt = dt[:, :, :, None]  # [rows, H, chunks, 1, CHUNK]
         dt_smem, numbers = plgpu.SMEM((stages, W, 1, CHUNK), jnp.float32), terms + 1
     (U,) = kernel(
-        functools.partial(_body, size, splits, reverse),
+        functools.partial(_body, size, splits, maps, reverse),
         name="ssd_splits",
         inputs={"x": x, "B": B, "g": g, "dt": None if reverse else dt},
         outputs={"U": jax.ShapeDtypeStruct((rows, size.heads, size.P, size.N), jnp.float32)},
@@ -94,7 +99,7 @@ def _additions(size, splits, x, B, g, dt, reverse):
     return U
 
 
-def _body(size, splits, reverse, refs):
+def _body(size, splits, maps, reverse, refs):
     W = size.heads_per_block
     refs.x_smem, refs.x_terms_smem = whole_and_terms(size.terms, refs.x_smem)
     refs.B_smem, refs.B_terms_smem = whole_and_terms(size.terms, refs.B_smem)
@@ -102,17 +107,16 @@ def _body(size, splits, reverse, refs):
     head0 = block * W
     group = head0 // size.heads_per_group
     wg = lax.axis_index("wg")
-    pl.when(wg == W)(lambda: _copy(size, splits, reverse, refs, row, head0, group))
+    pl.when(wg == W)(lambda: _copy(size, splits, maps, reverse, refs, row, head0, group))
     for n in range(W):
         pl.when(wg == n)(lambda n=n: _compute(size, reverse, refs, row, head0, n))
 
 
-def _copy(size, splits, reverse, refs, row, head0, group):
+def _copy(size, splits, maps, reverse, refs, row, head0, group):
     """Keeps copies of the coming chunks in flight."""
     W, stages = size.heads_per_block, size.tuning.split_stages
     release_registers()
-    example, split = divide(row, splits - 1)
-    source = example * splits + split + int(reverse)
+    source = row_of_split(row, splits, maps, reverse=reverse)
 
     def fetch(k, _):
         m = k if reverse else size.chunks - 1 - k

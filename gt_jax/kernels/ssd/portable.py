@@ -29,6 +29,7 @@ def ssd_portable(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD on a GPU since compute capability 8.0; arguments and results as of `ssd_reference`.
 
@@ -52,7 +53,9 @@ def ssd_portable(
     if initial_state is not None:
         initial_state = _split_state(initial_state, groups, parts, halves, width)
     x = jnp.broadcast_to(x, shape).reshape(*x.shape[:2], -1, WIDTH)
-    y, state = fused.call(_KERNELS, x, flat(dt), flat(a), B, C, D, initial_state, resets, precision)
+    y, state = fused.call(
+        _KERNELS, x, flat(dt), flat(a), B, C, D, initial_state, resets, precision, axis_name
+    )
     y = y.reshape(shape)
     y = y[:, :, :, 0] if halves == 1 else jnp.sum(y.astype(jnp.float32), axis=3).astype(y.dtype)
     y = y.reshape(*y.shape[:2], -1, parts * WIDTH)[..., :P]

@@ -9,6 +9,7 @@ from jax import lax
 
 from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
+from gt_jax.kernels.pallas.splits import row_of_split
 from gt_jax.kernels.pallas.terms import split_truncated
 from gt_jax.kernels.pallas.tiles import over_rows
 from gt_jax.kernels.pallas.warps import load_columns
@@ -38,6 +39,7 @@ def split_states(
     state: jax.Array | None,
     *,
     reverse: bool = False,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The state that each split starts from (ends with if reverse).
 
@@ -48,25 +50,27 @@ def split_states(
         g: [batch * splits, H, chunks, 1, CHUNK].
         dt: [batch * splits, H, chunks, CHUNK], or None if reverse.
         state: [batch, H, P, N] before the first split, or the gradient after the last; None is 0.
+        axis_name: of the devices that share the sequence, as for `states_of_splits`.
 
     Returns:
         [batch * splits, H, P, N] float32.
     """
-    return states_between(size, splits, _additions, x, B, g, dt, state, reverse=reverse)
+    return states_between(
+        size, splits, _additions, x, B, g, dt, state, reverse=reverse, axis_name=axis_name
+    )
 
 
-@lowered_once("size", "splits", "reverse")
-def _additions(size, splits, x, B, g, dt, reverse):
-    """U of all splits but the last (first if reverse), [rows, H, P, N] float32."""
+@lowered_once("size", "splits", "maps", "reverse")
+def _additions(size, splits, maps, x, B, g, dt, reverse):
+    """U of the first `maps` splits of each row (last if reverse), [rows, H, P, N] float32."""
     P, N = size.P, size.N
-    rows = size.batch // splits * (splits - 1)
+    rows = size.batch // splits * maps
 
     def body(refs):
         x_s, B_s = refs.x, refs.B
         row, h = divide(lax.axis_index("heads"), size.heads)
         group = h // (size.heads // size.groups)
-        whole, split = divide(row, splits - 1)
-        source = whole * splits + split + int(reverse)
+        source = row_of_split(row, splits, maps, reverse=reverse)
 
         def step(n, U):
             m = size.chunks - 1 - n if reverse else n

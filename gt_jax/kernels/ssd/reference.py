@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gt_jax.kernels import context_parallel
+
 TAKES = None  # every floating dtype and size
 
 
@@ -20,6 +22,7 @@ def ssd_reference(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-by-token SSD in the dtype of dt, which is that of the state.
 
@@ -32,11 +35,17 @@ def ssd_reference(
         initial_state: [B, H, P, N]; None for zeros.
         resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `ssd`; every product here is exact to the dtype of the state anyway.
+        axis_name: of the devices that share the sequence, or None. initial_state is then zero on
+            all devices but the first; resets also marks a segment that starts with a device's first
+            token; the final state is the one after this device's tokens.
 
     Returns:
         y [B, T, H, P] in x.dtype, and the final state [B, H, P, N].
     """
-    del precision
+    if axis_name is not None:
+        initial_state = context_parallel.ssd_state_before(
+            x, dt, a, B, initial_state, resets, axis_name, precision
+        )
     dtype = dt.dtype
     initial_state = given_or_zeros(initial_state, x, dt, B)
     heads_per_group = x.shape[2] // B.shape[2]

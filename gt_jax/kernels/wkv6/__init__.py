@@ -10,9 +10,8 @@ through a bonus u instead of the state:
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels import checks, context_parallel, segments
+from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.dispatch import dispatch
-from gt_jax.kernels.wkv6.reference import given_or_zeros
 
 
 def wkv6(
@@ -73,12 +72,12 @@ def wkv6(
     checks.precision("wkv6", precision)
     state_dtype = checks.state_dtype(r, k, v, w, u)
     state = None if initial_state is None else initial_state.astype(state_dtype)
-    resets = None if segment_ids is None else segments.resets(segment_ids)
+    resets = context_parallel.resets(segment_ids, axis_name)
     if axis_name is None:
         return dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
-    state = given_or_zeros(state, r, k, v, w, u)
-    state = context_parallel.wkv6_state_before(k, v, w, state, segment_ids, axis_name, precision)
-    o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision)
+    if state is not None:
+        state = context_parallel.of_first_device(state, axis_name)
+    o, state = dispatch("wkv6", impl, r, k, v, w, u, state, resets, precision, axis_name)
     return o, context_parallel.of_last_device(state, axis_name)
 
 

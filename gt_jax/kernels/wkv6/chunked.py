@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.kernels import checks
+from gt_jax.kernels import checks, context_parallel
 from gt_jax.kernels.chunks import (
     carry_chunks,
     cotangents_or_none,
@@ -35,6 +35,7 @@ from gt_jax.kernels.chunks import (
     values,
     zeros_if_none,
 )
+from gt_jax.kernels.wkv6.reference import given_or_zeros
 
 _CPU_NUMBERS = 2**16  # of r that a CPU works on at once
 _BLOCK = 16  # tokens whose levels share matrices of this size
@@ -51,11 +52,17 @@ def wkv6_chunked(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
     *,
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 by chunks of chunk_size tokens, a power of two; the rest as in `wkv6_reference`."""
     B, T, H, K = r.shape
+    if axis_name is not None:
+        state = given_or_zeros(initial_state, r, k, v, w, u)
+        initial_state = context_parallel.wkv6_state_before(
+            k, v, w, state, resets, axis_name, precision
+        )
     cpu_tokens = _CPU_NUMBERS // (H * K)
     dtype = checks.state_dtype(r, k, v, w, u) if initial_state is None else initial_state.dtype
     plan = make_plan(T, chunk_size, r.dtype, precision, dtype, batch=B, cpu_tokens=cpu_tokens)

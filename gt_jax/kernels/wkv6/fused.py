@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gt_jax.kernels.pallas.launch import CHUNK, keep
+from gt_jax.kernels.pallas.splits import count_maps
 from gt_jax.kernels.wkv6.hopper_sizes import SIZE
 from gt_jax.kernels.wkv6.reference import given_or_zeros
 
@@ -18,7 +19,7 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., Any]  # (r, k, v, w, u, state, save=) -> (o, final state, *saved)
     backward: Callable[..., Any]  # (r, k, v, w, u, *saved, do, dstate) -> gradients
-    split_states: Callable[..., Any]  # (splits, x, v, w, state, reverse=) -> states
+    split_states: Callable[..., Any]  # (splits, x, v, w, state, reverse=, axis_name=) -> states
     dtypes: tuple[jnp.dtype, ...]  # of r, k and v
     tokens: int  # their number is a multiple of it
     width: Callable[[int], int]  # channels of a head -> channels in memory, at least as many
@@ -40,6 +41,7 @@ def call(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 by fused kernels; arguments and results as of `wkv6_reference`.
 
@@ -66,7 +68,7 @@ def call(
     r, k, v, w = (as_rows(_pad(z, end, (0, 0), width(z))) for z in inputs)
     u = _pad(u.astype(jnp.float32), (0, SIZE - K))
     state = _pad(initial_state, (0, SIZE - K), (0, SIZE - V)).mT  # [B, H, 64, 64], V before K
-    o, final_state = _wkv6(kernels, splits, r, k, v, w.astype(jnp.float32), u, state)
+    o, final_state = _wkv6(kernels, splits, axis_name, r, k, v, w.astype(jnp.float32), u, state)
     o = o.reshape(-1, length + end[1], *o.shape[2:])  # [B, T padded, H, V padded]
     return o[:, :length, :, :V] + own, final_state.mT[..., :K, :V]
 
@@ -93,28 +95,28 @@ def _pad(z, *last):
     return jnp.pad(z, ((0, 0),) * (z.ndim - len(last)) + last)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _wkv6(kernels, splits, *inputs):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _wkv6(kernels, splits, axis_name, *inputs):
     """o and final state.
 
     r, k, v, w are [batch * splits, T, H, up to 64 channels], u [H, 64], the state
     [batch, H, 64, 64] with V before K.
     """
-    return _wkv6_forward(kernels, splits, *inputs, save=False)[0]
+    return _wkv6_forward(kernels, splits, axis_name, *inputs, save=False)[0]
 
 
-def _wkv6_forward(kernels, splits, r, k, v, w, u, state, *, save=True):
-    if splits > 1:
-        state = kernels.split_states(splits, k, v, w, state)
+def _wkv6_forward(kernels, splits, axis_name, r, k, v, w, u, state, *, save=True):
+    if count_maps(splits, axis_name):
+        state = kernels.split_states(splits, k, v, w, state, axis_name=axis_name)
     o, final_states, *saved = keep(kernels.forward(r, k, v, w, u, state, save=save))
     return (o, final_states[splits - 1 :: splits]), (r, k, v, w, u, *saved)
 
 
-def _wkv6_backward(kernels, splits, residuals, cotangents):
+def _wkv6_backward(kernels, splits, axis_name, residuals, cotangents):
     r, _, _, w, *_ = residuals
     do, dstate = cotangents
-    if splits > 1:
-        dstate = kernels.split_states(splits, r, do, w, dstate, reverse=True)
+    if count_maps(splits, axis_name):
+        dstate = kernels.split_states(splits, r, do, w, dstate, reverse=True, axis_name=axis_name)
     *grads, du, dstates = kernels.backward(*residuals, do, dstate)
     return *grads, jnp.sum(du, axis=0), dstates[::splits]
 

@@ -22,13 +22,14 @@ def wkv6_mosaic(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 on a Hopper GPU; arguments and results as of `wkv6_reference`.
 
     Raises:
         NotImplementedError: a dtype or a size is not supported (says which).
     """
-    return fused.call(_KERNELS, r, k, v, w, u, initial_state, resets, precision)
+    return fused.call(_KERNELS, r, k, v, w, u, initial_state, resets, precision, axis_name)
 
 
 def _width(channels):

@@ -25,7 +25,7 @@ from gt_jax.kernels.pallas.launch import (
     release_registers,
 )
 from gt_jax.kernels.pallas.products import matmul
-from gt_jax.kernels.pallas.splits import states_of_splits
+from gt_jax.kernels.pallas.splits import count_maps, row_of_split, states_of_splits
 from gt_jax.kernels.pallas.terms import (
     input_tiles,
     put,
@@ -62,6 +62,7 @@ def split_states(
     state: jax.Array,
     *,
     reverse: bool = False,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The state that each split starts from (ends with if reverse).
 
@@ -69,28 +70,31 @@ def split_states(
         splits: how many there are of each row.
         x, v, w: k, v and w, or r, do and w if reverse; [batch * splits, T, H, up to 64].
         state: [batch, H, V, K] before the first split, or the gradient after the last.
+        axis_name: of the devices that share the sequence, as for `states_of_splits`.
 
     Returns:
         [batch * splits, H, V, K] float32.
     """
-    by_row = lambda z: z.reshape(-1, splits - 1, *z.shape[1:]).swapaxes(1, 2)
-    decay, update = map(by_row, _maps(splits, x, v, w, reverse))  # [batch, H, splits - 1, V, K]
-    return states_of_splits(decay, update, state, reverse=reverse)
+    maps = count_maps(splits, axis_name)
+    by_row = lambda z: z.reshape(-1, maps, *z.shape[1:]).swapaxes(1, 2)
+    decay, update = map(by_row, _maps(splits, maps, x, v, w, reverse))  # [batch, H, maps, V, K]
+    decay = decay[..., :1, :]
+    return states_of_splits(decay, update, state, reverse=reverse, axis_name=axis_name)
 
 
-@lowered_once("splits", "reverse")
-def _maps(splits, x, v, w, reverse):
-    """d (the same in every row) and U of all splits but the last (the first if reverse).
+@lowered_once("splits", "maps", "reverse")
+def _maps(splits, maps, x, v, w, reverse):
+    """d (the same in every row) and U of the first `maps` splits of each row (last if reverse).
 
     Both are [rows, H, V, K] float32.
     """
-    size = sizes_of(x, v)._replace(batch=x.shape[0] // splits * (splits - 1))
+    size = sizes_of(x, v)._replace(batch=x.shape[0] // splits * maps)
     stages = TUNING[size.terms].split_stages
     heads, terms = size.heads_per_block, size.terms
     pattern = sum_patterns(terms)[FROM_START if reverse else TO_END]
     result = jax.ShapeDtypeStruct((size.batch, size.heads, *STATE), jnp.float32)
     return kernel(
-        functools.partial(_body, size, splits, reverse),
+        functools.partial(_body, size, splits, maps, reverse),
         name="wkv6_splits",
         inputs=dict(x=x, v=v, w=w, pattern=pattern),
         outputs={"d": result, "U": result},
@@ -111,23 +115,19 @@ def _maps(splits, x, v, w, reverse):
     )
 
 
-def _body(size: Sizes, splits, reverse, refs):
+def _body(size: Sizes, splits, maps, reverse, refs):
     stages = TUNING[size.terms].split_stages
     wg = lax.axis_index("wg")
     refs.v_smem, refs.v_terms_smem = whole_and_terms(size.terms, refs.v_smem)
-    pl.when(wg == size.heads_per_block)(lambda: _copy(size, splits, stages, reverse, refs))
+    pl.when(wg == size.heads_per_block)(lambda: _copy(size, splits, maps, reverse, refs))
     pl.when(wg < size.heads_per_block)(lambda: _compute(size, stages, refs, wg))
 
 
-def _copy(size, splits, stages, reverse, refs):
+def _copy(size, splits, maps, reverse, refs):
     """Keeps copies of the coming chunks in flight."""
+    stages = TUNING[size.terms].split_stages
     release_registers()
     plgpu.copy_gmem_to_smem(refs.pattern_gmem, refs.pattern_smem, refs.pattern_ready)
-
-    def source_row(row):
-        """Where the split whose map has this row is among all splits."""
-        others = jnp.int32(splits - 1)
-        return lax.div(row, others) * splits + lax.rem(row, others) + int(reverse)
 
     def fetch(step, _):
         m = step if reverse else size.chunks - 1 - step
@@ -141,7 +141,8 @@ def _copy(size, splits, stages, reverse, refs):
                 (refs.v_gmem, refs.v_smem),
                 (refs.w_gmem, refs.w_smem),
             ):
-                source = gmem.at[source_row(b), tokens(m), h, channels()]
+                row = row_of_split(b, splits, maps, reverse=reverse)
+                source = gmem.at[row, tokens(m), h, channels()]
                 plgpu.copy_gmem_to_smem(source, smem.at[n, slot], refs.ready.at[at])
 
     loop(size.chunks, fetch, None)

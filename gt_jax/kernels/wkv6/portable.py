@@ -24,13 +24,14 @@ def wkv6_portable(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """WKV6 on a GPU since compute capability 8.0; arguments and results as of `wkv6_reference`.
 
     Raises:
         NotImplementedError: a dtype or a size is not supported (says which).
     """
-    return fused.call(_KERNELS, r, k, v, w, u, initial_state, resets, precision)
+    return fused.call(_KERNELS, r, k, v, w, u, initial_state, resets, precision, axis_name)
 
 
 _KERNELS = fused.Kernels(

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import copies, tiles, warps
 from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
-from gt_jax.kernels.pallas.splits import states_of_splits
+from gt_jax.kernels.pallas.splits import count_maps, row_of_split, states_of_splits
 from gt_jax.kernels.pallas.tiles import over_rows
 from gt_jax.kernels.pallas.warps import BLOCK, BLOCKS
 from gt_jax.kernels.wkv6.hopper_levels import log2_decay
@@ -34,6 +34,7 @@ def split_states(
     state: jax.Array,
     *,
     reverse: bool = False,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """The state that each split starts from (ends with if reverse).
 
@@ -41,27 +42,28 @@ def split_states(
         splits: how many there are of each row.
         x, v, w: k, v and w, or r, do and w if reverse; [batch * splits, T, H, 64].
         state: [batch, H, V, K] before the first split, or the gradient after the last.
+        axis_name: of the devices that share the sequence, as for `states_of_splits`.
 
     Returns:
         [batch * splits, H, V, K] float32.
     """
-    by_row = lambda z: z.reshape(-1, splits - 1, *z.shape[1:]).swapaxes(1, 2)  # [batch, H, splits]
-    decay, update = _maps(splits, x, v, w, reverse)
-    return states_of_splits(by_row(decay), by_row(update), state, reverse=reverse)
+    maps = count_maps(splits, axis_name)
+    by_row = lambda z: z.reshape(-1, maps, *z.shape[1:]).swapaxes(1, 2)
+    decay, update = map(by_row, _maps(splits, maps, x, v, w, reverse))  # [batch, H, maps, ...]
+    return states_of_splits(decay, update, state, reverse=reverse, axis_name=axis_name)
 
 
-@lowered_once("splits", "reverse")
-def _maps(splits, x, v, w, reverse):
-    """d [rows, H, 1, K] and U [rows, H, V, K] of all splits but the last (first if reverse)."""
+@lowered_once("splits", "maps", "reverse")
+def _maps(splits, maps, x, v, w, reverse):
+    """d [rows, H, 1, K] and U [rows, H, V, K] of the first `maps` splits (last if reverse)."""
     _, T, H, _ = x.shape
-    rows, chunks = x.shape[0] // splits * (splits - 1), T // CHUNK
+    rows, chunks = x.shape[0] // splits * maps, T // CHUNK
     square, bf16, f32 = (CHUNK, SIZE), jnp.bfloat16, jnp.float32
 
     def body(refs):
         x_s, v_s, E_s = refs.x, refs.v, refs.E
         row, h = divide(lax.axis_index("rows"), H)
-        whole, split = divide(row, splits - 1)
-        source = whole * splits + split + int(reverse)
+        source = row_of_split(row, splits, maps, reverse=reverse)
         refs.zero[0] = jnp.int32(0)
         warps.sync()
         masks = Masks(refs.zero.at[0])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels import checks
+from gt_jax.kernels import checks, context_parallel
 
 TAKES = None  # every floating dtype and size
 
@@ -22,6 +22,7 @@ def wkv6_reference(
     initial_state: jax.Array | None,
     resets: jax.Array | None,
     precision: str,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-by-token WKV6 in the state's dtype.
 
@@ -32,12 +33,16 @@ def wkv6_reference(
         initial_state: [B, H, K, V]; None for zeros.
         resets: [B, T] bool, True at the first token of a segment, or None.
         precision: as in `wkv6`; every product here is exact to the dtype of the state anyway.
+        axis_name: of the devices that share the sequence, or None. initial_state is then zero on
+            all devices but the first; resets also marks a segment that starts with a device's first
+            token; the final state is the one after this device's tokens.
 
     Returns:
         o [B, T, H, V] in v.dtype, and the final state [B, H, K, V].
     """
-    del precision
     state = given_or_zeros(initial_state, r, k, v, w, u)
+    if axis_name is not None:
+        state = context_parallel.wkv6_state_before(k, v, w, state, resets, axis_name, precision)
     dtype = state.dtype
     if resets is None:
         resets = jnp.zeros(r.shape[:2], bool)
