@@ -164,9 +164,9 @@ def test_what_a_run_probes_is_the_merged_model(toy, make_config, make_batch, mon
     config, _, _, state = toy_run(toy, make_config, **{"log.activations": True})
     params = jax.tree.map(lambda x: x + 0.1, state.params)  # at zero B changes nothing
     seen = watch.make_probe(toy, config)(params, make_batch(0))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6), seen, lora.merged(params)
-    )
+    # The matrix and its update, numbers up to 2, may cancel: each sum is right to a rounding of 2.
+    assert_near = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=2**-22)
+    jax.tree.map(assert_near, seen, lora.merged(params))
 
 
 ON_TWO_DEVICES = """
