@@ -63,6 +63,12 @@ def test_help_of_a_program_shows_what_each_flag_is_without_a_value(capsys):
         assert re.fullmatch(r"  --\w+(=\S+)?: (<[\w|]+>: )?[A-Z].*\.", line), line
 
 
+def test_serve_names_the_packages_of_its_extra():
+    extra = PROJECT["optional-dependencies"]["serve"]
+    names = " ".join(re.match(r"[\w-]+", need)[0] for need in extra)
+    assert f"pip install {names}" in (ROOT / "gt_jax" / "serve.py").read_text()
+
+
 def test_a_program_by_name_is_the_module():
     run = lambda *command: subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
