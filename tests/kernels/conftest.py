@@ -1,3 +1,7 @@
+import fcntl
+import os
+import subprocess
+
 import jax
 import pytest
 
@@ -26,3 +30,20 @@ def needs_gpu(request):
     """Skips where the kernels of the test's parameter `impl` do not run."""
     if reason := UNSUPPORTED[request.node.callspec.params["impl"]]():
         pytest.skip(reason)
+
+
+def memory_of_gpu():
+    """Bytes that the first GPU has, whatever this process may take of them."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return int(subprocess.check_output([*ask, first], text=True)) * 2**20
+
+
+@pytest.fixture
+def large_gpu(needs_gpu, tmp_path_factory):
+    """Skips below 100 GB; of the tests that take most of a GPU, one runs at a time."""
+    if memory_of_gpu() < 100e9:
+        pytest.skip(f"needs 100 GB of GPU memory; this one has {memory_of_gpu() / 1e9:.0f} GB")
+    with open(tmp_path_factory.getbasetemp().parent / "large_gpu", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -215,10 +215,7 @@ def test_kernel_spread_over_devices_equals_one(needs_gpu, kernel, impl):
 
 @pytest.mark.gpu
 @each_kernel
-def test_kernel_reaches_elements_beyond_two_to_the_31(needs_gpu, kernel, impl):
-    memory = jax.devices()[0].memory_stats()["bytes_limit"]
-    if memory < 100e9:
-        pytest.skip(f"needs 100 GB of GPU memory; this process may have {memory / 1e9:.0f} GB")
+def test_kernel_reaches_elements_beyond_two_to_the_31(large_gpu, kernel, impl):
     some = kernel.make(length=1024, heads=64, **kernel.released)
 
     def repeat(name, z, rows, times):
@@ -259,4 +256,7 @@ def test_kernel_takes_more_rows_than_an_axis_of_a_grid_has(needs_gpu, kernel, im
     jax.tree.map(lambda z, y: np.testing.assert_array_equal(z[-3:], y), values, expected)
     for name, z, y in zip(kernel.arguments, gradients, of_last):
         if name not in kernel.of_heads:
-            np.testing.assert_array_equal(z[-3:], y)
+            # A float32 product beside the kernels may add in another order for so many rows.
+            wrong = 4 * np.finfo(np.float32).eps if z.dtype == "float32" else 0
+            wrong *= np.abs(np.asarray(y, np.float32)).max()
+            np.testing.assert_allclose(z[-3:], y, rtol=0, atol=wrong)

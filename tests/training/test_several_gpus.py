@@ -43,6 +43,9 @@ def trained():
     """Mode -> of each of two runs: losses, gradient norms, parameters at the end."""
     backend.prepare()
     fields = {"train.batch_size": ROWS, "train.seq_len": LENGTH, "optim.warmup_steps": 1}
+    # A rate at which the loss falls from the first step on: at larger ones it doubles first, and
+    # every rounding with it.
+    fields["optim.lr"] = 1e-4
     config = default_config()
     config.update_from_flattened_dict(fields)
     config = from_config_dict(config)
