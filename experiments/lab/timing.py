@@ -30,20 +30,30 @@ def trainer_of(config, vocab):
     return model, schedule, tx, functools.partial(init_state, model, tx, config)
 
 
+def random_batches(vocab, rows, length):
+    """Endless batches of random tokens, the same in every call."""
+    tokens = np.random.default_rng(0).integers(vocab, size=4 * rows * length + 1, dtype=np.int32)
+    return make_batches((tokens,), order="windows", batch_size=rows, seq_len=length)
+
+
 class Trainer:
     """The trainer's own step on random tokens, ready to be timed."""
 
-    def __init__(self, config, vocab, devices=None):
-        """Args: config: of the run. vocab: number of token ids. devices: all if None."""
+    def __init__(self, config, vocab, devices=None, on_lowered=lambda trainer, lowered: None):
+        """Lower and compile the step.
+
+        Args:
+            config: of the run. vocab: number of token ids. devices: all if None.
+            on_lowered: called in between, with this and what is lowered.
+        """
         share = config.parallel
         self.mesh = parallel.make_mesh(share.fsdp, share.sequence, devices)
-        self.model, schedule, tx, init = trainer_of(config, vocab)
-        self.shapes = jax.eval_shape(init, jax.random.key(0))
+        self.model, schedule, tx, self.init = trainer_of(config, vocab)
+        self.shapes = jax.eval_shape(self.init, jax.random.key(0))
         self.shardings = parallel.state_sharding(self.mesh, self.shapes)
         B, T = config.train.batch_size, config.train.seq_len
-        tokens = np.random.default_rng(0).integers(vocab, size=4 * B * T + 1, dtype=np.int32)
-        shape = {"batch_size": B, "seq_len": T}
-        self.read = functools.partial(make_batches, (tokens,), order="windows", **shape)
+        self.vocab = vocab
+        self.read = functools.partial(random_batches, vocab, B, T)
         self.state = None  # until it runs, so that it holds no memory before
 
         began = time.perf_counter()
@@ -57,6 +67,7 @@ class Trainer:
                 parallel.shapes_on(self.shardings, self.shapes),
                 parallel.shapes_on(parallel.batch_shardings(batch, self.mesh), batch),
             )
+        on_lowered(self, lowered)
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 

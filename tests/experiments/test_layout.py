@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experiments").rglob("*.py"))
 # Of benchmarks.
-HELPERS = {"kernel_errors", "kernel_tables", "peers_jax", "peers_torch", "peers_generation"}
+HELPERS = {"kernel_errors", "kernel_tables", "parallel_tables"}
+HELPERS |= {"peers_jax", "peers_torch", "peers_generation"}
 # What a part of experiments/ may import of it, as the first words of dotted names.
 ALLOWED = {
     "lab": {"experiments.lab"},

@@ -57,7 +57,7 @@ class Nursery:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "PYTHONWARNINGS": "ignore",
         }
         self._process = subprocess.Popen(
@@ -98,12 +98,14 @@ class Nursery:
         return int(self._process.stdout.readline())
 
 
-def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False, devices=1):
+def _prepare(phase=None, signals=(), skip=0, limit=None, ascii_only=False, devices=1, gpus=None):
     """Make this process signal itself in a phase, or have no disk space, or few characters.
 
-    And give it simulated devices.
+    And give it simulated devices, or GPUs by their numbers.
     """
     jax.config.update("jax_num_cpu_devices", devices)
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     if phase:
         owner, name = PHASES[phase]
         usual, calls = getattr(owner, name), iter(range(1 << 30))

@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from experiments.benchmarks import parallel
-from experiments.lab import command
+from experiments.benchmarks import parallel, parallel_tables
+from experiments.lab import command, workers
 from gt_jax.errors import InputError
 
 # Devices are counted when JAX starts, so two simulated ones need a process of their own. What
@@ -47,10 +47,11 @@ def found(tmp_path_factory):
     """The result, and bytes of parameters and moments of a model on one card and on each of two."""
     out = tmp_path_factory.mktemp("parallel") / "parallel.json"
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
-    flags = ["--quick", "--seeds=2", "--timed_steps=2", "--config=gf_mh", "--length=64"]
+    flags = ["--quick", "--seeds=2", "--timed_steps=2", "--config=gf_mh"]
+    flags += ["--cards=2,4", "--length=64"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, "--parts=recurrences,data", *flags, f"--out={out}"],
         env=env,
@@ -74,22 +75,42 @@ def rows(result, title):
 
 
 def test_speedup_is_of_tokens_per_second_at_the_same_rows_a_card(result):
-    one, data = rows(result, "Training")
-    assert (one["mode"], one["cards"], data["mode"], data["cards"]) == ("one card", 1, "data", 2)
-    assert (one["rows x length"], data["rows x length"]) == ("2 x 16", "4 x 16")
-    for row, tokens in ((one, 32), (data, 64)):
+    found = rows(result, "Training")
+    assert [(row["mode"], row["cards"]) for row in found] == [
+        ("one card", 1),
+        ("data", 2),
+        ("data", 4),
+    ]
+    one = found[0]["tokens/s"]["mean"]
+    for row in found:
+        n = row["cards"]
+        assert row["rows x length"] == f"{2 * n} x 16"
         for rate, ms in zip(row["tokens/s"]["values"], row["ms a step"]["values"], strict=True):
-            assert rate == pytest.approx(1e3 * tokens / ms, rel=1e-4)
-    assert one["speedup"] == 1
-    expected = data["tokens/s"]["mean"] / one["tokens/s"]["mean"]
-    assert data["speedup"] == pytest.approx(expected, rel=1e-4)
+            assert rate == pytest.approx(1e3 * 32 * n / ms, rel=1e-4)
+        assert row["speedup"] == pytest.approx(row["tokens/s"]["mean"] / one, rel=1e-4)
 
 
 def test_losses_and_bits_are_compared(result):
-    one, data = rows(result, "Training")
-    assert data["loss difference"] < 1e-4 and one["loss difference"] is None
-    assert one["same bits"] is data["same bits"] is True
-    assert data["state MiB a card"] == one["state MiB a card"] > 0
+    one, *several = rows(result, "Training")
+    assert one["loss difference"] is None and one["same bits"] is True
+    for row in several:
+        assert row["loss difference"] < 1e-4 and row["same bits"] is True
+        assert row["state MiB a card"] == one["state MiB a card"] > 0
+
+
+def test_speedups_stand_beside_those_wanted(result):
+    speedups = {row["cards"]: row["speedup"] for row in rows(result, "Training")}
+    found = rows(result, "Speedups")
+    assert [(row["of"], row["mode"], row["cards"], row["wanted"]) for row in found] == [
+        ("wkv6", "sequence", 2, 1.7),
+        ("wkv6", "sequence", 4, 2.9),
+        ("ssd", "sequence", 2, 1.7),
+        ("ssd", "sequence", 4, 2.9),
+        ("gf_mh", "data", 2, 1.9),
+        ("gf_mh", "data", 4, 3.6),
+    ]
+    for row in found[4:]:
+        assert row["speedup"] == speedups[row["cards"]] and row["state, of one card's"] == 1
 
 
 def test_each_of_two_cards_that_cut_a_model_holds_half_of_it(found):
@@ -97,35 +118,47 @@ def test_each_of_two_cards_that_cut_a_model_holds_half_of_it(found):
     assert 0.5 * whole < cut < 0.55 * whole
 
 
-def test_recurrences_over_two_devices_are_those_of_one(result):
+def test_recurrences_over_devices_are_those_of_one(result):
     found = rows(result, "Recurrences")
     assert [(row["recurrence"], row["cards"]) for row in found] == [
-        (op, cards) for op in ("wkv6", "ssd") for cards in (1, 2)
+        (op, cards) for op in ("wkv6", "ssd") for cards in (1, 2, 4)
     ]
-    for one, two in zip(found[::2], found[1::2]):
-        assert two["speedup"] == pytest.approx(one["ms"]["mean"] / two["ms"]["mean"], rel=1e-4)
-        assert two["difference"] < 4e-3  # as in the kernels' tests, of bfloat16
+    for one, *several in (found[:3], found[3:]):
+        for row in several:
+            assert row["speedup"] == pytest.approx(one["ms"]["mean"] / row["ms"]["mean"], rel=1e-4)
+            assert row["difference"] < 4e-3  # as in the kernels' tests, of bfloat16
 
 
-def options_of(*flags):
+def options_of(*flags, cards=(4,)):
     parser = command.parser("parallel", "")
     values = {"config": "gf_mh_350m", "rows": 16, "length": 131072}
-    parser.set_defaults(**values)
+    parser.set_defaults(**values, cards=list(cards))
     return command.parse(parser, list(flags))
 
 
 def test_jobs_have_as_many_rows_a_card():
-    jobs = parallel.training_jobs(options_of(), ["data", "fsdp", "sequence"], 4)
+    jobs = parallel.training_jobs(options_of(), ["data", "fsdp", "sequence"])
     assert [(job.mode, job.cards, job.tokens) for job in jobs] == [
         ("one card", 1, 16 * 2048),
         ("data", 4, 64 * 2048),
         ("fsdp", 4, 64 * 2048),
-        ("reference", 1, 64 * 2048),
         ("one card, long", 1, 131072),
         ("sequence", 4, 131072),
+        ("reference", 1, 64 * 2048),
     ]
     assert [job.changes.get("parallel.fsdp", 1) for job in jobs] == [1, 1, 4, 1, 1, 1]
-    assert jobs[3].changes["optim.grad_accumulation"] == 4  # as much at once as one card does
+    assert jobs[-1].changes["optim.grad_accumulation"] == 4  # as much at once as one card does
+
+
+def test_one_reference_serves_every_number_of_cards():
+    options = options_of(cards=(2, 3, 4))
+    options.config = "gf_mh_base,gf_mh_350m"
+    jobs = parallel.training_jobs(options, ["data"])
+    modes = ["one card", "data", "data", "data"]
+    assert [job.mode for job in jobs] == 2 * modes + 2 * ["reference"]
+    assert [job.config for job in jobs if job.mode == "reference"] == options.config.split(",")
+    assert jobs[-1].compared == {2: 32, 3: 48, 4: 64}
+    assert jobs[-1].changes["train.batch_size"] == 12 * 16
 
 
 def test_what_fails_is_a_row_with_the_reason():
@@ -133,17 +166,22 @@ def test_what_fails_is_a_row_with_the_reason():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile ...")
 
     job = parallel.Job("fsdp", "gf_mh", 2, {"train.batch_size": 2, "train.seq_len": 16})
-    found = {job.name: parallel.attempt(fail)}
-    ((_, row),) = parallel.compare([job], found)
-    cells = parallel.cells(job, row)
+    found = workers.run_all([workers.Work(job.name, fail, fail, (), 2)], here=True)
+    ((_, row),) = parallel_tables.compare([job], found)
+    cells = parallel_tables.cells(job, row)
     assert cells[4] == "RuntimeError: RESOURCE_EXHAUSTED: Out of memory"
-    assert len(cells) == len(parallel.TRAINING_COLUMNS)
+    assert len(cells) == len(parallel_tables.TRAINING_COLUMNS)
+    ((*_, speedup, wanted, _),) = parallel_tables.speedups([], [(job, row)])
+    assert (speedup, wanted) == (None, 1.9)
 
 
-def test_one_device_is_refused_in_one_line(monkeypatch):
+def test_devices_that_are_not_there_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with pytest.raises(InputError, match="there is one device"):
         parallel.main([])
     monkeypatch.setattr(jax, "device_count", lambda: 3)
+    for cards in ("1", "4", "two", "2,,3"):
+        with pytest.raises(InputError, match=f"--cards={cards} must be numbers of the 3 devices"):
+            parallel.main([f"--cards={cards}"])
     with pytest.raises(InputError, match="--length=131072 must be a multiple of the 3 devices"):
         parallel.main([])
