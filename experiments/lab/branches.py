@@ -107,26 +107,14 @@ def measure(runs, arm, *, quick):
         the first, and the same "untrained"; "entropy" (nats) and "top", the mean largest
         probability.
     """
-    model = make_model(runs.model_config)
+    seen_of, lost_of, spread = _programs(runs.model_config, quick)
     held_out = jax.device_put(stacked(arm.task.held_out))
-    jit = lab.jit(quick)
-
-    @jit  # the text is an argument: XLA would compute with a constant while it compiles
-    def seen_of(params, held_out):
-        first = jax.tree.map(lambda x: x[0], held_out)
-        return look(model, params, first), output_means(model, params, held_out)
-
-    lost_of = jit(functools.partial(ablated_losses, model))
 
     def of_one(params):
         seen, means = jax.device_get(seen_of(params, held_out))
-        names, keep, fill = ablations(model.config, means)
+        names, keep, fill = ablations(runs.model_config, means)
         places = [names.index(name) for name in WITHOUT]
         return seen, jax.device_get(lost_of(params, held_out, keep[places], fill[places]))
-
-    @jit
-    def spread(params, tokens):
-        return measure_health(model, params, tokens)["stream_variance"]
 
     one = lambda params, i: jax.tree.map(lambda x: x[i], params)
     found = [of_one(one(runs.params, i)) for i in range(len(runs.points))]
@@ -152,3 +140,21 @@ def measure(runs, arm, *, quick):
         if name:
             measures[name] = lost[:, column] - lost[:, 0]
     return {name: np.asarray(values, float) for name, values in measures.items()}
+
+
+@functools.cache  # designs that differ in their losses alone share them
+def _programs(model_config, quick):
+    """The jitted parts of `measure`: what is seen of a batch, losses without branches, variances.
+
+    The text is an argument: XLA would compute with a constant while it compiles.
+    """
+    model, jit = make_model(model_config), lab.jit(quick)
+
+    def seen_of(params, held_out):
+        first = jax.tree.map(lambda x: x[0], held_out)
+        return look(model, params, first), output_means(model, params, held_out)
+
+    def spread(params, tokens):
+        return measure_health(model, params, tokens)["stream_variance"]
+
+    return jit(seen_of), jit(functools.partial(ablated_losses, model)), jit(spread)

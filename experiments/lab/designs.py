@@ -5,12 +5,15 @@ the config fields in which it differs from GF-MH. Every design learns at every r
 first half of the validation text chooses its rate, all that is reported is of the second half.
 """
 
+import dataclasses
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from experiments import lab
-from experiments.lab import branches, command, comparisons, results, unfinished
+from experiments.lab import branches, command, comparisons, formats, results, unfinished
 from experiments.lab.statistics import compare, estimate
 from gt_jax.errors import InputError
 
@@ -55,9 +58,12 @@ def add_flags(parser, *, steps, seeds, source="shakespeare-all"):
     parser.add_argument(
         "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from"
     )
-    parser.add_argument("--only", help="designs, with commas between; all if not given")
+    parser.add_argument("--only", help="designs to train, with commas between; default: all")
     parser.add_argument(
-        "--parts", nargs="+", help="train nothing: join results of --only, which had the same flags"
+        "--parts",
+        nargs="+",
+        help="take designs from these results, of this question or another one, which had the same "
+        "flags; train nothing but what --only names besides",
     )
 
 
@@ -77,7 +83,7 @@ def study(
     Args:
         options: of a parser with `add_flags`.
         designs: name -> config changes.
-        title: of the table of losses.
+        title: what the designs are.
         judge: a design's name -> [seeds] measures -> (verdict, why), for a table of them.
         few: how many designs --quick trains if --only is not given.
         measures, tables, notes: more of the result.
@@ -87,13 +93,16 @@ def study(
     """
     against = next(iter(designs))
     names = names_of(options, designs, few)
-    kept = origin = None
-    if options.parts:
-        found, settings, origin = joined(options, designs)
-    else:
-        found, settings, kept = measured(options, {name: designs[name] for name in names})
+    found, settings, commands, origins = taken(options, designs)
+    kept, missing = None, {name: designs[name] for name in names if name not in found}
+    if missing:
+        trained, settings, kept = measured(options, missing)
+        found |= trained
+        spent = time.perf_counter() - options.began
+        origins.append(results.origin() | {"seconds": spent})
+    found = {name: found[name] for name in designs if name in found}
     losses = {name: values["loss"] for name, values in found.items()}
-    pairs = compare(losses, against=against) if len(losses) > 1 else []
+    pairs = compare(losses, against=against) if against in losses and len(losses) > 1 else []
     measures = dict(measures) | {
         f"{key} {name}": estimate(values)
         for name, of_design in found.items()
@@ -105,12 +114,14 @@ def study(
     verdicts = [[name, *said] for name, said in judged.items()]
     results.write(
         options,
-        settings=settings | {"designs": {name: designs[name] for name in found}},
+        settings=settings
+        | {"designs": {name: designs[name] for name in found}}
+        | ({"parts": commands} if commands else {}),
         measures=measures,
         tables=[
             *tables,
             results.table(
-                title,
+                f"{title}, validation loss after {settings['steps']} steps",
                 COLUMNS,
                 [row(name, found[name]) for name in ranked(found)],
                 "Nats per character on the second half of the validation text, after the last step "
@@ -144,8 +155,8 @@ def study(
             *([results.table("By the rule", ["design", "", "because"], verdicts)] if judge else []),
         ],
         plots=[comparisons.dots("Validation loss", losses)],
-        notes=[verdict(pairs, against), *notes],
-        origin_of=origin,
+        notes=[*([verdict(pairs, against)] if pairs else []), *notes],
+        origin_of=joint_origin(origins),
     )
     if kept is not None:
         kept.forget()
@@ -153,13 +164,10 @@ def study(
 
 
 def names_of(options, designs, few):
-    """The designs that the flags ask for, the first of them in any case."""
-    first, *others = designs
+    """The designs that the flags want trained, in their order; none of them if all are in parts."""
     if options.only:
-        others = command.one_of(designs, options.only, "--only")
-    elif options.quick:
-        others = others[: few - 1]
-    return list(dict.fromkeys([first, *others]))
+        return command.one_of(designs, options.only, "--only")
+    return [] if options.parts else list(designs)[: few if options.quick else None]
 
 
 def measured(options, designs):
@@ -176,7 +184,10 @@ def measured(options, designs):
     rates = tuple(options.rates)
     settings = lab.settings(config) | {"rates": rates}
     task = lab.text_task(config)
-    texts = {n: f"{config}, rates {rates}" for n, config in configs.items()}
+    unnamed = dataclasses.replace(config.data, source="")  # the text is known by its hash
+    texts = {
+        n: f"{dataclasses.replace(c, data=unnamed)}, rates {rates}" for n, c in configs.items()
+    }
     kept = unfinished.Kept(options, texts, task.text)
     missing = {n: lab.Arm(c, task) for n, c in configs.items() if n not in kept.measured}
     lab.train(
@@ -216,26 +227,34 @@ def of_design(runs, arm, *, quick):
     return found
 
 
-def joined(options, designs):
-    """design -> name -> [seeds], the settings and `results.origin`, of what --only wrote in parts.
+def taken(options, designs):
+    """What --parts hold of the designs of a question.
 
-    Seeds, text and --quick of the options become those of the parts.
+    A design is known by its changes, whatever another question calls it. Seeds, text, steps, rates
+    and --quick of the options become those of the parts.
 
     Args:
-        options: uses parts, the paths of the results.
+        options: uses parts, the paths of the results, or None.
         designs: name -> config changes, of the question.
+
+    Returns:
+        design -> name -> [seeds]; the settings; file -> command of the parts; and
+        [`results.origin` and seconds] of them, all empty without parts.
 
     Raises:
         InputError: a file is no such result, or its flags are not those of the others.
     """
-    found, settings, origins = {}, {}, []
-    for path in options.parts:
+    found, settings, commands, origins = {}, {}, {}, []
+    for path in options.parts or ():
         part = results.read(path)
-        origins.append({name: part.get(name) for name in results.origin()})
+        commands[Path(path).name] = part["command"]
+        origins.append({n: part.get(n) for n in (*results.origin(), "seconds")})
         own = part["settings"] | {"quick": part.get("quick")}
         of_part = own.pop("designs", None)
-        if not isinstance(of_part, dict) or not of_part.keys() <= designs.keys():
-            raise InputError(f"--parts: {path} is no result of designs of this question")
+        commands |= own.pop("parts", {})
+        names = _own_names(of_part, designs) if isinstance(of_part, dict) else {}
+        if not names:
+            raise InputError(f"--parts: {path} holds no design of this question")
         for name, value in own.items():
             if settings and settings.get(name) != value:
                 raise InputError(
@@ -243,17 +262,38 @@ def joined(options, designs):
                     f"{settings.get(name)}; give all parts the same flags"
                 )
         settings = settings or own
-        for name in of_part:
-            values = {
-                key.removesuffix(f" {name}"): value["values"]
-                for key, value in part["measures"].items()
-                if key.endswith(f" {name}") and "values" in value
-            }
-            found.setdefault(name, {key: np.array(v, float) for key, v in values.items()})
-    options.quick, options.source = settings.pop("quick"), settings["source"]
-    options.seeds = settings["seeds"]
-    several = {name: dict.fromkeys(o[name] for o in origins if o[name]) for name in origins[0]}
-    return found, settings, {name: ", ".join(each) or None for name, each in several.items()}
+        values = _values_by_design(part["measures"], of_part)
+        for theirs, ours in names.items():
+            found.setdefault(ours, values[theirs])
+    if settings:
+        options.quick, options.seeds = settings.pop("quick"), settings["seeds"]
+        options.source, options.rates = settings["source"], settings["rates"]
+        options.steps = settings["steps"]
+    return found, settings, commands, origins
+
+
+def _own_names(of_part, designs):
+    """Name in a result -> name here, of the designs with the same changes."""
+    ours = {name: formats.plain(dict(changes)) for name, changes in designs.items()}
+    pairs = ((n, [o for o in ours if ours[o] == changes]) for n, changes in of_part.items())
+    return {theirs: here[0] for theirs, here in pairs if here}
+
+
+def _values_by_design(measures, names):
+    """design -> measure -> [seeds] of a result, whose measures end in the design's name."""
+    found = {name: {} for name in names}
+    for key, value in measures.items():
+        of = max((n for n in names if key.endswith(f" {n}")), key=len, default=None)
+        if of is not None and isinstance(value, dict) and "values" in value:
+            found[of][key.removesuffix(f" {of}")] = np.array(value["values"], float)
+    return found
+
+
+def joint_origin(origins):
+    """`results.origin` and seconds of a result that is of several; None of none."""
+    several = {n: dict.fromkeys(o[n] for o in origins if o[n]) for n in results.origin()}
+    joined = {name: ", ".join(each) or None for name, each in several.items()}
+    return joined | {"seconds": round(sum(o["seconds"] for o in origins), 1)} if origins else None
 
 
 def ranked(found):

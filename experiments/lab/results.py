@@ -96,7 +96,8 @@ def write(
         measures, tables, plots, notes: see the module's docstring.
         name: of the result, by which claims find it; the experiment's if None. An experiment that
             can be run in several ways has one for each.
-        origin_of: what `origin` said where the measures are from; None where they are from here.
+        origin_of: what `origin` said where the measures are from, and the seconds it took there;
+            None where they are from here.
 
     Raises:
         OSError: the file cannot be written.
@@ -108,8 +109,9 @@ def write(
         "experiment": options.experiment,
         "about": options.about,
         "command": options.command,
-        **(origin() if origin_of is None else origin_of),
+        **origin(),
         "seconds": round(time.perf_counter() - options.began, 1),
+        **(origin_of or {}),
         "quick": options.quick,
         "settings": dict(settings) | {"seeds": list(options.seeds), "source": options.source},
         "measures": dict(measures),

@@ -24,7 +24,7 @@ class Kept:
     """Measures of arms, in a file beside the result that is to come.
 
     Only what the same flags, code, JAX and device measured of the same config and text is found
-    again.
+    again, wherever the file and the text lie by then and whatever else was committed meanwhile.
 
     Attributes:
         measured: arm -> name -> [seeds] float64.
@@ -35,14 +35,13 @@ class Kept:
 
         Args:
             options: of lab/command.py.
-            configs: arm -> its config as text.
+            configs: arm -> its config as text, without data.source.
             text: hash of what the arms train on.
         """
         self._configs = dict(configs)
-        shared = {
-            name: str(getattr(options, name)) for name in ("seeds", "source", "impl", "quick")
-        }
-        self._of = shared | results.origin() | {"code": _code(), "text": text}
+        shared = {name: str(getattr(options, name)) for name in ("seeds", "impl", "quick")}
+        origin = {name: value for name, value in results.origin().items() if name != "commit"}
+        self._of = shared | origin | {"code": _code(), "text": text}
         name = hashlib.sha256(json.dumps(self._of).encode()).hexdigest()[:12]
         result = results.path_of(options)
         self.path = result.with_name(f"{result.name.removesuffix('.json')}.{name}.unfinished")

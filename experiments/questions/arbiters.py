@@ -12,10 +12,12 @@ Every fusion of gt_jax.models.FUSIONS but those of questions/fusion.py, beside G
             what is asked for: a fusion that normalises its inputs cannot see it
     text    width 128 and 8 blocks on characters for 2000 steps, each at the best of three rates
 
-On one H200 some 12 minutes at 5 seeds, estimated from the time of `fusion`.
+On one H200 some 12 minutes at 5 seeds, estimated from the time of `fusion`. The search has trained
+all of these but GRU: --parts takes them from its results, --only=gru trains the rest.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import optax
 
 from experiments import lab
 from experiments.lab import command, designs, results
+from experiments.lab.programs import side_by_side
 from experiments.lab.statistics import estimate
 from experiments.lab.timing import timings
 from gt_jax.models import FUSIONS, ModelConfig
@@ -41,32 +44,59 @@ def main(argv=None):
     parser = command.parser("arbiters", __doc__)
     designs.add_flags(parser, steps=2000, seeds=5)
     options = command.parse(parser, argv)
-    names = [n for n in designs.names_of(options, DESIGNS, few=2) if n != designs.BASE]
-    width, _ = command.size(options, (WIDTH, 1))
-    lengths = (8,) if options.quick else LENGTHS
-    measures, rows = {}, []
-    for name in [] if options.parts else names:
-        config = ModelConfig(vocab_size=2, dim=width, heads=1, fusion=name)
-        count = parameters(config)
-        spent = {T: timed(config, T, quick=options.quick) for T in lengths}
-        learnt = [toy(config, seed, quick=options.quick) for seed in options.seeds]
-        measures[f"parameters of a block {name}"] = count
-        measures |= {f"ms {name} at {T}": estimate(ms) for T, ms in spent.items()}
-        measures[f"toy error removed {name}"] = estimate(learnt)
-        rows.append([name, count, *(estimate(ms) for ms in spent.values()), estimate(learnt)])
-    for name in [n for n in names if f"ms gru at {lengths[-1]}" in measures]:
-        for T in lengths:
-            slow, fast = (measures[f"ms {n} at {T}"]["values"] for n in ("gru", name))
-            measures[f"speed over GRU at {T} {name}"] = estimate(np.mean(slow) / np.array(fast))
+    measures = measured_in(options.parts or ())
+    if asked := designs.names_of(options, DESIGNS, few=2):  # GRU and all others in one process
+        wanted = [n for n in ARBITERS if options.parts or n in asked]
+        measures |= costs([n for n in wanted if f"toy error removed {n}" not in measures], options)
+    lengths = sorted({int(key.split(" at ")[1]) for key in measures if key.startswith("ms ")})
+    rows = [
+        [name, *(measures[key] for key in keys)]
+        for name in ARBITERS
+        for keys in [cost_keys(name, lengths)]
+        if keys[0] in measures
+    ]
     columns = ["arbiter", "parameters", *(f"ms at {T}" for T in lengths), "toy error removed"]
-    note = f"A fusion of width {width} alone, forward and backward, {ROWS} rows; 1 is all of it."
+    note = f"A fusion of width {WIDTH} alone, forward and backward, {ROWS} rows; 1 is all of it."
     designs.study(
         options,
         DESIGNS,
-        title=f"Arbiters, validation loss after {options.steps} steps",
+        title="Arbiters",
         measures=measures,
         tables=[results.table("Cost, and the toy task", columns, rows, note)] if rows else [],
     )
+
+
+def cost_keys(name, lengths):
+    """Measures of an arbiter alone."""
+    times = (f"ms {name} at {T}" for T in lengths)
+    return [f"parameters of a block {name}", *times, f"toy error removed {name}"]
+
+
+def measured_in(parts):
+    """What results of this question say of arbiters alone."""
+    kinds = ("parameters of a block ", "ms ", "toy error removed ", "speed over GRU at ")
+    every = [results.read(part)["measures"] for part in parts]
+    return {k: v for each in every for k, v in each.items() if k.startswith(kinds)}
+
+
+def costs(names, options):
+    """The measures of arbiters alone: parameters, times, beside GRU's too, and the toy task."""
+    width, _ = command.size(options, (WIDTH, 1))
+    configs = {n: ModelConfig(vocab_size=2, dim=width, heads=1, fusion=n) for n in names}
+    jobs = list(itertools.product(configs, (8,) if options.quick else LENGTHS))
+    learn = lambda name: toy(configs[name], options.seeds, quick=options.quick)
+    learnt = dict(zip(configs, side_by_side(learn, list(configs))))
+    compiled = side_by_side(lambda job: ready(configs[job[0]], job[1], options.quick), jobs)
+    effort = EFFORT | ({"seconds": 0.0, "repeats": 2} if options.quick else {})
+    spent = {job: timings(*call, effort) for job, call in zip(jobs, compiled)}  # one after another
+    measures = {f"parameters of a block {name}": parameters(c) for name, c in configs.items()}
+    measures |= {f"toy error removed {name}": estimate(share) for name, share in learnt.items()}
+    for (name, T), ms in spent.items():
+        measures[f"ms {name} at {T}"] = estimate(ms)
+        if "gru" in configs:
+            times = np.mean(spent["gru", T]) / np.array(ms)
+            measures[f"speed over GRU at {T} {name}"] = estimate(times)
+    return measures
 
 
 def parameters(config):
@@ -89,8 +119,8 @@ def apply(config, params, rwkv, mamba, key=None):
     return module.apply({"params": params}, rwkv, mamba, **more, mutable=["activations"])
 
 
-def timed(config, length, *, quick):
-    """ms of each of several stretches, of a fusion forward and backward."""
+def ready(config, length, quick):
+    """A compiled fusion, forward and backward, and inputs to time it with."""
     draw = lambda seed: jax.random.normal(jax.random.key(seed), (ROWS, length, config.dim))
     inputs = [(draw(2 * i), draw(2 * i + 1)) for i in range(3)]
     params = jax.jit(functools.partial(initial, config))(jax.random.key(0))
@@ -100,12 +130,12 @@ def timed(config, length, *, quick):
         loss = lambda *given: jnp.sum(jnp.square(apply(config, *given)[0][0]))
         return jax.grad(loss, (0, 1, 2))(params, rwkv, mamba)
 
-    effort = EFFORT | ({"seconds": 0.0, "repeats": 2} if quick else {})
-    return timings(gradients, inputs, effort)
+    jax.block_until_ready(gradients(*inputs[0]))
+    return gradients, inputs
 
 
-def toy(config, seed, *, quick):
-    """Share of the toy task's error that training removes; negative if it grows."""
+def toy(config, seeds, *, quick):
+    """[seeds] share of the toy task's error that training removes; negative if it grows."""
     tx = optax.adam(1e-3)
     steps, ends = (6, 2) if quick else (TOY_STEPS, ENDS)
 
@@ -133,8 +163,8 @@ def toy(config, seed, *, quick):
         keys = jax.random.split(jax.random.fold_in(key, 1), steps)
         return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
 
-    found = np.asarray(losses(jax.random.key(seed)), float)
-    return 1 - found[-ends:].mean() / found[:ends].mean()
+    found = np.stack([np.asarray(losses(jax.random.key(seed)), float) for seed in seeds])
+    return 1 - found[:, -ends:].mean(1) / found[:, :ends].mean(1)
 
 
 if __name__ == "__main__":

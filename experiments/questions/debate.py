@@ -38,7 +38,7 @@ def main(argv=None):
     designs.study(
         options,
         DESIGNS,
-        title=f"Auxiliary losses, validation loss after {options.steps} steps",
+        title="Auxiliary losses",
         notes=["Losses are the task's alone: what is added in training does not count in."],
     )
 

@@ -34,18 +34,9 @@ def main(argv=None):
     shared = BATCH | command.common(options, evaluations=20)
     config = lab.make_config(shared)
     task = lab.text_task(config)
-    arms = arms_of(options, shared, task)
     rates = choose_rates(options, shared, task)
-    trained = {}
-    for name, arm in arms.items():
-        sweep = {"optim.lr": (rates[name],)}
-        trained |= lab.train(
-            {name: arm},
-            seeds=options.seeds,
-            sweep=sweep,
-            group=options.group,
-            compile_fast=options.quick,
-        )
+    arms = arms_of(options, shared, task, rates)
+    trained = lab.train(arms, seeds=options.seeds, group=options.group, compile_fast=options.quick)
     curves = {name: runs.loss(second_half(runs)) for name, runs in trained.items()}
     losses = {name: curve[:, -1] for name, curve in curves.items()}
     ratio = estimate(losses[HYBRID] / losses[GPT])
@@ -85,14 +76,12 @@ def main(argv=None):
     )
 
 
-def arms_of(options, shared, task):
-    """name -> Arm of the hybrid, and of a GPT-2 with as many parameters."""
+def arms_of(options, shared, task, rates):
+    """name -> Arm of the hybrid, and of a GPT-2 with as many parameters, at rates by name."""
     size = command.size(options, SIZE)
     fit = {"vocab_size": task.vocab_size, "length": lab.make_config(shared).train.seq_len}
-    return {
-        family: lab.Arm(lab.make_config(shared | match(family, size, **fit)), task)
-        for family in (HYBRID, GPT)
-    }
+    fields = {f: shared | match(f, size, **fit) | {"optim.lr": rates[f]} for f in (HYBRID, GPT)}
+    return {family: lab.Arm(lab.make_config(of), task) for family, of in fields.items()}
 
 
 def choose_rates(options, shared, task):
@@ -100,7 +89,7 @@ def choose_rates(options, shared, task):
     steps = max(lab.make_config(shared).train.steps // 10, 1)
     short = shared | {"train.steps": steps, "train.eval_every": 0}
     runs = lab.train(
-        arms_of(options, short, task),
+        arms_of(options, short, task, dict.fromkeys((HYBRID, GPT), RATES[0])),
         seeds=[0],
         sweep={"optim.lr": RATES},
         group=options.group,

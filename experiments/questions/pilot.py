@@ -41,7 +41,7 @@ def main(argv=None):
     designs.study(
         options,
         tried,
-        title=f"Pilot, validation loss after {options.steps} steps",
+        title="Pilot",
         judge=verdict,
         few=1,
     )

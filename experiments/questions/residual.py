@@ -26,9 +26,7 @@ def main(argv=None):
     parser = command.parser("residual", __doc__)
     designs.add_flags(parser, steps=2000, seeds=5)
     options = command.parse(parser, argv)
-    designs.study(
-        options, DESIGNS, title=f"Residual paths, validation loss after {options.steps} steps"
-    )
+    designs.study(options, DESIGNS, title="Residual paths")
 
 
 if __name__ == "__main__":

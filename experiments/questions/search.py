@@ -21,9 +21,7 @@ def main(argv=None):
     parser = command.parser("search", __doc__)
     designs.add_flags(parser, steps=2000, seeds=3)
     options = command.parse(parser, argv)
-    found = designs.study(
-        options, SEARCHED, title=f"Designs, validation loss after {options.steps} steps"
-    )
+    found = designs.study(options, SEARCHED, title="Designs")
     best = designs.chosen(found, 2)
     print(f"best on the first half: {', '.join(best)}")
 

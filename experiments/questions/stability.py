@@ -14,12 +14,15 @@ with rows of 128 to 2048 tokens, beside their initial weights:
 On one H200 some 8 minutes at 3 seeds, estimated from the time of `fusion`.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import lab
 from experiments.lab import branches, command, results
+from experiments.lab.programs import side_by_side
 from experiments.lab.statistics import estimate
 from gt_jax.data.batches import Batch
 from gt_jax.models import make_model
@@ -47,32 +50,41 @@ def main(argv=None):
     shared |= command.common(options, evaluations=1) | {"train.seq_len": max(lengths)}
     configs = {name: lab.make_config(shared | DESIGNS[name]) for name in names}
     task = lab.text_task(configs[names[0]])
+    arms = {name: lab.Arm(config, task) for name, config in configs.items()}
+    trained = lab.train(
+        arms,
+        seeds=options.seeds,
+        group=options.group,
+        keep_params=True,
+        compile_fast=options.quick,
+    )
+
+    start = lambda name: branches.initial_params(arms[name], options.seeds)
+    initial = dict(zip(names, side_by_side(start, names)))
+
+    def look(job):
+        name, length = job
+        weights = {"untrained": initial[name], "trained": trained[name].params}
+        model_config = trained[name].model_config
+        return looked_at(model_config, weights, task, length, quick=options.quick)
+
+    jobs = list(itertools.product(names, lengths))
+    seen = dict(zip(jobs, side_by_side(look, jobs)))
     measures, rows, series = {}, [], []
-    for name, config in configs.items():
-        runs = lab.train(
-            {name: lab.Arm(config, task)},
-            seeds=options.seeds,
-            group=options.group,
-            keep_params=True,
-            compile_fast=options.quick,
-        )[name]
-        initial = branches.initial_params(lab.Arm(config, task), options.seeds)
-        measures[f"loss {name}"] = estimate(runs.loss()[:, -1])
-        for when, params in (("untrained", initial), ("trained", runs.params)):
-            for length in lengths:
-                found = looked_at(runs.model_config, params, task, length, quick=options.quick)
-                estimates = {
-                    key: estimate(values) for key, values in found.items() if values.ndim < 2
-                }
-                measures |= {f"{k} {name}, {when}, {length}": v for k, v in estimates.items()}
-                rows.append([name, when, length, *estimates.values()])
-        layers = range(found["gate by block"].shape[1])
-        series.append(results.line(name, layers, found["gate by block"], within=results.SHARE))
+    for name in names:
+        measures[f"loss {name}"] = estimate(trained[name].loss()[:, -1])
+        for when, length in itertools.product(("untrained", "trained"), lengths):
+            found = seen[name, length][when]
+            estimates = {key: estimate(x) for key, x in found.items() if x.ndim < 2}
+            measures |= {f"{k} {name}, {when}, {length}": v for k, v in estimates.items()}
+            rows.append([name, when, length, *estimates.values()])
+        gates = seen[name, max(lengths)]["trained"]["gate by block"]
+        series.append(results.line(name, range(gates.shape[1]), gates, within=results.SHARE))
     columns = ["design", "weights", "tokens", "reach", "growth", "gate std, least"]
     columns += ["blocks closed", "blocks constant"]
     results.write(
         options,
-        settings=lab.settings(config) | {"lengths": lengths, "rate": RATE},
+        settings=lab.settings(configs[names[0]]) | {"lengths": lengths, "rate": RATE},
         measures=measures,
         tables=[results.table("By length of the rows", columns, rows, "Means over seeds.")],
         plots=[
@@ -81,8 +93,15 @@ def main(argv=None):
     )
 
 
-def looked_at(model_config, params, task, length, *, quick):
-    """name -> [seeds] (and "gate by block" [seeds, layers]) of some weights on rows of a length."""
+def looked_at(model_config, weights, task, length, *, quick):
+    """What some weights do on rows of a length.
+
+    Args:
+        weights: name -> parameters, leaves [seeds, ...].
+
+    Returns:
+        name -> measure -> [seeds], and "gate by block" [seeds, layers].
+    """
     model = make_model(model_config)
     rows = task.held_out[0]
     batch = Batch(rows.inputs[:, :length], rows.targets[:, :length], None, rows.resets)
@@ -94,21 +113,23 @@ def looked_at(model_config, params, task, length, *, quick):
         far, near = (jnp.linalg.norm(x) for x in jnp.split(norms, 2, axis=1))
         return branches.look(model, params, batch), far / near
 
-    found = [
-        jax.device_get(of_one(jax.tree.map(lambda x, i=i: x[i], params), batch, targets))
-        for i in range(len(jax.tree.leaves(params)[0]))
-    ]
-    seen = {name: np.stack([one[name] for one, _ in found]) for name in found[0][0]}
-    variance = seen["stream_variance"]
-    closed, constant = branches.collapsed(seen["gate"], seen["gate_std"])
-    return {
-        "reach": np.array([reach for _, reach in found], float),
-        "growth": variance[:, -1] / variance[:, 0],
-        "gate std, least": seen["gate_std"].min(-1),
-        "blocks closed": closed.sum(-1).astype(float),
-        "blocks constant": constant.sum(-1).astype(float),
-        "gate by block": seen["gate"],
-    }
+    def of_seeds(params):
+        seeds = range(len(jax.tree.leaves(params)[0]))
+        one = lambda i: jax.tree.map(lambda x: x[i], params)
+        found = [jax.device_get(of_one(one(i), batch, targets)) for i in seeds]
+        seen = {name: np.stack([each[name] for each, _ in found]) for name in found[0][0]}
+        variance = seen["stream_variance"]
+        closed, constant = branches.collapsed(seen["gate"], seen["gate_std"])
+        return {
+            "reach": np.array([reach for _, reach in found], float),
+            "growth": variance[:, -1] / variance[:, 0],
+            "gate std, least": seen["gate_std"].min(-1),
+            "blocks closed": closed.sum(-1).astype(float),
+            "blocks constant": constant.sum(-1).astype(float),
+            "gate by block": seen["gate"],
+        }
+
+    return {name: of_seeds(params) for name, params in weights.items()}
 
 
 if __name__ == "__main__":

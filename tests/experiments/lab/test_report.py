@@ -69,36 +69,50 @@ def verdict_of(claim_id, found):
     return verdict
 
 
-def losses(gain):
-    """HY and GF over five seeds, GF better by `gain` on average; differences have sd 0.01."""
+def losses(gain, spread=1):
+    """HY and GF over five seeds, GF better by `gain`; differences have sd 0.01 times the spread."""
     noise = (0.01, -0.01, 0.0, 0.01, -0.01)
-    return {"HY": [1.6] * 5, "GF": [1.6 - gain + e for e in noise]}
+    return {"HY": [1.6] * 5, "GF": [1.6 - gain + spread * e for e in noise]}
 
 
 @pytest.mark.parametrize(
-    ("at_reference", "at_best", "verdict"),
+    ("at_reference", "at_best", "spread", "verdict"),
     [
-        (0.05, 0.05, "reproduced"),
-        (0.0, 0.05, "reproduced"),
-        (0.05, -0.05, "refuted"),
-        (0.05, 0.0, "artefact"),  # 0 ± 0.012 leaves out 0.025
-        (0.02, 0.005, "undecided"),  # 0.005 ± 0.012 does not leave out 0.01
-        (0.0, 0.0, "undecided"),
+        (0.05, 0.05, 1, "reproduced"),
+        (0.0, 0.05, 1, "reproduced"),
+        (0.05, -0.05, 1, "refuted"),
+        (0.05, 0.0, 1, "artefact"),  # 0 ± 0.012 leaves out 0.025
+        (0.02, 0.005, 1, "refuted"),  # 0.005 ± 0.012 leaves out half of 0.071, not of 0.02
+        (0.0, 0.0, 1, "refuted"),
+        (0.05, 0.0, 4, "undecided"),  # 0 ± 0.05 leaves out neither
+        (0.0, 0.0, 4, "undecided"),
     ],
 )
-def test_a_variant_is_better_by_its_rule(at_reference, at_best, verdict):
-    measures = pairs(losses(at_reference), "3e-4") | pairs(losses(at_best), "best")
+def test_a_variant_is_better_by_its_rule(at_reference, at_best, spread, verdict):
+    measures = pairs(losses(at_reference), "3e-4") | pairs(losses(at_best, spread), "best")
     found = verdict_of("gf-hy", {"fusion": a_result(measures=measures)})
     assert found.verdict == verdict
     assert found.ours.startswith("GF − HY, best rates: ")
-    assert f"{-at_best:+.3f} ± 0.012".replace("-", "−") in found.ours
+    assert f"{-at_best:+.3f} ± {0.01242 * spread:.3f}".replace("-", "−") in found.ours
+
+
+def test_published_differences_that_rules_halve_are_those_of_the_claims_text():
+    """Each rule's number is one that the claim's published figures or a difference of them say."""
+    judged = [claim for claim in claims.CLAIMS if "half of the published one, " in claim.rule]
+    assert len(judged) == 13
+    for claim in judged:
+        by = float(re.search(r"published one, ([\d.]+);", claim.rule)[1])
+        said = [float(x) for x in re.findall(r"\d+\.\d+", claim.published)]
+        ways = {round(abs(x - y), 3) for x in said for y in said} | set(said)
+        ways |= {round(x / 100 * y, 3) for x in said for y in said}  # x per cent
+        assert by in ways, claim.id
 
 
 def test_original_branch_alone_makes_an_artefact():
-    fair = pairs(losses(0.0), "3e-4") | pairs(losses(0.0), "best")
+    fair = pairs(losses(0.0), "3e-4") | pairs(losses(0.0, 4), "best")
     found = {"fusion": a_result(measures=fair)}
     assert verdict_of("gf-hy", found).verdict == "undecided"
-    found["fusion-legacy"] = a_result("fusion-legacy", measures=pairs(losses(0.05), "3e-4"))
+    found["fusion-legacy"] = a_result("fusion-legacy", measures=pairs(losses(0.12), "3e-4"))
     assert verdict_of("gf-hy", found).verdict == "artefact"
 
 

@@ -9,7 +9,7 @@ import pytest
 from experiments import lab
 from experiments.lab import command, designs, phase1, results, rules, unfinished
 from experiments.lab.statistics import compare, estimate
-from experiments.questions import arbiters, debate, pilot, residual, stability
+from experiments.questions import arbiters, debate, pilot, residual, search, stability
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, make_model
 from gt_jax.training.debate import make_terms
@@ -54,7 +54,13 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("debate")
     text, out = folder / "text.txt", folder / "debate.json"
     text.write_text("whether it is nobler in the mind to suffer the slings of fortune\n" * 200)
-    flags = ["--quick", "--seeds=2", "--only=repaired", "--impl=reference", f"--source={text}"]
+    flags = [
+        "--quick",
+        "--seeds=2",
+        "--only=GF-MH,repaired",
+        "--impl=reference",
+        f"--source={text}",
+    ]
     flags.append(f"--out={out}")
     trained, train = [], lab.train
     with pytest.MonkeyPatch.context() as patch:
@@ -66,9 +72,17 @@ def run(tmp_path_factory):
             with pytest.raises(OSError, match="No space"):
                 debate.main(flags)
         assert not out.exists()
-        debate.main(flags)
+        # As on another machine, whose text and results lie elsewhere, after another commit.
+        (kept,) = folder.glob("*.unfinished")
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        kept.rename(elsewhere / kept.name)
+        moved = text.rename(elsewhere / "moved.txt")
+        out = elsewhere / out.name
+        patch.setattr(results, "_commit", lambda: "0" * 40)
+        debate.main([*flags[:-2], f"--source={moved}", f"--out={out}"])
     assert trained == [{"GF-MH", "repaired"}, set()], "what was kept is not trained again"
-    assert not list(folder.glob("*.unfinished*"))
+    assert not list(folder.rglob("*.unfinished*"))
     return results.read(out), out
 
 
@@ -133,12 +147,61 @@ def test_parts_join_to_the_result_that_they_are_of(run, tmp_path, monkeypatch):
     assert set(whole["measures"]) == set(result["measures"])
     for name, measure in result["measures"].items():  # files hold six digits
         assert whole["measures"][name]["mean"] == pytest.approx(measure["mean"], abs=1e-4), name
-    assert whole["settings"] == result["settings"]
+    commands = {out.name: result["command"]}
+    assert whole["settings"] == result["settings"] | {"parts": commands}
     assert whole["quick"] and result_origin(whole) == result_origin(result)
+    assert whole["seconds"] == pytest.approx(2 * result["seconds"], abs=0.11)
 
 
 def result_origin(result):
     return {name: result[name] for name in ("commit", "device", "jax", "python")}
+
+
+def test_designs_of_another_question_are_taken_by_their_changes(run, tmp_path, monkeypatch):
+    result, out = run
+    arms = []
+    monkeypatch.setattr(lab, "train", lambda missing, **more: arms.extend(missing))
+    kept = unfinished.Kept
+    made_up = {"loss": np.array([1.0, 2.0]), "choosing loss": np.ones(2), "parameters": np.ones(2)}
+    made_up |= {"best loss": np.ones(2), "training loss": np.ones(2), "best rate": np.ones(2)}
+    for name in ("variance growth", "variance growth, untrained", "entropy", "top"):
+        made_up[name] = np.ones(2)
+
+    def found(*given):
+        made = kept(*given)
+        made.measured = {"minGRU": made_up}
+        return made
+
+    monkeypatch.setattr(unfinished, "Kept", found)
+    whole = tmp_path / "search.json"
+    search.main(["--impl=reference", "--only=minGRU", f"--out={whole}", "--parts", str(out)])
+    assert not arms, "what is kept or taken is not trained"
+    joined = results.read(whole)
+    assert list(joined["settings"]["designs"]) == ["GF-MH", "GF-MH + repaired", "minGRU"]
+    losses = {n: joined["measures"][f"loss {n}"]["values"] for n in ("minGRU", "GF-MH + repaired")}
+    theirs = result["measures"]["loss repaired"]["values"]
+    assert losses == {"minGRU": [1.0, 2.0], "GF-MH + repaired": theirs}
+    assert "after 6 steps" in joined["tables"][0]["title"]
+    assert joined["quick"] and joined["settings"]["seeds"] == [0, 1]
+    assert {f"{name} - GF-MH" for name in ("minGRU", "GF-MH + repaired")} <= set(joined["measures"])
+
+
+def test_costs_of_arbiters_are_taken_from_parts_and_not_measured_again(tmp_path, monkeypatch):
+    """A result that is joined on another machine has the times of the one that measured."""
+    monkeypatch.setattr(arbiters, "costs", lambda names, options: pytest.fail(f"measured {names}"))
+    part, share = tmp_path / "part.json", estimate([0.5, 0.6])
+    measures = {f"{key} gru": share for key in ("loss", "choosing loss", "parameters", "best rate")}
+    measures |= {"parameters of a block gru": 148484, "ms gru at 64": estimate([2.0, 2.2])}
+    measures |= {"toy error removed gru": share, "speed over GRU at 64 gru": estimate([1.0, 1.0])}
+    for key in ("best loss", "training loss", "variance growth", "entropy", "top"):
+        measures |= {f"{key} gru": share, f"{key}, untrained gru": share}
+    options = command.parse(command.parser("arbiters", "About."), [f"--out={part}", "--seeds=2"])
+    settings = {"steps": 6, "rates": [0.003], "designs": {"gru": arbiters.DESIGNS["gru"]}}
+    results.write(options, settings=settings, measures=measures)
+    arbiters.main([f"--out={tmp_path / 'whole.json'}", "--parts", str(part)])
+    whole = results.read(tmp_path / "whole.json")
+    assert whole["measures"].items() >= results.read(part)["measures"].items()
+    assert whole["tables"][0]["rows"][0][:2] == ["gru", 148484]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +209,8 @@ def result_origin(result):
     [
         ({"steps": 7}, "has steps=7 and .* 6; give all parts the same flags"),
         ({"source": "x"}, "has source=x and "),
-        ({"designs": {"unknown": {}}}, "is no result of designs of this question"),
-        ({"designs": None}, "is no result of designs"),
+        ({"designs": {"unknown": {"model.dim": 3}}}, "holds no design of this question"),
+        ({"designs": None}, "holds no design of this question"),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused(run, tmp_path, changes, message):
@@ -227,8 +290,9 @@ def test_difference_is_named_better_only_beyond_its_interval():
 
 def test_toy_task_of_an_arbiter_is_measured_and_timed():
     config = arbiters.ModelConfig(2, dim=32, heads=1, fusion="linrec")
-    assert len(arbiters.timed(config, 8, quick=True)) == 2
-    assert np.isfinite(arbiters.toy(config, 0, quick=True))
+    gradients, inputs = arbiters.ready(config, 8, quick=True)
+    assert [x.shape for x in gradients(*inputs[0])[1:]] == [(8, 8, 32)] * 2
+    assert np.isfinite(arbiters.toy(config, [0, 1], quick=True)).all()
     assert arbiters.parameters(config) > 2 * 32
 
 
