@@ -4,6 +4,7 @@ What runs or measures a trained model (generate, serve, harness, ...) imports no
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_every_right_to_import_is_used():
         assert allowed <= used, f"{part} imports no {allowed - used}: take it off the list"
 
 
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_import_goes_in_a_circle_not_even_inside_functions():
+    modules = {module_of(path) for path in SOURCES}
+    wanted = {}  # module -> modules that it imports
+    for path in SOURCES:
+        # Of `from MODULE import NAME`, NAME may be a module too.
+        names = {n if n in modules else n.rpartition(".")[0] for n in imports_of(path)}
+        wanted[module_of(path)] = names & modules - {module_of(path)}
+    assert "gt_jax.kernels.dispatch" in wanted["gt_jax.kernels"]
+    graphlib.TopologicalSorter(wanted).prepare()  # CycleError names a circle
+
+
 def test_importing_the_package_or_its_data_loads_no_jax():
     code = "import sys, gt_jax, gt_jax.data; assert 'jax' not in sys.modules, 'jax was loaded'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -118,8 +134,7 @@ def test_importing_the_package_or_its_data_loads_no_jax():
 def test_importing_everything_touches_no_device():
     # What an exported model runs is written for PyTorch, which need not be here.
     imported = [p for p in SOURCES if "pytorch" not in p.parts]
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in imported]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    names = [module_of(p) for p in imported if p.stem != "__main__"]
     code = (
         f"import importlib; [importlib.import_module(name) for name in {names}];"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"

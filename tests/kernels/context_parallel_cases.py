@@ -34,36 +34,51 @@ def over_devices(function, in_specs, segment_ids, count=DEVICES, out_specs=(toke
     return lambda *arrays: spread(*arrays, segment_ids)
 
 
-def wkv6_errors(dtype, regime, segment_ids, impl):
-    def candidate(r, k, v, w, u, state, ids, axis_name="sequence", impl=impl):
-        options = {"initial_state": state, "segment_ids": ids, "axis_name": axis_name}
-        return wkv6(r, k, v, w, u, impl=impl, **options)
+def recurrence(op, segmented, impl, axis_name):
+    """wkv6 or ssd over its arrays and segment ids, the latter used or not."""
 
-    def reference(*arrays):
-        return candidate(*arrays, segment_ids, axis_name=None, impl="reference")
+    def run(*arrays):
+        *arrays, state, ids = arrays
+        options = {"D": arrays.pop()} if op is ssd else {}
+        options["segment_ids"] = ids if segmented else None
+        return op(*arrays, **options, impl=impl, initial_state=state, axis_name=axis_name)
 
-    arrays = cases.wkv6_inputs(regime, 3, LENGTH, 2, 8, 4)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    inputs = tuple(jnp.asarray(x, dtype if i < 3 else wide) for i, x in enumerate(arrays))
-    spread = over_devices(candidate, (tokens,) * 4 + (copied,) * 2, segment_ids)
-    return errors(spread, reference, inputs, WKV6_NAMES)
+    return run
 
 
-def ssd_errors(dtype, regime, segment_ids, impl):
-    def candidate(x, dt, A, B, C, D, state, ids, axis_name="sequence", impl=impl):
-        options = {"initial_state": state, "segment_ids": ids, "axis_name": axis_name}
-        return ssd(x, dt, A, B, C, D=D, impl=impl, **options)
+def recurrence_errors(op, ids):
+    """Case -> errors. What regimes or dtypes share is compiled once for them."""
+    if op is wkv6:
+        make = lambda regime: cases.wkv6_inputs(regime, 3, LENGTH, 2, 8, 4)
+        names, narrow = WKV6_NAMES, "rkv"
+        specs = (tokens,) * 4 + (copied,) * 2
+        regimes = ("typical", "minus_inf", "no_decay", "hard_resets")
+    else:
+        make = lambda regime: cases.ssd_inputs(regime, 3, LENGTH, 4, 2, 8, 4)
+        names, narrow = SSD_NAMES, "xBC"
+        specs = (tokens, tokens, copied, tokens, tokens, copied, copied)
+        regimes = ("typical", "near_one", "huge_step")
+    found = {}
 
-    def reference(*arrays):
-        return candidate(*arrays, segment_ids, axis_name=None, impl="reference")
+    def measure(dtype, regimes, segmented, impl, reference):
+        spread = over_devices(recurrence(op, segmented, impl, "sequence"), specs, ids)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        dtypes = [dtype if name in narrow else wide for name in names]
+        for regime in regimes:
+            inputs = tuple(map(jnp.asarray, make(regime), dtypes))
+            case = f"{op.__name__} {dtype} {'segments' if segmented else regime}"
+            found[case] = errors(spread, reference, inputs, names)
 
-    arrays = cases.ssd_inputs(regime, 3, LENGTH, 4, 2, 8, 4)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    inputs = tuple(
-        jnp.asarray(x, dtype if name in "xBC" else wide) for name, x in zip(SSD_NAMES, arrays)
-    )
-    specs = (tokens, tokens, copied, tokens, tokens, copied, copied)
-    return errors(over_devices(candidate, specs, segment_ids), reference, inputs, SSD_NAMES)
+    for segmented in (False, True):
+        definition = recurrence(op, segmented, "reference", None)
+        reference = lambda *arrays, definition=definition: definition(*arrays, ids)
+        if not segmented:
+            measure("float32", regimes, False, "chunked", reference)
+            continue
+        measure("float32", ("typical",), True, "chunked", reference)
+        measure("bfloat16", ("typical",), True, "chunked", reference)
+        measure("float64", ("typical",), True, "reference", reference)
+    return found
 
 
 def kernel_errors(kernel, impl, count, segment_ids=None, **shape):
@@ -112,15 +127,8 @@ def main():
     anywhere = cases.segments(1, LENGTH, mean_length=15)[0]
     one = np.zeros(LENGTH, int)
     ids = jnp.asarray(np.stack([starts_at_borders, anywhere, one]))
-    for op, run, regimes in (
-        ("wkv6", wkv6_errors, ("typical", "minus_inf", "no_decay", "hard_resets")),
-        ("ssd", ssd_errors, ("typical", "near_one", "huge_step")),
-    ):
-        for regime in regimes:
-            found[f"{op} float32 {regime}"] = run("float32", regime, None, "chunked")
-        found[f"{op} float32 segments"] = run("float32", "typical", ids, "chunked")
-        found[f"{op} bfloat16 segments"] = run("bfloat16", "typical", ids, "chunked")
-        found[f"{op} float64 segments"] = run("float64", "typical", ids, "reference")
+    for op in (wkv6, ssd):
+        found |= recurrence_errors(op, ids)
     with devices.simulated("lower"):
         too_old = devices.portable_unsupported()
     if not too_old:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from gt_jax.models import cross_entropy
 from gt_jax.models.cross_entropy import head_cross_entropy
-from tests.models.small_models import random_tokens, small_model
+from tests.models.small_models import jit, random_tokens, small_model
 
 N, D, V = 22, 8, 13
 
@@ -30,15 +32,20 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(monkeypatch, logits_at
     monkeypatch.setattr(cross_entropy, "_CHUNK", logits_at_once)
     with jax.enable_x64(True):
         x, head, targets = inputs()
-        both = [
-            jax.value_and_grad(lambda *a, f=f: f(*a, targets) / 7, (0, 1))(x, head)
-            for f in (head_cross_entropy, of_logits)
-        ]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), *both)
-        np.testing.assert_allclose(head_cross_entropy(x, head, targets) / 7, both[0][0], rtol=1e-12)
         heads = jnp.stack([head, 2 * head])
-        mapped = jax.vmap(lambda head: jax.grad(head_cross_entropy, 1)(x, head, targets))(heads)
-        np.testing.assert_allclose(mapped[0], 7 * both[1][1][1], rtol=1e-12, atol=1e-14)
+
+        @jit  # anew for every size of a chunk
+        def chunked(x, heads):
+            both = jax.value_and_grad(lambda *a: head_cross_entropy(*a, targets) / 7, (0, 1))
+            mapped = jax.vmap(lambda head: jax.grad(head_cross_entropy, 1)(x, head, targets))
+            return both(x, heads[0]), head_cross_entropy(x, heads[0], targets), mapped(heads)
+
+        both, alone, mapped = chunked(x, heads)
+        expected = jit(jax.value_and_grad(lambda *a: of_logits(*a, targets) / 7, (0, 1)))(x, head)
+        same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+        jax.tree.map(same, both, expected)
+        np.testing.assert_allclose(alone / 7, expected[0], rtol=1e-12)
+        same(mapped[0], 7 * expected[1][1])
 
 
 def test_logits_of_all_tokens_are_never_held(monkeypatch):
@@ -65,14 +72,14 @@ def test_bfloat16_loss_is_as_near_to_float64_as_with_float32_products():
     with jax.enable_x64(True):
         x, head, targets = inputs(tokens=400, vocabulary=200)
         x = 2 * x
-        exact, (dx, d_head) = jax.value_and_grad(of_logits, (0, 1))(x, head, targets)
+        exact, (dx, d_head) = jit(jax.value_and_grad(of_logits, (0, 1)))(x, head, targets)
     half, wide = x.astype(jnp.bfloat16), head.astype(jnp.float32)
-    nats, found = jax.value_and_grad(head_cross_entropy, (0, 1))(half, wide, targets)
+    nats, found = jit(jax.value_and_grad(head_cross_entropy, (0, 1)))(half, wide, targets)
 
     rounded = wide.astype(jnp.bfloat16).astype(jnp.float32)
     logits = half.astype(jnp.float32) @ rounded
-    nats_before, d_logits = jax.value_and_grad(
-        lambda logits: of_logits(logits, jnp.eye(200), targets)
+    nats_before, d_logits = jit(
+        jax.value_and_grad(lambda logits: of_logits(logits, jnp.eye(200), targets))
     )(logits)
     before = (tf32(d_logits) @ rounded.T, half.astype(jnp.float32).T @ tf32(d_logits))
     assert abs(nats - exact) <= abs(nats_before - exact) + 1e-6 * exact
@@ -86,7 +93,8 @@ def test_loss_of_a_model_is_the_cross_entropy_of_its_logits():
     small = small_model("gf")
     tokens = random_tokens(2, 9)
     targets = jnp.where(jnp.arange(9) == 3, -1, jnp.roll(tokens, -1, axis=1))
-    loss = small.model.apply({"params": small.params}, tokens, targets, method="loss")
+    measure = jit(functools.partial(small.model.apply, method="loss"))
+    loss = measure({"params": small.params}, tokens, targets)
     output = small.apply({"params": small.params}, tokens)
     expected = of_logits(output.logits.reshape(-1, 17), jnp.eye(17), targets.ravel())
     np.testing.assert_allclose(loss.nats, expected, rtol=1e-5)
@@ -102,8 +110,10 @@ def test_loss_of_a_model_is_the_cross_entropy_of_its_logits():
 def test_few_tokens_a_vocabulary_of_one_and_nothing_that_counts(tokens, vocabulary, counted):
     x, head, _ = inputs(np.float32, tokens, vocabulary)
     targets = jnp.full(tokens, 0 if counted else -1)
-    found = jax.value_and_grad(head_cross_entropy, (0, 1))(x, head, targets)
-    wanted = jax.value_and_grad(of_logits, (0, 1))(x, head, targets)
+    found, wanted = (
+        jit(jax.value_and_grad(f, (0, 1)))(x, head, targets)
+        for f in (head_cross_entropy, of_logits)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
 
 
@@ -112,6 +122,11 @@ def test_id_outside_the_vocabulary_is_nan_and_never_a_loss(monkeypatch, logits_a
     monkeypatch.setattr(cross_entropy, "_CHUNK", logits_at_once)
     x, head, targets = inputs(np.float32)
     outside = targets.at[N // 2].set(V)
-    assert np.isfinite(head_cross_entropy(x, head, targets))
-    assert np.isnan(head_cross_entropy(x, head, outside))
-    assert np.isnan(jax.value_and_grad(head_cross_entropy)(x, head, outside)[0])
+
+    @jit
+    def losses(targets):
+        alone = head_cross_entropy(x, head, targets)
+        return alone, jax.value_and_grad(head_cross_entropy)(x, head, targets)[0]
+
+    assert np.isfinite(losses(targets)).all()
+    assert np.isnan(losses(outside)).all()

@@ -10,33 +10,12 @@ writes the columns of z and leaves all others to the convolution, which fills th
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.elementwise.causal_conv_sizes import WIDTH, Sizes
 from gt_jax.kernels.pallas.devices import portable_unsupported
-
-WIDTH = 4  # tokens that the convolution sees
-_ALIGNED = 8  # 16-bit numbers that a thread reads at once
-
-
-class Sizes(NamedTuple):
-    """Columns of the projection: z and values have `inner` each, B and C `state`, dt `heads`."""
-
-    inner: int
-    state: int
-    heads: int
-
-    @property
-    def channels(self) -> int:
-        return self.inner + 2 * self.state
-
-    @property
-    def padded_width(self) -> int:
-        """Columns of a projection whose rows are aligned."""
-        width = self.inner + self.channels + self.heads
-        return -(-width // _ALIGNED) * _ALIGNED
 
 
 def unsupported(sizes: Sizes, tokens: tuple[int, int], dtype: str) -> str | None:

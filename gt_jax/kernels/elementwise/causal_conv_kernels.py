@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.elementwise.causal_conv import WIDTH, Sizes
+from gt_jax.kernels.elementwise.causal_conv_sizes import WIDTH, Sizes
 from gt_jax.kernels.pallas import rows, warps
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
