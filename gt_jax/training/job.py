@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 
 from gt_jax import checkpoint, compilation
 from gt_jax.config import Config, flatten, from_stored, to_dict
@@ -222,7 +222,7 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh, state).params
         params = tuning.completed(params, state.params)
-        if isinstance(sharding, NamedSharding):
+        if isinstance(sharding, Sharding):
             sharding = jax.tree.map(lambda _: sharding, params)
         state = job.start_from(state, parallel.put_whole(params, sharding))
     return state

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from gt_jax import compilation
@@ -42,6 +42,16 @@ def make_mesh(fsdp: int = 1, sequence: int = 1, devices: Sequence[Any] | None = 
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
+def placed(mesh: Mesh, spec: P) -> Sharding:
+    """Where an array lives that a mesh cuts as `spec` says.
+
+    A lone device cuts nothing. There the sharding names no mesh, since JAX traces a function again
+    where only the mesh of an argument differs: arguments of a step would have one and results of
+    kernels none, and the backward pass of a block would be traced, lowered and compiled twice.
+    """
+    return SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, spec)
+
+
 def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
     """Where a TrainState lives: carried rows with their batch rows, the rest on every device.
 
@@ -51,7 +61,7 @@ def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
             share what is large.
 
     Returns:
-        A TrainState of NamedSharding, each for a whole field or, with `state`, for each leaf.
+        A TrainState of `placed`, each for a whole field or, with `state`, for each leaf.
     """
     return _shardings(_state_specs(mesh, state), mesh)
 
@@ -78,7 +88,7 @@ def compile_train_step(
         return jax.jit(
             make_step() if one else make_step(mesh.axis_names, lambda f: _spread(f, mesh)),
             in_shardings=(shardings, None),
-            out_shardings=(shardings, NamedSharding(mesh, P())),
+            out_shardings=(shardings, placed(mesh, P())),
             donate_argnums=0,
             compiler_options=compilation.options(options),
         )
@@ -159,7 +169,7 @@ def lower_programs(
     training, held_out = (
         shapes_on(batch_shardings(batch, mesh), jax.tree.map(whole, batch)) for batch in batches
     )
-    carry = shapes_on(NamedSharding(mesh, P(_row_axes(mesh))), carry)
+    carry = shapes_on(placed(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
     programs: dict[str, Callable] = {
         "train": lambda: train_step.lower(state, training),
@@ -233,7 +243,7 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays [B, ...] of the whole batch on the devices, rows spread over them."""
-    return jax.device_put(tree, NamedSharding(mesh, P(_row_axes(mesh))))
+    return jax.device_put(tree, placed(mesh, P(_row_axes(mesh))))
 
 
 def put_whole(tree: Any, shardings: Any) -> Any:
@@ -311,7 +321,7 @@ def _state_specs(mesh: Mesh, state: TrainState | None) -> TrainState:
 
 
 def _shardings(specs: Any, mesh: Mesh) -> Any:
-    of_spec = lambda spec: NamedSharding(mesh, spec)
+    of_spec = lambda spec: placed(mesh, spec)
     return jax.tree.map(of_spec, specs, is_leaf=lambda x: isinstance(x, P))
 
 
