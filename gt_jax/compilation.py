@@ -156,13 +156,13 @@ def compile_side_by_side(
         def compile_(lowered):
             compiling.submit(settle, lowered.compile, result.set_result)
 
-        tracing.submit(settle, lambda: _without_collector(lower), compile_)
+        tracing.submit(settle, lambda: without_collector(lower), compile_)
         return result
 
     return {name: start(lower) for name, lower in programs.items()}
 
 
-def _without_collector(lower: Callable) -> Any:
+def without_collector(lower: Callable) -> Any:
     """lower() with Python's garbage collector off: tracing makes millions of objects and little
     garbage, and looking for it takes a seventh of the time."""
     enabled = gc.isenabled()

@@ -255,7 +255,7 @@ def prepare(program: Program, *, group: int | None, compile_fast: bool) -> Compi
     options = compiler_options(compile_fast)
     while True:
         with LOWERING:
-            lowered = _lower(program, group)
+            lowered = compilation.without_collector(lambda n=group: _lower(program, n))
         with ThreadPoolExecutor(len(lowered)) as pool:
             compiled = dict(zip(lowered, pool.map(lambda x: x.compile(options), lowered.values())))
         init = compiled.pop("init")

@@ -18,9 +18,10 @@ from experiments.lab.rules import VERDICTS, Verdict
 from gt_jax.errors import InputError
 
 # Experiments in the order of the page; what is not named here follows.
-ORDER = ("fusion", "ratio", "parity", "paradox", "characterize", "context", "recall", "needle")
-ORDER += ("states", "persistence", "toys", "interventions", "arbiters", "residual", "debate")
-ORDER += ("search", "pilot", "stability", "throughput", "scaling", "gates")
+ORDER = ("fusion", "ratio", "parity", "long_parity", "optimizers", "paradox", "characterize")
+ORDER += ("context", "recall", "needle", "states", "persistence", "toys", "interventions")
+ORDER += ("search", "pilot", "arbiters", "residual", "debate", "stability", "throughput")
+ORDER += ("fusion_cost", "scaling", "gates")
 
 LEAD = "parity"  # its first plot opens the page: the losses of all families
 PLOTS = 3  # of a result that are shown unfolded
