@@ -117,7 +117,7 @@ def compile_all(gpu, wheels):
     rows = []
     capability = tuple(map(int, gpu.split(".")))
     found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
-    found += linear_scan_kernels(capability)
+    found += [*gated_branches_kernels(capability), *linear_scan_kernels(capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == HOPPER:
             of_variant = kernels(op, impl, dtype, capability)
@@ -209,6 +209,25 @@ def residual_norm_kernels(capability):
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):
                 yield f"Residual norm, {kind}, {direction}, {width} channels", module
+
+
+def gated_branches_kernels(capability):
+    """(name, serialised kernel) of what arbiters do to normalised branches."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import gated_branches
+
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    for width in (128, 768, 2048):
+        branch, scores = (array(8, 2048, n * width, dtype=jnp.bfloat16) for n in (1, 2))
+        vector = array(width)
+        kinds = {"gated_sum": [(vector,) * 2] * 2, "gated_blend": [(vector,) * 2, vector, array(1)]}
+        for kind, inputs in kinds.items():
+            call = functools.partial(getattr(gated_branches, kind), 1e-2)
+            modules = calls_of(call, [branch, branch, scores, *inputs], capability)
+            for direction, module in zip(("forward", "backward"), modules, strict=True):
+                yield f"Branches, {kind}, {direction}, {width} channels", module
 
 
 def linear_scan_kernels(capability):

@@ -67,7 +67,10 @@ class Block(nn.Module):
         record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
-        x, (n, other) = stream.normed(c, "mixer_norm", x, readers=2)  # equal, for either branch
+        fusion = FUSIONS[c.fusion](c, name="fusion")
+        reads_input = getattr(fusion, "reads_input", False)
+        # Equal, for either branch and for a fusion that reads the block's input.
+        x, (n, other, *third) = stream.normed(c, "mixer_norm", x, readers=2 + reads_input)
         shifts, topic = None, None
         if c.mamba_reset is not None:
             topic = getattr(state, "topic", None)
@@ -84,7 +87,6 @@ class Block(nn.Module):
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
-        fusion = FUSIONS[c.fusion](c, name="fusion")
         fusion_state, branches = state.fusion, with_residuals(c, rwkv, mamba, n)
         if type(fusion) is Gate and _joins_in_kernel(c, x, *branches):
             norm = rms_norm(c, "ffn_norm")
@@ -96,7 +98,7 @@ class Block(nn.Module):
             if self.is_mutable_collection("activations"):  # computed if anybody uses it
                 record(self, fused=fusion.join(gate, *branches))
         else:
-            given = {"block_input": n} if getattr(fusion, "reads_input", False) else {}
+            given = {"block_input": third[0]} if reads_input else {}
             fused, fusion_state = fusion(*branches, state.fusion, segment_ids, **given)
             record(self, fused=fused)
             update = post_norm(c, "fused_norm")(fused) if c.post_norm else fused

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.elementwise.residual_norm_rows import Tokens, grid_for, place, wide
-from gt_jax.kernels.pallas import row_numbers, rows, warps
+from gt_jax.kernels.elementwise.residual_norm_rows import (
+    Tokens,
+    grid_for,
+    place,
+    store_sums,
+    wide,
+)
+from gt_jax.kernels.pallas import row_numbers, rows
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 
@@ -195,16 +201,7 @@ def backward(
 
         zeros = tuple(rows.zeros(row) for _ in range(summed // row.channels))
         _, sums = loop(grid.steps, step, (read(jnp.int32(0)), zeros))
-        own, block = rows.own_row(row), lax.axis_index("tokens")
-        columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
-        for c, z in zip(columns, sums):
-            rows.store(refs.sums, (own,), c, z, row)
-        warps.sync()
-        for c in columns:
-            total = rows.zeros(row)
-            for i in range(row.number):
-                total += rows.load(refs.sums, (jnp.int32(i),), c, row)
-            rows.store(refs.sums_gmem, (m, block), c, total, row, own == 0)
+        store_sums(refs.sums_gmem, refs.sums, grid, m, sums)
 
     like = lambda dtype: jax.ShapeDtypeStruct((models, grid.tokens, width), dtype)
     narrow = like(jnp.bfloat16)

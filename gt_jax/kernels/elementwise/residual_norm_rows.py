@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import rows, warps
 from gt_jax.kernels.pallas.launch import MULTIPROCESSORS
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes of float32
@@ -88,13 +88,36 @@ def _columns(grid):
     return [jnp.int32(n * grid.row.channels) for n in range(grid.sections)]
 
 
-def _sigmoid(z):
-    """Of a scalar."""
+def sigmoid_of_scalar(z):
+    """1 / (1 + exp(-z)) of a float32 scalar of a row."""
     return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
 
 
 def wide(sections):
     return [z.astype(jnp.float32) for z in sections]
+
+
+def store_sums(ref, scratch, grid, model, sums):
+    """Writes sums over the tokens of a block, [models, blocks, S], of what its rows have summed.
+
+    Args:
+        ref: reference in global memory.
+        scratch: shared memory, [rows of a block, S] float32.
+        grid: of the call.
+        model: of the row.
+        sums: values of the row, side by side.
+    """
+    row = grid.row
+    own, block = rows.own_row(row), lax.axis_index("tokens")
+    columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
+    for c, z in zip(columns, sums):
+        rows.store(scratch, (own,), c, z, row)
+    warps.sync()
+    for c in columns:
+        total = rows.zeros(row)
+        for i in range(row.number):
+            total += rows.load(scratch, (jnp.int32(i),), c, row)
+        rows.store(ref, (model, block), c, total, row, own == 0)
 
 
 class Tokens:
@@ -104,11 +127,11 @@ class Tokens:
         self.refs, self.row, self.model = refs, grid.row, model
         self.columns, self.width = _columns(grid), grid.sections * grid.row.channels
 
-    def read(self, ref, token, keep=None):
-        """A token's sections, or a None for a reference that is None."""
+    def read(self, ref, token, keep=None, first=0):
+        """A token's sections from column `first` on, or a None for a reference that is None."""
         if ref is None:
             return None
-        load = lambda c: rows.load(ref, (self.model, token), c, self.row, keep)
+        load = lambda c: rows.load(ref, (self.model, token), c + first, self.row, keep)
         return tuple(load(c) for c in self.columns)
 
     def parameter(self, ref, first=0):
@@ -127,7 +150,7 @@ class Tokens:
             for value, weight in zip(wide(z), weights):
                 score += value * weight
         (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
-        return _sigmoid(score + refs.bias_gmem[self.model, 0]), kernels
+        return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), kernels
 
     def stream(self, x, a, b, gate):
         """u."""
