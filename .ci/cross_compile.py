@@ -203,7 +203,9 @@ def residual_norm_kernels(capability):
     for width in (128, 768, 2048):
         branch = array(16, 2048, width, dtype=jnp.bfloat16)
         gate = branch, branch, array(2 * width), array(1)
-        for kind, inputs in {"normed": (), "added": (branch,), "gated": gate}.items():
+        score = branch, branch, array(16, 2048, 1)
+        kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
+        for kind, inputs in kinds.items():
             options = (1e-6, 2) if kind == "normed" else (1e-6,)
             call = functools.partial(getattr(residual_norm, kind), *options)
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
@@ -216,16 +218,20 @@ def gated_branches_kernels(capability):
     import jax
     import jax.numpy as jnp
 
-    from gt_jax.kernels.elementwise import gated_branches
+    from gt_jax.kernels.elementwise import gated_branches, normed_pair
 
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    for width in (128, 768, 2048):
+    for width in (128, 768, 1536):
         branch, scores = (array(8, 2048, n * width, dtype=jnp.bfloat16) for n in (1, 2))
-        vector = array(width)
-        kinds = {"gated_sum": [(vector,) * 2] * 2, "gated_blend": [(vector,) * 2, vector, array(1)]}
-        for kind, inputs in kinds.items():
-            call = functools.partial(getattr(gated_branches, kind), 1e-2)
-            modules = calls_of(call, [branch, branch, scores, *inputs], capability)
+        vector, pair = array(width), (array(width),) * 2
+        kinds = {
+            "gated_sum": (gated_branches.gated_sum, [scores, pair, pair]),
+            "gated_blend": (gated_branches.gated_blend, [scores, pair, vector, array(1)]),
+            "normed_pair": (normed_pair.normed_pair, [pair]),
+        }
+        for kind, (function, inputs) in kinds.items():
+            call = functools.partial(function, 1e-2)
+            modules = calls_of(call, [branch, branch, *inputs], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):
                 yield f"Branches, {kind}, {direction}, {width} channels", module
 

@@ -68,7 +68,9 @@ def branch_weights(fusion: Configured, h: jax.Array) -> tuple[jax.Array, jax.Arr
     Returns:
         RWKV's and Mamba's, [B, T, 1] float32; they sum to one.
     """
-    return softmax_of_two(fusion, (h @ head_kernel(fusion, h.shape[-1]))[..., None])
+    # A softmax over an axis of two is several small kernels on a GPU, a sigmoid part of another.
+    score = (h @ head_kernel(fusion, h.shape[-1]))[..., None] + head_bias(fusion)
+    return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
 
 
 def head_kernel(fusion: Configured, width: int) -> jax.Array:
@@ -86,19 +88,3 @@ def head_bias(fusion: Configured) -> jax.Array:
     log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
     bias = fusion.param("head_bias", lambda key, shape: log_shares, (2,))
     return bias[:1] - bias[1:]
-
-
-def softmax_of_two(fusion: Configured, difference: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """softmax(z + b) of two numbers, from the difference of those of z.
-
-    A softmax over an axis of two is several small kernels on a GPU, a sigmoid is part of another.
-
-    Args:
-        fusion: the module whose parameter head_bias b is.
-        difference: [B, T, 1] float32, z_0 - z_1.
-
-    Returns:
-        The first number's and the second's, [B, T, 1] float32.
-    """
-    score = difference + head_bias(fusion)
-    return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)

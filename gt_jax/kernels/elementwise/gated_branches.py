@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import residual_norm
 
+_WIDEST = 1536  # 12 channels a thread: of more, the gradient does not fit into its registers
+
 
 def unsupported(width: int, dtype: str) -> str | None:
     """Why the kernels do not take a call, or None.
@@ -21,7 +23,11 @@ def unsupported(width: int, dtype: str) -> str | None:
         width: channels of a branch.
         dtype: of the branches, scores and result.
     """
-    return residual_norm.unsupported(width, dtype, is_gated=True)
+    if reason := residual_norm.unsupported(width, dtype, is_gated=True):
+        return reason
+    if width > _WIDEST:
+        return f"the kernels of gated branches hold at most {_WIDEST} channels; these are {width}"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

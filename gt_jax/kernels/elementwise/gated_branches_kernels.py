@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise.residual_norm_rows import (
     Tokens,
+    flat,
     grid_for,
     place,
     sigmoid_of_scalar,
@@ -40,12 +41,6 @@ class _Gated(Tokens):
         scores = [self.read(refs.scores_gmem, token, keep, n * self.width) for n in (0, 1)]
         return a, b, *scores
 
-    def inverses(self, a, b, epsilon, turn, *more):
-        """1 / sqrt(mean of squares + epsilon) of each branch, and the sums of `more`."""
-        squares = [sum((z * z for z in x), rows.zeros(self.row)) for x in (a, b)]
-        a, b, *more = rows.sums_over_row([*squares, *more], self.row, self.refs.row_sums, turn)
-        return *(lax.rsqrt(z * (1 / self.width) + epsilon) for z in (a, b)), *more
-
     def gates(self, *scores):
         """sigmoid(z + bias) of each branch."""
         biases = self.refs.bias_a_gmem, self.refs.bias_b_gmem
@@ -67,7 +62,7 @@ def _inputs(a, b, scores, biases, scales, head):
     (bias_a, bias_b), (scale_a, scale_b) = biases or (None, None), scales
     head, head_bias = head or (None, None)
     return {
-        **{"a": _flat(a), "b": _flat(b), "scores": _flat(scores)},
+        **{"a": flat(a), "b": flat(b), "scores": flat(scores)},
         **{"bias_a": bias_a, "bias_b": bias_b, "scale_a": scale_a, "scale_b": scale_b},
         **{"head": head, "head_bias": head_bias},
     }
@@ -105,7 +100,7 @@ def forward(
             following = here.read_all(token(jnp.minimum(n + 1, grid.steps - 1)))
             turn, at = lax.rem(n, jnp.int32(2)), (m, token(n))
             a, b = map(wide, values[:2])
-            of_a, of_b = here.inverses(a, b, epsilon, turn)
+            of_a, of_b = here.inverses((a, b), epsilon, turn)
             gates_a, gates_b = here.gates(*values[2:])
             scales = zip(here.parameter(refs.scale_a_gmem), here.parameter(refs.scale_b_gmem))
             out = [
@@ -181,7 +176,7 @@ def backward(
             turn, at, keep = lax.rem(n, jnp.int32(2)), (m, token(n)), kept(n)
             a, b, dc = map(wide, (*values[:2], d_out))
             slope = [sum((d * (x - y) for d, x, y in zip(dc, a, b)), rows.zeros(row))]
-            of_a, of_b, *slope = here.inverses(a, b, epsilon, turn, *(slope if head else []))
+            of_a, of_b, *slope = here.inverses((a, b), epsilon, turn, *(slope if head else []))
             gates = here.gates(*values[2:])
             scales = [here.parameter(z) for z in (refs.scale_a_gmem, refs.scale_b_gmem)]
             normed = [[x * of_a for x in a], [x * of_b for x in b]]
@@ -229,7 +224,7 @@ def backward(
     da, db, d_scores, sums = kernel(
         body,
         name="gated_branches_backward",
-        inputs=inputs | {"d_out": _flat(d_out), "dw": dw},
+        inputs=inputs | {"d_out": flat(d_out), "dw": dw},
         outputs={
             **{"da": _like(a, grid), "db": _like(b, grid), "d_scores": _like(scores, grid)},
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, summed), jnp.float32),
@@ -248,7 +243,3 @@ def backward(
 
 def _like(x, grid):
     return jax.ShapeDtypeStruct((len(x), grid.tokens, x.shape[-1]), x.dtype)
-
-
-def _flat(z):
-    return z.reshape(z.shape[0], -1, z.shape[-1])

@@ -93,6 +93,11 @@ def sigmoid_of_scalar(z):
     return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
 
 
+def flat(z):
+    """[M, B, T, D] -> [M, B T, D]; None stays None."""
+    return None if z is None else z.reshape(z.shape[0], -1, z.shape[-1])
+
+
 def wide(sections):
     return [z.astype(jnp.float32) for z in sections]
 
@@ -139,18 +144,24 @@ class Tokens:
         load = lambda c: rows.load(ref, (self.model,), c + first, self.row)
         return [load(c) for c in self.columns]
 
-    def gate(self, a, b, turn):
-        """g of two branches, and kernel_a and kernel_b."""
-        refs, kernels = (
-            self.refs,
-            [self.parameter(self.refs.gate_gmem, n * self.width) for n in (0, 1)],
-        )
+    def gate(self, a, b, score, turn):
+        """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
+        refs = self.refs
+        if score is not None:
+            return sigmoid_of_scalar(score), None
+        kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):
             for value, weight in zip(wide(z), weights):
                 score += value * weight
         (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
         return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), kernels
+
+    def inverses(self, branches, epsilon, turn, *more):
+        """1 / sqrt(mean of squares + epsilon) of each of two branches, and the sums of `more`."""
+        squares = [sum((z * z for z in x), rows.zeros(self.row)) for x in branches]
+        a, b, *more = rows.sums_over_row([*squares, *more], self.row, self.refs.row_sums, turn)
+        return *(lax.rsqrt(z * (1 / self.width) + epsilon) for z in (a, b)), *more
 
     def stream(self, x, a, b, gate):
         """u."""

@@ -1,4 +1,4 @@
-"""Gates over two normalised branches: right in the interpreter, lowered for every kind of GPU."""
+"""Two normalised branches, gated or side by side: right in the interpreter, lowered for GPUs."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels.elementwise import gated_branches
+from gt_jax.kernels.elementwise import gated_branches, normed_pair
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import FUSIONS, make_config, stream
@@ -45,10 +45,15 @@ def straight_blend(a, b, scores, scales, head, bias):
     return w * a + (1 - w) * b, w
 
 
+def straight_pair(a, b, scales):
+    return a, b, jnp.concatenate([norm(a, scales[0]), norm(b, scales[1])], axis=-1)
+
+
 # name -> the fused function, and formulas in float64 that share nothing with it
 FUNCTIONS = {
     "gated_sum": (functools.partial(gated_branches.gated_sum, EPSILON), straight_sum),
     "gated_blend": (functools.partial(gated_branches.gated_blend, EPSILON), straight_blend),
+    "normed_pair": (functools.partial(normed_pair.normed_pair, EPSILON), straight_pair),
 }
 
 
@@ -59,13 +64,15 @@ def case(name, tokens=(2, 5)):
     wide = lambda n: draw(*tokens, n * WIDTH, dtype=jnp.bfloat16)
     pair = lambda: (draw(WIDTH), draw(WIDTH))
     scales = tuple(1 + z / 4 for z in pair())
-    arguments = {
-        "gated_sum": lambda: (pair(), scales),
-        "gated_blend": lambda: (scales, draw(WIDTH) / 4, draw(1)),
+    arguments, cotangents = {
+        "gated_sum": lambda: ((wide(2), pair(), scales), wide(1)),
+        "gated_blend": lambda: (
+            (wide(2), scales, draw(WIDTH) / 4, draw(1)),
+            (wide(1), draw(*tokens, 1)),
+        ),
+        "normed_pair": lambda: ((scales,), (wide(1), wide(1), wide(2))),
     }[name]()
-    out = wide(1)
-    of_weight = (out, draw(*tokens, 1))
-    return (wide(1), wide(1), wide(2), *arguments), of_weight if name == "gated_blend" else out
+    return (wide(1), wide(1), *arguments), cotangents
 
 
 def with_gradients(function, arguments, cotangents):
@@ -102,7 +109,7 @@ def test_models_under_vmap_each_take_their_own_weights():
         np.testing.assert_array_equal(z, jnp.stack(expected))
 
 
-@pytest.mark.parametrize("name", ["glu", "parallel"])
+@pytest.mark.parametrize("name", ["glu", "parallel", "mingru"])
 def test_fusions_are_the_same_with_kernels_and_without(name):
     with jax.enable_x64(False):
         make = lambda impl: FUSIONS[name](
@@ -113,8 +120,10 @@ def test_fusions_are_the_same_with_kernels_and_without(name):
 
         def run(impl):
             def apply(params):
-                record = {"block_input": n, "mutable": ["activations"]}
-                (fused, _), seen = make(impl).apply({"params": params}, rwkv, mamba, **record)
+                module = make(impl)
+                more = {"block_input": n} if getattr(module, "reads_input", False) else {}
+                apply = functools.partial(module.apply, mutable=["activations"])
+                (fused, _), seen = apply({"params": params}, rwkv, mamba, **more)
                 return fused, seen["activations"]
 
             return jax.tree.leaves(jax.jit(apply)(params))
@@ -137,4 +146,5 @@ def test_kernels_lower_for_gpus_that_are_not_there(capability):
             traced = jax.jit(lambda *z, fused=fused: with_gradients(fused, *z)).trace(*arrays)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         for direction in ("forward", "backward"):
-            assert f"gated_branches_{direction}_mosaic_gpu" in text, name
+            kernel = "normed_pair" if name == "normed_pair" else "gated_branches"
+            assert f"{kernel}_{direction}_mosaic_gpu" in text, name
