@@ -117,7 +117,7 @@ def compile_all(gpu, wheels):
     rows = []
     capability = tuple(map(int, gpu.split(".")))
     found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
-    found += linear_scan_kernels(capability)
+    found += [*gated_branches_kernels(capability), *linear_scan_kernels(capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == HOPPER:
             of_variant = kernels(op, impl, dtype, capability)
@@ -203,12 +203,37 @@ def residual_norm_kernels(capability):
     for width in (128, 768, 2048):
         branch = array(16, 2048, width, dtype=jnp.bfloat16)
         gate = branch, branch, array(2 * width), array(1)
-        for kind, inputs in {"normed": (), "added": (branch,), "gated": gate}.items():
+        score = branch, branch, array(16, 2048, 1)
+        kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
+        for kind, inputs in kinds.items():
             options = (1e-6, 2) if kind == "normed" else (1e-6,)
             call = functools.partial(getattr(residual_norm, kind), *options)
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):
                 yield f"Residual norm, {kind}, {direction}, {width} channels", module
+
+
+def gated_branches_kernels(capability):
+    """(name, serialised kernel) of what arbiters do to normalised branches."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import gated_branches, normed_pair
+
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    for width in (128, 768, 1536):
+        branch, scores = (array(8, 2048, n * width, dtype=jnp.bfloat16) for n in (1, 2))
+        vector, pair = array(width), (array(width),) * 2
+        kinds = {
+            "gated_sum": (gated_branches.gated_sum, [scores, pair, pair]),
+            "gated_blend": (gated_branches.gated_blend, [scores, pair, vector, array(1)]),
+            "normed_pair": (normed_pair.normed_pair, [pair]),
+        }
+        for kind, (function, inputs) in kinds.items():
+            call = functools.partial(function, 1e-2)
+            modules = calls_of(call, [branch, branch, *inputs], capability)
+            for direction, module in zip(("forward", "backward"), modules, strict=True):
+                yield f"Branches, {kind}, {direction}, {width} channels", module
 
 
 def linear_scan_kernels(capability):

@@ -1,13 +1,17 @@
 """Fusions with a memory: an arbiter reads both branches and weighs them by what it has seen."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.kernels.elementwise.normed_pair import normed_pair
 from gt_jax.kernels.segments import resets
+from gt_jax.models import stream
 from gt_jax.models.config import ModelConfig
-from gt_jax.models.gates import branch_norm, branch_weights, softmax_of_two
+from gt_jax.models.gates import branch_norm, branch_weights, head_bias, head_kernel
 from gt_jax.models.layers import (
     fan_in_uniform,
     project,
@@ -81,6 +85,30 @@ class MinGRU(nn.Module):
     config: ModelConfig
 
     @nn.compact
+    def score(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+        """Both branches; W s_t + b as one number a token, as `blend` takes it; the state."""
+        c, D = self.config, self.config.dim
+        hidden = 3 * D // 2
+        norms = branch_norm(self, "rwkv_norm"), branch_norm(self, "mamba_norm")
+        if stream.takes_branches(c, rwkv, mamba):
+            scales = norms[0].weight(D), norms[1].weight(D)
+            normed: Any = normed_pair(norms[0].epsilon, rwkv, mamba, scales)
+            rwkv, mamba, pair = normed  # custom_vjp hides the type
+        else:
+            pair = jnp.concatenate([norms[0](rwkv), norms[1](mamba)], axis=-1)
+        names = ("candidate_kernel", "update_kernel")
+        kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
+        gates = project(pair, jnp.concatenate(kernels, axis=-1))
+        s = gated_scan(gates, state, segment_ids, impl=c.impl)
+        score = s @ head_kernel(self, hidden) + head_bias(self)  # [B, T]
+        return (rwkv, mamba), score[..., None], s[:, -1]
+
     def __call__(
         self,
         rwkv: jax.Array,
@@ -89,16 +117,7 @@ class MinGRU(nn.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """rwkv, mamba [B, T, D]; state [B, 1.5 D] float32 or None -> fused [B, T, D], state."""
-        D = self.config.dim
-        hidden = 3 * D // 2
-        pair = branch_norm(self, "rwkv_norm")(rwkv), branch_norm(self, "mamba_norm")(mamba)
-        names = ("candidate_kernel", "update_kernel")
-        kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
-        gates = project(jnp.concatenate(pair, axis=-1), jnp.concatenate(kernels, axis=-1))
-        s = gated_scan(gates, state, segment_ids, impl=self.config.impl)
-        of_rwkv, of_mamba = branch_weights(self, s)
-        record(self, gate=of_rwkv)
-        return of_rwkv * rwkv + of_mamba * mamba, s[:, -1]
+        return blend(self, *self.score(rwkv, mamba, state, segment_ids))
 
 
 class RunningMean(nn.Module):
@@ -113,6 +132,28 @@ class RunningMean(nn.Module):
     config: ModelConfig
 
     @nn.compact
+    def score(
+        self,
+        rwkv: jax.Array,
+        mamba: jax.Array,
+        state: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+        """Both branches; W c_t + b as one number a token, as `blend` takes it; the state."""
+        D = self.config.dim
+        kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))
+        bias = self.param("bias", initializers.zeros, (1,))
+        head = self.param("head_kernel", initializers.zeros, (2 * D, 2))
+        wide = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
+        read = project_pair(*wide, jnp.concatenate([kernel, head], axis=1))  # [B, T, 3]
+        q = jax.nn.sigmoid(jnp.maximum(read[..., :1] + bias, -30))
+        terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
+        decay, impl = jnp.ones_like(terms), self.config.impl
+        sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
+        for_rwkv, for_mamba, total = jnp.split(sums, 3, axis=-1)  # [B, T, 1] each
+        score = (for_rwkv - for_mamba) / total + head_bias(self)
+        return (rwkv, mamba), score, sums[:, -1]
+
     def __call__(
         self,
         rwkv: jax.Array,
@@ -121,17 +162,20 @@ class RunningMean(nn.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """rwkv, mamba [B, T, D]; state [B, 3] float32 or None -> fused [B, T, D], state."""
-        D = self.config.dim
-        kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))
-        bias = self.param("bias", initializers.zeros, (1,))
-        head = self.param("head_kernel", initializers.zeros, (2 * D, 2))
-        rwkv, mamba = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
-        read = project_pair(rwkv, mamba, jnp.concatenate([kernel, head], axis=1))  # [B, T, 3]
-        q = jax.nn.sigmoid(jnp.maximum(read[..., :1] + bias, -30))
-        terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
-        decay, impl = jnp.ones_like(terms), self.config.impl
-        sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
-        for_rwkv, for_mamba, total = jnp.split(sums, 3, axis=-1)  # [B, T, 1] each
-        of_rwkv, of_mamba = softmax_of_two(self, (for_rwkv - for_mamba) / total)
-        record(self, gate=of_rwkv)
-        return of_rwkv * rwkv + of_mamba * mamba, sums[:, -1]
+        return blend(self, *self.score(rwkv, mamba, state, segment_ids))
+
+
+def blend(
+    fusion: nn.Module, branches: tuple[jax.Array, jax.Array], score: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """g rwkv + (1 - g) mamba [B, T, D] float32 for g = sigmoid(score), and the state.
+
+    Args:
+        fusion: whose gate g is.
+        branches: rwkv and mamba, [B, T, D].
+        score: [B, T, 1] float32.
+        state: of the fusion.
+    """
+    of_rwkv, of_mamba = jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
+    record(fusion, gate=of_rwkv)
+    return of_rwkv * branches[0] + of_mamba * branches[1], state

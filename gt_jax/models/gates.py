@@ -68,25 +68,23 @@ def branch_weights(fusion: Configured, h: jax.Array) -> tuple[jax.Array, jax.Arr
     Returns:
         RWKV's and Mamba's, [B, T, 1] float32; they sum to one.
     """
-    kernel = fusion.param("head_kernel", initializers.zeros, (h.shape[-1], 2))
-    return softmax_of_two(fusion, (h @ (kernel[:, 0] - kernel[:, 1]))[..., None])
+    # A softmax over an axis of two is several small kernels on a GPU, a sigmoid part of another.
+    score = (h @ head_kernel(fusion, h.shape[-1]))[..., None] + head_bias(fusion)
+    return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
 
 
-def softmax_of_two(fusion: Configured, difference: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """softmax(z + b) of two numbers, from the difference of those of z.
+def head_kernel(fusion: Configured, width: int) -> jax.Array:
+    """W_0 - W_1 [width] float32 of the fusion's parameter head_kernel W, zero at initialisation."""
+    kernel = fusion.param("head_kernel", initializers.zeros, (width, 2))
+    return kernel[:, 0] - kernel[:, 1]
 
-    A softmax over an axis of two is several small kernels on a GPU, a sigmoid is part of another.
 
-    Args:
-        fusion: the module whose parameter head_bias b is: [2], which starts at the logarithms of
-            (share, 1 - share).
-        difference: [B, T, 1] float32, z_0 - z_1.
+def head_bias(fusion: Configured) -> jax.Array:
+    """b_0 - b_1 [1] float32 of the fusion's parameter head_bias b.
 
-    Returns:
-        The first number's and the second's, [B, T, 1] float32.
+    b [2] starts at the logarithms of (share, 1 - share).
     """
     share = initial_share(fusion)
     log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
     bias = fusion.param("head_bias", lambda key, shape: log_shares, (2,))
-    score = difference + (bias[0] - bias[1])
-    return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
+    return bias[:1] - bias[1:]

@@ -6,21 +6,26 @@ branches in its place.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from gt_jax.kernels.elementwise import gated_branches
+from gt_jax.models import stream
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.gates import (
     Configured,
     branch_norm,
     branch_weights,
+    head_bias,
+    head_kernel,
     initial_share,
     logit,
 )
-from gt_jax.models.layers import fan_in_uniform, normal, output_init, project, record
+from gt_jax.models.layers import RMSNorm, fan_in_uniform, normal, output_init, project, record
 from gt_jax.models.scans import linear_scan
 
 
@@ -44,16 +49,24 @@ class GLU(nn.Module):
         segment_ids: jax.Array | None = None,
         block_input: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
-        D = self.config.dim
-        r, m, n = normalised(self, rwkv, mamba, block_input)
-        kernels = [self.param(name, normal, (D, D)) for name in ("rwkv_kernel", "mamba_kernel")]
-        gates = [jax.nn.sigmoid(z.astype(jnp.float32)) for z in project_each(n, kernels)]
-        of_rwkv, of_mamba = branch_weights(self, gates[0] * r + gates[1] * m)
-        kernel = self.param("output_kernel", initializers.zeros, (D, D))
-        output = lambda branch: project(branch.astype(self.config.dtype), kernel)
-        from_rwkv = of_rwkv * rwkv
-        record(self, gate=of_rwkv, from_rwkv=output(from_rwkv))
-        return output(from_rwkv + of_mamba * mamba), state
+        c = self.config
+        norms = branch_norms(self)
+        r, m, n = normalised(norms, rwkv, mamba, block_input)
+        names = ("rwkv_kernel", "mamba_kernel")
+        scores = project_each(n, [self.param(name, normal, (c.dim, c.dim)) for name in names])
+        if stream.takes_branches(c, rwkv, mamba):
+            arrays = rwkv, mamba, scores, scales_of(norms, c.dim)
+            head = head_kernel(self, c.dim), head_bias(self)
+            blended: Any = gated_branches.gated_blend(norms[0].epsilon, *arrays, *head)
+            fused, of_rwkv = blended  # custom_vjp hides the type
+        else:
+            gates = gates_of(scores)
+            of_rwkv, of_mamba = branch_weights(self, gates[0] * r + gates[1] * m)
+            fused = of_rwkv * rwkv + of_mamba * mamba
+        kernel = self.param("output_kernel", initializers.zeros, (c.dim, c.dim))
+        output = lambda branch: project(branch.astype(c.dtype), kernel)
+        record(self, gate=of_rwkv, from_rwkv=output(of_rwkv * rwkv))
+        return output(fused), state
 
 
 class ParallelFusion(nn.Module):
@@ -77,17 +90,20 @@ class ParallelFusion(nn.Module):
     ) -> tuple[jax.Array, None]:
         c = self.config
         share = initial_share(self)
-        r, m, n = normalised(self, rwkv, mamba, block_input)
+        norms = branch_norms(self)
+        r, m, n = normalised(norms, rwkv, mamba, block_input)
         kernels, biases = [], []
         for name, start in (("rwkv", share), ("mamba", 1 - share)):
             kernels.append(self.param(f"{name}_kernel", initializers.zeros, (c.dim, c.dim)))
             start = initializers.constant(logit(start))
             biases.append(self.param(f"{name}_bias", start, (c.dim,)))
-        scores = zip(project_each(n, kernels), biases)
-        gates = [jax.nn.sigmoid(z.astype(jnp.float32) + bias) for z, bias in scores]
-        output = output_projection(self)
+        scores, output = project_each(n, kernels), output_projection(self)
+        gates = gates_of(scores, biases)
         from_rwkv = gates[0] * r
         record(self, gate=gates[0] / (gates[0] + gates[1]), from_rwkv=output(from_rwkv))
+        if stream.takes_branches(c, rwkv, mamba):
+            arrays = rwkv, mamba, scores, tuple(biases), scales_of(norms, c.dim)
+            return output(gated_branches.gated_sum(norms[0].epsilon, *arrays)), state
         return output(from_rwkv + gates[1] * m), state
 
 
@@ -113,11 +129,11 @@ class ParallelScan(nn.Module):
         block_input: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         D = self.config.dim
-        r, m, n = normalised(self, rwkv, mamba, block_input)
+        r, m, n = normalised(branch_norms(self), rwkv, mamba, block_input)
         of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
         names = ("decay_kernel", "input_kernel")
         kernels = [self.param(name, fan_in_uniform(), (D, D)) for name in names]
-        forget, read = (z.astype(jnp.float32) for z in project_each(n, kernels))
+        forget, read = (z.astype(jnp.float32) for z in jnp.split(project_each(n, kernels), 2, -1))
         forget += self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
         decay, scale = jax.nn.sigmoid(forget), jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
         from_rwkv = scale * of_rwkv * r
@@ -129,20 +145,40 @@ class ParallelScan(nn.Module):
         return output(h), h[:, -1]
 
 
-def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-    """x [..., in] @ kernel [in, out] of each kernel of one shape, all in one product.
+def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
+    """x [..., in] @ kernel [in, out] of each kernel of one shape, side by side, in one product.
 
     XLA joins such products of the forward pass, but not those that give the gradient of x.
     """
-    both = project(x, jnp.concatenate(kernels, axis=-1))
-    return jnp.split(both, len(kernels), axis=-1)
+    return project(x, jnp.concatenate(kernels, axis=-1))
+
+
+def gates_of(
+    scores: jax.Array, biases: Sequence[jax.Array | float] = (0.0, 0.0)
+) -> list[jax.Array]:
+    """sigmoid(z + bias) [B, T, D] float32 of both z in scores [B, T, 2 D]."""
+    halves = jnp.split(scores.astype(jnp.float32), 2, axis=-1)
+    return [jax.nn.sigmoid(z + bias) for z, bias in zip(halves, biases)]
+
+
+def branch_norms(fusion: Configured) -> tuple[RMSNorm, RMSNorm]:
+    """Of RWKV's branch and of Mamba's."""
+    return branch_norm(fusion, "rwkv_norm"), branch_norm(fusion, "mamba_norm")
+
+
+def scales_of(norms: tuple[RMSNorm, RMSNorm], width: int) -> tuple[jax.Array, jax.Array]:
+    """Scales [width] of both norms."""
+    return norms[0].weight(width), norms[1].weight(width)
 
 
 def normalised(
-    fusion: Configured, rwkv: jax.Array, mamba: jax.Array, block_input: jax.Array | None
+    norms: tuple[RMSNorm, RMSNorm],
+    rwkv: jax.Array,
+    mamba: jax.Array,
+    block_input: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both branches [B, T, D] float32 by their RMSNorms, and what the gates read [B, T, D]."""
-    r, m = branch_norm(fusion, "rwkv_norm")(rwkv), branch_norm(fusion, "mamba_norm")(mamba)
+    """Both branches [B, T, D] float32 by their norms, and what the gates read [B, T, D]."""
+    r, m = norms[0](rwkv), norms[1](mamba)
     n = (r + m) / 2 if block_input is None else block_input
     return r.astype(jnp.float32), m.astype(jnp.float32), n
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.models import blocks, stream
+from gt_jax.models.arbiter import MinGRU, RunningMean, blend
 from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS, Gate
@@ -67,7 +68,10 @@ class Block(nn.Module):
         record(self, block_stream=x)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
-        x, (n, other) = stream.normed(c, "mixer_norm", x, readers=2)  # equal, for either branch
+        fusion = FUSIONS[c.fusion](c, name="fusion")
+        reads_input = getattr(fusion, "reads_input", False)
+        # Equal, for either branch and for a fusion that reads the block's input.
+        x, (n, other, *third) = stream.normed(c, "mixer_norm", x, readers=2 + reads_input)
         shifts, topic = None, None
         if c.mamba_reset is not None:
             topic = getattr(state, "topic", None)
@@ -84,9 +88,9 @@ class Block(nn.Module):
         if rwkv_drop is not None:
             rwkv = drop_branch(rwkv, rwkv_drop, self.make_rng("dropout"))
         record(self, rwkv_out=rwkv, mamba_out=mamba, block_input=n)
-        fusion = FUSIONS[c.fusion](c, name="fusion")
         fusion_state, branches = state.fusion, with_residuals(c, rwkv, mamba, n)
-        if type(fusion) is Gate and _joins_in_kernel(c, x, *branches):
+        joins = _joins_in_kernel(c, x, *branches)
+        if joins and type(fusion) is Gate:
             norm = rms_norm(c, "ffn_norm")
             kernel, bias = fusion.parameters()
             given = norm.epsilon, x, *branches, kernel, bias, norm.weight(c.dim)
@@ -95,8 +99,15 @@ class Block(nn.Module):
             record(fusion, gate=gate)
             if self.is_mutable_collection("activations"):  # computed if anybody uses it
                 record(self, fused=fusion.join(gate, *branches))
+        elif joins and isinstance(fusion, MinGRU | RunningMean):
+            norm = rms_norm(c, "ffn_norm")
+            branches, score, fusion_state = fusion.score(*branches, fusion_state, segment_ids)
+            joined = residual_norm.blended(norm.epsilon, x, *branches, score, norm.weight(c.dim))
+            x, n = joined
+            fused, fusion_state = blend(fusion, branches, score, fusion_state)
+            record(self, fused=fused)  # computed if anybody uses it
         else:
-            given = {"block_input": n} if getattr(fusion, "reads_input", False) else {}
+            given = {"block_input": third[0]} if reads_input else {}
             fused, fusion_state = fusion(*branches, state.fusion, segment_ids, **given)
             record(self, fused=fused)
             update = post_norm(c, "fused_norm")(fused) if c.post_norm else fused

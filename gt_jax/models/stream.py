@@ -6,7 +6,7 @@ single token takes the plain form, and so does a small step.
 
 import jax
 
-from gt_jax.kernels.elementwise import residual_norm
+from gt_jax.kernels.elementwise import gated_branches, residual_norm
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.layers import rms_norm
 
@@ -51,9 +51,21 @@ def add_and_norm(
 def takes_kernels(config: ModelConfig, x: jax.Array, is_gated: bool = False) -> bool:
     """Whether the kernels of residual_norm.py, or its `gated`, take the stream x [B, T, D]."""
     return (
-        config.impl not in ("chunked", "reference")
-        and x.shape[1] > 1
-        and x.size > LEAST_NUMBERS
-        and x.dtype == "float32"
+        x.dtype == "float32"
+        and _is_large(config, x)
         and not residual_norm.unsupported(x.shape[-1], config.dtype, is_gated)
     )
+
+
+def takes_branches(config: ModelConfig, rwkv: jax.Array, mamba: jax.Array) -> bool:
+    """Whether the kernels of gated_branches.py take both branches [B, T, D]."""
+    return (
+        rwkv.dtype == mamba.dtype == "bfloat16"
+        and _is_large(config, rwkv)
+        and not gated_branches.unsupported(rwkv.shape[-1], config.dtype)
+    )
+
+
+def _is_large(config, x):
+    allowed = config.impl not in ("chunked", "reference")
+    return allowed and x.shape[1] > 1 and x.size > LEAST_NUMBERS

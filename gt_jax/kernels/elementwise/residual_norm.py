@@ -16,7 +16,7 @@ from gt_jax.kernels.pallas.devices import portable_unsupported
 
 # Results of these functions that model.remat=dots keeps: bytes that a forward pass writes anyway,
 # and that a backward pass would have to compute from a float32 stream.
-KEPT = ("normed", "added", "gated")
+KEPT = ("normed", "added", "gated", "blended")
 
 
 def unsupported(width: int, dtype: str, is_gated: bool = False) -> str | None:
@@ -25,7 +25,7 @@ def unsupported(width: int, dtype: str, is_gated: bool = False) -> str | None:
     Args:
         width: channels of the stream.
         dtype: of the norm's result.
-        is_gated: whether it is of `gated`, which holds more of a token.
+        is_gated: whether it is of `gated` or `blended`, which hold more of a token.
     """
     if reason := portable_unsupported():
         return reason
@@ -55,7 +55,7 @@ def normed(
 
 
 def _normed_forward(epsilon, readers, x, scale):
-    (n,) = _call("forward", x, None, None, None, None, scale, epsilon=epsilon)
+    (n,) = _call("forward", x, *[None] * 5, scale, epsilon=epsilon)
     n = checkpoint_name(n, "normed")
     return (x, [n] * readers), (x, scale)
 
@@ -63,9 +63,8 @@ def _normed_forward(epsilon, readers, x, scale):
 def _normed_backward(epsilon, readers, residuals, cotangents):
     x, scale = residuals
     du, dn = cotangents
-    dx, sums = _call(
-        "backward", x, None, None, None, None, scale, du, dn, None, epsilon=epsilon, of_branch=False
-    )
+    arrays = x, *[None] * 5, scale, du, dn, None
+    dx, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
     return dx, jnp.sum(sums, axis=0)
 
 
@@ -91,7 +90,7 @@ def added(
 
 
 def _added_forward(epsilon, x, branch, scale):
-    u, n = _call("forward", x, branch, None, None, None, scale, epsilon=epsilon)
+    u, n = _call("forward", x, branch, *[None] * 4, scale, epsilon=epsilon)
     return (u, checkpoint_name(n, "added")), (x, branch, scale)
 
 
@@ -99,7 +98,7 @@ def _added_backward(epsilon, residuals, cotangents):
     x, branch, scale = residuals
     du, dn = cotangents
     narrow = branch.dtype == jnp.bfloat16
-    arrays = x, branch, None, None, None, scale, du, [dn], None
+    arrays = x, branch, *[None] * 4, scale, du, [dn], None
     dx, *d_branch, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=narrow)
     return dx, d_branch[0] if narrow else dx, jnp.sum(sums, axis=0)
 
@@ -134,13 +133,14 @@ def gated(
 
 
 def _gated_forward(epsilon, *arrays):
-    u, n, g = _call("forward", *arrays, epsilon=epsilon)
+    *of_gate, scale = arrays
+    u, n, g = _call("forward", *of_gate, None, scale, epsilon=epsilon)
     return (u, checkpoint_name(n, "gated"), g.reshape(*u.shape[:-1], 1)), arrays
 
 
 def _gated_backward(epsilon, residuals, cotangents):
-    du, dn, dg = cotangents
-    arrays = *residuals, du, [dn], dg.reshape(-1)
+    (*of_gate, scale), (du, dn, dg) = residuals, cotangents
+    arrays = *of_gate, None, scale, du, [dn], dg.reshape(-1)
     dx, da, db, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
     width = dx.shape[-1]
     sums = jnp.sum(sums, axis=0)
@@ -148,6 +148,43 @@ def _gated_backward(epsilon, residuals, cotangents):
 
 
 gated.defvjp(_gated_forward, _gated_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blended(
+    epsilon: float,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    score: jax.Array,
+    scale: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Like `gated`, for a gate g = sigmoid(score) that was computed elsewhere.
+
+    Args:
+        epsilon, x, a, b, scale: as of `gated`.
+        score: [B, T, 1] float32.
+
+    Returns:
+        x + g a + (1 - g) b [B, T, D] float32 and its norm [B, T, D] bfloat16.
+    """
+    return _blended_forward(epsilon, x, a, b, score, scale)[0]
+
+
+def _blended_forward(epsilon, x, a, b, score, scale):
+    arrays = x, a, b, None, None, score.reshape(-1), scale
+    u, n = _call("forward", *arrays, epsilon=epsilon)
+    return (u, checkpoint_name(n, "blended")), arrays
+
+
+def _blended_backward(epsilon, arrays, cotangents):
+    du, dn = cotangents
+    arrays = *arrays, du, [dn], None
+    dx, da, db, d_score, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
+    return dx, da, db, d_score.reshape(*dx.shape[:-1], 1), jnp.sum(sums, axis=0)
+
+
+blended.defvjp(_blended_forward, _blended_backward)
 
 
 def _call(name, *arrays, **options):

@@ -11,6 +11,8 @@ of u = x or x + branch. Of u = x + g a + (1 - g) b with g = sigmoid([a; b] kerne
     da = g total + s kernel_a;   db = (1 - g) total + s kernel_b
     d kernel = sum over tokens of s [a; b];   d bias = sum over tokens of s
 
+With g = sigmoid(score) of a given score, s is the gradient of the score and there is no kernel.
+
 A block of the grid walks tokens that lie as far apart as all blocks together are long.
 """
 
@@ -19,8 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.elementwise.residual_norm_rows import Tokens, grid_for, place, wide
-from gt_jax.kernels.pallas import row_numbers, rows, warps
+from gt_jax.kernels.elementwise.residual_norm_rows import (
+    Tokens,
+    flat,
+    grid_for,
+    place,
+    store_sums,
+    wide,
+)
+from gt_jax.kernels.pallas import row_numbers, rows
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 
@@ -31,19 +40,21 @@ def forward(
     b: jax.Array | None,
     gate: jax.Array | None,
     bias: jax.Array | None,
+    score: jax.Array | None,
     scale: jax.Array,
     *,
     epsilon: float,
 ) -> list[jax.Array]:
     """u unless it is x, and u / sqrt(mean(u^2) + epsilon) scale in bfloat16: [M, B, T, D] each;
-    if there is a gate, g [M, B T] float32.
+    if there is a kernel of a gate, g [M, B T] float32.
 
     Args:
         x: [M, B, T, D] float32 of M models.
         a: [M, B, T, D] bfloat16 or float32, a branch, or None.
         b: [M, B, T, D] bfloat16, the branch that a gate joins to a, or None.
-        gate: [M, 2 D] float32, kernel_a and kernel_b, with b alone.
-        bias: [M, 1] float32, with b alone.
+        gate: [M, 2 D] float32, kernel_a and kernel_b, or None.
+        bias: [M, 1] float32, with `gate` alone.
+        score: [M, B T] float32, with b where there is no `gate`.
         scale: [M, D] float32.
         epsilon: added to the mean of squares.
     """
@@ -58,14 +69,15 @@ def forward(
 
         def read(n):
             at = token(jnp.minimum(n, grid.steps - 1))
-            return tuple(here.read(z, at) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem))
+            given = None if score is None else refs.score_gmem[m, at]
+            return *(here.read(z, at) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem)), given
 
         def step(n, values):
             following = read(n + 1)  # arrives while this token is computed
-            x, a, b = values
+            x, a, b, given = values
             turn = lax.rem(n, jnp.int32(2))
-            gate = None if b is None else here.gate(a, b, turn)[0]
-            if gate is not None:
+            gate = None if b is None else here.gate(a, b, given, turn)[0]
+            if refs.g_gmem is not None:
                 row_numbers.store(refs.g_gmem, (m, token(n)), gate, kept(n))
             u = here.stream(x, a, b, gate)
             squares = sum((z * z for z in u), rows.zeros(row))
@@ -85,16 +97,16 @@ def forward(
     results = kernel(
         body,
         name="residual_norm_forward",
-        inputs={"x": _flat(x), "a": _flat(a), "b": _flat(b)}
-        | {"gate": gate, "bias": bias, "scale": scale},
+        inputs={"x": flat(x), "a": flat(a), "b": flat(b)}
+        | {"gate": gate, "bias": bias, "score": score, "scale": scale},
         outputs={
             "u": None if a is None else like(jnp.float32),
             "n": like(jnp.bfloat16),
-            "g": None if b is None else jax.ShapeDtypeStruct((models, grid.tokens), jnp.float32),
+            "g": None if gate is None else jax.ShapeDtypeStruct((models, grid.tokens), jnp.float32),
         },
         scratch={
             "sums": rows.sums_scratch(1),
-            "score": None if b is None else rows.sums_scratch(1),
+            "score": None if gate is None else rows.sums_scratch(1),
         },
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
@@ -109,6 +121,7 @@ def backward(
     b: jax.Array | None,
     gate: jax.Array | None,
     bias: jax.Array | None,
+    score: jax.Array | None,
     scale: jax.Array,
     du: jax.Array,
     dn: list[jax.Array],
@@ -120,22 +133,23 @@ def backward(
     """Gradients of `forward`.
 
     Args:
-        x, a, b, gate, bias, scale, epsilon: as of `forward`.
+        x, a, b, gate, bias, score, scale, epsilon: as of `forward`.
         du: [M, B, T, D] float32, cotangent of u.
         dn: arrays [M, B, T, D] bfloat16 whose sum is the cotangent of the norm.
-        dg: [M, B T] float32, cotangent of the gate, if there is one.
+        dg: [M, B T] float32, cotangent of g, if there is a kernel of a gate.
         of_branch: whether the gradient is wanted in bfloat16 as well, for a branch.
 
     Returns:
         total [M, B, T, D] float32; the same in bfloat16 if of_branch; da, db [M, B, T, D] bfloat16
-        if there is a gate; sums over tokens, to be added over the second axis, [M, blocks, S]
-        float32: d scale and, if there is a gate, d kernel_a, d kernel_b and copies of d bias.
+        if there is b; d score [M, B T] float32 if there is a score; sums over tokens, to be added
+        over the second axis, [M, blocks, S] float32: d scale and, if there is a kernel of a gate,
+        d kernel_a, d kernel_b and copies of d bias.
     """
     models, width = x.shape[0], x.shape[-1]
-    gated = b is not None
+    gated, learned = b is not None, gate is not None
     grid = grid_for(x, "backward", gated)
     row = grid.row
-    summed = 3 * width + row.channels if gated else width
+    summed = 3 * width + row.channels if learned else width
 
     def body(refs):
         m, token, kept = place(grid)
@@ -148,14 +162,17 @@ def backward(
             # Zeros where there is no token, which then adds nothing to any sum.
             a, b = (here.read(z, token(n), kept(n)) for z in (refs.a_gmem, refs.b_gmem))
             du, *of_norm = (here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents))
-            dg = refs.dg_gmem[m, token(n)] if gated else None
-            return x, a, b, du, tuple(of_norm), dg
+            # Of a gate with a kernel, the cotangent; of one with a score, the score.
+            of_gate = refs.dg_gmem if learned else refs.score_gmem
+            of_gate = of_gate[m, token(n)] if gated else None
+            return x, a, b, du, tuple(of_norm), of_gate
 
         def step(n, carry):
-            (x, a, b, du, dn, dg), sums = carry
+            (x, a, b, du, dn, of_gate), sums = carry
             following = read(n + 1)  # arrives while this token is computed
             turn = lax.rem(n, jnp.int32(2))
-            gate, kernels = here.gate(a, b, turn) if gated else (None, None)
+            score = None if learned else of_gate
+            gate, kernels = here.gate(a, b, score, turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
             scales = here.parameter(refs.scale_gmem)  # again for each token: saves registers
             dn = [sum(wide(z)[1:], z[0].astype(jnp.float32)) for z in zip(*dn)]
@@ -176,17 +193,20 @@ def backward(
                 a, b = wide(a), wide(b)
                 slope = sum((t * (y - z) for t, y, z in zip(totals, a, b)), rows.zeros(row))
                 (slope,) = rows.sums_over_row([slope], row, refs.slopes, turn)
-                slope = (slope + dg) * gate * (1 - gate)
+                slope = (slope + of_gate if learned else slope) * gate * (1 - gate)
+                if not learned:
+                    row_numbers.store(refs.d_score_gmem, at, slope, keep)
             for i, (c, t) in enumerate(zip(here.columns, totals)):
                 rows.store(refs.dx_gmem, at, c, t, row, keep)
                 if of_branch:
                     rows.store(refs.da_gmem, at, c, t.astype(jnp.bfloat16), row, keep)
                 if gated:
-                    da = gate * t + slope * kernels[0][i]
-                    db = (1 - gate) * t + slope * kernels[1][i]
+                    da, db = gate * t, (1 - gate) * t
+                    if learned:
+                        da, db = da + slope * kernels[0][i], db + slope * kernels[1][i]
                     rows.store(refs.da_gmem, at, c, da.astype(jnp.bfloat16), row, keep)
                     rows.store(refs.db_gmem, at, c, db.astype(jnp.bfloat16), row, keep)
-            if gated:
+            if learned:
                 of_gate = [s + slope * z for s, z in zip(sums[grid.sections :], [*a, *b])]
                 slopes = rows.zeros(row) + slope
                 slopes = slopes if keep is None else rows.masked(slopes, keep)
@@ -195,42 +215,30 @@ def backward(
 
         zeros = tuple(rows.zeros(row) for _ in range(summed // row.channels))
         _, sums = loop(grid.steps, step, (read(jnp.int32(0)), zeros))
-        own, block = rows.own_row(row), lax.axis_index("tokens")
-        columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
-        for c, z in zip(columns, sums):
-            rows.store(refs.sums, (own,), c, z, row)
-        warps.sync()
-        for c in columns:
-            total = rows.zeros(row)
-            for i in range(row.number):
-                total += rows.load(refs.sums, (jnp.int32(i),), c, row)
-            rows.store(refs.sums_gmem, (m, block), c, total, row, own == 0)
+        store_sums(refs.sums_gmem, refs.sums, grid, m, sums)
 
     like = lambda dtype: jax.ShapeDtypeStruct((models, grid.tokens, width), dtype)
     narrow = like(jnp.bfloat16)
     *results, sums = kernel(
         body,
         name="residual_norm_backward",
-        inputs={"x": _flat(x), "a": _flat(a), "b": _flat(b), "du": _flat(du)}
-        | {"gate": gate, "bias": bias, "scale": scale, "dg": dg}
-        | {f"dn{i}": _flat(z) for i, z in enumerate(dn)},
+        inputs={"x": flat(x), "a": flat(a), "b": flat(b), "du": flat(du)}
+        | {"gate": gate, "bias": bias, "score": score, "scale": scale, "dg": dg}
+        | {f"dn{i}": flat(z) for i, z in enumerate(dn)},
         outputs={
             "dx": like(jnp.float32),
             "da": narrow if gated or of_branch else None,
             "db": narrow if gated else None,
+            "d_score": None if score is None else jax.ShapeDtypeStruct(score.shape, score.dtype),
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, summed), jnp.float32),
         },
         scratch={
             "sums": plgpu.SMEM((row.number, summed), jnp.float32),
             "row_sums": rows.sums_scratch(2),
-            "score": rows.sums_scratch(1) if gated else None,
+            "score": rows.sums_scratch(1) if learned else None,
             "slopes": rows.sums_scratch(1) if gated else None,
         },
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
     )
-    return [*(z.reshape(x.shape) for z in results), sums]
-
-
-def _flat(z):
-    return None if z is None else z.reshape(z.shape[0], -1, z.shape[-1])
+    return [*(z.reshape(x.shape) if z.ndim == 3 else z for z in results), sums]

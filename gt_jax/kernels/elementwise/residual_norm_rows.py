@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import rows, warps
 from gt_jax.kernels.pallas.launch import MULTIPROCESSORS
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes of float32
@@ -88,13 +88,41 @@ def _columns(grid):
     return [jnp.int32(n * grid.row.channels) for n in range(grid.sections)]
 
 
-def _sigmoid(z):
-    """Of a scalar."""
+def sigmoid_of_scalar(z):
+    """1 / (1 + exp(-z)) of a float32 scalar of a row."""
     return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
+
+
+def flat(z):
+    """[M, B, T, D] -> [M, B T, D]; None stays None."""
+    return None if z is None else z.reshape(z.shape[0], -1, z.shape[-1])
 
 
 def wide(sections):
     return [z.astype(jnp.float32) for z in sections]
+
+
+def store_sums(ref, scratch, grid, model, sums):
+    """Writes sums over the tokens of a block, [models, blocks, S], of what its rows have summed.
+
+    Args:
+        ref: reference in global memory.
+        scratch: shared memory, [rows of a block, S] float32.
+        grid: of the call.
+        model: of the row.
+        sums: values of the row, side by side.
+    """
+    row = grid.row
+    own, block = rows.own_row(row), lax.axis_index("tokens")
+    columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
+    for c, z in zip(columns, sums):
+        rows.store(scratch, (own,), c, z, row)
+    warps.sync()
+    for c in columns:
+        total = rows.zeros(row)
+        for i in range(row.number):
+            total += rows.load(scratch, (jnp.int32(i),), c, row)
+        rows.store(ref, (model, block), c, total, row, own == 0)
 
 
 class Tokens:
@@ -104,11 +132,11 @@ class Tokens:
         self.refs, self.row, self.model = refs, grid.row, model
         self.columns, self.width = _columns(grid), grid.sections * grid.row.channels
 
-    def read(self, ref, token, keep=None):
-        """A token's sections, or a None for a reference that is None."""
+    def read(self, ref, token, keep=None, first=0):
+        """A token's sections from column `first` on, or a None for a reference that is None."""
         if ref is None:
             return None
-        load = lambda c: rows.load(ref, (self.model, token), c, self.row, keep)
+        load = lambda c: rows.load(ref, (self.model, token), c + first, self.row, keep)
         return tuple(load(c) for c in self.columns)
 
     def parameter(self, ref, first=0):
@@ -116,18 +144,24 @@ class Tokens:
         load = lambda c: rows.load(ref, (self.model,), c + first, self.row)
         return [load(c) for c in self.columns]
 
-    def gate(self, a, b, turn):
-        """g of two branches, and kernel_a and kernel_b."""
-        refs, kernels = (
-            self.refs,
-            [self.parameter(self.refs.gate_gmem, n * self.width) for n in (0, 1)],
-        )
+    def gate(self, a, b, score, turn):
+        """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
+        refs = self.refs
+        if score is not None:
+            return sigmoid_of_scalar(score), None
+        kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):
             for value, weight in zip(wide(z), weights):
                 score += value * weight
         (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
-        return _sigmoid(score + refs.bias_gmem[self.model, 0]), kernels
+        return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), kernels
+
+    def inverses(self, branches, epsilon, turn, *more):
+        """1 / sqrt(mean of squares + epsilon) of each of two branches, and the sums of `more`."""
+        squares = [sum((z * z for z in x), rows.zeros(self.row)) for x in branches]
+        a, b, *more = rows.sums_over_row([*squares, *more], self.row, self.refs.row_sums, turn)
+        return *(lax.rsqrt(z * (1 / self.width) + epsilon) for z in (a, b)), *more
 
     def stream(self, x, a, b, gate):
         """u."""

@@ -41,6 +41,12 @@ def straight_gate(x, a, b, kernel, bias, scale):
     return u, norm(u, scale), g
 
 
+def straight_blend(x, a, b, score, scale):
+    g = jax.nn.sigmoid(score)
+    u = x + g * a + (1 - g) * b
+    return u, norm(u, scale)
+
+
 # name -> the fused function, and formulas in float64 that share nothing with it
 FUNCTIONS = {
     "normed": (
@@ -52,6 +58,7 @@ FUNCTIONS = {
         lambda x, branch, scale: (x + branch, norm(x + branch, scale)),
     ),
     "gated": (functools.partial(residual_norm.gated, EPSILON), straight_gate),
+    "blended": (functools.partial(residual_norm.blended, EPSILON), straight_blend),
 }
 
 
@@ -69,6 +76,11 @@ def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
             wide(dtype=branch),
             draw(2 * WIDTH, dtype=jnp.float32) / 8,
             draw(1, dtype=jnp.float32),
+        ),
+        "blended": lambda: (
+            wide(dtype=branch),
+            wide(dtype=branch),
+            draw(*tokens, 1, dtype=jnp.float32),
         ),
     }[name]()
     of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
@@ -88,7 +100,13 @@ def with_gradients(function, arguments, cotangents):
 
 @pytest.mark.parametrize(
     "name, branch",
-    [("normed", None), ("added", "bfloat16"), ("added", "float32"), ("gated", "bfloat16")],
+    [
+        ("normed", None),
+        ("added", "bfloat16"),
+        ("added", "float32"),
+        ("gated", "bfloat16"),
+        ("blended", "bfloat16"),
+    ],
 )
 def test_interpreted_kernels_match_straight_formulas_in_float64(
     float64_in_every_thread, name, branch
@@ -166,7 +184,7 @@ def test_kernels_take_the_stream_of_a_large_step_alone(monkeypatch):
 def test_kernels_lower_for_gpus_that_are_not_there(capability, branch):
     jax.clear_caches()
     for name, (fused, _) in FUNCTIONS.items():
-        arrays = case(name, "bfloat16" if name == "gated" else branch)
+        arrays = case(name, "bfloat16" if name in ("gated", "blended") else branch)
         with devices.simulated("lower"), lowered_for(capability):
             traced = jax.jit(lambda *z, fused=fused: with_gradients(fused, *z)).trace(*arrays)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
