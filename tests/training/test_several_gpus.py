@@ -138,7 +138,8 @@ def test_run_of_which_one_process_is_killed_resumes_on_any_number_of_devices(
         pytest.skip("ends a run badly on simulated devices: --thorough")
     count = jax.device_count() if platform == "cuda" else 4
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    environment = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    platforms = {"cpu": "cpu", "cuda": "cuda,cpu"}[platform]
+    environment = {"JAX_PLATFORMS": platforms, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     nursery = Nursery(tmp_path / "nursery", ARGUMENTS, **environment)
     kill = {"phase": "training", "signals": [signal.SIGKILL], "skip": KILLED // 2 + 1}
 
@@ -158,7 +159,8 @@ def test_run_of_which_one_process_is_killed_resumes_on_any_number_of_devices(
     try:
         ended = run_two(tmp_path / "straight", killed=False)
         assert [status for status, _ in ended] == [0, 0], ended
-        assert f"2 x {platform.replace('cuda', 'gpu')} on 2 processes" in ended[0][1]
+        kind = jax.devices()[0].device_kind if platform == "cuda" else "cpu"
+        assert f"device: 2 x {kind} on 2 processes" in ended[0][1]
         ended = run_two(tmp_path / "killed", killed=True)
         assert [status for status, _ in ended] == [1, -signal.SIGKILL], ended
         assert "process 1 on" in ended[0][1] and "Traceback" not in ended[0][1], ended[0][1]
