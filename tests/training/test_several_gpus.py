@@ -6,6 +6,7 @@ runs on simulated devices, with --thorough.
 
 import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -159,8 +160,7 @@ def test_run_of_which_one_process_is_killed_resumes_on_any_number_of_devices(
     try:
         ended = run_two(tmp_path / "straight", killed=False)
         assert [status for status, _ in ended] == [0, 0], ended
-        kind = jax.devices()[0].device_kind if platform == "cuda" else "cpu"
-        assert f"device: 2 x {kind} on 2 processes" in ended[0][1]
+        assert re.search(r"device: +2 x .+ on 2 processes", ended[0][1]), ended[0][1]
         ended = run_two(tmp_path / "killed", killed=True)
         assert [status for status, _ in ended] == [1, -signal.SIGKILL], ended
         assert "process 1 on" in ended[0][1] and "Traceback" not in ended[0][1], ended[0][1]
