@@ -142,7 +142,8 @@ def test_run_of_which_one_process_is_killed_resumes_on_any_number_of_devices(
         pytest.skip("ends a run badly on simulated devices: --thorough")
     count = jax.device_count() if platform == "cuda" else 4
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    environment = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    platforms = {"cpu": "cpu", "cuda": "cuda,cpu"}[platform]
+    environment = {"JAX_PLATFORMS": platforms, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     nursery = Nursery(tmp_path / "nursery", ARGUMENTS, **environment)
     kill = {"phase": "training", "signals": [signal.SIGKILL], "skip": KILLED // 2 + 1}
 
