@@ -154,7 +154,19 @@ def study(
             comparisons.difference_table(f"Differences from {against}", pairs),
             *([results.table("By the rule", ["design", "", "because"], verdicts)] if judge else []),
         ],
-        plots=[comparisons.dots("Validation loss", losses)],
+        plots=[
+            comparisons.dots("Validation loss", losses),
+            results.plot(
+                "RWKV's share of the update",
+                "mean over blocks",
+                "",
+                [
+                    results.dot(n, estimate(found[n]["RWKV share"]))
+                    for n in ranked(found)
+                    if "RWKV share" in found[n]
+                ],
+            ),
+        ],
         notes=[*([verdict(pairs, against)] if pairs else []), *notes],
         origin_of=joint_origin(origins),
     )
