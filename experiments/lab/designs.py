@@ -112,6 +112,7 @@ def study(
     judged = {name: judge(found[name]) for name in found} if judge else {}
     measures |= {f"verdict {name}": word for name, (word, _) in judged.items()}
     verdicts = [[name, *said] for name, said in judged.items()]
+    shares = {n: found[n]["RWKV share"] for n in ranked(found) if "RWKV share" in found[n]}
     results.write(
         options,
         settings=settings
@@ -154,13 +155,22 @@ def study(
             comparisons.difference_table(f"Differences from {against}", pairs),
             *([results.table("By the rule", ["design", "", "because"], verdicts)] if judge else []),
         ],
-        plots=[comparisons.dots("Validation loss", losses)],
+        plots=[
+            comparisons.dots("Validation loss", losses),
+            *([share_plot(shares)] if shares else []),
+        ],
         notes=[*([verdict(pairs, against)] if pairs else []), *notes],
         origin_of=joint_origin(origins),
     )
     if kept is not None:
         kept.forget()
     return found
+
+
+def share_plot(shares):
+    """RWKV's share of the update, name -> [seeds]."""
+    dots = [results.dot(name, estimate(values)) for name, values in shares.items()]
+    return results.plot("RWKV's share of the update", "mean over blocks", "", dots)
 
 
 def names_of(options, designs, few):

@@ -1,6 +1,7 @@
 """Plots of results as inline SVG, coloured by the page's style sheet."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -8,7 +9,8 @@ from experiments.lab.formats import show
 
 WIDTH, HEIGHT, ROW = 400, 260, 24
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 38
-CHARACTER = 6.6  # width of a letter of a label
+CHARACTER, LINE = 7.2, 13  # width of a letter of a label, height of its lines
+LABEL = 23  # characters of a label that fit beside dots
 
 
 def draw(plot: Mapping, colours: Mapping[str, int]) -> str:
@@ -116,15 +118,20 @@ def _lines(plot: Mapping, colours) -> str:
 
 def _dots(plot: Mapping, colours) -> str:
     series = plot["series"]
-    left = min(max(len(s["name"]) for s in series) * CHARACTER + 14, WIDTH * 0.45)
-    height = TOP + ROW * len(series) + BOTTOM
+    labels = [textwrap.wrap(s["name"], LABEL) for s in series]
+    left = max(len(line) for label in labels for line in label) * CHARACTER + 14
+    rows = [ROW + LINE * (len(label) - 1) for label in labels]
+    height = TOP + sum(rows) + BOTTOM
     values = [s[part] for s in series for part in ("mean", "low", "high") if s[part] is not None]
     log = "x" in plot["log"] and min(values, default=1) > 0
     x = _Axis(values or [0.0], left, WIDTH - RIGHT, log=log, pad=0.04)
     parts = _x_axis(x, height - BOTTOM, plot["x"])
-    for i, s in enumerate(series):
-        y = TOP + ROW * (i + 0.5)
-        parts.append(f'<text x="{left - 8:.0f}" y="{y + 4}" class="end">{escape(s["name"])}</text>')
+    for i, (s, label) in enumerate(zip(series, labels)):
+        y = TOP + sum(rows[:i]) + rows[i] / 2
+        for n, line in enumerate(label):
+            place = y + 4 + LINE * (n - (len(label) - 1) / 2)
+            text = f'<text x="{left - 8:.0f}" y="{place}" class="end">{escape(line)}</text>'
+            parts.append(text)
         if s["mean"] is None:
             continue
         text, colour = f"{escape(s['name'])}: {show(s)}", class_of(colours[s["name"]])

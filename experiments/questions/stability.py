@@ -80,6 +80,10 @@ def main(argv=None):
             rows.append([name, when, length, *estimates.values()])
         gates = seen[name, max(lengths)]["trained"]["gate by block"]
         series.append(results.line(name, range(gates.shape[1]), gates, within=results.SHARE))
+    reach = [
+        results.line(n, lengths, np.stack([seen[n, T]["trained"]["reach"] for T in lengths], 1))
+        for n in names
+    ]
     columns = ["design", "weights", "tokens", "reach", "growth", "gate std, least"]
     columns += ["blocks closed", "blocks constant"]
     results.write(
@@ -88,7 +92,8 @@ def main(argv=None):
         measures=measures,
         tables=[results.table("By length of the rows", columns, rows, "Means over seeds.")],
         plots=[
-            results.plot(f"Mean gate after training, {max(lengths)} tokens", "block", "", series)
+            results.plot(f"Mean gate after training, {max(lengths)} tokens", "block", "", series),
+            results.plot("Reach of gradients after training", "tokens", "", reach, log="x"),
         ],
     )
 
