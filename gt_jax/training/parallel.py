@@ -49,7 +49,9 @@ def placed(mesh: Mesh, spec: P) -> Sharding:
     where only the mesh of an argument differs: arguments of a step would have one and results of
     kernels none, and the backward pass of a block would be traced, lowered and compiled twice.
     """
-    return SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, spec)
+    return (
+        SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, spec)
+    )
 
 
 def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
