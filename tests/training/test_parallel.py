@@ -192,9 +192,7 @@ def test_a_lone_device_traces_a_block_once_forward_and_once_backward(
     make_config, make_batch, monkeypatch
 ):
     """What kernels return lies on no mesh; where parameters did, one block was unlike the others."""
-    monkeypatch.setattr(
-        stream, "LEAST_NUMBERS", 0
-    )  # kernels of the residual stream, in a small one
+    monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)  # as for a large step
     sizes = {"dim": 64, "heads": 1, "state_size": 64, "layers": 3, "dtype": "bfloat16"}
     model = make_model(make_model_config("gf", vocab_size=11, impl="mosaic", **sizes))
     config, mesh, found = make_config(), parallel.make_mesh(), []
