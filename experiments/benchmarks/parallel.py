@@ -94,9 +94,14 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=math.inf, help=about)
     options = command.parse(parser, argv)
     parts = command.one_of(PARTS, options.parts, "--parts")
+    for name in ("rows", "length", "timed_steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}={getattr(options, name)} must be at least 1")
+    if not options.seconds > 0:
+        raise InputError(f"--seconds={options.seconds:g} must be above 0")
     # The processes share the memory of the devices: none may take most of it beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    options.cards = numbers_of_cards(options)
+    options.cards = numbers_of_cards(options, parts)
     jobs = training_jobs(options, parts)
     several = options.cards[-1]
     works = [
@@ -146,22 +151,24 @@ def main(argv=None):
     )
 
 
-def numbers_of_cards(options):
+def numbers_of_cards(options, parts):
     """Of --cards those above one, in order.
 
     Raises:
-        InputError: there are not so many devices, or they cannot share --length tokens.
+        InputError: there are not so many devices, or in some of the parts they cannot share
+            --length tokens.
     """
     there = jax.device_count()
     if there < 2:
         raise InputError("there is one device; this compares several with one")
     asked = (options.cards or str(there)).split(",")
-    if not all(n.isdigit() and 0 < int(n) <= there for n in asked) or {*asked} == {"1"}:
+    numbers = {int(n) for n in asked if n.isdecimal() and 0 < int(n) <= there}
+    cards = sorted(numbers - {1})
+    if not cards or not all(n.isdecimal() and int(n) in numbers for n in asked):
         raise InputError(
             f"--cards={options.cards} must be numbers of the {there} devices, 2 or more"
         )
-    cards = sorted({int(n) for n in asked} - {1})
-    for n in cards:
+    for n in cards if {"recurrences", "sequence"} & set(parts) else ():
         if options.length % n:
             raise InputError(f"--length={options.length} must be a multiple of the {n} devices")
     return cards
@@ -176,7 +183,7 @@ def training_jobs(options, parts):
     common |= {"model.impl": options.impl}
     modes = [mode for mode in ("data", "fsdp") if mode in parts]
     jobs, references = [], []
-    for config in options.config.split(",") if modes else ():
+    for config in dict.fromkeys(options.config.split(",")) if modes else ():
         common["train.seq_len"] = quick.get("train.seq_len", load_config(config).train.seq_len)
         jobs.append(Job("one card", config, 1, common | {"train.batch_size": rows}))
         for n in reversed(options.cards):

@@ -118,7 +118,7 @@ def size(options: argparse.Namespace, full: tuple[int, int]) -> tuple[int, int]:
 
 
 def one_of(choices, text: str, flag: str) -> list[str]:
-    """The names of a comma-separated list, in the case they have in choices.
+    """The names of a comma-separated list, each once, in the case they have in choices.
 
     Raises:
         InputError: a name is none of them.
@@ -127,7 +127,7 @@ def one_of(choices, text: str, flag: str) -> list[str]:
     for name in text.split(","):
         if name.lower() not in known:
             raise InputError(f"{flag}={name} must be of {', '.join(choices)}")
-    return [known[name.lower()] for name in text.split(",")]
+    return [*dict.fromkeys(known[name.lower()] for name in text.split(","))]
 
 
 def refuse(message: str):

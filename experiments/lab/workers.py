@@ -9,7 +9,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -56,8 +56,8 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
             try:
                 return future.result(left and max(left, 0))
             except TimeoutError:
-                if process and process.done():
-                    os.kill(process.result(), signal.SIGKILL)
+                if process:
+                    _kill(process)
                 return {"reason": f"not ready after {share * seconds:.0f} s"}
             except InputError:
                 raise
@@ -70,10 +70,26 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
         for work, worker, pid, _ in waiting:
             found[work.name] = made[work.name]
             if made[work.name] is None:
-                found[work.name] = wait(worker.submit(work.measure, *work.arguments), pid, 1)
+                found[work.name] = wait(_measuring(worker, work), pid, 1)
             print(f"{work.name}: {found[work.name]}", flush=True)
             worker.shutdown()  # and what it holds of the memory is free
     return found
+
+
+def _measuring(worker, work) -> Future:
+    """The future measure of a work, which fails too where its process has died meanwhile."""
+    try:
+        return worker.submit(work.measure, *work.arguments)
+    except BrokenExecutor as error:
+        failed = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _kill(process: Future) -> None:
+    """End a process, once it has started: else it would do all that it was given."""
+    with contextlib.suppress(BrokenExecutor, ProcessLookupError):  # it ended by itself
+        os.kill(process.result(), signal.SIGKILL)
 
 
 def in_a_line(error: Exception) -> str:

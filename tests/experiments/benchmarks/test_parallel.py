@@ -153,6 +153,10 @@ def test_jobs_have_as_many_rows_a_card():
 def test_one_reference_serves_every_number_of_cards():
     options = options_of(cards=(2, 3, 4))
     options.config = "gf_mh_base,gf_mh_350m"
+    names = lambda: [job.name for job in parallel.training_jobs(options, ["data"])]
+    once, options.config = names(), "gf_mh_base,gf_mh_350m,gf_mh_base"
+    assert names() == once, "a config that is given twice is trained once"
+    options.config = "gf_mh_base,gf_mh_350m"
     jobs = parallel.training_jobs(options, ["data"])
     modes = ["one card", "data", "data", "data"]
     assert [job.mode for job in jobs] == 2 * modes + 2 * ["reference"]
@@ -180,8 +184,20 @@ def test_devices_that_are_not_there_are_refused_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="there is one device"):
         parallel.main([])
     monkeypatch.setattr(jax, "device_count", lambda: 3)
-    for cards in ("1", "4", "two", "2,,3"):
+    for cards in ("1", "01", "1,1", "0", "2,0", "4", "two", "2,x", "2,,3", "²"):
         with pytest.raises(InputError, match=f"--cards={cards} must be numbers of the 3 devices"):
             parallel.main([f"--cards={cards}"])
-    with pytest.raises(InputError, match="--length=131072 must be a multiple of the 3 devices"):
-        parallel.main([])
+    for parts in ("sequence", "data,recurrences"):
+        with pytest.raises(InputError, match="--length=131072 must be a multiple of the 3 devices"):
+            parallel.main([f"--parts={parts}"])
+    options = options_of()
+    options.cards = "3,1,02"  # rows are no part of a length
+    assert parallel.numbers_of_cards(options, ["data"]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "flag", ["rows=0", "length=0", "length=-2", "timed_steps=0", "seconds=0", "seconds=nan"]
+)
+def test_sizes_below_one_are_refused(flag):
+    with pytest.raises(InputError, match=f"--{flag} must be a"):
+        parallel.main([f"--{flag}"])

@@ -1,6 +1,9 @@
 """Works in processes of their own are measured in turn, whatever becomes of the others."""
 
+import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -31,6 +34,10 @@ def sleep(name):
     time.sleep(600)
 
 
+def prepare_to_die(name):
+    threading.Timer(0.2, os._exit, (9,)).start()  # as of a machine whose memory is full
+
+
 def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd):
     kinds = {"one": prepare, "slow": sleep, "bad": fail, "two": prepare}
     works = [
@@ -51,3 +58,27 @@ def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd):
 def test_wrong_input_is_raised():
     with pytest.raises(InputError, match="x is wrong"):
         workers.run_all([workers.Work("x", refuse, measure, ("x",), 1)], here=True)
+
+
+def test_a_process_that_died_before_its_turn_leaves_the_others_their_measures():
+    def wait_and_measure():
+        time.sleep(1)
+        return "measured"
+
+    with pytest.MonkeyPatch.context() as patch:
+        pool = workers._process
+        of_cards = lambda cards: pool(cards) if cards > 1 else ThreadPoolExecutor(1)
+        patch.setattr(workers, "_process", of_cards)
+        first = workers.Work("first", lambda: None, wait_and_measure, (), 1)
+        dies = workers.Work("dies", prepare_to_die, measure, ("dies",), 2)
+        last = workers.Work("last", lambda: None, lambda: "too", (), 1)
+        found = workers.run_all([first, dies, last])
+    assert found["first"] == "measured" and found["last"] == "too"
+    assert found["dies"]["reason"].startswith("BrokenProcessPool: ")
+
+
+def test_a_process_that_has_not_started_in_time_does_nothing_later():
+    began = time.time()
+    found = workers.run_all([workers.Work("slow", sleep, measure, ("slow",), 1)], seconds=0.01)
+    assert found == {"slow": {"reason": "not ready after 0 s"}}
+    assert time.time() - began < 60
