@@ -175,7 +175,7 @@ def share_plot(shares):
 
 def names_of(options, designs, few):
     """The designs that the flags want trained, in their order; none of them if all are in parts."""
-    if options.only:
+    if options.only is not None:
         return command.one_of(designs, options.only, "--only")
     return [] if options.parts else list(designs)[: few if options.quick else None]
 

@@ -85,10 +85,12 @@ def better(a, b, name="fusion", *, by):
         mean, half, real = found.pop(labels[-1])
         if real:
             return Verdict("reproduced" if mean < 0 else "refuted", ours)
+        if half is None:
+            return Verdict("undecided", ours, "a single seed has no interval")
         for there, _, real_there in found.values():
             if real_there and there < 0 and mean - half > there / 2:
                 return Verdict("artefact", ours, "gone where each has the rate that suits it")
-        if half is not None and mean - half > -by / 2:
+        if mean - half > -by / 2:
             return Verdict("refuted", ours, "half of the published difference is ruled out")
         return Verdict("undecided", ours, "no difference that chance would not explain")
 

@@ -104,6 +104,16 @@ def test_original_branch_alone_makes_an_artefact():
     assert verdict_of("gf-hy", found).verdict == "artefact"
 
 
+def test_a_single_seed_at_the_best_rates_leaves_a_claim_undecided():
+    one = {name: values[:1] for name, values in losses(0.0).items()}
+    found = {
+        "fusion": a_result(measures=pairs(one, "best")),
+        "fusion-legacy": a_result("fusion-legacy", measures=pairs(losses(0.12), "3e-4")),
+    }
+    verdict = verdict_of("gf-hy", found)
+    assert (verdict.verdict, verdict.because) == ("undecided", "a single seed has no interval")
+
+
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
