@@ -165,7 +165,7 @@ def compile_side_by_side(
                 result.set_exception(error)
 
         def compile_(lowered):
-            new = {name: x for name, x in kernel_programs(lowered).items() if name not in begun}
+            new = {name: x for name, x in _kernels_of(lowered).items() if name not in begun}
             begun.update(new)
             compiling.submit(settle, lowered.compile, result.set_result)
             loaded = time.monotonic() + _LOADING_SECONDS
@@ -176,6 +176,19 @@ def compile_side_by_side(
         return result
 
     return {name: start(lower) for name, lower in programs.items()}
+
+
+def _kernels_of(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
+    """`kernel_programs`, or none of them: only time is lost where a JAX writes them otherwise."""
+    try:
+        return kernel_programs(lowered)
+    except Exception as error:
+        _say_slower(error)
+        return {}
+
+
+def _say_slower(error: BaseException) -> None:
+    warnings.warn(f"kernels compile one after another: {error!r}", stacklevel=2)
 
 
 def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
@@ -230,11 +243,16 @@ def _shape(tensor: Any) -> jax.ShapeDtypeStruct | None:
 def _compile_unless(ready: Future, loaded: float, program: Any, arguments: list) -> None:
     """Compile a kernel, unless the program around it is `ready`, from disk, by the time `loaded`.
 
-    If that fails, so does the program around it, and says why.
+    If that fails, the program around it most often does too, and says why.
     """
     wait([ready], timeout=max(loaded - time.monotonic(), 0))
-    if not ready.done():
+    if ready.done():
+        return
+    try:
         program.lower(*arguments).compile()
+    except Exception as error:
+        if ready.exception() is None:  # once it is ready
+            _say_slower(error)
 
 
 def without_collector(lower: Callable) -> Any:

@@ -167,6 +167,38 @@ def test_kernels_of_a_program_that_is_on_disk_are_not_compiled(compiled):
     assert compiled.names == ["a"]
 
 
+def test_a_program_whose_kernels_are_not_found_is_compiled_nevertheless(monkeypatch):
+    """The search reads what JAX and XLA may write otherwise in another version."""
+
+    def search(lowered):
+        raise KeyError("kernel_hash")
+
+    monkeypatch.setattr(compilation, "kernel_programs", search)
+    lowered = SimpleNamespace(compile=lambda: "compiled")
+    with pytest.warns(UserWarning, match="one after another: KeyError.'kernel_hash'"):
+        found = compilation.compile_side_by_side({"train": lambda: lowered})["train"].result()
+    assert found == "compiled"
+
+
+def test_a_kernel_that_fails_alone_is_told_unless_its_program_says_so():
+    def fail():
+        raise ValueError("no such target")
+
+    kernel = SimpleNamespace(lower=lambda: SimpleNamespace(compile=fail)), []
+    for error, count in ((None, 1), (RuntimeError("of the program"), 0)):
+        ready = Future()
+        ends = threading.Timer(
+            0.05, ready.set_result if error is None else ready.set_exception, [error]
+        )
+        ends.start()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            compilation._compile_unless(ready, 0.0, *kernel)
+        assert [str(w.message) for w in told] == count * [
+            "kernels compile one after another: ValueError('no such target')"
+        ]
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < devices.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
 )
