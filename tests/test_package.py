@@ -118,6 +118,16 @@ def test_every_test_that_needs_more_than_the_requirements_runs_beside_other_libr
     assert needed <= more
 
 
+def test_what_the_newest_versions_are_tried_with_and_without_exists():
+    lines = (ROOT / ".ci/where_versions_matter").read_text().splitlines()
+    named = [line.partition("=")[2] or line for line in lines if not line.startswith(("#", "-k"))]
+    assert len(named) > 50
+    for name in named:
+        path, _, function = name.partition("[")[0].partition("::")
+        assert (ROOT / path).exists(), name
+        assert not function or f"\ndef {function}" in (ROOT / path).read_text("utf-8"), name
+
+
 def test_the_list_of_models_bears_a_closed_pipe_and_names_a_wrong_argument():
     command = f"{sys.executable} -m gt_jax.models"
     piped = subprocess.run(
