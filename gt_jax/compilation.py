@@ -3,11 +3,13 @@
 import contextlib
 import gc
 import os
+import re
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ _CACHE_BYTES = 2 * 2**30
 _OF_THE_USER = ("compilation_cache_dir", "enable_compilation_cache")
 # A program that compiles faster than this is not worth a file.
 _WORTH_KEEPING_SECONDS = 0.2
+# A program that is on disk is loaded in less time than this.
+_LOADING_SECONDS = 1.0
+
+# What a Pallas kernel for a GPU is in a lowered program, and how its numbers' types are written.
+_KERNEL = "mosaic_gpu_v2"
+_TENSOR = re.compile(r"tensor<((?:\d+x)*)(bf|f|i|ui)(8|16|32|64)>")
+_TYPES = {"bf": "bfloat", "f": "float", "i": "int", "ui": "uint"}
 
 
 def options(on_gpu: dict) -> dict | None:
@@ -136,13 +145,15 @@ def compile_side_by_side(
     Args:
         programs: name -> a function that lowers; the one that takes longest first. Tracing and
             lowering are Python, so they take turns in this order; XLA compiles outside of Python,
-            each program in a thread of its own.
+            each program in a thread of its own, and each of its Pallas kernels in another.
 
     Returns:
         name -> future jax.stages.Compiled; its result() raises what lowering or compiling raised.
     """
     tracing = ThreadPoolExecutor(1, "lower")
     compiling = ThreadPoolExecutor(max(len(programs), 1), "compile")
+    kernels = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+    begun = set()  # hashes of kernels
 
     def start(lower):
         result = Future()
@@ -154,7 +165,12 @@ def compile_side_by_side(
                 result.set_exception(error)
 
         def compile_(lowered):
+            new = {name: x for name, x in kernel_programs(lowered).items() if name not in begun}
+            begun.update(new)
             compiling.submit(settle, lowered.compile, result.set_result)
+            loaded = time.monotonic() + _LOADING_SECONDS
+            for program, arguments in new.values():
+                kernels.submit(_compile_unless, result, loaded, program, arguments)
 
         tracing.submit(settle, lambda: without_collector(lower), compile_)
         return result
@@ -162,7 +178,71 @@ def compile_side_by_side(
     return {name: start(lower) for name, lower in programs.items()}
 
 
+<<<<<<< HEAD
 def without_collector(lower: Callable) -> Any:
+=======
+def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
+    """Each Pallas kernel of a lowered program as a program of its own, the largest first.
+
+    XLA compiles the kernels of a program one after another, which takes half of its thread's time
+    (configs/gf_mh.py), but those of several programs side by side. A process keeps what it has
+    compiled: the large program finds the kernels that small ones brought in meanwhile.
+
+    Returns:
+        The kernel's hash -> a jitted function, and the shapes of its arguments.
+    """
+    found, module = {}, lowered.compiler_ir()
+    assert module is not None  # JAX lowers to MLIR alone
+    for call in _operations(module.operation):
+        if call.name != "stablehlo.custom_call" or _KERNEL not in str(
+            call.attributes["call_target_name"]
+        ):
+            continue
+        shapes = [[_shape(x.type) for x in values] for values in (call.operands, call.results)]
+        if None in (*shapes[0], *shapes[1]):
+            continue
+        config = {entry.name: entry.attr for entry in call.attributes["mhlo.backend_config"]}
+        config = {name: getattr(x, "value_bytes", None) or x.value for name, x in config.items()}
+        found[config["kernel_hash"]] = _jitted_kernel(shapes[1], config), shapes[0], config
+    by_size = sorted(found.items(), key=lambda item: -len(item[1][2]["module"]))
+    return {name: (program, arguments) for name, (program, arguments, _) in by_size}
+
+
+def _jitted_kernel(results: list, config: dict) -> Any:
+    call = jax.ffi.ffi_call(_KERNEL, results)
+    return jax.jit(lambda *arguments: call(*arguments, **config))
+
+
+def _operations(parent: Any) -> Iterator[Any]:
+    """All operations inside an MLIR operation."""
+    for region in parent.regions:
+        for block in region:
+            for operation in block:
+                yield operation
+                yield from _operations(operation)
+
+
+def _shape(tensor: Any) -> jax.ShapeDtypeStruct | None:
+    """Of an MLIR type, None if it is not an array of common numbers."""
+    known = _TENSOR.fullmatch(str(tensor))
+    if known is None:
+        return None
+    sizes, kind, bits = known.groups()
+    return jax.ShapeDtypeStruct(tuple(map(int, sizes.split("x")[:-1])), _TYPES[kind] + bits)
+
+
+def _compile_unless(ready: Future, loaded: float, program: Any, arguments: list) -> None:
+    """Compile a kernel, unless the program around it is `ready`, from disk, by the time `loaded`.
+
+    If that fails, so does the program around it, and says why.
+    """
+    wait([ready], timeout=max(loaded - time.monotonic(), 0))
+    if not ready.done():
+        program.lower(*arguments).compile()
+
+
+def _without_collector(lower: Callable) -> Any:
+>>>>>>> w/start
     """lower() with Python's garbage collector off: tracing makes millions of objects and little
     garbage, and looking for it takes a seventh of the time."""
     enabled = gc.isenabled()

@@ -2,6 +2,8 @@
 
 import threading
 import warnings
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gt_jax import compilation
 from gt_jax.errors import InputError
+from gt_jax.kernels.elementwise import gated_norm
+from gt_jax.kernels.pallas import devices
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -120,3 +124,73 @@ def test_programs_compile_side_by_side_and_errors_come_where_results_are_asked_f
     with pytest.raises(ValueError, match="no such program"):
         compiled["broken"].result()
     assert seen == [(2, False), (3, False)]  # the first of them first
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Programs hold the kernels that their `names` say: what was compiled, counted in `begun`."""
+    seen = []
+
+    def kernel(name):
+        made = SimpleNamespace(compile=lambda: (seen.append(name), begun.release()))
+        return SimpleNamespace(lower=lambda: made), []
+
+    begun = threading.Semaphore(0)
+    of = lambda lowered: {name: kernel(name) for name in lowered.names}
+    monkeypatch.setattr(compilation, "kernel_programs", of)
+    return SimpleNamespace(names=seen, begun=begun)
+
+
+def test_each_kernel_compiles_once_beside_the_programs_that_hold_it(compiled, monkeypatch):
+    monkeypatch.setattr(compilation, "_LOADING_SECONDS", 0)
+
+    def compile_():  # is done when all three kernels are
+        for _ in range(3):
+            assert compiled.begun.acquire(timeout=20)
+
+    ends = threading.Event()
+    train = SimpleNamespace(names="ab", compile=compile_)
+    evaluate = SimpleNamespace(names="bc", compile=lambda: ends.wait(20))
+    found = compilation.compile_side_by_side({"train": lambda: train, "evaluate": lambda: evaluate})
+    found["train"].result()
+    ends.set()
+    assert sorted(compiled.names) == ["a", "b", "c"]
+
+
+def test_kernels_of_a_program_that_is_on_disk_are_not_compiled(compiled):
+    ready = Future()
+    ready.set_result(None)
+    kernel = compilation.kernel_programs(SimpleNamespace(names="a"))["a"]
+    compilation._compile_unless(ready, 0.0, *kernel)
+    assert not compiled.names
+    compilation._compile_unless(Future(), 0.0, *kernel)
+    assert compiled.names == ["a"]
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < devices.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
+)
+def test_a_kernel_alone_is_the_one_inside_a_program():
+    """Else it would be compiled twice. The parts of a kernel are compared as XLA is given them."""
+    shapes = [jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16) for _ in range(2)]
+
+    def two(y, projected, scale):
+        normed = gated_norm.gated_norm(1e-5, y, projected, scale)
+        return jax.lax.fori_loop(
+            0, 2, lambda _, z: gated_norm.gated_norm(1e-5, z, z, scale), normed
+        )
+
+    def calls(jitted, *arguments):
+        with devices.simulated("lower"):
+            lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+        text = [line for line in lowered.as_text().splitlines() if "mosaic_gpu" in line]
+        parts = [line[line.index("mhlo.backend_config") :] for line in text]
+        return compilation.kernel_programs(lowered), parts
+
+    found, whole = calls(jax.jit(two), *shapes, jax.ShapeDtypeStruct((128,), jnp.float32))
+    assert found
+    for program, arguments in found.values():
+        _, [alone] = calls(program, *arguments)
+        assert any(
+            alone.split("operand_layouts")[0] == x.split("operand_layouts")[0] for x in whole
+        )

@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gt_jax import compilation
 from gt_jax.data import Batch
 from gt_jax.data.batches import Batches
 from gt_jax.models import fsdp
+from gt_jax.training.placement import placed
 from gt_jax.training.step import Gradients, TrainState
 
 
@@ -40,16 +41,6 @@ def make_mesh(fsdp: int = 1, sequence: int = 1, devices: Sequence[Any] | None = 
     sizes = {name: size for name, size in sizes.items() if name == "batch" or size > 1}
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
-
-
-def placed(mesh: Mesh, spec: P) -> Sharding:
-    """Where an array lives that a mesh cuts as `spec` says.
-
-    A lone device cuts nothing. There the sharding names no mesh, since JAX traces a function again
-    where only the mesh of an argument differs: arguments of a step would have one and results of
-    kernels none, and the backward pass of a block would be traced, lowered and compiled twice.
-    """
-    return SingleDeviceSharding(mesh.devices.item()) if mesh.size == 1 else NamedSharding(mesh, spec)
 
 
 def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
@@ -321,8 +312,7 @@ def _state_specs(mesh: Mesh, state: TrainState | None) -> TrainState:
 
 
 def _shardings(specs: Any, mesh: Mesh) -> Any:
-    of_spec = lambda spec: placed(mesh, spec)
-    return jax.tree.map(of_spec, specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(lambda x: placed(mesh, x), specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def _by_device(function, mesh: Mesh, in_specs, out_specs):

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from gt_jax.compilation import compile_side_by_side
+from gt_jax.kernels.pallas import devices
+from gt_jax.models import make_config as make_model_config
+from gt_jax.models import make_model, stream
 from gt_jax.training import parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
@@ -180,3 +183,45 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     found, expected = (run(make_state(key), put(batch)) for run in (ready["train"], step))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < devices.OLDEST_JAX, reason="the Pallas kernels need a newer JAX"
+)
+def test_a_lone_device_traces_a_block_once_forward_and_once_backward(
+    make_config, make_batch, monkeypatch
+):
+    """What kernels return lies on no mesh: with parameters on one, a block was unlike others."""
+    monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)  # as for a large step
+    sizes = {"dim": 64, "heads": 1, "state_size": 64, "layers": 3, "dtype": "bfloat16"}
+    model = make_model(make_model_config("gf", vocab_size=11, impl="mosaic", **sizes))
+    config, mesh, found = make_config(), parallel.make_mesh(), []
+    schedule = make_schedule(config.optim, config.train.steps)
+    tx = make_optimizer(config.optim, schedule)
+    make_step = functools.partial(make_train_step, model, tx, schedule, config)
+    make_state = jax.jit(functools.partial(init_state, model, tx, config))
+    batch, none = make_batch(0, 2, 64), lambda *_: None
+
+    class Traced:
+        """A jitted step that is traced where it would be lowered."""
+
+        lower = staticmethod(
+            lambda *shapes: parallel.compile_train_step(
+                make_step, mesh, "jit", activation=2**13
+            ).trace(*shapes)
+        )
+
+    with devices.simulated("lower"):
+        programs = parallel.lower_programs(make_state, Traced, none, mesh, (batch, batch), None)
+        blocks(programs["train"]().jaxpr, found)
+    assert len(found) == 2 * 3 and len(set(map(id, found))) == 2
+
+
+def blocks(jaxpr, found):
+    """Collects the jaxprs of blocks that are called in a jaxpr."""
+    for equation in jaxpr.eqns:
+        inner = equation.params.get("jaxpr")
+        if "one_block" in str(equation.params.get("name")):
+            found.append(inner.jaxpr)
+        elif inner is not None:
+            blocks(getattr(inner, "jaxpr", inner), found)
