@@ -178,9 +178,6 @@ def compile_side_by_side(
     return {name: start(lower) for name, lower in programs.items()}
 
 
-<<<<<<< HEAD
-def without_collector(lower: Callable) -> Any:
-=======
 def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
     """Each Pallas kernel of a lowered program as a program of its own, the largest first.
 
@@ -241,8 +238,7 @@ def _compile_unless(ready: Future, loaded: float, program: Any, arguments: list)
         program.lower(*arguments).compile()
 
 
-def _without_collector(lower: Callable) -> Any:
->>>>>>> w/start
+def without_collector(lower: Callable) -> Any:
     """lower() with Python's garbage collector off: tracing makes millions of objects and little
     garbage, and looking for it takes a seventh of the time."""
     enabled = gc.isenabled()
