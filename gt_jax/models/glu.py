@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.kernels.elementwise import gated_branches
+from gt_jax.kernels.elementwise.weighted_norms import weighted_norms
 from gt_jax.models import stream
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.gates import (
@@ -26,7 +27,7 @@ from gt_jax.models.gates import (
     logit,
 )
 from gt_jax.models.layers import RMSNorm, fan_in_uniform, normal, output_init, project, record
-from gt_jax.models.scans import linear_scan
+from gt_jax.models.scans import memory_scan
 
 
 class GLU(nn.Module):
@@ -128,21 +129,25 @@ class ParallelScan(nn.Module):
         segment_ids: jax.Array | None = None,
         block_input: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        D = self.config.dim
-        r, m, n = normalised(branch_norms(self), rwkv, mamba, block_input)
-        of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
+        c, D = self.config, self.config.dim
+        norms = branch_norms(self)
+        r, m, n = normalised(norms, rwkv, mamba, block_input)
+        if stream.takes_branches(c, rwkv, mamba):
+            head = head_kernel(self, D), head_bias(self)
+            arrays = rwkv, mamba, n, scales_of(norms, D)
+            weighted: Any = weighted_norms(norms[0].epsilon, *arrays, *head)
+            n, branches, of_rwkv = weighted  # custom_vjp hides the type
+        else:
+            of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
+            branches = of_rwkv * r + of_mamba * m
         names = ("decay_kernel", "input_kernel")
-        kernels = [self.param(name, fan_in_uniform(), (D, D)) for name in names]
-        forget, read = (z.astype(jnp.float32) for z in jnp.split(project_each(n, kernels), 2, -1))
-        forget += self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
-        decay, scale = jax.nn.sigmoid(forget), jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
-        from_rwkv = scale * of_rwkv * r
-        both, impl = from_rwkv + scale * of_mamba * m, self.config.impl
-        h = linear_scan(decay, both, state, segment_ids, impl=impl)
+        scores = project_each(n, [self.param(name, fan_in_uniform(), (D, D)) for name in names])
+        bias = self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
+        h, last = memory_scan(scores, branches, bias, state, segment_ids, impl=c.impl)
         output = output_projection(self)
-        kept_of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
-        record(self, gate=of_rwkv, from_rwkv=output(kept_of_rwkv))
-        return output(h), h[:, -1]
+        of_one = scores, of_rwkv * r, bias, None, segment_ids
+        record(self, gate=of_rwkv, from_rwkv=output(memory_scan(*of_one, impl="chunked")[0]))
+        return output(h), last
 
 
 def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
