@@ -54,8 +54,10 @@ class GLU(nn.Module):
         norms = branch_norms(self)
         r, m, n = normalised(norms, rwkv, mamba, block_input)
         names = ("rwkv_kernel", "mamba_kernel")
-        scores = project_each(n, [self.param(name, normal, (c.dim, c.dim)) for name in names])
-        if stream.takes_branches(c, rwkv, mamba):
+        kernels = [self.param(name, normal, (c.dim, c.dim)) for name in names]
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        scores = project_each(n, kernels, alone=in_kernel)
+        if in_kernel:
             arrays = rwkv, mamba, scores, scales_of(norms, c.dim)
             head = head_kernel(self, c.dim), head_bias(self)
             blended: Any = gated_branches.gated_blend(norms[0].epsilon, *arrays, *head)
@@ -98,11 +100,12 @@ class ParallelFusion(nn.Module):
             kernels.append(self.param(f"{name}_kernel", initializers.zeros, (c.dim, c.dim)))
             start = initializers.constant(logit(start))
             biases.append(self.param(f"{name}_bias", start, (c.dim,)))
-        scores, output = project_each(n, kernels), output_projection(self)
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        scores, output = project_each(n, kernels, alone=in_kernel), output_projection(self)
         gates = gates_of(scores, biases)
         from_rwkv = gates[0] * r
         record(self, gate=gates[0] / (gates[0] + gates[1]), from_rwkv=output(from_rwkv))
-        if stream.takes_branches(c, rwkv, mamba):
+        if in_kernel:
             arrays = rwkv, mamba, scores, tuple(biases), scales_of(norms, c.dim)
             return output(gated_branches.gated_sum(norms[0].epsilon, *arrays)), state
         return output(from_rwkv + gates[1] * m), state
@@ -132,7 +135,8 @@ class ParallelScan(nn.Module):
         c, D = self.config, self.config.dim
         norms = branch_norms(self)
         r, m, n = normalised(norms, rwkv, mamba, block_input)
-        if stream.takes_branches(c, rwkv, mamba):
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        if in_kernel:
             head = head_kernel(self, D), head_bias(self)
             arrays = rwkv, mamba, n, scales_of(norms, D)
             weighted: Any = weighted_norms(norms[0].epsilon, *arrays, *head)
@@ -141,7 +145,8 @@ class ParallelScan(nn.Module):
             of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
             branches = of_rwkv * r + of_mamba * m
         names = ("decay_kernel", "input_kernel")
-        scores = project_each(n, [self.param(name, fan_in_uniform(), (D, D)) for name in names])
+        kernels = [self.param(name, fan_in_uniform(), (D, D)) for name in names]
+        scores = project_each(n, kernels, alone=in_kernel)
         bias = self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
         h, last = memory_scan(scores, branches, bias, state, segment_ids, impl=c.impl)
         output = output_projection(self)
@@ -150,11 +155,14 @@ class ParallelScan(nn.Module):
         return output(h), last
 
 
-def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
+def project_each(x: jax.Array, kernels: Sequence[jax.Array], alone: bool = False) -> jax.Array:
     """x [..., in] @ kernel [in, out] of each kernel of one shape, side by side, in one product.
 
-    XLA joins such products of the forward pass, but not those that give the gradient of x.
+    XLA joins such products of the forward pass, but not those that give the gradient of x. It also
+    joins this one and a mixer's of the same x, unless `alone`: what takes no slices of the result,
+    as Pallas kernels, then waits for copies of them, and the gradient for a concatenation.
     """
+    x = jax.lax.optimization_barrier(x) if alone else x
     return project(x, jnp.concatenate(kernels, axis=-1))
 
 
