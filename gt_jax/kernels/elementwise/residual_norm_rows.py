@@ -62,11 +62,12 @@ def unsupported(width: int, gated: bool) -> str | None:
     return f"the fused residual norm is not for {width} channels"
 
 
-def grid_for(x, direction, gated):
+def grid_for(x, direction, gated, most=None):
+    """The grid of a call with x [M, ..., D]; `most` channels of a thread in place of TUNING's."""
     _, *tokens, width = x.shape
     tokens = math.prod(tokens)
     tuning = TUNING[direction, gated]
-    row = row_for(width, gated, tuning.channels)
+    row = row_for(width, gated, most or tuning.channels)
     assert row is not None, unsupported(width, gated)
     blocks = min(pl.cdiv(tokens, row.number), tuning.blocks)
     steps = pl.cdiv(tokens, blocks * row.number)
@@ -148,7 +149,7 @@ class Tokens:
         """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
         refs = self.refs
         if score is not None:
-            return sigmoid_of_scalar(score), None
+            return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), None
         kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):
