@@ -35,7 +35,7 @@ def backward(
     D: jax.Array,
     states: jax.Array,
     dy: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
     *,
     of_start: bool,
 ) -> tuple[jax.Array, ...]:
@@ -49,7 +49,7 @@ def backward(
         D: [H] float32.
         states: [B, H, chunks / 2, P, N] bfloat16, the state every other chunk starts from, or
             [B, H, chunks, P, N] float32, of every chunk, where x is float32.
-        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
+        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32, None for zeros.
         of_start: whether the gradient of the initial state is asked for.
 
     Returns:
@@ -57,19 +57,19 @@ def backward(
         the log decay [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the
         initial state.
     """
-    D = jnp.broadcast_to(D, (size.batch, size.heads))
+    ends = () if dstate is None else (dstate,)
 
     @batched_as_rows
     def rows(x, *arrays):
         return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
 
-    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D, states, dy, dstate)
+    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D[None], states, dy, *ends)
     of_tokens = {name: of_tokens[..., n, :] for n, name in enumerate(ROWS)}
     return dx, dB, dC, of_tokens["ddt"], of_tokens["da"], *others
 
 
 @lowered_once("size", "of_start")
-def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
+def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate=None):
     inputs = {"x": x, "B": B, "C": C, "g": g, "dt": dt, "D": D}
     inputs |= {"states": states, "dy": dy, "dlast": dstate}
     kernels = {1: hopper_backward_bfloat16, 2: hopper_backward_float32}
