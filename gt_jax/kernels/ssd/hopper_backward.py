@@ -17,7 +17,6 @@ is in hopper_chains.py (blocks that add to one sum) and in hopper_gradients.py.
 """
 
 import jax
-import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.launch import batched_as_rows, lowered_once
 from gt_jax.kernels.ssd import hopper_backward_bfloat16, hopper_backward_float32
