@@ -155,7 +155,7 @@ def backward(
         second axis, [M, blocks, S] float32: d scale_a, d scale_b and either d bias_a, d bias_b or,
         if there is a head, d head and copies of d bias.
     """
-    grid, models = grid_for(a, "backward", True, most=8), len(a)  # more would be spilled
+    grid, models = grid_for(a, "backward", True), len(a)
     row, width = grid.row, a.shape[-1]
     summed = 3 * width + row.channels if head else (4 if biases else 2) * width
 

@@ -62,12 +62,11 @@ def unsupported(width: int, gated: bool) -> str | None:
     return f"the fused residual norm is not for {width} channels"
 
 
-def grid_for(x, direction, gated, most=None):
-    """The grid of a call with x [M, ..., D]; `most` channels of a thread in place of TUNING's."""
+def grid_for(x, direction, gated):
     _, *tokens, width = x.shape
     tokens = math.prod(tokens)
     tuning = TUNING[direction, gated]
-    row = row_for(width, gated, most or tuning.channels)
+    row = row_for(width, gated, tuning.channels)
     assert row is not None, unsupported(width, gated)
     blocks = min(pl.cdiv(tokens, row.number), tuning.blocks)
     steps = pl.cdiv(tokens, blocks * row.number)
