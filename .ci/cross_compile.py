@@ -15,7 +15,6 @@ gt_jax/kernels/COMPILED.md, written with the same JAX, says something else.
 import argparse
 import concurrent.futures
 import ctypes
-import functools
 import json
 import os
 import re
@@ -24,12 +23,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import stream_and_arbiters
 from compiled_table import GPUS, TABLE, as_table, outdated
 
 HOPPER = "9.0"
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # KiB
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
 MOST_SPILLED = {
+    "Branches, gated_blend, backward, 768 channels": 40,
     "Blends, gradients by input": 160,
     "Blends, gradients by parameters": 40,
     "WKV6 portable, forward": 40,
@@ -116,8 +117,7 @@ def compile_all(gpu, wheels):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     rows = []
     capability = tuple(map(int, gpu.split(".")))
-    found = [*mamba2_kernels(capability), *residual_norm_kernels(capability)]
-    found += [*gated_branches_kernels(capability), *linear_scan_kernels(capability)]
+    found = [*mamba2_kernels(capability), *stream_and_arbiters.kernels(calls_of, capability)]
     for variant, (op, impl, dtype) in VARIANTS.items():
         if impl == "portable" or gpu == HOPPER:
             of_variant = kernels(op, impl, dtype, capability)
@@ -190,77 +190,6 @@ def mamba2_kernels(capability):
         kind = f"{inner} channels" + (", documents" if documents else "")
         found += [(f"Mamba-2 {name}, {kind}", z) for name, z in zip(names, calls, strict=True)]
     return found
-
-
-def residual_norm_kernels(capability):
-    """(name, serialised kernel) of the residual stream's norms."""
-    import jax
-    import jax.numpy as jnp
-
-    from gt_jax.kernels.elementwise import residual_norm
-
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    for width in (128, 768, 2048):
-        branch = array(16, 2048, width, dtype=jnp.bfloat16)
-        gate = branch, branch, array(2 * width), array(1)
-        score = branch, branch, array(16, 2048, 1)
-        kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
-        for kind, inputs in kinds.items():
-            options = (1e-6, 2) if kind == "normed" else (1e-6,)
-            call = functools.partial(getattr(residual_norm, kind), *options)
-            modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
-            for direction, module in zip(("forward", "backward"), modules, strict=True):
-                yield f"Residual norm, {kind}, {direction}, {width} channels", module
-
-
-def gated_branches_kernels(capability):
-    """(name, serialised kernel) of what arbiters do to normalised branches."""
-    import jax
-    import jax.numpy as jnp
-
-    from gt_jax.kernels.elementwise import gated_branches, normed_pair
-
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    for width in (128, 768, 1536):
-        branch, scores = (array(8, 2048, n * width, dtype=jnp.bfloat16) for n in (1, 2))
-        vector, pair = array(width), (array(width),) * 2
-        kinds = {
-            "gated_sum": (gated_branches.gated_sum, [scores, pair, pair]),
-            "gated_blend": (gated_branches.gated_blend, [scores, pair, vector, array(1)]),
-            "normed_pair": (normed_pair.normed_pair, [pair]),
-        }
-        for kind, (function, inputs) in kinds.items():
-            call = functools.partial(function, 1e-2)
-            modules = calls_of(call, [branch, branch, *inputs], capability)
-            for direction, module in zip(("forward", "backward"), modules, strict=True):
-                yield f"Branches, {kind}, {direction}, {width} channels", module
-
-
-def linear_scan_kernels(capability):
-    """(name, serialised kernel) of the scans of arbiters."""
-    import jax
-    import jax.numpy as jnp
-
-    from gt_jax.kernels.elementwise import gated_scan, linear_scan
-
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    passes = ("forward", "backward")
-    splits = ("splits, forward", "forward of a split", "splits, backward", "backward of a split")
-
-    def named(kind, function, inputs, B, T, C):
-        calls = calls_of(function, inputs, capability)
-        names = splits if B == 1 else passes
-        return zip((f"{kind}, {z}, {B} x {T} x {C}" for z in names), calls, strict=True)
-
-    # Rows of 1, 2 and 32 threads
-    for B, T, C in ((8, 2048, 3), (8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
-        inputs = [array(B, T, C), array(B, T, C), array(B, C)]
-        yield from named("Linear scan", linear_scan.scan, inputs, B, T, C)
-    for B, T, C in ((8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
-        inputs = [array(B, T, 2 * C, dtype=jnp.bfloat16), array(B, C)]
-        resets = jnp.zeros((B, T), jnp.int32) if T == 2048 else None
-        scan = functools.partial(gated_scan.scan, resets=resets)
-        yield from named("Gated scan", scan, inputs, B, T, C)
 
 
 def lowered(op, impl, dtype, capability, shape, *, gradient=True):

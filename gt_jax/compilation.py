@@ -201,8 +201,9 @@ def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]
     Returns:
         The kernel's hash -> a jitted function, and the shapes of its arguments.
     """
-    found = {}
-    for call in _operations(lowered.compiler_ir().operation):
+    found, module = {}, lowered.compiler_ir()
+    assert module is not None  # JAX lowers to MLIR alone
+    for call in _operations(module.operation):
         if call.name != "stablehlo.custom_call" or _KERNEL not in str(
             call.attributes["call_target_name"]
         ):

@@ -1,5 +1,6 @@
 """What is installed: one list of requirements, every program under one command, every config."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -85,19 +86,46 @@ def test_the_citation_names_the_version():
 
 
 def test_every_test_that_needs_more_than_the_requirements_runs_beside_other_libraries():
-    """Whatever one stage of .ci/run skips for want of a package, the stage that has it runs."""
+    """What one stage of .ci/run skips for want of a package, another runs, and no more."""
     name_of = lambda requirement: re.split(r"[\[<>=]", requirement)[0].lower().replace("-", "_")
     base = set(map(name_of, in_file("requirements-cpu.txt")))
     more = set(map(name_of, in_extra("interop-test"))) - base
     comes_with = {"ipykernel": "nbformat", "tensorflow_datasets": "pyarrow"}
     base |= {package for owner, package in comes_with.items() if owner in base}
-    wanted = {}
+    asked = lambda code: (
+        set(re.findall(r"(?:importorskip|find_spec)\(\"(\w+)", code)) - base - {"tests"}
+    )
+    wanted, needed = set(), set()
     for path in (ROOT / "tests").rglob("*.py"):
-        asked = re.findall(r"(?:importorskip|find_spec)\(\"(\w+)", path.read_text("utf-8"))
-        if needed := set(asked) - base - {"tests"}:
-            wanted[str(path.relative_to(ROOT))] = needed
-    assert set(wanted) == set((ROOT / ".ci/with_other_libraries").read_text().split())
-    assert set().union(*wanted.values()) <= more
+        text, name = path.read_text("utf-8"), str(path.relative_to(ROOT))
+        if not asked(text):
+            continue
+        needed |= asked(text)
+        outside, functions = "", {}
+        for node in ast.parse(text).body:
+            code = ast.get_source_segment(text, node)
+            if isinstance(node, ast.FunctionDef):
+                functions[node.name] = code
+            else:
+                outside += code
+        asking = {function for function, code in functions.items() if asked(code)}
+        fixtures = "|".join(f for f in asking if not f.startswith("test_")) or "(?!)"
+        asking |= {f for f, code in functions.items() if re.search(rf"\b({fixtures})\b", code)}
+        tests = {f"{name}::{function}" for function in asking if function.startswith("test_")}
+        wanted |= {name} if asked(outside) else tests
+    listed = (ROOT / ".ci/with_other_libraries").read_text().split()
+    assert listed == sorted(wanted)
+    assert needed <= more
+
+
+def test_what_the_newest_versions_are_tried_with_and_without_exists():
+    lines = (ROOT / ".ci/where_versions_matter").read_text().splitlines()
+    named = [line.partition("=")[2] or line for line in lines if not line.startswith(("#", "-k"))]
+    assert len(named) > 50
+    for name in named:
+        path, _, function = name.partition("[")[0].partition("::")
+        assert (ROOT / path).exists(), name
+        assert not function or f"\ndef {function}" in (ROOT / path).read_text("utf-8"), name
 
 
 def test_the_list_of_models_bears_a_closed_pipe_and_names_a_wrong_argument():

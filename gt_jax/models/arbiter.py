@@ -91,8 +91,8 @@ class MinGRU(nn.Module):
         mamba: jax.Array,
         state: jax.Array | None,
         segment_ids: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-        """Both branches; W s_t + b as one number a token, as `blend` takes it; the state."""
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
+        """Both branches; W s_t and b, as `blend` takes them; the state."""
         c, D = self.config, self.config.dim
         hidden = 3 * D // 2
         norms = branch_norm(self, "rwkv_norm"), branch_norm(self, "mamba_norm")
@@ -105,9 +105,9 @@ class MinGRU(nn.Module):
         names = ("candidate_kernel", "update_kernel")
         kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
         gates = project(pair, jnp.concatenate(kernels, axis=-1))
-        s = gated_scan(gates, state, segment_ids, impl=c.impl)
-        score = s @ head_kernel(self, hidden) + head_bias(self)  # [B, T]
-        return (rwkv, mamba), score[..., None], s[:, -1]
+        head = head_kernel(self, hidden)
+        score, state = gated_scan(gates, head, state, segment_ids, impl=c.impl)  # [B, T]
+        return (rwkv, mamba), score[..., None], head_bias(self), state
 
     def __call__(
         self,
@@ -138,8 +138,8 @@ class RunningMean(nn.Module):
         mamba: jax.Array,
         state: jax.Array | None,
         segment_ids: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-        """Both branches; W c_t + b as one number a token, as `blend` takes it; the state."""
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
+        """Both branches; W c_t and b, as `blend` takes them; the state."""
         D = self.config.dim
         kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))
         bias = self.param("bias", initializers.zeros, (1,))
@@ -151,8 +151,8 @@ class RunningMean(nn.Module):
         decay, impl = jnp.ones_like(terms), self.config.impl
         sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
         for_rwkv, for_mamba, total = jnp.split(sums, 3, axis=-1)  # [B, T, 1] each
-        score = (for_rwkv - for_mamba) / total + head_bias(self)
-        return (rwkv, mamba), score, sums[:, -1]
+        score = (for_rwkv - for_mamba) / total
+        return (rwkv, mamba), score, head_bias(self), sums[:, -1]
 
     def __call__(
         self,
@@ -166,16 +166,21 @@ class RunningMean(nn.Module):
 
 
 def blend(
-    fusion: nn.Module, branches: tuple[jax.Array, jax.Array], score: jax.Array, state: jax.Array
+    fusion: nn.Module,
+    branches: tuple[jax.Array, jax.Array],
+    score: jax.Array,
+    bias: jax.Array,
+    state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """g rwkv + (1 - g) mamba [B, T, D] float32 for g = sigmoid(score), and the state.
+    """g rwkv + (1 - g) mamba [B, T, D] float32 for g = sigmoid(score + bias), and the state.
 
     Args:
         fusion: whose gate g is.
         branches: rwkv and mamba, [B, T, D].
         score: [B, T, 1] float32.
+        bias: [1] float32.
         state: of the fusion.
     """
-    of_rwkv, of_mamba = jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
+    of_rwkv, of_mamba = jax.nn.sigmoid(score + bias), jax.nn.sigmoid(-score - bias)
     record(fusion, gate=of_rwkv)
     return of_rwkv * branches[0] + of_mamba * branches[1], state

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from gt_jax.kernels.elementwise import gated_branches
+from gt_jax.kernels.elementwise.weighted_norms import weighted_norms
 from gt_jax.models import stream
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.gates import (
@@ -26,7 +27,7 @@ from gt_jax.models.gates import (
     logit,
 )
 from gt_jax.models.layers import RMSNorm, fan_in_uniform, normal, output_init, project, record
-from gt_jax.models.scans import linear_scan
+from gt_jax.models.scans import memory_scan
 
 
 class GLU(nn.Module):
@@ -53,8 +54,10 @@ class GLU(nn.Module):
         norms = branch_norms(self)
         r, m, n = normalised(norms, rwkv, mamba, block_input)
         names = ("rwkv_kernel", "mamba_kernel")
-        scores = project_each(n, [self.param(name, normal, (c.dim, c.dim)) for name in names])
-        if stream.takes_branches(c, rwkv, mamba):
+        kernels = [self.param(name, normal, (c.dim, c.dim)) for name in names]
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        scores = project_each(n, kernels, alone=in_kernel)
+        if in_kernel:
             arrays = rwkv, mamba, scores, scales_of(norms, c.dim)
             head = head_kernel(self, c.dim), head_bias(self)
             blended: Any = gated_branches.gated_blend(norms[0].epsilon, *arrays, *head)
@@ -97,11 +100,12 @@ class ParallelFusion(nn.Module):
             kernels.append(self.param(f"{name}_kernel", initializers.zeros, (c.dim, c.dim)))
             start = initializers.constant(logit(start))
             biases.append(self.param(f"{name}_bias", start, (c.dim,)))
-        scores, output = project_each(n, kernels), output_projection(self)
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        scores, output = project_each(n, kernels, alone=in_kernel), output_projection(self)
         gates = gates_of(scores, biases)
         from_rwkv = gates[0] * r
         record(self, gate=gates[0] / (gates[0] + gates[1]), from_rwkv=output(from_rwkv))
-        if stream.takes_branches(c, rwkv, mamba):
+        if in_kernel:
             arrays = rwkv, mamba, scores, tuple(biases), scales_of(norms, c.dim)
             return output(gated_branches.gated_sum(norms[0].epsilon, *arrays)), state
         return output(from_rwkv + gates[1] * m), state
@@ -128,28 +132,37 @@ class ParallelScan(nn.Module):
         segment_ids: jax.Array | None = None,
         block_input: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        D = self.config.dim
-        r, m, n = normalised(branch_norms(self), rwkv, mamba, block_input)
-        of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
+        c, D = self.config, self.config.dim
+        norms = branch_norms(self)
+        r, m, n = normalised(norms, rwkv, mamba, block_input)
+        in_kernel = stream.takes_branches(c, rwkv, mamba)
+        if in_kernel:
+            head = head_kernel(self, D), head_bias(self)
+            arrays = rwkv, mamba, n, scales_of(norms, D)
+            weighted: Any = weighted_norms(norms[0].epsilon, *arrays, *head)
+            n, branches, of_rwkv = weighted  # custom_vjp hides the type
+        else:
+            of_rwkv, of_mamba = branch_weights(self, n.astype(jnp.float32))
+            branches = of_rwkv * r + of_mamba * m
         names = ("decay_kernel", "input_kernel")
         kernels = [self.param(name, fan_in_uniform(), (D, D)) for name in names]
-        forget, read = (z.astype(jnp.float32) for z in jnp.split(project_each(n, kernels), 2, -1))
-        forget += self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
-        decay, scale = jax.nn.sigmoid(forget), jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
-        from_rwkv = scale * of_rwkv * r
-        both, impl = from_rwkv + scale * of_mamba * m, self.config.impl
-        h = linear_scan(decay, both, state, segment_ids, impl=impl)
+        scores = project_each(n, kernels, alone=in_kernel)
+        bias = self.param("decay_bias", lambda key, shape: jnp.linspace(0, 4, *shape), (D,))
+        h, last = memory_scan(scores, branches, bias, state, segment_ids, impl=c.impl)
         output = output_projection(self)
-        kept_of_rwkv = linear_scan(decay, from_rwkv, segment_ids=segment_ids, impl=impl)
-        record(self, gate=of_rwkv, from_rwkv=output(kept_of_rwkv))
-        return output(h), h[:, -1]
+        of_one = scores, of_rwkv * r, bias, None, segment_ids
+        record(self, gate=of_rwkv, from_rwkv=output(memory_scan(*of_one, impl="chunked")[0]))
+        return output(h), last
 
 
-def project_each(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
+def project_each(x: jax.Array, kernels: Sequence[jax.Array], alone: bool = False) -> jax.Array:
     """x [..., in] @ kernel [in, out] of each kernel of one shape, side by side, in one product.
 
-    XLA joins such products of the forward pass, but not those that give the gradient of x.
+    XLA joins such products of the forward pass, but not those that give the gradient of x. It also
+    joins this one and a mixer's of the same x, unless `alone`: what takes no slices of the result,
+    as Pallas kernels, then waits for copies of them, and the gradient for a concatenation.
     """
+    x = jax.lax.optimization_barrier(x) if alone else x
     return project(x, jnp.concatenate(kernels, axis=-1))
 
 

@@ -101,10 +101,12 @@ class Block(nn.Module):
                 record(self, fused=fusion.join(gate, *branches))
         elif joins and isinstance(fusion, MinGRU | RunningMean):
             norm = rms_norm(c, "ffn_norm")
-            branches, score, fusion_state = fusion.score(*branches, fusion_state, segment_ids)
-            joined = residual_norm.blended(norm.epsilon, x, *branches, score, norm.weight(c.dim))
+            given = fusion.score(*branches, fusion_state, segment_ids)
+            branches, score, bias, fusion_state = given
+            given = norm.epsilon, x, *branches, score, bias, norm.weight(c.dim)
+            joined = residual_norm.blended(*given)
             x, n = joined
-            fused, fusion_state = blend(fusion, branches, score, fusion_state)
+            fused, _ = blend(fusion, branches, score, bias, fusion_state)
             record(self, fused=fused)  # computed if anybody uses it
         else:
             given = {"block_input": third[0]} if reads_input else {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import gated_scan as fused_gates
 from gt_jax.kernels.elementwise import linear_scan as fused
+from gt_jax.kernels.elementwise import memory_scan as fused_memory
 from gt_jax.kernels.segments import resets
 
 _CHUNK = 8
@@ -49,33 +50,71 @@ def linear_scan(
 
 def gated_scan(
     gates: jax.Array,
+    head: jax.Array,
     state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
     impl: str = "auto",
-) -> jax.Array:
-    """A minGRU's s_t = (1 - z_t) s_{t-1} + z_t g(candidate_t) with z = sigmoid(update).
+) -> tuple[jax.Array, jax.Array]:
+    """s_t . head of a minGRU, s_t = (1 - z_t) s_{t-1} + z_t g(candidate_t), z = sigmoid(update).
 
     g(x) is x + 1/2 from zero on and sigmoid(x) below (Feng et al. 2024).
 
     Args:
         gates: [B, T, 2 C], [candidate | update].
-        state: [B, C] float32, s before the first token; zeros if None.
+        head: [C] float32.
+        state: [B, C] float32, s before the first token.
         segment_ids, impl: as of linear_scan.
 
     Returns:
-        s [B, T, C] float32. Gradients flow to gates and state.
+        [B, T] float32, and the last token's s [B, C] float32. Gradients flow to gates, head and
+        state.
     """
     if state is None:
         state = jnp.zeros((gates.shape[0], gates.shape[2] // 2), jnp.float32)
     if fused_gates.fits(impl, gates, state):
         starts = None if segment_ids is None else resets(segment_ids).astype(jnp.int32)
-        return fused_gates.scan(gates, state, starts)
+        return fused_gates.scan(gates, head, state, starts)
     candidate, update = jnp.split(gates.astype(jnp.float32), 2, axis=-1)
     value = jnp.where(candidate >= 0, candidate + 0.5, jax.nn.sigmoid(candidate))
     # 1 - sigmoid(x) would round to zero from x = 17 on.
     keep, take = jax.nn.sigmoid(-update), jax.nn.sigmoid(update)
-    return linear_scan(keep, take * value, state, segment_ids, impl=impl)
+    s = linear_scan(keep, take * value, state, segment_ids, impl=impl)
+    return s @ head, s[:, -1]
+
+
+def memory_scan(
+    scores: jax.Array,
+    c: jax.Array,
+    bias: jax.Array,
+    state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """s_t = a_t s_{t-1} + (1 - a_t) i_t c_t for a = sigmoid(forget + bias), i = sigmoid(read).
+
+    Args:
+        scores: [B, T, 2 C], [forget | read].
+        c: [B, T, C].
+        bias: [C] float32.
+        state: [B, C] float32, s before the first token.
+        segment_ids, impl: as of linear_scan.
+
+    Returns:
+        s [B, T, C], in float32 or as the kernels write it, in the dtype of scores; the last token's
+        s [B, C] float32. Gradients flow to scores, c, bias and state.
+    """
+    if state is None:
+        state = jnp.zeros((c.shape[0], c.shape[2]), jnp.float32)
+    if fused_memory.fits(impl, scores, c, state):
+        starts = None if segment_ids is None else resets(segment_ids).astype(jnp.int32)
+        return fused_memory.scan(scores, c, bias, state, starts)
+    forget, read = jnp.split(scores.astype(jnp.float32), 2, axis=-1)
+    forget += bias
+    scale = jax.nn.sigmoid(-forget) * jax.nn.sigmoid(read)
+    s = linear_scan(jax.nn.sigmoid(forget), scale * c, state, segment_ids, impl=impl)
+    return s, s[:, -1]
 
 
 @jax.custom_vjp

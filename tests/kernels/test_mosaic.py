@@ -38,14 +38,39 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, k
 
 @too_old
 @each_kernel
-def test_interpreted_kernel_of_one_chunk_without_initial_state_matches_reference(
+def test_interpreted_kernel_of_one_chunk_without_states_matches_reference(
     float64_in_every_thread, kernel, impl
 ):
     *inputs, _ = kernel.per_token(kernel.make(length=64, heads=1))
-    without = lambda name: lambda *z: kernel.run(name)(*z, None)
+
+    def without(name):
+        """No initial state, and no gradient of the final one."""
+
+        def call(*z):
+            y, state = kernel.run(name)(*z, None)
+            return y, jax.lax.stop_gradient(state)
+
+        return call
+
     with devices.simulated("interpret"):
         candidate, reference = without(impl), without("reference")
         assert_accurate(candidate, reference, inputs, kernel.arguments[:-1], "bfloat16")
+
+
+@too_old
+@each_kernel
+def test_a_call_without_states_fills_none_with_zeros(kernel, impl):
+    *inputs, state = kernel.per_token(kernel.make(length=8, heads=1))
+
+    def gradients(*inputs):
+        y, pull_back = jax.vjp(lambda *z: kernel.run(impl)(*z, None)[0], *inputs)
+        return pull_back(y)
+
+    with devices.simulated("lower"):
+        traced = jax.jit(gradients).trace(*inputs)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    fills = [line for line in lowered.splitlines() if "stablehlo.broadcast_in_dim" in line]
+    assert not [line for line in fills if f"{state.shape[1]}x64x{state.shape[-1]}xf32>" in line]
 
 
 @too_old

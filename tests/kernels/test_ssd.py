@@ -70,8 +70,11 @@ def test_chunked_matches_reference_in_every_decay_regime(regime, dtype):
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", LENGTHS)
+# How a length is cut is the same for every dtype (test_chunks.py), and exact products see it best.
+@pytest.mark.parametrize(
+    "length, dtype",
+    [(n, d) for n in LENGTHS for d in DTYPES if d == "float64" or n in (1, 65, 1000)],
+)
 def test_chunked_matches_reference_at_every_length(length, dtype):
     inputs = make(dtype, batch=4, length=length, heads=32, groups=4)
     assert_accurate(run("chunked"), run("reference"), inputs, NAMES, dtype)

@@ -30,8 +30,7 @@ class Pair:
     """Runs of two processes."""
 
     def __init__(self, folder):
-        quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "NPROC": "2"}
-        self.nursery = Nursery(folder, ARGUMENTS, **quick)
+        self.nursery = Nursery(folder, ARGUMENTS, NPROC="2")
 
     def run(self, workdir, *more, settings=({}, {}), own=((), ()), timeout=20):
         """[(exit status, what it printed)] of both."""

@@ -191,7 +191,7 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
 def test_a_lone_device_traces_a_block_once_forward_and_once_backward(
     make_config, make_batch, monkeypatch
 ):
-    """What kernels return lies on no mesh; where parameters did, one block was unlike others."""
+    """What kernels return lies on no mesh: with parameters on one, a block was unlike others."""
     monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)  # as for a large step
     sizes = {"dim": 64, "heads": 1, "state_size": 64, "layers": 3, "dtype": "bfloat16"}
     model = make_model(make_model_config("gf", vocab_size=11, impl="mosaic", **sizes))

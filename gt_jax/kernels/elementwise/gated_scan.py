@@ -4,8 +4,9 @@
     g(x) = x + 1/2 from zero on, sigmoid(x) below
 
 As linear_scan.py, but decay and input are computed in the kernels from what a product has written,
-and their gradients become those of that product there. With bfloat16 gates that is 8 bytes a number
-forward (both gates; s) and 16 backward (both gates, s, ds; both gradients).
+and their gradients become those of that product there. All that is read of s are one number of a
+token, s . head, and the last state: so the gradient needs no array ds. With bfloat16 gates that is
+6 bytes a number forward (both gates; s) and 10 backward (both gates, s; both gradients).
 """
 
 import jax
@@ -37,31 +38,36 @@ def fits(impl: str, gates: jax.Array, state: jax.Array) -> bool:
 
 
 @jax.custom_vjp
-def scan(gates: jax.Array, state: jax.Array, resets: jax.Array | None) -> jax.Array:
-    """s of all tokens.
+def scan(
+    gates: jax.Array, head: jax.Array, state: jax.Array, resets: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """s . head of all tokens, and the last token's s.
 
     Args:
         gates: [B, T, 2 C] bfloat16 or float32, [candidate | update]; see `fits`.
+        head: [C] float32.
         state: [B, C] float32, s before the first token.
         resets: [B, T] int32, 1 where s is zero before the token; None for nowhere.
 
     Returns:
-        s [B, T, C] float32.
+        [B, T] float32, of s rounded to the dtype of gates, and [B, C] float32.
     """
-    return _forward(gates, state, resets)[0]
+    return _forward(gates, head, state, resets)[0]
 
 
-def _forward(gates, state, resets):
+def _forward(gates, head, state, resets):
     from gt_jax.kernels.pallas.launch import keep
 
-    (s,) = keep(_call("forward", resets, gates, state))
-    return s, (gates, s, state, resets)
+    s, last = keep(_call("forward", resets, gates, state))
+    score = jnp.sum(s.astype(jnp.float32) * head, axis=-1)
+    return (score, last), (gates, head, s, state, resets)
 
 
-def _backward(residuals, ds):
-    gates, s, state, resets = residuals
-    d_gates, d_state = _call("backward", resets, gates, ds, s, state)
-    return d_gates, d_state, None
+def _backward(residuals, cotangents):
+    gates, head, s, state, resets = residuals
+    heads = jnp.broadcast_to(head, state.shape)
+    d_gates, d_state, d_head = _call("backward", resets, gates, heads, s, state, *cotangents)
+    return d_gates, jnp.sum(d_head, axis=(0, 1, 2)), d_state, None
 
 
 scan.defvjp(_forward, _backward)

@@ -3,6 +3,8 @@
 With z = sigmoid(update), keep = 1 - z and dx the gradient of z g, as in linear_scan_kernels.py:
 
     d candidate_t = dx_t z_t g'(candidate_t),   d update_t = dx_t z_t keep_t (g_t - s_{t-1})
+
+The cotangent of s_t is d score_t head, and d head is the sum over tokens of d score_t s_t.
 """
 
 import jax
@@ -14,6 +16,7 @@ from gt_jax.kernels.elementwise.linear_scan_rows import (
     run,
     states_before,
     states_of_tokens,
+    sums_of_rows,
 )
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop, lowered_once
@@ -31,76 +34,90 @@ def _gates(place, token):
     return z, keep, jnp.maximum(candidate, 0.0) + below, slope
 
 
-def _kept(place, token, x):
-    """x, or zeros where the token starts a segment."""
-    resets = place.refs.resets_gmem
-    return x if resets is None else rows.masked(x, resets[place.sequence, token[0]] == 0)
-
-
 def _terms(place, token):
     z, keep, value, _ = _gates(place, token)
-    return _kept(place, token, keep), z * value
+    return place.existing(token, place.kept(token, keep), z * value)
 
 
 def _terms_backward(place, token):
     _, keep, *_ = _gates(place, token)
-    return _kept(place, token, keep), place.load(place.refs.ds_gmem, token)
+    ds = place.refs.d_score_gmem[place.sequence, token[0]] * place.of_sequence(place.refs.head_gmem)
+    return place.existing(token, place.kept(token, keep), ds)
 
 
 @lowered_once()
 def forward(resets: jax.Array | None, gates: jax.Array, state: jax.Array) -> list[jax.Array]:
-    """s [B, T, C] float32 of a minGRU.
+    """s [B, T, C] of a minGRU in the dtype of gates, and that of the last token, [B, C] float32.
 
     Args:
         resets: [B, T] int32, or None.
         gates: [B, T, 2 C], [candidate | update], C a multiple of 4.
         state: [B, C] float32 before the first token.
     """
-    inputs = {"gates": gates, "resets": resets}
-    return [states_of_tokens("gated_scan_forward", inputs, _terms, state, gates.shape[1])]
+    given = {"gates": gates, "resets": resets}, _terms, state, gates.shape[1], gates.dtype
+    return states_of_tokens("gated_scan_forward", *given)
 
 
 @lowered_once()
 def backward(
-    resets: jax.Array | None, gates: jax.Array, ds: jax.Array, s: jax.Array, state: jax.Array
+    resets: jax.Array | None,
+    gates: jax.Array,
+    head: jax.Array,
+    s: jax.Array,
+    state: jax.Array,
+    d_score: jax.Array,
+    d_last: jax.Array,
 ) -> list[jax.Array]:
-    """The gradients of the gates, in their shape and dtype, and of the state.
+    """The gradients of gates, in their shape and dtype, and of the state; of head
+    [B, splits, rows, C] float32, to be added over all axes but the last.
 
     Args:
         resets, gates, state: as of `forward`, which gave s.
-        ds: [B, T, C] float32, the cotangent of s.
+        head: [B, C] float32; the cotangent of s is d_score head.
+        d_score: [B, T] float32.
+        d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
     grid = grid_for(*s.shape)
-    inputs = {"gates": gates, "resets": resets, "ds": ds}
-    states = states_before(grid, inputs, _terms_backward, jnp.zeros_like(state), reverse=True)
+    inputs = {"gates": gates, "resets": resets, "head": head, "d_score": d_score}
+    states = states_before(grid, inputs, _terms_backward, d_last, reverse=True)
     width = state.shape[1]
 
     def body(refs):
         place = Place(grid, refs, reverse=True)
-        before = rows.load(refs.state_gmem, (place.sequence,), place.column, grid.row)
+        before = place.of_sequence(refs.state_gmem)
+        d_score = lambda token: refs.d_score_gmem[place.sequence, token]
 
         def step(n, carry):
+            u, d_head = carry
             tokens, decays, gs = place.read(n, _terms_backward)
             earlier = place.states_earlier(tokens, before)
-            u, carry, _ = place.fold(decays, gs, carry)
+            u, after, _ = place.fold(decays, gs, u)
             for token, decay, g, s in zip(tokens, decays, gs, earlier):
                 dx = g + u
                 u = decay * dx
                 # Computed again, which takes fewer registers than to keep them.
                 z, keep, value, slope = _gates(place, token)
                 dx = dx * z
-                d_update = dx * keep * (value - _kept(place, token, s))
+                d_update = dx * keep * (value - place.kept(token, s))
                 for offset, d in ((0, dx * slope), (width, d_update)):
                     place.store(refs.d_gates_gmem, token, d.astype(gates.dtype), offset)
-            return carry
+                # The token before: s of this one is not there.
+                of_head = s * d_score(jnp.maximum(token[0] - 1, 0))
+                d_head += rows.masked(of_head, token[0] > 0)
+            return after, d_head
 
-        u = loop(grid.tiles, step, place.start())
+        end = place.load(refs.s_gmem, (jnp.int32(grid.length - 1), None)).astype(jnp.float32)
+        is_last = (place.split == grid.splits - 1) & (place.own == 0)
+        end = rows.masked(end * d_score(jnp.int32(grid.length - 1)), is_last)
+        u, d_head = loop(grid.tiles, step, (place.start(), end))
         place.store_of_split(refs.d_state_gmem, u)
+        place.store_of_row(refs.d_head_gmem, d_head)
 
     inputs |= {"states": states, "s": s, "state": state}
     outputs = {
         "d_gates": jax.ShapeDtypeStruct(gates.shape, gates.dtype),
         "d_state": jax.ShapeDtypeStruct((len(s), grid.splits, width), jnp.float32),
+        "d_head": sums_of_rows(grid, state),
     }
-    d_gates, d_state = run(grid, body, "gated_scan_backward", len(s), inputs, outputs)
-    return [d_gates, d_state[:, 0]]
+    d_gates, d_state, d_head = run(grid, body, "gated_scan_backward", len(s), inputs, outputs)
+    return [d_gates, d_state[:, 0], d_head]

@@ -33,7 +33,7 @@ def forward(decay: jax.Array, x: jax.Array, state: jax.Array) -> list[jax.Array]
         state: [B, C] float32 before the first token.
     """
     inputs = {"decay": decay, "x": x}
-    return [states_of_tokens("linear_scan_forward", inputs, _terms, state, x.shape[1])]
+    return states_of_tokens("linear_scan_forward", inputs, _terms, state, x.shape[1])
 
 
 @lowered_once()

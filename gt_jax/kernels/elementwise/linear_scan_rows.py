@@ -118,16 +118,23 @@ def states_before(
 
 
 def states_of_tokens(
-    name: str, inputs: dict, terms: Callable, state: jax.Array, length: int
-) -> jax.Array:
-    """s_t = decay_t s_{t-1} + x_t, [B, T, C] float32, by a kernel of this name.
+    name: str,
+    inputs: dict,
+    terms: Callable,
+    state: jax.Array,
+    length: int,
+    dtype: jnp.dtype | None = None,
+) -> list[jax.Array]:
+    """s_t = decay_t s_{t-1} + x_t, [B, T, C], by a kernel of this name; [B, C] float32 at the end.
 
     Args:
         name: of the kernel.
         inputs: of the kernel, of which `terms` reads.
-        terms: function of a Place and a token, as `Place.read` takes it.
+        terms: function of a Place and a token, as `Place.read` takes it; if dtype is given, its
+            results are those of `Place.existing`.
         state: [B, C] before the first token.
         length: T.
+        dtype: of s; None for float32 and no state at the end.
     """
     batch, channels = state.shape
     grid = grid_for(batch, length, channels)
@@ -141,14 +148,18 @@ def states_of_tokens(
             s, carry, _ = place.fold(decays, xs, carry)
             for token, decay, x in zip(tokens, decays, xs):
                 s = decay * s + x
-                place.store(refs.s_gmem, token, s)
+                place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
             return carry
 
-        loop(grid.tiles, step, place.start())
+        last = loop(grid.tiles, step, place.start())
+        if dtype is not None:
+            place.store_of_split(refs.last_gmem, last)
 
-    outputs = {"s": jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)}
-    (s,) = run(grid, body, name, batch, inputs | {"states": states}, outputs)
-    return s
+    like = jax.ShapeDtypeStruct((batch, length, channels), dtype or jnp.float32)
+    last = jax.ShapeDtypeStruct((batch, grid.splits, channels), jnp.float32)
+    outputs = {"s": like, "last": None if dtype is None else last}
+    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs)
+    return [s, *(z[:, -1] for z in last)]
 
 
 class Place:
@@ -189,10 +200,11 @@ class Place:
     def states_earlier(self, tokens, before):
         """s of the token before each of `tokens`, of a walk from the end; `before` the first."""
         refs = self.refs
-        earlier = [self.load(refs.s_gmem, (token - 1, inside)) for token, inside in tokens[:-1]]
+        load = lambda token, inside: self.load(refs.s_gmem, (token, inside)).astype(jnp.float32)
+        earlier = [load(token - 1, inside) for token, inside in tokens[:-1]]
         token, inside = tokens[-1]  # the only one that may be the first of all
         later = token > 0 if inside is None else inside & (token > 0)
-        s = self.load(refs.s_gmem, (jnp.maximum(token - 1, 0), later))
+        s = load(jnp.maximum(token - 1, 0), later)
         return [*earlier, s + rows.masked(before, token == 0)]
 
     def load(self, ref, token, offset=0):
@@ -210,6 +222,26 @@ class Place:
         """Writes [B, splits, C], of which all rows hold the same."""
         at = self.sequence, self.split
         rows.store(ref, at, self.column, value, self.grid.row, self.own == 0)
+
+    def store_of_row(self, ref, value):
+        """Writes [B, splits, rows, C], sums over the tokens of this row of threads."""
+        rows.store(ref, (self.sequence, self.split, self.own), self.column, value, self.grid.row)
+
+    def of_sequence(self, ref):
+        """The row's channels of [B, C]."""
+        return rows.load(ref, (self.sequence,), self.column, self.grid.row)
+
+    def kept(self, token, x):
+        """x, or zeros where the token starts a segment."""
+        resets = self.refs.resets_gmem
+        return x if resets is None else rows.masked(x, resets[self.sequence, token[0]] == 0)
+
+    def existing(self, token, decay, x):
+        """Decay and x of the token, ones and zeros where there is none: the state stays."""
+        inside = token[1]
+        if inside is None:
+            return decay, x
+        return rows.masked(decay, inside, 1), rows.masked(x, inside)
 
     def fold(self, decays, xs, carry):
         """The state before the row's tokens and that after the tile, from `carry` before it; and
@@ -255,6 +287,12 @@ class Place:
             plgpu.barrier_wait(self.refs.barrier)
         else:
             warps.sync()
+
+
+def sums_of_rows(grid: Grid, state: jax.Array) -> jax.ShapeDtypeStruct:
+    """What `Place.store_of_row` writes, for a state [B, C]; to be added over all axes but C."""
+    batch, channels = state.shape
+    return jax.ShapeDtypeStruct((batch, grid.splits, grid.number, channels), jnp.float32)
 
 
 def run(

@@ -157,22 +157,23 @@ def blended(
     a: jax.Array,
     b: jax.Array,
     score: jax.Array,
+    bias: jax.Array,
     scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Like `gated`, for a gate g = sigmoid(score) that was computed elsewhere.
+    """Like `gated`, for a gate g = sigmoid(score + bias) whose score was computed elsewhere.
 
     Args:
-        epsilon, x, a, b, scale: as of `gated`.
+        epsilon, x, a, b, bias, scale: as of `gated`.
         score: [B, T, 1] float32.
 
     Returns:
         x + g a + (1 - g) b [B, T, D] float32 and its norm [B, T, D] bfloat16.
     """
-    return _blended_forward(epsilon, x, a, b, score, scale)[0]
+    return _blended_forward(epsilon, x, a, b, score, bias, scale)[0]
 
 
-def _blended_forward(epsilon, x, a, b, score, scale):
-    arrays = x, a, b, None, None, score.reshape(-1), scale
+def _blended_forward(epsilon, x, a, b, score, bias, scale):
+    arrays = x, a, b, None, bias, score.reshape(-1), scale
     u, n = _call("forward", *arrays, epsilon=epsilon)
     return (u, checkpoint_name(n, "blended")), arrays
 
@@ -181,7 +182,9 @@ def _blended_backward(epsilon, arrays, cotangents):
     du, dn = cotangents
     arrays = *arrays, du, [dn], None
     dx, da, db, d_score, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
-    return dx, da, db, d_score.reshape(*dx.shape[:-1], 1), jnp.sum(sums, axis=0)
+    width, sums = dx.shape[-1], jnp.sum(sums, axis=0)
+    d_score = d_score.reshape(*dx.shape[:-1], 1)
+    return dx, da, db, d_score, sums[width : width + 1], sums[:width]
 
 
 blended.defvjp(_blended_forward, _blended_backward)

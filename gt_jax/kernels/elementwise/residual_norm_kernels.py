@@ -11,7 +11,7 @@ of u = x or x + branch. Of u = x + g a + (1 - g) b with g = sigmoid([a; b] kerne
     da = g total + s kernel_a;   db = (1 - g) total + s kernel_b
     d kernel = sum over tokens of s [a; b];   d bias = sum over tokens of s
 
-With g = sigmoid(score) of a given score, s is the gradient of the score and there is no kernel.
+With g = sigmoid(score + bias) of a given score, s is its gradient and there is no kernel.
 
 A block of the grid walks tokens that lie as far apart as all blocks together are long.
 """
@@ -53,7 +53,7 @@ def forward(
         a: [M, B, T, D] bfloat16 or float32, a branch, or None.
         b: [M, B, T, D] bfloat16, the branch that a gate joins to a, or None.
         gate: [M, 2 D] float32, kernel_a and kernel_b, or None.
-        bias: [M, 1] float32, with `gate` alone.
+        bias: [M, 1] float32, with b alone.
         score: [M, B T] float32, with b where there is no `gate`.
         scale: [M, D] float32.
         epsilon: added to the mean of squares.
@@ -142,14 +142,14 @@ def backward(
     Returns:
         total [M, B, T, D] float32; the same in bfloat16 if of_branch; da, db [M, B, T, D] bfloat16
         if there is b; d score [M, B T] float32 if there is a score; sums over tokens, to be added
-        over the second axis, [M, blocks, S] float32: d scale and, if there is a kernel of a gate,
-        d kernel_a, d kernel_b and copies of d bias.
+        over the second axis, [M, blocks, S] float32: d scale; d kernel_a and d kernel_b if there is
+        a kernel of a gate; copies of d bias if there is b.
     """
     models, width = x.shape[0], x.shape[-1]
     gated, learned = b is not None, gate is not None
     grid = grid_for(x, "backward", gated)
     row = grid.row
-    summed = 3 * width + row.channels if learned else width
+    summed = (3 * width if learned else width) + (row.channels if gated else 0)
 
     def body(refs):
         m, token, kept = place(grid)
@@ -206,12 +206,14 @@ def backward(
                         da, db = da + slope * kernels[0][i], db + slope * kernels[1][i]
                     rows.store(refs.da_gmem, at, c, da.astype(jnp.bfloat16), row, keep)
                     rows.store(refs.db_gmem, at, c, db.astype(jnp.bfloat16), row, keep)
+            added = []
             if learned:
-                of_gate = [s + slope * z for s, z in zip(sums[grid.sections :], [*a, *b])]
+                added = [s + slope * z for s, z in zip(sums[grid.sections :], [*a, *b])]
+            if gated:
                 slopes = rows.zeros(row) + slope
                 slopes = slopes if keep is None else rows.masked(slopes, keep)
-                return following, (*of_scale, *of_gate, sums[-1] + slopes)
-            return following, tuple(of_scale)
+                added.append(sums[-1] + slopes)
+            return following, (*of_scale, *added)
 
         zeros = tuple(rows.zeros(row) for _ in range(summed // row.channels))
         _, sums = loop(grid.steps, step, (read(jnp.int32(0)), zeros))

@@ -148,7 +148,7 @@ class Tokens:
         """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
         refs = self.refs
         if score is not None:
-            return sigmoid_of_scalar(score), None
+            return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), None
         kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):

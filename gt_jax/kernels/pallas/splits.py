@@ -53,7 +53,7 @@ def row_of_split(row: jax.Array, splits: int, maps: int, *, reverse: bool) -> ja
 def states_of_splits(
     decay: jax.Array,
     update: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     *,
     reverse: bool,
     axis_name: str | None = None,
@@ -64,7 +64,7 @@ def states_of_splits(
         decay: [batch, H, maps, X or 1, Y or 1] d of all splits but the last, in the order of the
             sequence (but the first if reverse); of all splits with axis_name.
         update: [batch, H, maps, X, Y] U of the same splits.
-        state: [batch, H, X, Y] before the first split, or the gradient after the last.
+        state: [batch, H, X, Y] before the first split, or the gradient after the last; None is 0.
         axis_name: of the devices that share the sequence, or None; each adds its `state` to what
             the devices before it (after it if reverse) pass on.
 
@@ -72,6 +72,7 @@ def states_of_splits(
         [batch * splits, H, X, Y].
     """
     decay, update = (jnp.moveaxis(x, 2, 0) for x in (decay, update))
+    state = jnp.zeros_like(update[0]) if state is None else state
     if axis_name is not None:
         _, added = carry_chunks(jnp.zeros_like(state), decay, update, reverse=reverse)
         state = context_parallel.receive_state(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.chunks import cotangents_or_none, values
 from gt_jax.kernels.pallas.launch import CHUNK, keep
 from gt_jax.kernels.pallas.splits import count_maps, states_of_splits
 from gt_jax.kernels.ssd.hopper_decays import by_chunk, by_token, log2_decays
@@ -20,7 +21,8 @@ class Kernels(NamedTuple):
     """The kernels for one kind of GPU, and what they ask of a call."""
 
     forward: Callable[..., Any]  # (x, B, C, g, dt, D, state, save=) -> (y, final state, *saved)
-    backward: Callable[..., Any]  # (size, x, B, C, g, dt, D, *saved, dy, dstate, of_start=)
+    # (size, x, B, C, g, dt, D, *saved, dy, dstate or None, of_start=) -> gradients
+    backward: Callable[..., Any]
     # (size, splits, x, B, g, dt, state, reverse=, axis_name=) -> states
     split_states: Callable[..., Any]
     dtypes: tuple[jnp.dtype, ...]  # of x, B and C
@@ -102,7 +104,8 @@ def _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, state, *, save=T
 def _ssd_backward(kernels, splits, axis_name, residuals, cotangents):
     x, B, C, g, dt, D, wanted, states = residuals
     size = sizes_of(x, B)
-    dy, dstate = cotangents
+    dy, dstate = cotangents_or_none(cotangents)
+    dy = jnp.zeros_like(x) if dy is None else dy
     if count_maps(splits, axis_name):
         dstate = kernels.split_states(
             size, splits, dy, C, g, None, dstate, reverse=True, axis_name=axis_name
@@ -116,7 +119,9 @@ def _ssd_backward(kernels, splits, axis_name, residuals, cotangents):
     return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
 
 
-_ssd.defvjp(_ssd_forward, _ssd_backward)
+_ssd.defvjp(
+    lambda *args: _ssd_forward(*args[:3], *values(args[3:])), _ssd_backward, symbolic_zeros=True
+)
 
 
 def _sum_chains(z, size):
@@ -131,8 +136,6 @@ def states_between(size, splits, additions, x, B, g, dt, state, *, reverse, axis
     additions: (size, splits, maps, x, B, g, dt, reverse) -> what the first `maps` splits of each
         row (last if reverse) add to their states, [rows, H, P, N] float32.
     """
-    if state is None:
-        state = jnp.zeros((size.batch // splits, size.heads, size.P, size.N), jnp.float32)
     decay = jnp.exp2(jnp.sum(g[..., -1], axis=(-2, -1)))  # [batch * splits, H]
     maps = count_maps(splits, axis_name)
     mapped = slice(splits - maps, None) if reverse else slice(maps)

@@ -17,7 +17,6 @@ is in hopper_chains.py (blocks that add to one sum) and in hopper_gradients.py.
 """
 
 import jax
-import jax.numpy as jnp
 
 from gt_jax.kernels.pallas.launch import batched_as_rows, lowered_once
 from gt_jax.kernels.ssd import hopper_backward_bfloat16, hopper_backward_float32
@@ -35,7 +34,7 @@ def backward(
     D: jax.Array,
     states: jax.Array,
     dy: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
     *,
     of_start: bool,
 ) -> tuple[jax.Array, ...]:
@@ -49,7 +48,7 @@ def backward(
         D: [H] float32.
         states: [B, H, chunks / 2, P, N] bfloat16, the state every other chunk starts from, or
             [B, H, chunks, P, N] float32, of every chunk, where x is float32.
-        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
+        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32, None for zeros.
         of_start: whether the gradient of the initial state is asked for.
 
     Returns:
@@ -57,19 +56,19 @@ def backward(
         the log decay [B, H, chunks, CHUNK]; dD [B, H, CHUNK]; with of_start the gradient of the
         initial state.
     """
-    D = jnp.broadcast_to(D, (size.batch, size.heads))
+    ends = () if dstate is None else (dstate,)
 
     @batched_as_rows
     def rows(x, *arrays):
         return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
 
-    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D, states, dy, dstate)
+    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D[None], states, dy, *ends)
     of_tokens = {name: of_tokens[..., n, :] for n, name in enumerate(ROWS)}
     return dx, dB, dC, of_tokens["ddt"], of_tokens["da"], *others
 
 
 @lowered_once("size", "of_start")
-def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate):
+def _backward(size, of_start, x, B, C, g, dt, D, states, dy, dstate=None):
     inputs = {"x": x, "B": B, "C": C, "g": g, "dt": dt, "D": D}
     inputs |= {"states": states, "dy": dy, "dlast": dstate}
     kernels = {1: hopper_backward_bfloat16, 2: hopper_backward_float32}

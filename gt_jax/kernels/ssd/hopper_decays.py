@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gt_jax.kernels.pallas.launch import CHUNK, row_major
@@ -51,7 +52,7 @@ def log2_decays(a: jax.Array, size: Sizes) -> jax.Array:
     a = by_chunk(jnp.maximum(a, _LOWEST_LOG_DECAY), size) * _LOG2_E
     whole = jnp.round(a)
     a = jnp.stack((a,) if size.terms == 1 else (whole, a - whole), axis=-2)
-    until = jnp.tri(CHUNK, dtype=jnp.float32).T  # [s, t]: s <= t
+    until = np.tri(CHUNK, dtype=np.float32).T  # [s, t]: s <= t; a constant costs no launch
     return jnp.matmul(a, until, precision=lax.Precision.HIGHEST)
 
 

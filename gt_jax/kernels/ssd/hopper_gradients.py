@@ -8,10 +8,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas.launch import CHUNK, claim_registers, loop, release_registers
+from gt_jax.kernels.pallas.launch import (
+    CHUNK,
+    claim_registers,
+    divide,
+    loop,
+    release_registers,
+)
 from gt_jax.kernels.pallas.products import matmul
 from gt_jax.kernels.pallas.terms import difference, put, split, terms_of, transpose
 from gt_jax.kernels.pallas.tiles import (
+    full,
     iota,
     load,
     load_columns,
@@ -68,7 +75,7 @@ def output_types(size: Sizes, chains: Chains, inputs: dict, *, of_start: bool) -
         "dC": sums,
         "rows": f32(*inputs["dt"].shape[:3], len(ROWS), CHUNK),
         "dD": f32(size.batch, size.heads, CHUNK),
-        "dfirst": like(inputs["dlast"]) if of_start else None,
+        "dfirst": f32(size.batch, size.heads, size.P, size.N) if of_start else None,
     }
 
 
@@ -129,7 +136,7 @@ def walk(size: Sizes, refs, place: Place, wg: int, make_step):
     """
     claim_registers()
     head = place.head0 + wg
-    D = refs.D_gmem[place.row, head]
+    D = refs.D_gmem[divide(place.row, size.batch // refs.D_gmem.shape[0])[0], head]
     refs.zero_smem[wg] = jnp.int32(0)
     if wg == 0:
         t, j = iota(SQUARE, 0), iota(SQUARE, 1)
@@ -137,7 +144,10 @@ def walk(size: Sizes, refs, place: Place, wg: int, make_step):
         plgpu.commit_smem()
     plgpu.barrier_arrive(refs.operands_read)
     plgpu.barrier_wait(refs.operands_read)
-    dS = load_from_gmem(refs.dlast_gmem.at[place.row, head])
+    if refs.dlast_gmem is None:
+        dS = full((size.P, size.N), 0, jnp.float32)
+    else:
+        dS = load_from_gmem(refs.dlast_gmem.at[place.row, head])
     put(terms_of(refs.dS_smem.at[wg]), split(dS, size.terms))
     plgpu.commit_smem()
     dD = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), plgpu.Layout.WGMMA.reduce(1))

@@ -25,6 +25,7 @@ else takes much memory: dS stands where dx will be and in the place of the saved
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gt_jax.kernels.pallas.launch import CHUNK
@@ -44,7 +45,7 @@ def backward(
     states: jax.Array,
     scales: jax.Array,
     dy: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
     *,
     of_start: bool,
 ) -> tuple[jax.Array, ...]:
@@ -57,7 +58,7 @@ def backward(
         dt: [B, H, chunks, CHUNK] step sizes.
         D: [H] float32.
         states, scales: of the state that every other chunk starts from, as `forward` saved them.
-        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32.
+        dy: [B, T, H, P] as x; dstate: [B, H, P, N] float32, None for zeros.
         of_start: whether the gradient of the initial state is asked for.
 
     Returns:
@@ -69,7 +70,7 @@ def backward(
     dB, rows, dx, dC = of_inputs(size, x, B, C, g, dt, D, dy, dx, states, dC)
     of_step, of_decay, kept, of_D = (rows[..., n, :] for n in range(INPUT_ROWS))
     # A decay at t decays what is read at i >= t, what is kept from j < t, and all that is carried.
-    until = jnp.tri(CHUNK, dtype=jnp.float32)  # [i, t]: t <= i
+    until = np.tri(CHUNK, dtype=np.float32)  # [i, t]: t <= i
     sums = lambda row, over: jnp.matmul(row, over, precision=lax.Precision.HIGHEST)
     da = of_decay + sums(read, until) + sums(kept, 1 - until)
     da += jnp.sum(carried, axis=-1, keepdims=True)

@@ -40,7 +40,7 @@ def ends(
     states: jax.Array,
     scales: jax.Array,
     dy: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
     read: jax.Array,
 ) -> list[jax.Array]:
     """Walks the chunks of a head from the last to the first, two at a time.
@@ -54,7 +54,7 @@ def ends(
         g: [B, H, chunks, 1, CHUNK] sums of log2 decays in the chunk.
         dt: [B, H, chunks, CHUNK] step sizes.
         states, scales: of the states that even chunks start from, as `forward` saved them.
-        dstate: [B, H, P, N] float32, of the final state.
+        dstate: [B, H, P, N] float32, of the final state; None for zeros.
         read: not used; it comes from the last kernel that needs `states`, overwritten here.
 
     Returns:
@@ -116,7 +116,10 @@ def ends(
             return pass_through(even, 0, dS, S, decay[0], jnp.exp2(g[0]))
 
         start_odd(jnp.int32(size.chunks - 1))
-        dS = tiles.load_from_gmem(refs.dlast_gmem.at[b, h])
+        if dstate is None:
+            dS = tiles.full((size.P, size.N), 0, jnp.float32)
+        else:
+            dS = tiles.load_from_gmem(refs.dlast_gmem.at[b, h])
         refs.dfirst_gmem.at[b, h][...] = loop(size.chunks // 2, step, dS)
 
     return kernel(
@@ -136,7 +139,7 @@ def ends(
         updates={"states": states},
         outputs={
             "carried": jax.ShapeDtypeStruct((*dt.shape[:3], P), jnp.float32),
-            "dfirst": jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
+            "dfirst": jax.ShapeDtypeStruct((size.batch, size.heads, size.P, size.N), jnp.float32),
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
         },
         scratch={

@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -77,6 +78,9 @@ from gt_jax.kernels.wkv6.hopper_sizes import (
     sizes_of,
 )
 
+# 16 rows of ones; with the zeros behind them XLA stores the array instead of launching a fill.
+_ONES = np.repeat([[1.0], [0.0]], (16, 8), axis=0).repeat(CHUNK, axis=1)
+
 
 @lowered_once()
 def backward(
@@ -88,7 +92,7 @@ def backward(
     states: jax.Array,
     scores: jax.Array,
     do: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
 ) -> list[jax.Array]:
     """Gradients of one call.
 
@@ -97,7 +101,8 @@ def backward(
             u: [H, 64] float32.
         states: [B, M, H, terms, V, K] bfloat16, transposed state each chunk starts from.
         scores: [B, M, H, terms, C, C] bfloat16, the matrix A of each chunk.
-        dstate: [B, H, 64, 64] float32, gradient of the final state, transposed.
+        dstate: [B, H, 64, 64] float32, gradient of the final state, transposed; None
+            for zeros.
 
     Returns:
         dr, dk, dv, dw like r, k, v, w; du [B, H, 64] float32, of each example; the gradient of the
@@ -115,7 +120,7 @@ def backward(
         name="wkv6_backward",
         inputs=dict(
             r=r, k=k, v=v, w=w, u=u, states=states, scores=scores, do=do, dfinal=dstate,
-            patterns=sum_patterns(terms), ones=jnp.ones((16, CHUNK), bf16),
+            patterns=sum_patterns(terms), ones=_ONES.astype(bf16),
         ),
         outputs={
             "dr": like(r),
@@ -163,7 +168,7 @@ def _copy(size, refs):
     """Copies a chunk in once the one after it has left, as its gradients leave from its tiles."""
     release_registers()
     plgpu.copy_gmem_to_smem(refs.patterns_gmem, refs.sums_smem, refs.constants_ready)
-    plgpu.copy_gmem_to_smem(refs.ones_gmem, refs.ones_smem, refs.constants_ready)
+    plgpu.copy_gmem_to_smem(refs.ones_gmem.at[:16], refs.ones_smem, refs.constants_ready)
     inputs = (
         (refs.r_gmem, refs.r_smem),
         (refs.k_gmem, refs.k_smem),
@@ -223,7 +228,10 @@ def _compute(size, refs, wg):
     log2_ones = full((SIZE, CHUNK), ONE[size.terms], refs.log2_w_smem.dtype)
     ones = full(SQUARE, gradient_one(size.terms), jnp.bfloat16)
     step = functools.partial(_step, size.terms, refs, wg, masks, log2_ones, ones)
-    dS = load_from_gmem(refs.dfinal_gmem.at[b, h])  # [V, K]
+    if refs.dfinal_gmem is None:
+        dS = full(STATE, 0, jnp.float32)  # [V, K]
+    else:
+        dS = load_from_gmem(refs.dfinal_gmem.at[b, h])
     du = full((SIZE, 16), 0, jnp.float32)  # 16 equal columns
     dS, du = loop(size.chunks, step, (dS, du))
     refs.dinitial_gmem.at[b, h][...] = dS

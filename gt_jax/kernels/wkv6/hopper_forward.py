@@ -79,7 +79,7 @@ def forward(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     *,
     save: bool,
 ) -> list[jax.Array]:
@@ -88,7 +88,7 @@ def forward(
     Args:
         r, k: [B, T, H, K]; v: [B, T, H, V], bfloat16 or float32; w: [B, T, H, K] float32.
         u: [H, 64] float32.
-        state: [B, H, 64, 64] float32, V before K.
+        state: [B, H, 64, 64] float32, V before K; None for zeros.
         save: whether the backward pass follows.
 
     Returns:
@@ -186,7 +186,10 @@ def _compute(size, save, refs, wg):
     masks = Masks(refs.zero_smem.at[wg])
     ones = full((SIZE, CHUNK), ONE[size.terms], refs.log2_w_smem.dtype)
     step = functools.partial(_step, size, save, refs, wg, masks, ones, b, h)
-    S = load_from_gmem(refs.state_gmem.at[b, h])
+    if refs.state_gmem is None:
+        S = full(STATE, 0, jnp.float32)
+    else:
+        S = load_from_gmem(refs.state_gmem.at[b, h])
     refs.final_gmem.at[b, h][...] = loop(size.chunks, step, S)
     plgpu.wait_smem_to_gmem(0)
 

@@ -59,7 +59,7 @@ def split_states(
     x: jax.Array,
     v: jax.Array,
     w: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     *,
     reverse: bool = False,
     axis_name: str | None = None,
@@ -69,7 +69,7 @@ def split_states(
     Args:
         splits: how many there are of each row.
         x, v, w: k, v and w, or r, do and w if reverse; [batch * splits, T, H, up to 64].
-        state: [batch, H, V, K] before the first split, or the gradient after the last.
+        state: [batch, H, V, K] before the first split, or the gradient after the last; None is 0.
         axis_name: of the devices that share the sequence, as for `states_of_splits`.
 
     Returns:

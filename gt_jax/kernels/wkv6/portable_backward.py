@@ -86,14 +86,14 @@ def backward(
     states: jax.Array,
     scores: jax.Array,
     do: jax.Array,
-    dstate: jax.Array,
+    dstate: jax.Array | None,
 ) -> list[jax.Array]:
     """Gradients of one call.
 
     Args:
         r, k, v, do: [B, T, H, 64] bfloat16; w: the same in float32; u: [H, 64] float32.
         states, scores: [B, M, H, 64, 64] bfloat16, of the forward pass.
-        dstate: [B, H, V, K] float32, gradient of the final state.
+        dstate: [B, H, V, K] float32, gradient of the final state; None for zeros.
 
     Returns:
         dr, dk, dv, dw like r, k, v, w; du [B, H, 64] float32, of each batch row; the gradient of
@@ -237,7 +237,10 @@ def backward(
             warps.sync()
             return dS
 
-        dS = tiles.load_from_gmem(refs.dfinal_gmem.at[b, h])
+        if dstate is None:
+            dS = tiles.full((SIZE, SIZE), 0, jnp.float32)
+        else:
+            dS = tiles.load_from_gmem(refs.dfinal_gmem.at[b, h])
         refs.dinitial_gmem.at[b, h][...] = loop(chunks, step, dS)
         warps.sync()
         refs.du_gmem.at[b, h][...] = sum(tiles.load_columns(du_s.at[x]) for x in range(BLOCKS))

@@ -43,7 +43,7 @@ def forward(
     v: jax.Array,
     w: jax.Array,
     u: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     *,
     save: bool,
 ) -> list[jax.Array]:
@@ -52,7 +52,7 @@ def forward(
     Args:
         r, k, v: [B, T, H, 64] bfloat16, T a multiple of 64; w: the same in float32;
             u: [H, 64] float32.
-        state: [B, H, V, K] float32.
+        state: [B, H, V, K] float32; None for zeros.
         save: whether to return what only the backward pass reads.
 
     Returns:
@@ -130,7 +130,10 @@ def forward(
             warps.sync()
             return S
 
-        S = tiles.load_from_gmem(refs.state_gmem.at[b, h])
+        if state is None:
+            S = tiles.full((SIZE, SIZE), 0, jnp.float32)
+        else:
+            S = tiles.load_from_gmem(refs.state_gmem.at[b, h])
         refs.final_gmem.at[b, h][...] = loop(chunks, step, S)
 
     saved = jax.ShapeDtypeStruct((batch, chunks, H, SIZE, SIZE), bf16) if save else None

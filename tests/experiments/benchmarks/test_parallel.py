@@ -46,10 +46,7 @@ print(json.dumps([whole, cut]))
 def found(tmp_path_factory):
     """The result, and bytes of parameters and moments of a model on one card and on each of two."""
     out = tmp_path_factory.mktemp("parallel") / "parallel.json"
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     flags = ["--quick", "--seeds=2", "--timed_steps=2", "--config=gf_mh"]
     flags += ["--cards=2,4", "--length=64"]
     done = subprocess.run(

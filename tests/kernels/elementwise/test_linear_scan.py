@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels.elementwise import gated_scan, linear_scan
+from gt_jax.kernels.elementwise import gated_scan, linear_scan, memory_scan
 from gt_jax.kernels.pallas import devices, warps
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import FUSIONS, ModelConfig, scans
@@ -71,16 +71,39 @@ def test_interpreted_kernels_match_the_recurrence_in_float64(
         np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
-def gated_in_float64(gates, state, resets, g):
-    """s and the gradients of gates and state of a minGRU."""
+def gated_in_float64(gates, head, state, resets, d_score, d_last):
+    """s . head and the last s of a minGRU, and the gradients of gates, head and state."""
     candidate, update = np.split(np.float64(gates), 2, axis=-1)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     z, below, stays = sigmoid(update), sigmoid(candidate), 1 - np.float64(resets)[..., None]
     value = np.where(candidate >= 0, candidate + 0.5, below)
+    head = np.float64(head)
+    g = np.float64(d_score)[..., None] * head
+    g[:, -1] += d_last
     s, d_decay, dx, du = in_float64((1 - z) * stays, z * value, state, g)
     d_update = (dx * value - d_decay * stays) * z * (1 - z)
     d_candidate = dx * z * np.where(candidate >= 0, 1, below * (1 - below))
-    return s, np.concatenate([d_candidate, d_update], axis=-1), du
+    d_head = np.einsum("bt,btc->c", np.float64(d_score), s)
+    return s @ head, s[:, -1], np.concatenate([d_candidate, d_update], axis=-1), d_head, du
+
+
+def memory_in_float64(scores, c, bias, state, resets, ds, d_last):
+    """s, the last s, and the gradients of scores, c, bias and state of a ParallelScan's memory."""
+    scores, c, ds, d_last = (np.float64(z) for z in (scores, c, ds, d_last))
+    forget, read = np.split(scores, 2, axis=-1)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    a, i, stays = sigmoid(forget + bias), sigmoid(read), 1 - np.float64(resets)[..., None]
+    g = ds.copy()
+    g[:, -1] += d_last
+    s, d_decay, dx, du = in_float64(a * stays, (1 - a) * i * c, state, g)
+    d_forget = (d_decay * stays - dx * i * c) * a * (1 - a)
+    d_read = dx * (1 - a) * c * i * (1 - i)
+    d_scores = np.concatenate([d_forget, d_read], axis=-1)
+    return s, s[:, -1], d_scores, dx * (1 - a) * i, d_forget.sum((0, 1)), du
+
+
+# Of an array's largest number: bfloat16 rounds what it holds, and the s that the rest is made of.
+NEAR = {"bfloat16": 2**-8, "float32": 2e-6}
 
 
 @pytest.mark.parametrize("dtype, blocks", [("bfloat16", 8), ("float32", 1)])
@@ -94,17 +117,42 @@ def test_interpreted_gates_match_a_mingru_in_float64(
     gates = jnp.asarray(gates, dtype)
     _, g, state, _ = (z[:, None] for z in case(2, 27, 4))
     resets = jnp.asarray(rng.random((2, 1, 27)) < 0.2, jnp.int32).at[:, :, 0].set(0)
+    head = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
 
-    def run(gates, state, resets, g):
-        return with_gradients(lambda *z: gated_scan.scan(*z, resets), (gates, state), g)
+    def run(gates, head, state, resets, *cotangents):
+        scan = lambda *z: gated_scan.scan(*z, resets)
+        (score, last), *gradients = with_gradients(scan, (gates, head, state), cotangents)
+        return score, last, *gradients
 
+    cotangents = g[..., 0], g[:, :, 3]
     with devices.simulated("interpret"):
-        found = jax.jit(jax.vmap(run))(gates, state, resets, g)
-    wanted = gated_in_float64(*(z[:, 0] for z in (gates, state, resets, g)))
+        found = jax.jit(jax.vmap(run))(gates, head, state, resets, *cotangents)
+    for model in range(2):
+        given = (z[model] for z in (gates, head, state, resets, *cotangents))
+        for z, expected in zip(found, gated_in_float64(*given), strict=True):
+            error = NEAR[dtype] * np.abs(expected).max()
+            np.testing.assert_allclose(np.float64(z[model]), expected, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("dtype, blocks", [("bfloat16", 8), ("float32", 1)])
+def test_interpreted_memories_match_the_recurrence_in_float64(
+    float64_in_every_thread, gpu_of, dtype, blocks
+):
+    """Documents, shut and open gates; four splits, and none."""
+    gpu_of(blocks)
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(1, 27, 8)) * rng.choice([1, 30], (1, 27, 1), p=[0.9, 0.1])
+    scores, c, ds = (jnp.asarray(z, dtype) for z in (scores, *rng.normal(size=(2, 1, 27, 4))))
+    bias, state, d_last = jnp.asarray(rng.normal(size=(3, 1, 4)), jnp.float32)
+    resets = jnp.asarray(rng.random((1, 27)) < 0.2, jnp.int32).at[:, 0].set(0)
+    scan = lambda *z: memory_scan.scan(*z, resets)
+    with devices.simulated("interpret"):
+        run = jax.jit(lambda *z: jax.tree.leaves(with_gradients(scan, z[:4], z[4:])))
+        found = run(scores, c, bias[0], state, ds, d_last)
+    wanted = memory_in_float64(scores, c, bias[0], state, resets, ds, d_last)
     for z, expected in zip(found, wanted, strict=True):
-        rounding = 2**-8 if z.dtype == jnp.bfloat16 else 1e-5
-        error = 1e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(np.float64(z[:, 0]), expected, rtol=rounding, atol=error)
+        error = NEAR[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
 
 
 def test_sequences_under_vmap_and_segments_equal_the_plain_form(gpu_of):
@@ -157,16 +205,41 @@ def test_gates_match_a_mingru_in_float64(shape, dtype):
     rng = np.random.default_rng(0)
     gates = jnp.asarray(rng.normal(size=(B, T, 2 * C)), dtype)
     resets = jnp.asarray(rng.random((B, T)) < 0.01, jnp.int32).at[:, 0].set(0)
+    head = jnp.asarray(rng.normal(size=C), jnp.float32)
     _, _, state, g = case(*shape)
-    run = jax.jit(lambda *z: with_gradients(lambda *y: gated_scan.scan(*y, resets), z, g))
-    found, again = run(gates, state), run(gates, state)
-    for z, repeated, expected in zip(
-        found, again, gated_in_float64(gates, state, resets, g), strict=True
-    ):
+    cotangents = g[..., 0], g[:, 1]
+    scan = lambda *z: gated_scan.scan(*z, resets)
+    run = jax.jit(lambda *z: jax.tree.leaves(with_gradients(scan, z[:3], z[3:])))
+    given = gates, head, state, *cotangents
+    found, again = run(*given), run(*given)
+    wanted = gated_in_float64(gates, head, state, resets, *cotangents)
+    for z, repeated, expected in zip(found, again, wanted, strict=True):
         np.testing.assert_array_equal(z, repeated)
-        rounding = 2**-8 if z.dtype == jnp.bfloat16 else 1e-5
-        error = 2e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(np.float64(z), expected, rtol=rounding, atol=error)
+        error = NEAR[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 2048, 128), (576, 64, 192), (1, 65537, 40)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memories_match_the_recurrence_in_float64(shape, dtype):
+    if reason := devices.portable_unsupported():
+        pytest.skip(reason)
+    B, T, C = shape
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    scores, c, ds = draw(B, T, 2 * C), draw(B, T, C), draw(B, T, C)
+    resets = jnp.asarray(rng.random((B, T)) < 0.01, jnp.int32).at[:, 0].set(0)
+    state, bias, d_last = jnp.asarray(rng.normal(size=(3, B, C)), jnp.float32)
+    scan = lambda *z: memory_scan.scan(*z, resets)
+    run = jax.jit(lambda *z: jax.tree.leaves(with_gradients(scan, z[:4], z[4:])))
+    given = scores, c, bias[0], state, ds, d_last
+    found, again = run(*given), run(*given)
+    wanted = memory_in_float64(scores, c, bias[0], state, resets, ds, d_last)
+    for z, repeated, expected in zip(found, again, wanted, strict=True):
+        np.testing.assert_array_equal(z, repeated)
+        error = NEAR[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
 
 
 @pytest.fixture
@@ -179,7 +252,7 @@ def float32_parameters():
 # .ci/cross_compile.py compiles for all of them.
 @pytest.mark.parametrize(
     "capability, name, kernel",
-    [((8, 0), "mingru", "gated_scan"), ((12, 0), "pscan", "linear_scan")],
+    [((8, 0), "mingru", "gated_scan"), ((12, 0), "pscan", "memory_scan")],
     ids=str,
 )
 def test_an_arbiter_lowers_to_one_kernel_a_direction(float32_parameters, capability, name, kernel):

@@ -41,8 +41,8 @@ def straight_gate(x, a, b, kernel, bias, scale):
     return u, norm(u, scale), g
 
 
-def straight_blend(x, a, b, score, scale):
-    g = jax.nn.sigmoid(score)
+def straight_blend(x, a, b, score, bias, scale):
+    g = jax.nn.sigmoid(score + bias)
     u = x + g * a + (1 - g) * b
     return u, norm(u, scale)
 
@@ -81,6 +81,7 @@ def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
             wide(dtype=branch),
             wide(dtype=branch),
             draw(*tokens, 1, dtype=jnp.float32),
+            draw(1, dtype=jnp.float32),
         ),
     }[name]()
     of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
