@@ -240,8 +240,9 @@ def of_design(runs, arm, *, quick):
 def taken(options, designs):
     """What --parts hold of the designs of a question.
 
-    A design is known by its changes, whatever another question calls it. Seeds, text, steps, rates
-    and --quick of the options become those of the parts.
+    A design is known by its changes, whatever another question calls it; of several parts that hold
+    it, the first one counts. Seeds, text, steps, rates and --quick of the options become those of
+    the parts.
 
     Args:
         options: uses parts, the paths of the results, or None.
@@ -252,16 +253,22 @@ def taken(options, designs):
         [`results.origin` and seconds] of them, all empty without parts.
 
     Raises:
-        InputError: a file is no such result, or its flags are not those of the others.
+        InputError: a file is no such result, is given twice, or its flags are not those of the
+            others.
     """
     found, settings, commands, origins = {}, {}, {}, []
-    for path in options.parts or ():
+    parts = [Path(path) for path in options.parts or ()]
+    for path in parts:
+        if sum(path.resolve() == other.resolve() for other in parts) > 1:
+            raise InputError(f"--parts: {path} is given twice")
         part = results.read(path)
-        commands[Path(path).name] = part["command"]
+        alike = [other for other in parts if other.name == path.name]
+        name = path.name if len(alike) == 1 else f"{path.name}, {alike.index(path) + 1}"
+        commands[name] = part["command"]
         origins.append({n: part.get(n) for n in (*results.origin(), "seconds")})
         own = part["settings"] | {"quick": part.get("quick")}
         of_part = own.pop("designs", None)
-        commands |= own.pop("parts", {})
+        commands = own.pop("parts", {}) | commands
         names = _own_names(of_part, designs) if isinstance(of_part, dict) else {}
         if not names:
             raise InputError(f"--parts: {path} holds no design of this question")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -142,15 +143,29 @@ def test_a_trial_measures_losses_and_what_branches_are_worth(run):
 def test_parts_join_to_the_result_that_they_are_of(run, tmp_path, monkeypatch):
     result, out = run
     monkeypatch.setattr(results, "origin", lambda: dict.fromkeys(result_origin(result), "here"))
-    debate.main([f"--out={tmp_path / 'whole.json'}", "--parts", str(out), str(out)])
+    other = tmp_path / out.name
+    shutil.copy(out, other)
+    debate.main([f"--out={tmp_path / 'whole.json'}", "--parts", str(out), str(other)])
     whole = results.read(tmp_path / "whole.json")
     assert set(whole["measures"]) == set(result["measures"])
     for name, measure in result["measures"].items():  # files hold six digits
         assert whole["measures"][name]["mean"] == pytest.approx(measure["mean"], abs=1e-4), name
-    commands = {out.name: result["command"]}
+    commands = {f"{out.name}, {number}": result["command"] for number in (1, 2)}
     assert whole["settings"] == result["settings"] | {"parts": commands}
     assert whole["quick"] and result_origin(whole) == result_origin(result)
     assert whole["seconds"] == pytest.approx(2 * result["seconds"], abs=0.11)
+
+
+def test_a_part_that_is_given_twice_and_no_name_at_all_are_refused(run, tmp_path):
+    _, out = run
+    again = out.parent / ".." / out.parent.name / out.name
+    for flags, message in (
+        (["--parts", str(out), str(again)], "is given twice"),
+        (["--only="], "--only= must be of GF-MH, "),
+    ):
+        with pytest.raises(InputError, match=message):
+            debate.main([f"--out={tmp_path / 'whole.json'}", *flags])
+    assert not (tmp_path / "whole.json").exists()
 
 
 def result_origin(result):
