@@ -38,17 +38,16 @@ def test_interpreted_kernel_starts_segments_from_zero(float64_in_every_thread, k
 
 @too_old
 @each_kernel
-def test_interpreted_kernel_of_one_chunk_without_states_matches_reference(
-    float64_in_every_thread, kernel, impl
+@pytest.mark.parametrize("read", [True, False], ids=["state read", "state unread"])
+def test_interpreted_kernel_of_one_chunk_without_initial_state_matches_reference(
+    float64_in_every_thread, kernel, impl, read
 ):
     *inputs, _ = kernel.per_token(kernel.make(length=64, heads=1))
 
     def without(name):
-        """No initial state, and no gradient of the final one."""
-
         def call(*z):
             y, state = kernel.run(name)(*z, None)
-            return y, jax.lax.stop_gradient(state)
+            return y, state if read else jax.lax.stop_gradient(state)
 
         return call
 
