@@ -83,8 +83,11 @@ def better(a, b, name="fusion", *, by):
         lines = [f"{label}: {_signed(*found[label])}" for label in reversed(found)]
         ours = "\n".join([f"{a} − {b}, {lines[0]}", *lines[1:]])
         mean, half, real = found.pop(labels[-1])
+        if real and mean < 0:
+            smaller = "in its direction: half of the published difference is ruled out"
+            return Verdict("reproduced", ours, smaller if mean - half > -by / 2 else "")
         if real:
-            return Verdict("reproduced" if mean < 0 else "refuted", ours)
+            return Verdict("refuted", ours)
         if half is None:
             return Verdict("undecided", ours, "a single seed has no interval")
         for there, _, real_there in found.values():

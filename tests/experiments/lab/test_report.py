@@ -104,6 +104,15 @@ def test_original_branch_alone_makes_an_artefact():
     assert verdict_of("gf-hy", found).verdict == "artefact"
 
 
+@pytest.mark.parametrize(("gain", "said"), [(0.02, "in its direction: half of"), (0.05, "")])
+def test_a_reproduced_difference_says_where_it_is_much_smaller(gain, said):
+    """0.02 ± 0.012 leaves out half of 0.071, and 0.05 ± 0.012 does not."""
+    found = {"fusion": a_result(measures=pairs(losses(gain), "best"))}
+    verdict = verdict_of("gf-hy", found)
+    assert verdict.verdict == "reproduced"
+    assert verdict.because.startswith(said) and bool(verdict.because) == bool(said)
+
+
 def test_a_single_seed_at_the_best_rates_leaves_a_claim_undecided():
     one = {name: values[:1] for name, values in losses(0.0).items()}
     found = {
