@@ -21,7 +21,7 @@ from gt_jax.errors import InputError
 ORDER = ("fusion", "ratio", "parity", "long_parity", "optimizers", "paradox", "characterize")
 ORDER += ("context", "recall", "needle", "states", "persistence", "toys", "interventions")
 ORDER += ("search", "pilot", "arbiters", "residual", "debate", "stability", "throughput")
-ORDER += ("fusion_cost", "scaling", "gates")
+ORDER += ("fusion_cost", "parallel", "scaling", "gates")
 
 LEAD = "parity"  # its first plot opens the page: the losses of all families
 PLOTS = 3  # of a result that are shown unfolded
