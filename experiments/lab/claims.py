@@ -74,7 +74,7 @@ CLAIMS = (
     ),
     Claim(
         "gf-cp",
-        "Of the five fusions GF is the best, ahead of CP.",
+        "One gate per position (GF) learns better than concatenating and projecting (CP).",
         "1.689 against 1.692",
         FUSIONS,
         *better("GF", "CP", by=0.003),

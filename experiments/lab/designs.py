@@ -26,6 +26,17 @@ PUBLISHED = REPAIRED | {"debate.diversity": "published", "debate.arbiter_target"
 COLUMNS = ["design", "parameters", "last", "best", "training", "rate", "RWKV share", "Mamba share"]
 COLUMNS += ["without RWKV", "without Mamba", "gate std, least", "blocks closed", "blocks constant"]
 
+MEANINGS = {
+    " path": "A path: the branch adds its input to its output before the fusion.",
+    " repaired": "Repaired: losses for weights of the better branch and for unlike branches.",
+    " branch losses": "Branch losses: the loss of each branch, decoded alone.",
+}
+
+
+def meanings(names):
+    """A sentence for each word of some designs' names that needs one."""
+    return [said for word, said in MEANINGS.items() if any(word in name for name in names)]
+
 
 def fields(fusion, residual="none", terms=None):
     """The config fields of a design of our branches."""
@@ -159,7 +170,7 @@ def study(
             comparisons.dots("Validation loss", losses),
             *([share_plot(shares)] if shares else []),
         ],
-        notes=[*([verdict(pairs, against)] if pairs else []), *notes],
+        notes=[*([verdict(pairs, against)] if pairs else []), *meanings(found), *notes],
         origin_of=joint_origin(origins),
     )
     if kept is not None:
@@ -169,7 +180,7 @@ def study(
 
 def share_plot(shares):
     """RWKV's share of the update, name -> [seeds]."""
-    dots = [results.dot(name, estimate(values)) for name, values in shares.items()]
+    dots = [results.dot(n, estimate(v), within=results.SHARE) for n, v in shares.items()]
     return results.plot("RWKV's share of the update", "mean over blocks", "", dots)
 
 

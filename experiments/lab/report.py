@@ -21,7 +21,7 @@ from gt_jax.errors import InputError
 ORDER = ("fusion", "ratio", "parity", "long_parity", "optimizers", "paradox", "characterize")
 ORDER += ("context", "recall", "needle", "states", "persistence", "toys", "interventions")
 ORDER += ("search", "pilot", "arbiters", "residual", "debate", "stability", "throughput")
-ORDER += ("fusion_cost", "scaling", "gates")
+ORDER += ("fusion_cost", "parallel", "scaling", "gates")
 
 LEAD = "parity"  # its first plot opens the page: the losses of all families
 PLOTS = 3  # of a result that are shown unfolded
@@ -83,7 +83,7 @@ def page(found: Mapping[str, dict]) -> str:
         "lead": lead(found),
         "findings": findings(judged),
         "contents": "".join(
-            f'<li><a href="#{escape(name)}">{escape(name)}</a> {escape(result["about"])}</li>'
+            f'<li><a href="#{escape(name)}">{escape(name)}</a> {escape(asked(result))}</li>'
             for name, result in found.items()
         ),
         "claims": "\n".join(claims_of(verdict, judged, found) for verdict in VERDICTS),
@@ -172,9 +172,9 @@ def section(result: Mapping) -> str:
     tables = "".join(map(html_table, result["tables"]))
     return f"""<section id="{escape(result["name"])}">
 <h2>{escape(result["name"])}</h2>
-<p>{escape(result["about"])}{trial}</p>
+<p>{escape(asked(result))}{trial}</p>
 {notes}{f'<div class="plots">{shown}</div>' if shown else ""}
-{fold(f"{len(plots) - PLOTS} more plots", f'<div class="plots">{more}</div>') if more else ""}
+{fold(more_plots(len(plots) - PLOTS), f'<div class="plots">{more}</div>') if more else ""}
 {fold(f"Tables ({len(result['tables'])})", f'<div class="tables">{tables}</div>', not plots)}
 {
         fold(
@@ -186,6 +186,16 @@ def section(result: Mapping) -> str:
         )
     }
 </section>"""
+
+
+def more_plots(count: int) -> str:
+    return f"{count} more plot{'s' if count > 1 else ''}"
+
+
+def asked(result: Mapping) -> str:
+    """The question of a result, and whose branch answers it where that is not ours."""
+    legacy = result["settings"].get("branch") == "legacy"
+    return result["about"] + (" Here with the original's branch." if legacy else "")
 
 
 def fold(title: str, content: str, unfolded: bool = False) -> str:

@@ -65,16 +65,22 @@ def line(name: str, x: Sequence[float], ys, *, within=(-math.inf, math.inf)) -> 
     Args:
         within: where values lie, SHARE for one; intervals end there.
     """
-    found = [estimate(column) for column in np.asarray(ys, float).T]
-    least, most = within
-    inside = lambda value: None if value is None else min(max(value, least), most)
-    ends = {part: [inside(f[part]) for f in found] for part in ("low", "high")}
+    found = [_within(estimate(column), within) for column in np.asarray(ys, float).T]
+    ends = {part: [f[part] for f in found] for part in ("low", "high")}
     return {"name": name, "x": [float(v) for v in x], "y": [f["mean"] for f in found]} | ends
 
 
-def dot(name: str, estimated: Mapping) -> dict:
-    """An estimate as a dot with its interval, on a line of its own."""
-    return {"name": name} | {part: estimated[part] for part in ("mean", "low", "high")}
+def dot(name: str, estimated: Mapping, *, within=(-math.inf, math.inf)) -> dict:
+    """An estimate as a dot with its interval, on a line of its own; `within` as of `line`."""
+    ended = _within(estimated, within)
+    return {"name": name} | {part: ended[part] for part in ("mean", "low", "high")}
+
+
+def _within(estimated: Mapping, ends: tuple[float, float]) -> dict:
+    """An estimate whose interval ends where its values do."""
+    least, most = ends
+    inside = lambda value: None if value is None else min(max(value, least), most)
+    return dict(estimated) | {part: inside(estimated[part]) for part in ("low", "high")}
 
 
 def write(

@@ -227,7 +227,10 @@ def plots_of(title, found, unit):
         )
         for what in ("RWKV", "Mamba")
     ]
-    shares = [results.line(when, layers, 1 - f["share"]) for when, f in found.items()]
+    shares = [
+        results.line(when, layers, 1 - f["share"], within=results.SHARE)
+        for when, f in found.items()
+    ]
     return [
         results.plot(
             f"{title}: one branch replaced by its mean", "block", f"nats per {unit} added", lines

@@ -151,7 +151,7 @@ def gate_plot(title, gates):
     steps = gates.shape[2]
     shown = np.unique(np.linspace(0, steps - 1, min(POINTS, steps)).astype(int))
     series = [
-        results.line(NAMES[start], shown, gate.mean(-1)[:, shown])
+        results.line(NAMES[start], shown, gate.mean(-1)[:, shown], within=results.SHARE)
         for start, gate in zip(STARTS, gates)
     ]
     return results.plot(title, "step", "share of RWKV", series)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.lab import claims, formats, measures, report, results, rules
+from experiments.lab import claims, designs, formats, measures, report, results, rules
 from experiments.lab.statistics import compare, estimate
 from gt_jax.errors import InputError
 
@@ -244,6 +244,26 @@ def test_page_rebuilds_to_the_byte_and_needs_nothing_else(page):
     assert report.page(found) == text
     assert not re.search(r"https?:|//[a-z]|\bsrc=|@import|\burl\(|\bfetch\b|<script", text)
     assert "&lt;script&gt;x()&lt;/script&gt; &amp; {{nav}} \\1" in text
+
+
+def test_page_says_whose_branch_a_result_is_of_and_counts_folded_plots():
+    ours = a_result() | {"settings": {"branch": "official"}}
+    theirs = a_result("fusion-legacy") | {"settings": {"branch": "legacy"}}
+    theirs["plots"] = theirs["plots"] * 2
+    text = report.page({"fusion": ours, "fusion-legacy": theirs})
+    assert (
+        text.count("Here with the original&#x27;s branch.") == 2
+    )  # in the contents, at the result
+    assert ">1 more plot<" in text and report.more_plots(8) == "8 more plots"
+
+
+def test_designs_are_explained_where_their_names_do_not():
+    assert designs.meanings(["GF-MH", "minGRU"]) == []
+    assert [each.split(":")[0] for each in designs.meanings(designs.SEARCHED)] == [
+        "A path",
+        "Repaired",
+        "Branch losses",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,8 @@ def test_intervals_of_shares_end_where_shares_do():
     line = results.line("GF", [1, 2], [[0.0, 1.0], [0.1, 0.7]], within=results.SHARE)
     assert line["y"] == pytest.approx([0.05, 0.85])
     assert line["low"] == [0, 0] and line["high"][1] == 1 and 0.1 < line["high"][0] < 1
+    dot = results.dot("GF", estimate([0.0, 0.1, 0.8]), within=results.SHARE)
+    assert dot["mean"] == pytest.approx(0.3) and dot["low"] == 0 and 0.8 < dot["high"] <= 1
 
 
 def test_tables_are_printed_and_plots_drawn(written):
