@@ -38,6 +38,9 @@ def meanings(names):
     return [said for word, said in MEANINGS.items() if any(word in name for name in names)]
 
 
+_ENDS = ("variance growth", "variance growth, untrained", "entropy", "top")
+
+
 def fields(fusion, residual="none", terms=None):
     """The config fields of a design of our branches."""
     return {"model.fusion": fusion, "model.residual": residual} | dict(terms or {})
@@ -144,21 +147,7 @@ def study(
             results.table(
                 "Residual stream and output",
                 ["design", "variance growth", "untrained", "entropy", "top"],
-                [
-                    [
-                        n,
-                        *(
-                            estimate(found[n][k])
-                            for k in (
-                                "variance growth",
-                                "variance growth, untrained",
-                                "entropy",
-                                "top",
-                            )
-                        ),
-                    ]
-                    for n in ranked(found)
-                ],
+                [[n, *(estimate(found[n][key]) for key in _ENDS)] for n in ranked(found)],
                 "Growth is the variance behind the last block over that behind the first; "
                 "untrained, of the initial weights. Entropy in nats, and the largest probability, "
                 "of the prediction: means over positions.",
