@@ -11,6 +11,7 @@ published difference is contradicted too where the interval rules out half of it
 value_of(a Measure of lab/measures.py), which raises NotMeasured for what is not there.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -209,11 +210,19 @@ def judge_extremes(value_of):
 
 def judge_attractor(value_of):
     """Judge of whether gates converge, by the criterion of questions/ratio.py at both rates."""
-    kept = {at: value_of(measure) for at, measure in measures.SPREAD_KEPT.items()}
-    found = [value_of(measure) for measure in measures.ATTRACTOR.values()]
-    ours = "\n".join(f"spread kept at {at}: {formats.show(k)}" for at, k in kept.items())
+
+    def read(spread, criterion):
+        kept = {at: value_of(measure) for at, measure in spread.items()}
+        text = "\n".join(f"spread kept at {at}: {formats.show(k)}" for at, k in kept.items())
+        return text, [value_of(measure) for measure in criterion.values()]
+
+    ours, found = read(measures.SPREAD_KEPT, measures.ATTRACTOR)
     if set(found) == {"attractor"}:
         return Verdict("reproduced", ours)
+    with contextlib.suppress(NotMeasured):
+        theirs, published = read(measures.SPREAD_KEPT_PUBLISHED, measures.ATTRACTOR_PUBLISHED)
+        if set(found) == {"none"} and set(published) == {"attractor"}:
+            return Verdict("artefact", f"{ours}\nwith the original's branch:\n{theirs}")
     if set(found) == {"none"}:
         return Verdict("refuted", ours)
     return Verdict("undecided", ours, f"the criterion says {' and '.join(found)} at the two rates")

@@ -126,15 +126,16 @@ def test_a_single_seed_at_the_best_rates_leaves_a_claim_undecided():
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ([0.7, 0.71, 0.69], "reproduced"),
-        ([0.3, 0.31, 0.32], "refuted"),
-        ([0.55, 0.65, 0.6], "undecided"),
-        ([0.7], "undecided"),
+        ([4.0, 4.1, 3.9], "reproduced"),
+        ([1.6, 1.7, 1.6], "refuted"),
+        ([2.5, 3.5, 3.0], "undecided"),
+        ([4.0], "undecided"),
     ],
 )
 def test_a_figure_is_judged_by_its_interval(values, verdict):
-    measures = {"final gate GF-MH 0.3 at 3e-4": estimate(values)}
-    assert verdict_of("drift", {"ratio": a_result("ratio", measures)}).verdict == verdict
+    found = {"training speed GPT-2 / GF-MH": estimate(values)}
+    found = {"throughput": a_result("throughput", found)}
+    assert verdict_of("gpt2-speed", found).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -155,17 +156,25 @@ def test_a_figure_of_unfair_conditions_is_an_artefact(theirs, fair, verdict):
 
 
 @pytest.mark.parametrize(
-    ("kept", "verdict"), [(("attractor",) * 2, "reproduced"), (("none",) * 2, "refuted"),
-                          (("attractor", "none"), "undecided")],
-)  # fmt: skip
-def test_attractor_must_show_at_both_rates(kept, verdict):
-    measures = {}
-    for rate, each in zip(("0.0003", "0.003"), kept):
-        measures |= {
-            f"gate spread kept at {rate}": estimate([0.1, 0.2]),
-            f"attractor at {rate}": each,
-        }
-    assert verdict_of("attractor", {"ratio": a_result("ratio", measures)}).verdict == verdict
+    ("kept", "theirs", "verdict"),
+    [
+        (("attractor",) * 2, None, "reproduced"),
+        (("none",) * 2, None, "refuted"),
+        (("none",) * 2, ("none", "attractor"), "refuted"),
+        (("none",) * 2, ("attractor",) * 2, "artefact"),
+        (("attractor", "none"), ("attractor",) * 2, "undecided"),
+    ],
+)
+def test_attractor_must_show_at_both_rates(kept, theirs, verdict):
+    """And is an artefact if it shows with the original's branch alone."""
+
+    def result(name, found):
+        measures = {f"attractor at {rate}": each for rate, each in zip((3e-4, 3e-3), found)}
+        kept = {f"gate spread kept at {rate}": estimate([0.1, 0.2]) for rate in (3e-4, 3e-3)}
+        return {name: a_result(name, measures | kept)}
+
+    found = result("ratio", kept) | (result("ratio-legacy", theirs) if theirs else {})
+    assert verdict_of("attractor", found).verdict == verdict
 
 
 @pytest.mark.parametrize(
