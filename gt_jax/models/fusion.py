@@ -3,12 +3,14 @@
 A fusion is a module of (rwkv, mamba, state, segment_ids) -> (fused, state) with rwkv, mamba and
 fused [B, T, D]. The fusions here keep no state; `arbiter.py` has those
 that do, `glu.py` those that read the block's input. To add one, write
-the module and put it into FUSIONS; nothing else names a fusion. A fusion that weighs the RWKV
+the module and put it into FUSIONS; nothing else has to name it. A fusion that weighs the RWKV
 branch records that weight as "gate" and starts it at initial_share(self). Its class may say
 
     default_share    RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
     reads_input      True: it is also called with block_input=, the block's normalised input
     branch_epsilon   of its branch_norm where model.branch_epsilon is None: 1e-2 if not said
+    score            a method, as MinGRU's, of one that is `blend` of what it gives: a kernel may
+                     then join the branches, add them to the stream and take the next norm
 
 What it records as "from_rwkv" [B, T, D] is RWKV's term of its sum; it need not say so if that is
 the gate times the branch. Analysis reads both.

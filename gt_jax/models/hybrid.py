@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.models import blocks, stream
-from gt_jax.models.arbiter import MinGRU, RunningMean, blend
+from gt_jax.models.arbiter import blend
 from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS, Gate
@@ -99,7 +99,7 @@ class Block(nn.Module):
             record(fusion, gate=gate)
             if self.is_mutable_collection("activations"):  # computed if anybody uses it
                 record(self, fused=fusion.join(gate, *branches))
-        elif joins and isinstance(fusion, MinGRU | RunningMean):
+        elif joins and hasattr(fusion, "score"):
             norm = rms_norm(c, "ffn_norm")
             given = fusion.score(*branches, fusion_state, segment_ids)
             branches, score, bias, fusion_state = given
