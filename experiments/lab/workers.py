@@ -27,9 +27,16 @@ class Work(NamedTuple):
     measure: Callable[..., Any]
     arguments: tuple
     cards: int  # GPUs that the process sees
+    first_card: int = 0  # the first of them
 
 
-def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.inf) -> dict:
+def run_all(
+    works: Sequence[Work],
+    *,
+    here: bool = False,
+    seconds: float = math.inf,
+    on_found: Callable[[str, Any], None] = lambda name, measured: None,
+) -> dict:
     """name -> what was measured, or {"reason": why nothing was}.
 
     Each is printed as soon as it is there, should a later one end it all.
@@ -38,6 +45,7 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
         works: in the order in which they are measured.
         here: in threads of this process, where what is measured means nothing.
         seconds: in which all must end.
+        on_found: called with a name and what is found of it, as soon as it is there.
 
     Raises:
         InputError: from a function of the works.
@@ -46,7 +54,7 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
     with contextlib.ExitStack() as stack:
         waiting = []
         for work in works:
-            worker = stack.enter_context(ThreadPoolExecutor(1) if here else _process(work.cards))
+            worker = stack.enter_context(ThreadPoolExecutor(1) if here else _process(work))
             process = None if here else worker.submit(os.getpid)
             waiting.append((work, worker, process, worker.submit(work.prepare, *work.arguments)))
 
@@ -72,6 +80,7 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
             if made[work.name] is None:
                 found[work.name] = wait(_measuring(worker, work), pid, 1)
             print(f"{work.name}: {found[work.name]}", flush=True)
+            on_found(work.name, found[work.name])
             worker.shutdown()  # and what it holds of the memory is free
     return found
 
@@ -98,11 +107,12 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _process(cards):
+def _process(work):
+    cards = range(work.first_card, work.first_card + work.cards)
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (cards,))
 
 
 def _begin(cards):
     """Of a process: other GPUs are neither started nor take memory."""
-    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(cards))))
+    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, cards)))
     gc.disable()  # tracing makes objects by the million and little garbage

@@ -67,8 +67,8 @@ def test_a_process_that_died_before_its_turn_leaves_the_others_their_measures():
 
     with pytest.MonkeyPatch.context() as patch:
         pool = workers._process
-        of_cards = lambda cards: pool(cards) if cards > 1 else ThreadPoolExecutor(1)
-        patch.setattr(workers, "_process", of_cards)
+        of_work = lambda work: pool(work) if work.cards > 1 else ThreadPoolExecutor(1)
+        patch.setattr(workers, "_process", of_work)
         first = workers.Work("first", lambda: None, wait_and_measure, (), 1)
         dies = workers.Work("dies", prepare_to_die, measure, ("dies",), 2)
         last = workers.Work("last", lambda: None, lambda: "too", (), 1)
