@@ -6,7 +6,7 @@
 
 A config may be followed by fields to change in it, each after a colon. Every one is trained on
 random tokens by the trainer's own step, in rows of its train.seq_len and as many as make --tokens
-a step, with each model.remat of --remat.
+a step (or as train.batch_size says after a colon), with each model.remat of --remat.
 
 A program has a process of its own, so that peak memory is its own. --at_once programs of a GPU
 compile side by side, without a cache on disk, and are then timed one after another, those that
@@ -34,6 +34,7 @@ from gt_jax.training import backend
 from gt_jax.training.utilization import flops_per_token, peak_flops
 
 REMAT = ("full", "dots", "none")  # what stores least first: what needs most is then alone
+CHARACTERS = 65  # token ids where a token is a character
 COLUMNS = ["config", "rows x length", "remat", "parameters", "first step s", "ms a step"]
 COLUMNS += ["tokens/s", "share of peak", "peak MiB", "program MiB"]
 TITLE = "Training by what the backward pass recomputes"
@@ -68,12 +69,12 @@ def main(argv=None):
     for name in ("tokens", "timed_steps", "at_once"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}={getattr(options, name)} must be at least 1")
-    jobs = jobs_of(options)
-    path = results.path_of(options)
-    before = results.read(path)["tables"][0]["rows"] if options.add and path.exists() else []
     # Programs share a GPU's memory: none takes most of it beforehand, and one may have nearly all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    jobs = jobs_of(options)
+    path = results.path_of(options)
+    before = results.read(path)["tables"][0]["rows"] if options.add and path.exists() else []
     found, lock = {}, threading.Lock()
 
     def write(name, row):
@@ -111,22 +112,25 @@ def jobs_of(options):
         for given in dict.fromkeys(options.config.split(",")):
             name, *changes = given.split(":")
             settings = flatten(to_dict(from_config_dict(load_config(name))))
+            settings |= {"model.impl": options.impl, "optim.grad_accumulation": 1}
+            settings["train.batch_size"] = None
             for change in changes:
                 field, _, value = change.partition("=")
                 if field not in settings:
                     raise InputError(f"--config={given}: {field!r} is no field of a config")
                 settings[field] = read_value(value)
             settings |= command.QUICK if options.quick else {}
-            length = settings["train.seq_len"]
-            tokens = 2 * length if options.quick else options.tokens
-            settings |= {"model.remat": remat, "model.impl": options.impl}
-            settings |= {"train.batch_size": tokens // length, "optim.grad_accumulation": 1}
+            length, rows = settings["train.seq_len"], settings["train.batch_size"]
+            if rows is None:
+                rows = options.tokens // length
+                if options.tokens % length:
+                    raise InputError(
+                        f"--tokens={options.tokens} must be a multiple of train.seq_len={length} of"
+                        f" {given}"
+                    )
+            settings |= {"model.remat": remat, "train.batch_size": rows}
             config = from_config_dict(unflatten(settings))
-            if tokens % length:
-                raise InputError(
-                    f"--tokens={tokens} must be a multiple of train.seq_len={length} of {given}"
-                )
-            jobs.append(Job(given, remat, tokens // length, length, config))
+            jobs.append(Job(given, remat, rows, length, config))
     return jobs
 
 
@@ -147,7 +151,8 @@ def prepare(options, job):
     """Compile a program, of which the time is measured: not one that a cache has."""
     backend.prepare()
     jax.config.update("jax_enable_compilation_cache", False)
-    vocab = 97 if options.quick else job.config.data.vocab_size
+    data = job.config.data
+    vocab = data.vocab_size if data.tokenizer == "sentencepiece" else CHARACTERS
     _ready[job.name] = Trainer(job.config, vocab, jax.local_devices()[:1])
 
 

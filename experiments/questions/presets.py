@@ -43,13 +43,11 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=Path, default=results.FOLDER / "presets.json", help="result to write"
     )
-    parser.add_argument("--source", help="text, as data.source, instead of the configs'")
     parser.add_argument("--against", type=Path, help="an older result to compare with")
     options = parser.parse_args(argv)
     before = read_rows(options.against) if options.against else []
 
-    fields = {"train.steps": options.steps, "data.source": options.source}
-    changes = {field: value for field, value in fields.items() if value}
+    changes = {"train.steps": options.steps} if options.steps else {}
     # Seed by seed: the programs of the first are on disk for the others.
     tasks = [(name, changes, seed) for seed in range(options.seeds) for name in options.configs]
     rows = []

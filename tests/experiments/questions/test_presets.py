@@ -71,9 +71,9 @@ def test_seeds_are_trained_in_turn_and_compared(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(presets, "run_all", run_all)
     old, out = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps({"rows": runs({"tiny": [1.6]}, steps=5)}))
-    flags = ["--seeds=2", "--steps=5", "--source=text.txt", f"--out={out}", f"--against={old}"]
+    flags = ["--seeds=2", "--steps=5", f"--out={out}", f"--against={old}"]
     presets.main(["tiny", "gpt2", *flags])
-    changes = {"train.steps": 5, "data.source": "text.txt"}
+    changes = {"train.steps": 5}
     assert asked == [(name, changes, seed) for seed in (0, 1) for name in ("tiny", "gpt2")]
     assert "seeds scatter by 0.0071" in capsys.readouterr().out
     assert len(presets.read_rows(out)) == 4
