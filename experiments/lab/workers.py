@@ -29,7 +29,13 @@ class Work(NamedTuple):
     cards: int  # GPUs that the process sees
 
 
-def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.inf) -> dict:
+def run_all(
+    works: Sequence[Work],
+    *,
+    here: bool = False,
+    seconds: float = math.inf,
+    each: Callable[[dict], None] = lambda found: None,
+) -> dict:
     """name -> what was measured, or {"reason": why nothing was}.
 
     Each is printed as soon as it is there, should a later one end it all.
@@ -38,6 +44,7 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
         works: in the order in which they are measured.
         here: in threads of this process, where what is measured means nothing.
         seconds: in which all must end.
+        each: called with what was measured so far, after every work.
 
     Raises:
         InputError: from a function of the works.
@@ -72,6 +79,7 @@ def run_all(works: Sequence[Work], *, here: bool = False, seconds: float = math.
             if made[work.name] is None:
                 found[work.name] = wait(_measuring(worker, work), pid, 1)
             print(f"{work.name}: {found[work.name]}", flush=True)
+            each(found)
             worker.shutdown()  # and what it holds of the memory is free
     return found
 
