@@ -18,6 +18,7 @@ parameters in a second run. Every program has a process of its own, so that peak
 and all compile before the first is timed.
 """
 
+import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.parallel_tables import (
-    RECURRENCE_COLUMNS,
-    SPEEDUP_COLUMNS,
-    TRAINING_COLUMNS,
-    cells,
-    compare,
-    speedups,
-)
-from experiments.lab import command, programs, results, traces, workers
+from experiments.benchmarks.parallel_tables import write
+from experiments.lab import command, programs, traces, workers
 from experiments.lab.recurrences import (
     OPS,
     STATE_SIZE,
@@ -112,43 +106,11 @@ def main(argv=None):
         workers.Work(job.name, prepare_training, time_training, (options, job), job.cards)
         for job in jobs
     ]
-    found = workers.run_all(works, here=options.quick, seconds=options.seconds)
-    rows = found.get("recurrences", [])
-    if isinstance(rows, dict):  # the reason why there are none
-        rows = [[op, n, rows["reason"]] + [None] * 4 for op in OPS for n in (1, *options.cards)]
-    trained = compare(jobs, found)
-    measures = {
-        f"{job.name} {name}": row[name]
-        for job, row in trained
-        for name in ("tokens/s", "speedup", "collectives", "exposed", "state bytes")
-        if row.get(name) is not None
-    }
-    measures |= {
-        f"{op} on {cards} speedup": speedup
-        for op, cards, *_, speedup, _, _ in rows
-        if speedup is not None and cards > 1
-    }
-    results.write(
-        options,
-        settings={"cards": options.cards, "rows": options.rows, "length": options.length}
-        | {"stretches": len(options.seeds), "steps of a stretch": options.timed_steps},
-        measures=measures,
-        tables=[
-            results.table(
-                "Collectives",
-                ["config", "mode", "cards", "kernel", "ms a step"],
-                [
-                    [job.config, job.mode, job.cards, kernel, ms]
-                    for job, row in trained
-                    for kernel, ms in row.get("kernels", {}).items()
-                ],
-            ),
-            results.table("Recurrences, forward and backward", RECURRENCE_COLUMNS, rows),
-            results.table("Training", TRAINING_COLUMNS, [cells(job, row) for job, row in trained]),
-            results.table("Speedups", SPEEDUP_COLUMNS, speedups(rows, trained)),
-        ],
-        notes=["A time is the median of the stretches; ± is half their range."],
-    )
+    # What is there so far is a result, should the machine go before all is measured.
+    later = {work.name: {"reason": "not measured"} for work in works}
+    keep = lambda found: write(options, jobs, later | found, shown=False)
+    found = workers.run_all(works, here=options.quick, seconds=options.seconds, each=keep)
+    write(options, jobs, found)
 
 
 def numbers_of_cards(options, parts):
@@ -175,17 +137,20 @@ def numbers_of_cards(options, parts):
 
 
 def training_jobs(options, parts):
-    """The programs of training that some parts need, in the order in which they are timed."""
+    """The programs of training that some parts need, in the order in which they are timed.
+
+    Should the time not suffice, the first config and the long row have come first.
+    """
     quick = command.QUICK if options.quick else {}
     rows = quick.get("train.batch_size", options.rows)
     # One update before the second step: the losses compared are of parameters that moved.
     common = quick | {"optim.grad_accumulation": 1, "optim.warmup_steps": 1}
     common |= {"model.impl": options.impl}
     modes = [mode for mode in ("data", "fsdp") if mode in parts]
-    jobs, references = [], []
+    groups, long_row = [], []
     for config in dict.fromkeys(options.config.split(",")) if modes else ():
         common["train.seq_len"] = quick.get("train.seq_len", load_config(config).train.seq_len)
-        jobs.append(Job("one card", config, 1, common | {"train.batch_size": rows}))
+        jobs = [Job("one card", config, 1, common | {"train.batch_size": rows})]
         for n in reversed(options.cards):
             cut = {"data": {}, "fsdp": {"parallel.fsdp": n}}
             jobs += [
@@ -196,15 +161,16 @@ def training_jobs(options, parts):
         n = math.lcm(*options.cards)
         again = common | {"train.batch_size": n * rows, "optim.grad_accumulation": n}
         compared = {cards: cards * rows for cards in options.cards}
-        references.append(Job("reference", config, 1, again, compared))
+        groups.append([*jobs, Job("reference", config, 1, again, compared)])
     if "sequence" in parts:
         long = common | {"train.batch_size": 1, "train.seq_len": options.length}
-        jobs.append(Job("one card, long", LONG, 1, long))
-        jobs += [
+        long_row.append(Job("one card, long", LONG, 1, long))
+        long_row += [
             Job("sequence", LONG, n, long | {"parallel.sequence": n})
             for n in reversed(options.cards)
         ]
-    return jobs + references
+    first, others = (groups or [[]])[0], itertools.chain(*groups[1:])
+    return [*first[:-1], *long_row, *first[-1:], *others]
 
 
 _ready = {}  # of this process: name -> what `prepare_...` made

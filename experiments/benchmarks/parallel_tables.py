@@ -2,6 +2,9 @@
 
 import statistics
 
+from experiments.lab import results
+from experiments.lab.recurrences import OPS
+
 # Speedups to reach, by what cards share: rows of a batch or tokens of a row.
 WANTED = {"rows": {2: 1.9, 4: 3.6}, "tokens": {2: 1.7, 4: 2.9}}
 MODES = ("one card", "data", "fsdp", "one card, long", "sequence")  # and "reference"
@@ -10,6 +13,47 @@ TRAINING_COLUMNS += ["peak MiB a card", "state MiB a card", "collectives", "expo
 TRAINING_COLUMNS += ["loss difference", "same bits", "compile s"]
 RECURRENCE_COLUMNS = ["recurrence", "cards", "length", "ms", "speedup", "MiB a card", "difference"]
 SPEEDUP_COLUMNS = ["of", "mode", "cards", "speedup", "wanted", "state, of one card's"]
+
+
+def write(options, jobs, found, shown=True):
+    """The result of what `workers.run_all` found, as a file and, if it is to be shown, printed."""
+    rows = found.get("recurrences", [])
+    if isinstance(rows, dict):  # the reason why there are none
+        rows = [[op, n, rows["reason"]] + [None] * 4 for op in OPS for n in (1, *options.cards)]
+    trained = compare(jobs, found)
+    measures = {
+        f"{job.name} {name}": row[name]
+        for job, row in trained
+        for name in ("tokens/s", "speedup", "collectives", "exposed", "state bytes")
+        if row.get(name) is not None
+    }
+    measures |= {
+        f"{op} on {cards} speedup": speedup
+        for op, cards, *_, speedup, _, _ in rows
+        if speedup is not None and cards > 1
+    }
+    results.write(
+        options,
+        settings={"cards": options.cards, "rows": options.rows, "length": options.length}
+        | {"stretches": len(options.seeds), "steps of a stretch": options.timed_steps},
+        measures=measures,
+        tables=[
+            results.table(
+                "Collectives",
+                ["config", "mode", "cards", "kernel", "ms a step"],
+                [
+                    [job.config, job.mode, job.cards, kernel, ms]
+                    for job, row in trained
+                    for kernel, ms in row.get("kernels", {}).items()
+                ],
+            ),
+            results.table("Recurrences, forward and backward", RECURRENCE_COLUMNS, rows),
+            results.table("Training", TRAINING_COLUMNS, [cells(job, row) for job, row in trained]),
+            results.table("Speedups", SPEEDUP_COLUMNS, speedups(rows, trained)),
+        ],
+        notes=["A time is the median of the stretches; ± is half their range."],
+        shown=shown,
+    )
 
 
 def compare(jobs, found):

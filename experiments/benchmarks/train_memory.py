@@ -77,10 +77,10 @@ def main(argv=None):
     before = results.read(path)["tables"][0]["rows"] if options.add and path.exists() else []
     found, lock = {}, threading.Lock()
 
-    def write(name, row):
+    def keep(of_a_wave):
         with lock:
-            found[name] = row
-            write_result(options, rows_of(jobs, found, before), show=False)
+            found.update(of_a_wave)
+            write_result(options, rows_of(jobs, found, before), shown=False)
 
     on_gpu = jax.default_backend() == "gpu" and not options.quick
     cards = jax.local_device_count() if on_gpu else 1
@@ -92,12 +92,12 @@ def main(argv=None):
         ]
         for first in range(0, len(works), options.at_once):
             wave = works[first : first + options.at_once]
-            workers.run_all(wave, here=options.quick, on_found=write)
+            workers.run_all(wave, here=options.quick, each=keep)
 
     with ThreadPoolExecutor(cards) as pool:
         for done in [pool.submit(measure_on, card) for card in range(cards)]:
             done.result()
-    write_result(options, rows_of(jobs, found, before), show=True)
+    write_result(options, rows_of(jobs, found, before), shown=True)
 
 
 def jobs_of(options):
@@ -201,8 +201,8 @@ def cells(job, row):
     return [*first, *numbers, mib("peak"), mib("program")]
 
 
-def write_result(options, rows, show):
-    """Write rows of the table, and print it if `show`."""
+def write_result(options, rows, shown):
+    """Write rows of the table, and print it if `shown`."""
     measures = {
         f"{' '.join(row[:3])} {name}": row[COLUMNS.index(name)]
         for row in rows
@@ -219,7 +219,7 @@ def write_result(options, rows, show):
             "A time is the median of the stretches; ± is half their range. The first step is that "
             "of a process that compiles beside others, without a cache.",
         ],
-        show=show,
+        shown=shown,
     )
 
 

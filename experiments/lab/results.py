@@ -93,9 +93,9 @@ def write(
     notes: Sequence[str] = (),
     name: str | None = None,
     origin_of: Mapping | None = None,
-    show: bool = True,
+    shown: bool = True,
 ) -> dict:
-    """Write a result and a PNG beside it, print the tables, and return what was written.
+    """Write a result and a PNG beside it, print its tables, and return what was written.
 
     Args:
         options: from `parse`; options.out names the file; FOLDER/<name>.json if it is not set.
@@ -105,7 +105,7 @@ def write(
             can be run in several ways has one for each.
         origin_of: what `origin` said where the measures are from, and the seconds it took there;
             None where they are from here.
-        show: print; not where more of the result follows.
+        shown: whether tables are printed; not while more is measured.
 
     Raises:
         OSError: the file cannot be written.
@@ -132,7 +132,7 @@ def write(
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
     if plots:
         png.draw(result["plots"], path.with_suffix(".png"))
-    if not show:
+    if not shown:
         return result
     tables = "".join("\n" + formats.as_text(each) + "\n" for each in result["tables"])
     print(f"{tables}\n{path} after {result['seconds']:.0f} s on {result['device']}", flush=True)

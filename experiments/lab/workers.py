@@ -35,7 +35,7 @@ def run_all(
     *,
     here: bool = False,
     seconds: float = math.inf,
-    on_found: Callable[[str, Any], None] = lambda name, measured: None,
+    each: Callable[[dict], None] = lambda found: None,
 ) -> dict:
     """name -> what was measured, or {"reason": why nothing was}.
 
@@ -45,7 +45,7 @@ def run_all(
         works: in the order in which they are measured.
         here: in threads of this process, where what is measured means nothing.
         seconds: in which all must end.
-        on_found: called with a name and what is found of it, as soon as it is there.
+        each: called with what was measured so far, after every work.
 
     Raises:
         InputError: from a function of the works.
@@ -80,7 +80,7 @@ def run_all(
             if made[work.name] is None:
                 found[work.name] = wait(_measuring(worker, work), pid, 1)
             print(f"{work.name}: {found[work.name]}", flush=True)
-            on_found(work.name, found[work.name])
+            each(found)
             worker.shutdown()  # and what it holds of the memory is free
     return found
 

@@ -291,6 +291,9 @@ def record(module: nn.Module, **activations: jax.Array) -> None:
 
 def segment_index(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
     """[B, T] int32: 0 in a row's first segment, 1 in the next and so on."""
+    if segment_ids is None:
+        # XLA computes sums of constants while it compiles, a second for 65 536 tokens.
+        return jnp.zeros(shape, jnp.int32)
     return jnp.cumsum(resets(segment_ids, shape), axis=1, dtype=jnp.int32)
 
 

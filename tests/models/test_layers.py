@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from gt_jax.models.layers import RMSNorm, gelu
+from gt_jax.models.layers import RMSNorm, gelu, segment_index
 from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
 B, T, D, WIDTH = 2, 11, 8, 4
@@ -85,3 +85,11 @@ def test_convolution_matches_a_matrix_over_time(ids):
     same_with_gradients(
         found, expected, draw(0, B, T, D), draw(1, B, WIDTH - 1, D), draw(2, D, WIDTH), draw(3, D)
     )
+
+
+def test_rows_of_one_segment_leave_no_sum_to_the_compiler():
+    one = jnp.full((B, T), 7)
+    assert_allclose(segment_index(None, (B, T)), segment_index(one, (B, T)))
+    assert segment_index(None, (B, T)).dtype == segment_index(one, (B, T)).dtype
+    assert "cumsum" in str(jax.make_jaxpr(lambda ids: segment_index(ids, (B, T)))(one))
+    assert "cumsum" not in str(jax.make_jaxpr(lambda: segment_index(None, (B, T)))())

@@ -128,7 +128,7 @@ def test_recurrences_over_devices_are_those_of_one(result):
 
 def options_of(*flags, cards=(4,)):
     parser = command.parser("parallel", "")
-    values = {"config": "gf_mh_350m", "rows": 16, "length": 131072}
+    values = {"config": "gf_mh_350m", "rows": 16, "length": 131072, "timed_steps": 4}
     parser.set_defaults(**values, cards=list(cards))
     return command.parse(parser, list(flags))
 
@@ -156,10 +156,38 @@ def test_one_reference_serves_every_number_of_cards():
     options.config = "gf_mh_base,gf_mh_350m"
     jobs = parallel.training_jobs(options, ["data"])
     modes = ["one card", "data", "data", "data"]
-    assert [job.mode for job in jobs] == 2 * modes + 2 * ["reference"]
+    assert [job.mode for job in jobs] == 2 * [*modes, "reference"]
     assert [job.config for job in jobs if job.mode == "reference"] == options.config.split(",")
     assert jobs[-1].compared == {2: 32, 3: 48, 4: 64}
     assert jobs[-1].changes["train.batch_size"] == 12 * 16
+
+
+def test_first_config_and_long_row_come_first():
+    options = options_of()
+    options.config = "gf_mh_350m,gf_mh_1b"
+    jobs = parallel.training_jobs(options, ["data", "sequence"])
+    assert [job.name for job in jobs] == [
+        "gf_mh_350m one card",
+        "gf_mh_350m data on 4",
+        "gf_mh_base one card, long",
+        "gf_mh_base sequence on 4",
+        "gf_mh_350m reference",
+        "gf_mh_1b one card",
+        "gf_mh_1b data on 4",
+        "gf_mh_1b reference",
+    ]
+
+
+def test_what_is_there_is_a_result_before_all_is_measured(tmp_path):
+    options = options_of(f"--out={tmp_path / 'parallel.json'}")
+    jobs = parallel.training_jobs(options, ["sequence"])
+    later = {name: {"reason": "not measured"} for name in ("recurrences", *(j.name for j in jobs))}
+    numbers = {"ms": 2.0, "tokens/s": {"values": [8.0]}, "peak": None, "state bytes": 2**20}
+    numbers |= {"same bits": True, "compile s": 1.0, "losses": [2.0]}
+    parallel_tables.write(options, jobs, later | {jobs[0].name: numbers}, shown=False)
+    one, several = rows(json.loads(options.out.read_text()), "Training")
+    assert (one["ms a step"], one["state MiB a card"]) == (2.0, 1.0)
+    assert several["ms a step"] == "not measured" and several["speedup"] is None
 
 
 def test_what_fails_is_a_row_with_the_reason():

@@ -45,10 +45,12 @@ def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd):
         for cards, (name, made) in enumerate(kinds.items(), 1)
     ]
     began = time.time()
-    found = workers.run_all(works, seconds=20)
+    kept = []
+    found = workers.run_all(works, seconds=20, each=lambda found: kept.append(list(found)))
     assert time.time() - began < 40
     assert found["slow"] == {"reason": "not ready after 12 s"}
     assert found["bad"] == {"reason": "RuntimeError: no bad"}
+    assert kept == [list(kinds)[:n] for n in (1, 2, 3, 4)]
     (*one, first), (*two, second) = found["one"], found["two"]
     assert (one, two) == (["one", "0"], ["two", "0,1,2,3"]) and first < second
     printed = capfd.readouterr().out
