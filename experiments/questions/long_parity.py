@@ -10,6 +10,9 @@ they are 205 million. First one seed of each family trains for a tenth of the st
 The rate with the lowest loss on the first half of the validation text then trains every seed in
 full. Losses are of the second half. A twentieth of the steps warms up.
 
+The trained GF-MH then reads some tokens of the validation text twice, from the 64 tokens before
+them and from the 512. GPT-2 has 128 positions.
+
 It takes half an hour of an H200. Parts of it run on several GPUs, or one after another:
 
     python -m experiments long_parity --source=PREPARED --rates_only --out=rates.json
@@ -19,18 +22,23 @@ It takes half an hour of an H200. Parts of it run on several GPUs, or one after 
 
 import argparse
 import dataclasses
+import functools
 import math
 import time
 
+import jax
 import numpy as np
 
 from experiments import lab
 from experiments.lab import command, parts, results, unfinished
 from experiments.lab.comparisons import best_rate, difference_table, second_half
+from experiments.lab.contexts import by_context
 from experiments.lab.families import HYBRID, counted_parameters, match
 from experiments.lab.statistics import compare, estimate
 from gt_jax.errors import InputError
+from gt_jax.models import make_model
 from gt_jax.training.model import make_model_config
+from gt_jax.training.text import read_text
 from gt_jax.training.utilization import flops_per_token
 
 SIZE = (192, 8)  # width and blocks of the hybrid
@@ -40,13 +48,11 @@ FAMILIES = (HYBRID, GPT)
 BATCH = {"train.batch_size": 32, "train.seq_len": 128}
 COLUMNS = ["model", "shape", "parameters", "in blocks", "rate", "loss", "MFLOPs per token"]
 COLUMNS += ["seconds of all seeds"]
-# Names of measures of a family: of a seed after a number of steps, of its time, of the rates.
-AFTER, SECONDS, BEST, CHOOSING = (
-    "loss {}, step ",
-    "seconds {}",
-    "best rate {}",
-    "choosing loss {}, ",
-)
+CONTEXTS, QUICK_CONTEXTS = (64, 512), (8, 16)
+GROUPS, TARGETS = 4, 256  # read side by side, and predicted tokens in each
+# Names of measures of a family: of a seed after a number of steps, of contexts, of its time.
+AFTER, LONGER, SECONDS = "loss {}, step ", "perplexity ratio {}, ", "seconds {}"
+BEST, CHOOSING = "best rate {}", "choosing loss {}, "
 
 
 def main(argv=None):
@@ -119,7 +125,7 @@ def taken(given):
             if name.startswith((CHOOSING.split(" {")[0], BEST.split(" {")[0])):
                 chosen[name] = value
         for family in FAMILIES:
-            names = (AFTER.format(family), SECONDS.format(family))
+            names = tuple(kind.format(family) for kind in (AFTER, LONGER, SECONDS))
             values = {n: v["values"] for n, v in part["measures"].items() if n.startswith(names)}
             for i, seed in enumerate(part["settings"]["seeds"] if values else ()):
                 if seed in runs.setdefault(family, {}):
@@ -158,6 +164,7 @@ def train(options, families, runs, chosen):
         for job, of in (jobs | {f: config_of(f, shared, **size) for f in families}).items()
     }
     kept = unfinished.Kept(options, texts, task.text)
+    rows = rows_of(config, quick=options.quick)
     lab.train(
         {
             job: lab.Arm(of, task)
@@ -183,7 +190,10 @@ def train(options, families, runs, chosen):
             seeds=options.seeds,
             group=options.group,
             compile_fast=options.quick,
-            finished=lambda family, of: kept.add(family, run_of(family, of)),
+            keep_params=True,
+            finished=lambda family, of: kept.add(
+                family, run_of(family, of, rows, quick=options.quick)
+            ),
         )
         for family in families:
             for i, seed in enumerate(options.seeds):
@@ -207,12 +217,43 @@ def rates_of(family, runs):
     return of_rates | {BEST.format(family): [best_rate(runs)]}
 
 
-def run_of(family, runs):
+def run_of(family, runs, rows, *, quick):
     """measure -> [seeds] of runs in full: losses on the second half, and each seed's seconds."""
     losses = runs.loss(second_half(runs))
-    curve = {f"{AFTER.format(family)}{n}": losses[:, i] for i, n in enumerate(runs.steps)}
-    seconds = np.full(len(losses), runs.seconds / len(losses))
-    return curve | {SECONDS.format(family): seconds}
+    found = {f"{AFTER.format(family)}{n}": losses[:, i] for i, n in enumerate(runs.steps)}
+    found[SECONDS.format(family)] = np.full(len(losses), runs.seconds / len(losses))
+    if family == HYBRID:
+        short, long = QUICK_CONTEXTS if quick else CONTEXTS
+        ratio = longer(runs, rows, (short, long), quick=quick)
+        found[f"{LONGER.format(family)}{long} / {short}"] = ratio
+    return found
+
+
+def rows_of(config, *, quick):
+    """[groups, targets, T + 1] rows of the validation text, T the longer context.
+
+    Raises:
+        InputError: it is too short.
+    """
+    text = np.concatenate(read_text(config).tokens.validation)
+    long, targets = (QUICK_CONTEXTS[1], 2) if quick else (CONTEXTS[1], TARGETS)
+    if len(text) <= long + 1:
+        raise InputError(f"{len(text)} validation tokens are too few for a context of {long}")
+    places = np.linspace(long, len(text) - 1, GROUPS * targets).astype(int)
+    rows = np.stack([text[place - long : place + 1] for place in places])
+    return rows.reshape(GROUPS, targets, -1).astype(np.int32)
+
+
+def longer(runs, rows, contexts, *, quick):
+    """[seeds] perplexity of the rows' last tokens from a longer context over a shorter one."""
+    model = make_model(runs.model_config)
+
+    def of_one(params):
+        read = functools.partial(by_context, model, params, lengths=contexts, window=contexts[0])
+        return jax.lax.map(lambda group: read(rows=group), rows).mean(0)  # [2]
+
+    losses = lab.jit(quick)(functools.partial(jax.lax.map, of_one))(runs.params)  # [seeds, 2]
+    return np.exp(np.asarray(losses[:, 1] - losses[:, 0], float))
 
 
 def write(options, runs, chosen, settings, origin):
@@ -258,9 +299,14 @@ def write(options, runs, chosen, settings, origin):
         rows.append([*row, math.fsum(values[SECONDS.format(family)])])
     tried = {f: of for f in FAMILIES if (of := choosing(chosen, f))}
     sweep = [[family, *of.values(), chosen[BEST.format(family)]] for family, of in tried.items()]
+    ratio_of = LONGER.split("{")[0]
+    ratios = [[n.removeprefix(ratio_of), v] for n, v in measures.items() if n.startswith(ratio_of)]
     columns = ["model", *(f"at {rate:g}" for rate in settings["rates"]), "best rate"]
     tables = [results.table("Loss", COLUMNS, rows, f"Nats per {unit}.")] if rows else []
     tables += [difference_table("Difference", pairs)] if pairs else []
+    about = "Of tokens that are read from a longer context, over the same from a shorter one."
+    ratio_table = results.table("Perplexity by context", ["", "ratio"], ratios, about)
+    tables += [ratio_table] if ratios else []
     tables += [results.table("Losses that chose the rates", columns, sweep, "One seed.")]
     lines = [
         results.line(f, [n * tokens for n in curve], np.stack([*curve.values()], 1))

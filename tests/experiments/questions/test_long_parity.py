@@ -63,6 +63,8 @@ def test_every_family_trains_in_full_at_the_rate_that_was_best_in_short(whole):
     rows = {row[0]: row for row in found["tables"][0]["rows"]}
     assert rows["GPT-2"][2] >= rows["GF-MH"][2]
     assert {name: row[4] for name, row in rows.items()} == BEST
+    longer = found["measures"]["perplexity ratio GF-MH, 16 / 8"]
+    assert longer["n"] == 2 and 0.5 < longer["mean"] < 2  # a text of one line, hardly learnt
     assert not list(out.parent.glob("whole*.unfinished"))
 
 
