@@ -50,7 +50,6 @@ CONTROLS = {
     for control in ("two RWKV-6", "two Mamba-2")
     for text in ("characters", "subwords")
 }
-GPT2_RATIO_LONG = Measure("long_parity", "loss ratio GF-MH / GPT-2")  # 205 million tokens
 GPT2_RATIO_SUBWORDS = Measure("parity", "loss ratio GF-MH / GPT-2, subwords")
 GPT2_RATIO_CHARACTERS = Measure("parity", "loss ratio GF-MH / GPT-2, characters")
 GPT2_SPEED = Measure("throughput", "training speed GPT-2 / GF-MH")
@@ -60,7 +59,6 @@ GROWTH_MAMBA_PUBLISHED = Measure("characterize", "growth RWKV-6 / Mamba-2, unmat
 GROWTH_MAMBA = Measure("characterize", "growth RWKV-6 / Mamba-2, matched")
 SATURATED_PUBLISHED = Measure("characterize", "saturated RWKV-6, unmatched")
 SATURATED = Measure("characterize", "saturated RWKV-6, matched")
-LONG_CONTEXT_LONG = Measure("long_parity", "perplexity ratio GF-MH, 512 / 64")
 LONG_CONTEXT = Measure("context", "perplexity ratio 512 / 64")
 CONTEXT_GAIN_PUBLISHED = Measure("context", "perplexity gain 8 to 64, as published")
 CONTEXT_GAIN = Measure("context", "perplexity gain 8 to 64")

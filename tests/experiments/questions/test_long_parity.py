@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import lab
-from experiments.lab import results
+from experiments.lab import claims, results
 from experiments.questions import long_parity
 from gt_jax.errors import InputError
 
@@ -63,6 +63,9 @@ def test_every_family_trains_in_full_at_the_rate_that_was_best_in_short(whole):
     rows = {row[0]: row for row in found["tables"][0]["rows"]}
     assert rows["GPT-2"][2] >= rows["GF-MH"][2]
     assert {name: row[4] for name, row in rows.items()} == BEST
+    assert claims.LONG_RATIO.name in found["measures"]
+    contexts = " / ".join(map(str, long_parity.CONTEXTS[::-1]))
+    assert claims.LONG_CONTEXT.name == f"{long_parity.LONGER.format('GF-MH')}{contexts}"
     longer = found["measures"]["perplexity ratio GF-MH, 16 / 8"]
     assert longer["n"] == 2 and 0.5 < longer["mean"] < 2  # a text of one line, hardly learnt
     assert not list(out.parent.glob("whole*.unfinished"))
