@@ -50,7 +50,7 @@ COMMON = {
     "data.tokenizer": "sentencepiece",
     "data.vocab_size": 4096,
 }
-QUICK_VOCABULARY = 300  # the bytes, and the characters of a short text
+QUICK_VOCABULARY = 320  # the bytes, the characters, and some more
 PROFILED = 2048  # tokens
 
 

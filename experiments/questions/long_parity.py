@@ -149,7 +149,7 @@ def train(options, families, runs, chosen):
         the settings, and what is kept.
     """
     warmup = {"optim.warmup_steps": max(options.steps // 20, 1)}
-    shared = BATCH | warmup | command.common(options, evaluations=20)
+    shared = BATCH | warmup | command.common(options, evaluations=10)
     config = lab.make_config(shared)
     task = lab.text_task(config)
     size = {"vocabulary": task.vocab_size, "quick": options.quick}
