@@ -50,7 +50,7 @@ COMMON = {
     "data.tokenizer": "sentencepiece",
     "data.vocab_size": 4096,
 }
-QUICK_VOCABULARY = 320  # the bytes, the characters, and some more
+QUICK_VOCABULARY = 300  # the bytes, and the characters of a short text
 PROFILED = 2048  # tokens
 
 
