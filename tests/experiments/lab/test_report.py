@@ -247,18 +247,6 @@ def test_page_shows_the_numbers_of_the_results(page):
     assert badges["gf-hy"] == "reproduced"
 
 
-@pytest.mark.parametrize(
-    ("claim", "other"), [("gpt2-parity", "parity"), ("long-context", "context")]
-)
-def test_a_claim_is_judged_by_the_long_comparison_where_it_was_made(claim, other):
-    ours = {"gpt2-parity": claims.LONG_RATIO, "long-context": claims.LONG_CONTEXT}[claim]
-    theirs = {"parity": measures.GPT2_RATIO_SUBWORDS, "context": measures.LONG_CONTEXT}[other]
-    short = {other: a_result(other, {theirs.name: estimate([1.0, 1.001, 1.002])})}
-    long = {ours.result: a_result(ours.result, {ours.name: estimate([1.3, 1.301, 1.302])})}
-    assert verdict_of(claim, short).verdict == "reproduced"
-    assert verdict_of(claim, short | long).verdict == "refuted"
-
-
 def test_page_rebuilds_to_the_byte_and_needs_nothing_else(page):
     found, _ = report.collect(page.parents[1])
     text = page.read_text("utf-8")
