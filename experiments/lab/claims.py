@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Mapping
 
 from experiments.lab import measures
+from experiments.lab.measures import Measure
 from experiments.lab.phase1 import PHASE1
 from experiments.lab.rules import (
     Claim,
@@ -55,6 +56,9 @@ def judge_all(found: Mapping[str, dict]) -> list[tuple[Claim, Verdict]]:
 
 
 FUSIONS, RATIOS = "README, table of fusions", "README, table of gate starts"
+# Of models of 205 million tokens, where they were trained; else measures.py has others.
+LONG_RATIO = Measure("long_parity", "loss ratio GF-MH / GPT-2")
+LONG_CONTEXT = Measure("long_parity", "perplexity ratio GF-MH, 512 / 64")
 RANKING = "strategy document, 1000-step ranking"
 
 CLAIMS = (
@@ -193,7 +197,7 @@ CLAIMS = (
         "GF-MH equals GPT-2 on subword text.",
         "loss ratio 1.008 after 300 steps, at 6.8 nats",
         "README, task 62",
-        *within(measures.GPT2_RATIO_SUBWORDS, 0.95, 1.05),
+        *within(LONG_RATIO, 0.95, 1.05, otherwise=measures.GPT2_RATIO_SUBWORDS),
     ),
     Claim(
         "gpt2-characters",
@@ -245,7 +249,7 @@ CLAIMS = (
         "Perplexity hardly rises when the context is 512 tokens instead of 64.",
         "1.04 x (random tokens, untrained model)",
         "README 2, task 60",
-        *within(measures.LONG_CONTEXT, None, 1.1),
+        *within(LONG_CONTEXT, None, 1.1, otherwise=measures.LONG_CONTEXT),
     ),
     Claim(
         "context-gain",

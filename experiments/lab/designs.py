@@ -8,12 +8,11 @@ first half of the validation text chooses its rate, all that is reported is of t
 import dataclasses
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from experiments import lab
-from experiments.lab import branches, command, comparisons, formats, results, unfinished
+from experiments.lab import branches, command, comparisons, formats, parts, results, unfinished
 from experiments.lab.statistics import compare, estimate
 from gt_jax.errors import InputError
 
@@ -107,13 +106,12 @@ def study(
     """
     against = next(iter(designs))
     names = names_of(options, designs, few)
-    found, settings, commands, origins = taken(options, designs)
-    kept, missing = None, {name: designs[name] for name in names if name not in found}
+    found, settings, given = taken(options, designs)
+    here, kept, missing = [], None, {name: designs[name] for name in names if name not in found}
     if missing:
         trained, settings, kept = measured(options, missing)
         found |= trained
-        spent = time.perf_counter() - options.began
-        origins.append(results.origin() | {"seconds": spent})
+        here.append(results.origin() | {"seconds": time.perf_counter() - options.began})
     found = {name: found[name] for name in designs if name in found}
     losses = {name: values["loss"] for name, values in found.items()}
     pairs = compare(losses, against=against) if against in losses and len(losses) > 1 else []
@@ -131,7 +129,7 @@ def study(
         options,
         settings=settings
         | {"designs": {name: designs[name] for name in found}}
-        | ({"parts": commands} if commands else {}),
+        | ({"parts": parts.commands(given)} if given else {}),
         measures=measures,
         tables=[
             *tables,
@@ -160,7 +158,7 @@ def study(
             *([share_plot(shares)] if shares else []),
         ],
         notes=[*([verdict(pairs, against)] if pairs else []), *meanings(found), *notes],
-        origin_of=joint_origin(origins),
+        origin_of=parts.joint_origin(given, *here),
     )
     if kept is not None:
         kept.forget()
@@ -249,44 +247,28 @@ def taken(options, designs):
         designs: name -> config changes, of the question.
 
     Returns:
-        design -> name -> [seeds]; the settings; file -> command of the parts; and
-        [`results.origin` and seconds] of them, all empty without parts.
+        design -> name -> [seeds]; the settings; and the parts, path -> result; all empty without
+        parts.
 
     Raises:
         InputError: a file is no such result, is given twice, or its flags are not those of the
             others.
     """
-    found, settings, commands, origins = {}, {}, {}, []
-    parts = [Path(path) for path in options.parts or ()]
-    for path in parts:
-        if sum(path.resolve() == other.resolve() for other in parts) > 1:
-            raise InputError(f"--parts: {path} is given twice")
-        part = results.read(path)
-        alike = [other for other in parts if other.name == path.name]
-        name = path.name if len(alike) == 1 else f"{path.name}, {alike.index(path) + 1}"
-        commands[name] = part["command"]
-        origins.append({n: part.get(n) for n in (*results.origin(), "seconds")})
-        own = part["settings"] | {"quick": part.get("quick")}
-        of_part = own.pop("designs", None)
-        commands = own.pop("parts", {}) | commands
+    found, given = {}, parts.read(options.parts)
+    for path, part in given.items():
+        of_part = part["settings"].get("designs")
         names = _own_names(of_part, designs) if isinstance(of_part, dict) else {}
         if not names:
             raise InputError(f"--parts: {path} holds no design of this question")
-        for name, value in own.items():
-            if settings and settings.get(name) != value:
-                raise InputError(
-                    f"--parts: {path} has {name}={value} and {options.parts[0]} "
-                    f"{settings.get(name)}; give all parts the same flags"
-                )
-        settings = settings or own
         values = _values_by_design(part["measures"], of_part)
         for theirs, ours in names.items():
             found.setdefault(ours, values[theirs])
+    settings = parts.shared_settings(given, own=("designs", "parts"))
     if settings:
         options.quick, options.seeds = settings.pop("quick"), settings["seeds"]
         options.source, options.rates = settings["source"], settings["rates"]
         options.steps = settings["steps"]
-    return found, settings, commands, origins
+    return found, settings, given
 
 
 def _own_names(of_part, designs):
@@ -304,13 +286,6 @@ def _values_by_design(measures, names):
         if of is not None and isinstance(value, dict) and "values" in value:
             found[of][key.removesuffix(f" {of}")] = np.array(value["values"], float)
     return found
-
-
-def joint_origin(origins):
-    """`results.origin` and seconds of a result that is of several; None of none."""
-    several = {n: dict.fromkeys(o[n] for o in origins if o[n]) for n in results.origin()}
-    joined = {name: ", ".join(each) or None for name, each in several.items()}
-    return joined | {"seconds": round(sum(o["seconds"] for o in origins), 1)} if origins else None
 
 
 def ranked(found):

@@ -117,17 +117,25 @@ def _signed(mean, half, real):
     return f"{mean:+.3f}{spread}{'' if real else ', chance'}".replace("-", "−")
 
 
-def within(measure, low, high, *, unit=""):
-    """(results, rule, judge) of a claim that a measure is in a range; None is an open end."""
+def within(measure, low, high, *, unit="", otherwise=None):
+    """(results, rule, judge) of a claim that a measure is in a range; None is an open end.
+
+    Args:
+        otherwise: the Measure that is judged where the first is not there.
+    """
+    instead = f' Where {measure.result} has none: "{otherwise.name}".' if otherwise else ""
     rule = (
         f'reproduced if the 95 % interval of "{measure.name}" is {_range(low, high)}, refuted if '
-        "it is outside, undecided if it reaches over an end."
+        f"it is outside, undecided if it reaches over an end.{instead}"
     )
 
     def judge(value_of):
-        return _by_interval(value_of(measure), low, high, unit)
+        if otherwise is not None:
+            with contextlib.suppress(NotMeasured):
+                return _by_interval(value_of(measure), low, high, unit)
+        return _by_interval(value_of(otherwise or measure), low, high, unit)
 
-    return (measure.result,), rule, judge
+    return tuple(m.result for m in (measure, otherwise) if m is not None), rule, judge
 
 
 def _range(low, high):

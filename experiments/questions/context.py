@@ -27,6 +27,7 @@ import optax
 
 from experiments import lab
 from experiments.lab import command, programs, results
+from experiments.lab.contexts import by_context
 from experiments.lab.families import HYBRID, match
 from experiments.lab.statistics import estimate, holm
 from gt_jax.analysis import memories, norm
@@ -133,35 +134,6 @@ def cut(text, length):
     """[rows, length + 1] of a text [n], every target in one row."""
     starts = range(0, len(text) - length, length)
     return np.stack([text[start : start + length + 1] for start in starts])
-
-
-def by_context(model, params, *, rows, lengths, window):
-    """Mean loss of the last tokens of rows [N, T + 1], read from the last c of the T before them.
-
-    Args:
-        lengths: numbers c, at most T; each below `window` or a multiple of it.
-        window: tokens read at a time, T a multiple of it.
-
-    Returns:
-        [lengths] float32 nats.
-    """
-    T = rows.shape[1] - 1
-    windows = rows[:, :-1].reshape(len(rows), -1, window).swapaxes(0, 1)  # [windows, N, window]
-
-    def read(unread, i, carry):
-        segments = jnp.broadcast_to(i * window + jnp.arange(window) >= unread, windows.shape[1:])
-        logits, state = model.apply(
-            {"params": params}, jnp.asarray(windows)[i], carry[1], segment_ids=segments.astype(int)
-        )
-        return logits[:, -1], state
-
-    def of_length(length):
-        empty = jnp.zeros((len(rows), model.config.vocab_size)), model.init_state(len(rows))
-        read_on = functools.partial(read, T - length)
-        logits, _ = jax.lax.fori_loop((T - length) // window, len(windows), read_on, empty)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, -1]).mean()
-
-    return jax.lax.map(of_length, jnp.array(lengths))
 
 
 def by_position(model, params, *, rows, window):

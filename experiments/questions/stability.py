@@ -34,7 +34,7 @@ DESIGNS = {
     "ParallelScan": {"model.fusion": "pscan"},
     "twin debate": {"model.preset": "twin-debate"},
 }
-LENGTHS = (128, 512, 1024, 2048)
+LENGTHS = (128, 512, 2048)
 ROWS, LAST, RATE = 4, 16, 3e-3
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import lab
 from experiments.lab import results
+from experiments.lab.contexts import by_context
 from experiments.questions import context
 from gt_jax.errors import InputError
 from gt_jax.models import make_config, make_model
@@ -39,7 +40,7 @@ def test_context_is_the_last_tokens_alone(preset, text):
     places = np.linspace(longest, len(text) - 1, 5).astype(int)
     rows = np.stack([text[place - longest : place + 1] for place in places])
     fixed = {"rows": rows, "lengths": lengths, "window": 16}
-    losses = jit(functools.partial(context.by_context, model, **fixed))(params)
+    losses = jit(functools.partial(by_context, model, **fixed))(params)
     apply = jit(lambda tokens: model.apply({"params": params}, tokens).logits[:, -1])
     for length, loss in zip(lengths, losses):
         logits = apply(np.stack([text[p - length : p] for p in places]))

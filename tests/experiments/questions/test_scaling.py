@@ -61,8 +61,9 @@ def test_experiment_runs(tmp_path, monkeypatch):
     assert result["name"] == "scaling-gpt2"
     measures, (sizes, _) = result["measures"], result["tables"]
     assert [row[0] for row in sizes["rows"]] == ["a", "b", "c", "d"]
-    # Tokens grow with the root of the parameters: 2 rows of 16 a step, 2 steps at first.
-    ratios = [row[3] / 64 / (row[2] / sizes["rows"][0][2]) ** 0.5 for row in sizes["rows"]]
+    # Tokens grow with the root of the parameters in blocks: 2 rows of 16 a step, 2 steps at first.
+    ratios = [row[4] / 64 / (row[3] / sizes["rows"][0][3]) ** 0.5 for row in sizes["rows"]]
+    assert all(row[3] < row[2] for row in sizes["rows"])
     assert ratios == pytest.approx([1] * 4, rel=0.15)
     error = measures["measured / predicted - 1, d"]["mean"]
     measured, predicted = measures["loss d"]["mean"], measures["predicted loss d"]["mean"]
