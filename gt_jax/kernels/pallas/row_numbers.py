@@ -54,7 +54,7 @@ def store_across(target, index, axis, values, row, keep=None):
             first number, aligned to their count.
         axis: of the channels, the last but one or before it.
         values: a power of two of float32 values of the row, the numbers of its channels.
-        row: rows.Row, each of whose threads holds one channel.
+        row: rows.Row of threads that hold one channel each.
         keep: bool scalar, whether to write, or None.
     """
     if interpreting():
