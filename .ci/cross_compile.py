@@ -156,11 +156,13 @@ def kernels(op, impl, dtype, capability):
         yield from zip(OTHERS[op], lowered(op, impl, dtype, capability, (8, 4096, 12)), strict=True)
         return
     many, few = (8, 4096, 64), (1, 8192, 2)  # enough heads, or the sequence is split
-    yield "forward", lowered(op, impl, dtype, capability, many, gradient=False)[0]
-    saving, *backward = lowered(op, impl, dtype, capability, many)
+    *sums, forward = lowered(op, impl, dtype, capability, many, gradient=False)
+    yield from (("sums of log decays", z) for z in sums)  # of SSD
+    yield "forward", forward
+    saving, *backward = lowered(op, impl, dtype, capability, many)[len(sums) :]
     yield "forward that saves", saving
     yield from zip(BACKWARD[len(backward)], backward, strict=True)
-    forwards, _, backwards, *_ = lowered(op, impl, dtype, capability, few)
+    forwards, _, backwards, *_ = lowered(op, impl, dtype, capability, few)[len(sums) :]
     yield "splits, forward", forwards
     yield "splits, backward", backwards
 

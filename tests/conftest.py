@@ -1,5 +1,6 @@
 import atexit
 import gc
+import glob
 import os
 import shutil
 import tempfile
@@ -21,6 +22,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+    # JAX computes on the first GPU it sees: each process begins with another one and sees all.
+    _gpus = ",".join(str(n) for n in range(len(glob.glob("/dev/nvidia[0-9]*"))))
+    _gpus = os.environ.get("CUDA_VISIBLE_DEVICES", _gpus).split(",")
+    _first = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_gpus)
+    if len(_gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_gpus[_first:] + _gpus[:_first])
 
 # All processes of a session, those that tests start included, share what XLA compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

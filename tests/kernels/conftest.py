@@ -32,18 +32,22 @@ def needs_gpu(request):
         pytest.skip(reason)
 
 
+def first_gpu():
+    """The GPU that this process computes on, as nvidia-smi names it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def memory_of_gpu():
     """Bytes that the first GPU has, whatever this process may take of them."""
     ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id"]
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return int(subprocess.check_output([*ask, first], text=True)) * 2**20
+    return int(subprocess.check_output([*ask, first_gpu()], text=True)) * 2**20
 
 
 @pytest.fixture
 def large_gpu(needs_gpu, tmp_path_factory):
-    """Skips below 100 GB; of the tests that take most of a GPU, one runs at a time."""
+    """Skips below 100 GB; of the tests that take most of a GPU, one runs on it at a time."""
     if memory_of_gpu() < 100e9:
         pytest.skip(f"needs 100 GB of GPU memory; this one has {memory_of_gpu() / 1e9:.0f} GB")
-    with open(tmp_path_factory.getbasetemp().parent / "large_gpu", "w") as lock:
+    with open(tmp_path_factory.getbasetemp().parent / f"large_gpu_{first_gpu()}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

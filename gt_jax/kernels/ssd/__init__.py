@@ -83,12 +83,12 @@ def ssd(
         initial_state = initial_state.astype(state_dtype)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype)
     resets = context_parallel.resets(segment_ids, axis_name)
-    a = dt * A.astype(state_dtype)  # log decay
+    A = A.astype(state_dtype)
     if axis_name is None:
-        return dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision)
+        return dispatch("ssd", impl, x, dt, A, B, C, D, initial_state, resets, precision)
     if initial_state is not None:
         initial_state = context_parallel.of_first_device(initial_state, axis_name)
-    y, state = dispatch("ssd", impl, x, dt, a, B, C, D, initial_state, resets, precision, axis_name)
+    y, state = dispatch("ssd", impl, x, dt, A, B, C, D, initial_state, resets, precision, axis_name)
     return y, context_parallel.of_last_device(state, axis_name)
 
 

@@ -33,6 +33,7 @@ from gt_jax.kernels.chunks import (
     values,
     zeros_if_none,
 )
+from gt_jax.kernels.ssd.reference import log_decay
 
 _CPU_NUMBERS = 2**17  # of x that a CPU works on at once
 
@@ -54,6 +55,7 @@ def ssd_chunked(
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """SSD by chunks of chunk_size tokens, a power of two; the rest as in `ssd_reference`."""
+    a = log_decay(dt, a)
     if axis_name is not None:
         initial_state = context_parallel.ssd_state_before(
             x, dt, a, B, initial_state, resets, axis_name, precision

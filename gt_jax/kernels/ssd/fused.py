@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.chunks import cotangents_or_none, values
-from gt_jax.kernels.pallas.launch import CHUNK, keep
+from gt_jax.kernels.pallas.launch import CHUNK, keep, row_major
 from gt_jax.kernels.pallas.splits import count_maps, states_of_splits
-from gt_jax.kernels.ssd.hopper_decays import by_chunk, by_token, log2_decays
+from gt_jax.kernels.ssd.decay_sums import decay_sums
 from gt_jax.kernels.ssd.hopper_sizes import Sizes, sizes_of
+from gt_jax.kernels.ssd.reference import log_decay
 
 _P, _N = 64, (64, 128)
 SIZES = f"P={_P} and N={' or '.join(map(str, _N))}"
@@ -51,16 +52,18 @@ def call(
     reason = _refusal(kernels, x, dt, B, precision)
     if reason is not None:
         raise NotImplementedError(reason)
-    if resets is not None:
-        a = jnp.where(resets[..., None], -jnp.inf, a)  # nothing earlier is passed on or read
     D = jnp.zeros(x.shape[2], jnp.float32) if D is None else D.astype(jnp.float32)
     length = x.shape[1]
     size = sizes_of(x, B)
     splits = kernels.splits(size)
     # Splits are whole chunks.
     end = (0, -length % (kernels.tokens if splits == 1 else splits * max(CHUNK, kernels.tokens)))
-    x, dt, a, B, C = (_as_rows(z, end, splits) for z in (x, dt, a, B, C))
-    y, final_state = _ssd(kernels, splits, axis_name, x, dt, a, B, C, D, initial_state)
+    per_token = (x, dt, B, C, resets, None if a.ndim == 1 else a)
+    x, dt, B, C, resets, log_decays = (
+        None if z is None else _as_rows(z, end, splits) for z in per_token
+    )
+    a = a if log_decays is None else log_decays
+    y, final_state = _ssd(kernels, splits, axis_name, x, dt, a, B, C, D, resets, initial_state)
     return y.reshape(-1, length + end[1], *y.shape[2:])[:, :length], final_state
 
 
@@ -85,24 +88,26 @@ def _refusal(kernels, x, dt, B, precision):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ssd(kernels, splits, axis_name, x, dt, a, B, C, D, state):
-    """y and final state; x, dt, a, B and C have the splits as rows of the batch."""
-    return _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, state, save=False)[0]
+def _ssd(kernels, splits, axis_name, *arrays):
+    """y and final state; whatever has tokens has the splits as rows of the batch."""
+    return _ssd_forward(kernels, splits, axis_name, *arrays, save=False)[0]
 
 
-def _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, state, *, save=True):
-    size = sizes_of(x, B)
-    g, dt = log2_decays(a, size), by_chunk(dt, size)
+def _ssd_forward(kernels, splits, axis_name, x, dt, a, B, C, D, resets, state, *, save=True):
+    size, rates = sizes_of(x, B), a if a.ndim == 1 else None
+    if resets is not None:  # nothing earlier is passed on or read
+        a = jnp.where(resets[..., None], -jnp.inf, log_decay(dt, a))
+    g, dt = decay_sums(size, dt, a.astype(jnp.float32))
     start = state
     if count_maps(splits, axis_name):
         start = kernels.split_states(size, splits, x, B, g, dt, start, axis_name=axis_name)
     y, final, *states = keep(kernels.forward(x, B, C, g, dt, D, start, save=save))
     wanted = None if state is None else ()  # residuals tell apart by structure what is not traced
-    return (y, final[splits - 1 :: splits]), (x, B, C, g, dt, D, wanted, states)
+    return (y, final[splits - 1 :: splits]), (x, B, C, g, dt, rates, D, wanted, states)
 
 
 def _ssd_backward(kernels, splits, axis_name, residuals, cotangents):
-    x, B, C, g, dt, D, wanted, states = residuals
+    x, B, C, g, dt, rates, D, wanted, states = residuals
     size = sizes_of(x, B)
     dy, dstate = cotangents_or_none(cotangents)
     dy = jnp.zeros_like(x) if dy is None else dy
@@ -114,14 +119,27 @@ def _ssd_backward(kernels, splits, axis_name, residuals, cotangents):
         size, x, B, C, g, dt, D, *states, dy, dstate, of_start=wanted is not None
     )
     dB, dC = (_sum_chains(z, size).astype(B.dtype) for z in (dB, dC))
-    ddt, da = by_token(ddt, size), by_token(da, size)
+    # The log decay of a reset is a constant, and da is 0 there, as all that a token decays is.
+    if rates is None:
+        da = _by_token(da, size)
+    else:
+        ddt += da * rates[:, None, None]
+        da = jnp.sum(da * dt, axis=(0, 2, 3))  # [H]
     dstate = dstart[0][::splits] if dstart else None
-    return dx, ddt, da, dB, dC, jnp.sum(dD, axis=(0, 2)), dstate
+    return dx, _by_token(ddt, size), da, dB, dC, jnp.sum(dD, axis=(0, 2)), None, dstate
 
 
 _ssd.defvjp(
     lambda *args: _ssd_forward(*args[:3], *values(args[3:])), _ssd_backward, symbolic_zeros=True
 )
+
+
+def _by_token(z, size):
+    """[B, H, chunks, CHUNK] -> [B, T, H]."""
+    z = z.reshape(size.batch, size.heads, -1).transpose(0, 2, 1)[:, : size.length]
+    # Row-major, or XLA, where a transpose is all there is to do, would lay out as its operand all
+    # that is computed from it.
+    return row_major(z)
 
 
 def _sum_chains(z, size):

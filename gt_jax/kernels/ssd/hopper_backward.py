@@ -20,6 +20,7 @@ import jax
 
 from gt_jax.kernels.pallas.launch import batched_as_rows, lowered_once
 from gt_jax.kernels.ssd import hopper_backward_bfloat16, hopper_backward_float32
+from gt_jax.kernels.ssd.hopper_chains import SUMS
 from gt_jax.kernels.ssd.hopper_gradients import ROWS
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 
@@ -62,8 +63,9 @@ def backward(
     def rows(x, *arrays):
         return _backward(size._replace(batch=x.shape[0]), of_start, x, *arrays)
 
-    dx, dB, dC, of_tokens, *others = rows(x, B, C, g, dt, D[None], states, dy, *ends)
+    dx, sums, of_tokens, *others = rows(x, B, C, g, dt, D[None], states, dy, *ends)
     of_tokens = {name: of_tokens[..., n, :] for n, name in enumerate(ROWS)}
+    dB, dC = (sums[:, n] for n in range(len(SUMS)))
     return dx, dB, dC, of_tokens["ddt"], of_tokens["da"], *others
 
 

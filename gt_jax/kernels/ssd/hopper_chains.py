@@ -17,6 +17,8 @@ from gt_jax.kernels.pallas.launch import divide, pass_on_turn, wait_for_turn
 from gt_jax.kernels.pallas.tiles import tokens
 from gt_jax.kernels.ssd.hopper_sizes import Sizes
 
+SUMS = ("dB", "dC")  # in this order
+
 
 class Chains(NamedTuple):
     """How the blocks of one call add."""
@@ -77,9 +79,9 @@ def add_in_turn(size: Sizes, chains: Chains, turns, refs, place: Place, m, slot)
     """Adds dB and dC of chunk m to the sums of the chain."""
 
     def store(**how):
-        for smems, gmem in ((refs.dB_smems, refs.dB_gmem), (refs.dC_smems, refs.dC_gmem)):
+        for n, smems in enumerate((refs.dB_smems, refs.dC_smems)):
             for smem, columns in by_columns(size, smems):
-                target = gmem.at[place.row, tokens(m), place.chain, columns]
+                target = refs.sums_gmem.at[place.row, n, tokens(m), place.chain, columns]
                 plgpu.copy_smem_to_gmem(smem.at[slot], target, **how)
         plgpu.wait_smem_to_gmem(0)
 

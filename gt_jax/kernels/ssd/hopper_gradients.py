@@ -29,6 +29,7 @@ from gt_jax.kernels.pallas.tiles import (
     tokens,
 )
 from gt_jax.kernels.ssd.hopper_chains import (
+    SUMS,
     Chains,
     Place,
     add_in_turn,
@@ -68,11 +69,9 @@ def output_types(size: Sizes, chains: Chains, inputs: dict, *, of_start: bool) -
     """Types of the results of a gradient kernel."""
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    sums = f32(size.batch, size.chunks * CHUNK, chains.number, size.N)
     return {
         "dx": like(inputs["x"]),
-        "dB": sums,
-        "dC": sums,
+        "sums": f32(size.batch, len(SUMS), size.chunks * CHUNK, chains.number, size.N),
         "rows": f32(*inputs["dt"].shape[:3], len(ROWS), CHUNK),
         "dD": f32(size.batch, size.heads, CHUNK),
         "dfirst": f32(size.batch, size.heads, size.P, size.N) if of_start else None,

@@ -29,7 +29,7 @@ def ssd_reference(
     Args:
         x: [B, T, H, P] input.
         dt: [B, T, H] step size, after bias, softplus and limit.
-        a: [B, T, H] log decay.
+        a: [B, T, H] log decay, or the rates [H] of which it is dt a.
         B, C: [B, T, G, N] projections.
         D: [H] skip connection, or None.
         initial_state: [B, H, P, N]; None for zeros.
@@ -42,6 +42,7 @@ def ssd_reference(
     Returns:
         y [B, T, H, P] in x.dtype, and the final state [B, H, P, N].
     """
+    a = log_decay(dt, a)
     if axis_name is not None:
         initial_state = context_parallel.ssd_state_before(
             x, dt, a, B, initial_state, resets, axis_name, precision
@@ -66,6 +67,11 @@ def ssd_reference(
     step = jax.checkpoint(step, prevent_cse=False)  # keeps one state a token, nothing else
     final_state, y = jax.lax.scan(step, initial_state, over_time)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), final_state
+
+
+def log_decay(dt: jax.Array, a: jax.Array) -> jax.Array:
+    """The log decay [B, T, H]: a itself, or dt a for rates a [H]."""
+    return dt * a if a.ndim == 1 else a
 
 
 def given_or_zeros(state: jax.Array | None, x: jax.Array, dt: jax.Array, B: jax.Array) -> jax.Array:
