@@ -32,7 +32,9 @@ def rows(path):
 def test_rows_are_written_as_they_come_and_kept_by_add(toys, tmp_path, capsys, monkeypatch):
     cached = jax.config.jax_enable_compilation_cache
     seen, write = [], train_memory.write_result
-    spy = lambda options, rows, shown: seen.append((len(rows), shown)) or write(options, rows, shown)
+    spy = lambda options, rows, shown: (
+        seen.append((len(rows), shown)) or write(options, rows, shown)
+    )
     monkeypatch.setattr(train_memory, "write_result", spy)
     out = tmp_path / "memory.json"
     flags = ["--quick", "--seeds=2", "--timed_steps=2", f"--out={out}", "--at_once=1"]
