@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import cli
+from gt_jax import cli, compilation, kept_programs
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
+from gt_jax.config_files import find_config
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import Request, generate, lower_ahead
@@ -340,6 +341,8 @@ def main(argv: list[str]) -> int | None:
         )
         if not cli.parse(flags, argv, usage=__doc__):
             return None
+        config_file = find_config(name)
+        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), config_file)
         workdir = flags.workdir or Path("runs") / Path(name).stem
         train(from_config_dict(flags.config), workdir, stop)
     return stop.status
