@@ -136,11 +136,10 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     """
     config, steps = job.config, job.config.train.steps
     numbers = next((row for row in read_metrics(job.folder) if row["step"] == start), {})
-    carry = None
+    carry, row = None, None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
-    row = None
 
     @contextlib.contextmanager
     def paused():
@@ -341,8 +340,7 @@ def main(argv: list[str]) -> int | None:
         )
         if not cli.parse(flags, argv, usage=__doc__):
             return None
-        config_file = find_config(name)
-        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), config_file)
+        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), find_config(name))
         workdir = flags.workdir or Path("runs") / Path(name).stem
         train(from_config_dict(flags.config), workdir, stop)
     return stop.status

@@ -132,9 +132,7 @@ def lower_programs(
     carry: Any,
     sample: Callable | None = None,
 ) -> dict[str, Callable]:
-    """What a run compiles, for `gt_jax.compilation.compile_side_by_side`.
-
-    The longest comes first, then what the first step needs besides.
+    """What a run compiles: the longest first, then what the first step needs besides.
 
     Args:
         make_state: jitted, key -> TrainState.
@@ -151,7 +149,7 @@ def lower_programs(
     """
     key = jax.random.key(0)
 
-    @functools.cache  # None of it is needed for programs that are kept.
+    @functools.cache  # nothing of it is needed for programs that are kept
     def states():
         state = jax.eval_shape(make_state, key)
         state = shapes_on(state_sharding(mesh, state), state)
@@ -165,12 +163,11 @@ def lower_programs(
     )
     carry = shapes_on(placed(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
-    programs: dict[str, Callable] = {
+    return {
         "train": lambda: train_step.lower(states()[0], training),
         "init": lambda: make_state.lower(key),
         "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
-    }
-    return programs | ({"sample": lambda: sample(states()[1])} if sample else {})
+    } | ({"sample": lambda: sample(states()[1])} if sample else {})
 
 
 def shapes_on(shardings: Any, tree: Any) -> Any:
