@@ -1,6 +1,7 @@
 """How programs are compiled: options of XLA with their reasons, a cache on disk, threads."""
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -186,8 +187,8 @@ def compile_side_by_side(
             begun.update(new)
             if place:
                 calls = _calls_of(lowered)  # before compiling, which may change the module
-                keep = kept_programs.compile_and_keep
-                compiling.submit(settle, lambda: keep(place, lowered, calls, result.set_result))
+                keep = functools.partial(kept_programs.compile_and_keep, place, lowered, calls)
+                compiling.submit(settle, lambda: keep(result.set_result))
             else:
                 compiling.submit(settle, lowered.compile, result.set_result)
             loaded = time.monotonic() + _LOADING_SECONDS

@@ -25,11 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 MOST_BYTES = 2**30  # of all kept programs; the least recently used go first
@@ -43,8 +43,10 @@ _OF_A_SESSION_BEGIN = ("SSH_", "TMUX", "SLURM_", "XDG_", "VSCODE_", "TERM_")
 _OF_THE_CACHE = ("compilation_cache", "persistent_cache")
 # Calls out of XLA that a process can make which has lowered nothing: of what `import jax` registers
 # for a GPU, what our programs use. LAPACK's functions on a CPU are found while lowering.
-_CALLS = {"cpu": ("LayoutConstraint",)}
-_CALLS["gpu"] = ("LayoutConstraint", "mosaic_gpu_v2", "cusolver_", "cu_threefry2x32")
+_CALLS = {
+    "cpu": ("LayoutConstraint",),
+    "gpu": ("LayoutConstraint", "mosaic_gpu_v2", "cusolver_", "cu_threefry2x32"),
+}
 
 
 class _Command(NamedTuple):
@@ -236,7 +238,7 @@ def _environment(command: _Command) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "python": [sys.version, sys.path, str(sys.flags), sys._xoptions],
-        "jax": [jax.__version__, jaxlib.__version__, devices[0].client.platform_version],
+        "jax": [jax.__version__, version("jaxlib"), devices[0].client.platform_version],
         "devices": [(d.id, d.platform, d.device_kind) for d in devices],
         "host": _host() if devices[0].platform == "cpu" else "",
         "variables": {

@@ -176,7 +176,8 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
-            prepare_to_draw()  # Python has nothing else to do now
+            if not job.compiling["train"].done():
+                prepare_to_draw()  # Python has nothing else to do now
             display.wait_for(job.compiling["train"], began)
         if config.train.eval_at_start and not start and not stop:
             with contextlib.suppress(Interrupted):
@@ -341,8 +342,7 @@ def main(argv: list[str]) -> int | None:
         if not cli.parse(flags, argv, usage=__doc__):
             return None
         kept_programs.begin("gt_jax.train", compilation.cache_in_use(), find_config(name))
-        workdir = flags.workdir or Path("runs") / Path(name).stem
-        train(from_config_dict(flags.config), workdir, stop)
+        train(from_config_dict(flags.config), flags.workdir or Path("runs") / Path(name).stem, stop)
     return stop.status
 
 
