@@ -1,6 +1,7 @@
 """How programs are compiled: options of XLA with their reasons, a cache on disk, threads."""
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from gt_jax import kept_programs
 from gt_jax.errors import InputError
 
 # XLA's options on a GPU, by kind of program.
@@ -51,10 +53,15 @@ _WORTH_KEEPING_SECONDS = 0.2
 # A program that is on disk is loaded in less time than this.
 _LOADING_SECONDS = 1.0
 
+# What JAX tells when a program comes from its cache.
+_HIT = "/jax/compilation_cache/cache_hits"
+
 # What a Pallas kernel for a GPU is in a lowered program, and how its numbers' types are written.
 _KERNEL = "mosaic_gpu_v2"
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)(bf|f|i|ui)(8|16|32|64)>")
 _TYPES = {"bf": "bfloat", "f": "float", "i": "int", "ui": "uint"}
+
+_folder: Path | None = None  # of `use_cache`
 
 
 def options(on_gpu: dict) -> dict | None:
@@ -87,11 +94,13 @@ def use_cache(folder: str = "auto") -> Path | None:
             (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) say goes before "auto".
 
     Returns:
-        The folder, None if there is no cache of ours.
+        The folder, None if there is no cache of ours; `cache_in_use` says it again.
 
     Raises:
         InputError: the folder's name is empty, or begins with the home of an unknown user.
     """
+    global _folder
+    _folder = None
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
@@ -117,14 +126,20 @@ def use_cache(folder: str = "auto") -> Path | None:
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX may have found out before that there is none
     _say_first_hit(path)
+    _folder = path
     return path
+
+
+def cache_in_use() -> Path | None:
+    """The folder that `use_cache` chose last, None if it chose none."""
+    return _folder
 
 
 def _say_first_hit(path: Path) -> None:
     said = threading.Event()
 
     def on_event(event, **_):
-        if event == "/jax/compilation_cache/cache_hits" and not said.is_set():
+        if event == _HIT and not said.is_set():
             said.set()
             line = f"compiled programs come from {path} (--compile_cache=none compiles anew)"
             with contextlib.suppress(OSError):  # nobody may be reading
@@ -135,6 +150,7 @@ def _say_first_hit(path: Path) -> None:
 
 def compile_side_by_side(
     programs: Mapping[str, Callable[[], jax.stages.Lowered]],
+    kept: Mapping[str, kept_programs.Kept] | None = None,
 ) -> dict[str, Future]:
     """Compile programs in threads while the caller does something else.
 
@@ -146,6 +162,8 @@ def compile_side_by_side(
         programs: name -> a function that lowers; the one that takes longest first. Tracing and
             lowering are Python, so they take turns in this order; XLA compiles outside of Python,
             each program in a thread of its own, and each of its Pallas kernels in another.
+        kept: name -> a program as an earlier process compiled it, which is not even lowered, or
+            where to keep it.
 
     Returns:
         name -> future jax.stages.Compiled; its result() raises what lowering or compiling raised.
@@ -155,10 +173,10 @@ def compile_side_by_side(
     kernels = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
     begun = set()  # hashes of kernels
 
-    def start(lower):
-        result = Future()
+    def start(name, lower):
+        result, place = Future(), (kept or {}).get(name)
 
-        def settle(work, then):
+        def settle(work, then=lambda _: None):
             try:
                 then(work())
             except BaseException as error:  # raised again where the result is asked for
@@ -167,15 +185,30 @@ def compile_side_by_side(
         def compile_(lowered):
             new = {name: x for name, x in _kernels_of(lowered).items() if name not in begun}
             begun.update(new)
-            compiling.submit(settle, lowered.compile, result.set_result)
+            if place:
+                calls = _calls_of(lowered)  # before compiling, which may change the module
+                keep = functools.partial(kept_programs.compile_and_keep, place, lowered, calls)
+                compiling.submit(settle, lambda: keep(result.set_result))
+            else:
+                compiling.submit(settle, lowered.compile, result.set_result)
             loaded = time.monotonic() + _LOADING_SECONDS
             for program, arguments in new.values():
                 kernels.submit(_compile_unless, result, loaded, program, arguments)
 
-        tracing.submit(settle, lambda: without_collector(lower), compile_)
+        def lower_unless(program):
+            if program is not None:
+                jax.monitoring.record_event(_HIT)  # JAX's cache has it as well
+                result.set_result(program)
+                return
+            tracing.submit(settle, lambda: without_collector(lower), compile_)
+
+        if place:
+            place.program.add_done_callback(lambda program: lower_unless(program.result()))
+        else:
+            lower_unless(None)
         return result
 
-    return {name: start(lower) for name, lower in programs.items()}
+    return {name: start(name, lower) for name, lower in programs.items()}
 
 
 def _kernels_of(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
@@ -201,12 +234,9 @@ def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]
     Returns:
         The kernel's hash -> a jitted function, and the shapes of its arguments.
     """
-    found, module = {}, lowered.compiler_ir()
-    assert module is not None  # JAX lowers to MLIR alone
-    for call in _operations(module.operation):
-        if call.name != "stablehlo.custom_call" or _KERNEL not in str(
-            call.attributes["call_target_name"]
-        ):
+    found = {}
+    for call in _calls(lowered):
+        if _KERNEL not in str(call.attributes["call_target_name"]):
             continue
         shapes = [[_shape(x.type) for x in values] for values in (call.operands, call.results)]
         if None in (*shapes[0], *shapes[1]):
@@ -221,6 +251,19 @@ def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]
 def _jitted_kernel(results: list, config: dict) -> Any:
     call = jax.ffi.ffi_call(_KERNEL, results)
     return jax.jit(lambda *arguments: call(*arguments, **config))
+
+
+def _calls_of(lowered: jax.stages.Lowered) -> set[str]:
+    """The names of what a lowered program calls outside of XLA."""
+    return {call.attributes["call_target_name"].value for call in _calls(lowered)}
+
+
+def _calls(lowered: jax.stages.Lowered) -> Iterator[Any]:
+    module = lowered.compiler_ir()
+    assert module is not None  # JAX lowers to MLIR alone
+    for operation in _operations(module.operation):
+        if operation.name == "stablehlo.custom_call":
+            yield operation
 
 
 def _operations(parent: Any) -> Iterator[Any]:

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import cli
+from gt_jax import cli, compilation, kept_programs
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
+from gt_jax.config_files import find_config
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import Request, generate, lower_ahead
@@ -135,11 +136,10 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     """
     config, steps = job.config, job.config.train.steps
     numbers = next((row for row in read_metrics(job.folder) if row["step"] == start), {})
-    carry = None
+    carry, row = None, None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
     feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
-    row = None
 
     @contextlib.contextmanager
     def paused():
@@ -176,7 +176,8 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
         samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
         if job.compiling:
-            prepare_to_draw()  # Python has nothing else to do now
+            if not job.compiling["train"].done():
+                prepare_to_draw()  # Python has nothing else to do now
             display.wait_for(job.compiling["train"], began)
         if config.train.eval_at_start and not start and not stop:
             with contextlib.suppress(Interrupted):
@@ -340,8 +341,8 @@ def main(argv: list[str]) -> int | None:
         )
         if not cli.parse(flags, argv, usage=__doc__):
             return None
-        workdir = flags.workdir or Path("runs") / Path(name).stem
-        train(from_config_dict(flags.config), workdir, stop)
+        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), find_config(name))
+        train(from_config_dict(flags.config), flags.workdir or Path("runs") / Path(name).stem, stop)
     return stop.status
 
 

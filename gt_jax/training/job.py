@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, Sharding
 
-from gt_jax import checkpoint, compilation
+from gt_jax import checkpoint, compilation, kept_programs
 from gt_jax.config import Config, flatten, from_stored, to_dict
-from gt_jax.data import evaluation_batches, make_batches, tokenizer_from_dict
+from gt_jax.data import Batch, evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
 from gt_jax.training import hosts, memory, parallel, tuning
@@ -124,6 +124,9 @@ def prepare(
     model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
     if config.parallel.sequence > 1 and (reason := confined_to_device(model_config)):
         raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
+    start, examples = batches.state(), (next(batches), held_out[0])
+    batches.restore(start)
+    kept = _kept(config, model_config, examples, resumes=bool(about))
     counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     if model_config.position_limit is not None:
@@ -152,11 +155,26 @@ def prepare(
         flops=flops_per_token(model_config, config.train.seq_len, frozen=tune != "none"),
         services=services,
         probe=make_probe(model, config, mesh),
-        **_programs(config, mesh, model, batches, held_out, resumes=bool(about), sample=sample),
+        **_programs(config, mesh, model, examples, resumes=bool(about), sample=sample, kept=kept),
     )
 
 
-def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool, sample) -> dict:
+def _kept(
+    config: Config, model_config: ModelConfig, examples: tuple[Batch, Batch], *, resumes: bool
+) -> dict[str, kept_programs.Kept]:
+    """The run's programs as the process before may have kept them; they begin to load.
+
+    All that they depend on: the code, which `kept_programs` looks after, the settings, what the
+    text and the checkpoint of model.init_from say of the model, the shapes of batches.
+    """
+    if config.parallel.mode != "jit":
+        return {}
+    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), examples)
+    names = ("train", "evaluate") if resumes else ("train", "init", "evaluate")
+    return kept_programs.find(names, [to_dict(config), model_config, shapes])
+
+
+def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, kept) -> dict:
     """The fields of a Job that are compiled; in mode "jit" they are compiling when this returns."""
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
@@ -183,18 +201,15 @@ def _programs(config: Config, mesh, model, batches, held_out, *, resumes: bool, 
             "eval_step": parallel.compile_eval_step(eval_step, mesh),
             "compiling": {},
         }
-    start, example = batches.state(), next(batches)
-    batches.restore(start)
     carry = None
     if config.train.carry_state:
         carry = jax.eval_shape(lambda: model.init_state(config.train.batch_size))
-    examples = example, held_out[0]
     programs = parallel.lower_programs(
         make_state, train_step, eval_step, mesh, examples, carry, sample
     )
     if resumes:
         del programs["init"]
-    compiling = compilation.compile_side_by_side(programs)
+    compiling = compilation.compile_side_by_side(programs, kept)
     ready = {name: compilation.when_ready(program) for name, program in compiling.items()}
     return {
         "make_state": make_state,

@@ -13,6 +13,7 @@ processes each makes the rows of a batch that its devices need (`own_rows`), and
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -131,9 +132,7 @@ def lower_programs(
     carry: Any,
     sample: Callable | None = None,
 ) -> dict[str, Callable]:
-    """What a run compiles, for `gt_jax.compilation.compile_side_by_side`.
-
-    The longest comes first, then what the first step needs besides.
+    """What a run compiles: the longest first, then what the first step needs besides.
 
     Args:
         make_state: jitted, key -> TrainState.
@@ -150,24 +149,25 @@ def lower_programs(
     """
     key = jax.random.key(0)
 
-    state = jax.eval_shape(make_state, key)
-    sharding = state_sharding(mesh, state)
-    state = shapes_on(sharding, state)
-    # An average of schedule-free's is computed, which shapes alone cannot be.
-    evaluated = jax.eval_shape(lambda s: s.evaluated, state)
-    evaluated = shapes_on(_shardings(_param_specs(evaluated, mesh), mesh), evaluated)
+    @functools.cache  # nothing of it is needed for programs that are kept
+    def states():
+        state = jax.eval_shape(make_state, key)
+        state = shapes_on(state_sharding(mesh, state), state)
+        # An average of schedule-free's is computed, which shapes alone cannot be.
+        evaluated = jax.eval_shape(lambda s: s.evaluated, state)
+        return state, shapes_on(_shardings(_param_specs(evaluated, mesh), mesh), evaluated)
+
     whole = lambda x: jax.ShapeDtypeStruct((_whole(mesh, x)[0], *x.shape[1:]), x.dtype)
     training, held_out = (
         shapes_on(batch_shardings(batch, mesh), jax.tree.map(whole, batch)) for batch in batches
     )
     carry = shapes_on(placed(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
-    programs: dict[str, Callable] = {
-        "train": lambda: train_step.lower(state, training),
+    return {
+        "train": lambda: train_step.lower(states()[0], training),
         "init": lambda: make_state.lower(key),
-        "evaluate": lambda: evaluate.lower(evaluated, held_out, carry),
-    }
-    return programs | ({"sample": lambda: sample(evaluated)} if sample else {})
+        "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
+    } | ({"sample": lambda: sample(states()[1])} if sample else {})
 
 
 def shapes_on(shardings: Any, tree: Any) -> Any:

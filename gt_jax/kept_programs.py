@@ -1,0 +1,301 @@
+"""Compiled programs of a command, kept whole: the next process neither traces nor lowers them.
+
+JAX's own cache finds a program by its lowered form, so every process traces and lowers it first,
+seconds of Python. Here a program is found by all that tracing can see:
+
+    FOLDER/KEY   a line of JSON (checksum, every imported file as it was), then the program
+
+KEY is a hash of what the caller says that the program is made of, and of versions, devices, the
+environment and JAX's settings. A file counts only while all files that were imported when it was
+written are as they were, and nothing else is imported.
+
+It is for a command that runs as `python -m`, whose code is files, on one device; never for a
+notebook or a library, where a function may be replaced in memory.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import serialize_executable
+
+MOST_BYTES = 2**30  # of all kept programs; the least recently used go first
+# Environment variables that are of a shell, a terminal, a login or a job. All others count. Which
+# devices are visible is told by the devices.
+_OF_A_SESSION = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "DISPLAY", "HOSTNAME"}
+_OF_A_SESSION |= {"MAIL", "PS1", "STY", "WINDOWID", "INVOCATION_ID", "JOURNAL_STREAM"}
+_OF_A_SESSION |= {"CUDA_VISIBLE_DEVICES"}
+_OF_A_SESSION_BEGIN = ("SSH_", "TMUX", "SLURM_", "XDG_", "VSCODE_", "TERM_")
+# Settings of JAX that say where its cache is, and change no program.
+_OF_THE_CACHE = ("compilation_cache", "persistent_cache")
+# Calls out of XLA that a process can make which has lowered nothing: of what `import jax` registers
+# for a GPU, what our programs use. LAPACK's functions on a CPU are found while lowering.
+_CALLS = {
+    "cpu": ("LayoutConstraint",),
+    "gpu": ("LayoutConstraint", "mosaic_gpu_v2", "cusolver_", "cu_threefry2x32"),
+}
+
+
+class _Command(NamedTuple):
+    folder: Path
+    read: tuple[str, ...]  # files that nothing imports: the config
+    environment: dict[str, Any]  # as the process was given it; imports change it
+    stamps: dict[str, str]  # of files, each as it was first seen
+    began: float  # when the process did
+
+
+class Kept(NamedTuple):
+    """Where a program is kept or to be kept, and the program: None if it must be compiled."""
+
+    path: Path
+    program: Future
+
+
+_command: _Command | None = None
+_from_disk = threading.local()  # count: programs that this thread took from JAX's cache
+
+
+def begin(command: str, cache: Path | None, *read: str | Path) -> None:
+    """Keep the programs of this process, if it is `python -m COMMAND`, for the next one like it.
+
+    Call it before anything is traced.
+
+    Args:
+        command: for example "gt_jax.train".
+        cache: the folder of JAX's cache if it is ours, else None: then nothing is kept.
+        *read: files that ran without being imported: a config.
+    """
+    global _command
+    spec, began = getattr(sys.modules.get("__main__"), "__spec__", None), _process_start()
+    if cache is None or began is None or getattr(spec, "name", None) != command:
+        _command = None
+        return
+    _listen()
+    files = tuple(str(Path(file).resolve()) for file in read)
+    _command = _Command(cache / "programs", files, dict(os.environ), {}, began)
+    _stamps(_imported(_command), _command)
+
+
+def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
+    """Programs that are kept, or to be kept, by name; {} where nothing is kept.
+
+    They are loaded in threads. One that is not there, whose code is not as it was, that is damaged
+    or not the user's alone, must be compiled.
+
+    Args:
+        names: of the programs; the one that takes longest to load first.
+        identity: all that they depend on besides code, as what repr() tells apart: configs, shapes,
+            dtypes.
+    """
+    if _command is None or jax.device_count() > 1 or jax.default_backend() not in _CALLS:
+        return {}
+    found, environment = {}, _environment(_command)
+    for name in names:
+        said = repr([name, identity, _command.read, environment])
+        path = _command.folder / hashlib.sha256(said.encode()).hexdigest()
+        found[name] = Kept(path, Future())
+        threading.Thread(target=_load, args=(found[name], _command), daemon=True).start()
+    return found
+
+
+def _load(kept: Kept, command: _Command) -> None:
+    kept.program.set_result(_program(kept.path, command))
+
+
+def _program(path: Path, command: _Command) -> jax.stages.Compiled | None:
+    """The program in a file of `find`, None if it must be compiled."""
+    try:
+        header, payload = _read(path)
+        known = header["files"]
+        if not known.keys() >= _imported(command) or known != _stamps(known, command):
+            return None
+        if header["checksum"] != hashlib.sha256(payload).hexdigest():
+            return None
+        if header["calls_mosaic"]:
+            import jax.experimental.mosaic.gpu  # noqa: F401  (says where its runtime is)
+        program = serialize_executable.deserialize_and_load(*pickle.loads(payload))
+        os.utime(path)  # used last now
+        return program
+    except Exception:  # of many kinds; it is compiled anew
+        return None
+
+
+def compile_and_keep(
+    kept: Kept, lowered: jax.stages.Lowered, calls: Iterable[str], use: Callable
+) -> None:
+    """Compile, call use(compiled), then keep it if a process that has lowered nothing can run it.
+
+    What JAX takes from its own cache is not kept: written a second time on a CPU, it ends the run
+    that loads it.
+
+    Args:
+        kept: of `find`.
+        lowered: the program.
+        calls: the names of what it calls outside of XLA.
+    """
+    before = getattr(_from_disk, "count", 0)
+    compiled = lowered.compile()
+    is_new = getattr(_from_disk, "count", 0) == before
+    use(compiled)
+    if is_new:
+        _keep(kept, calls, compiled)
+
+
+def _keep(kept: Kept, calls: Iterable[str], compiled: jax.stages.Compiled) -> None:
+    """Write the file, unless a file of the code has changed since this process began, which may
+    have imported the old one."""
+    try:
+        assert _command is not None, "`find` found something"
+        if not all(call.startswith(_CALLS[jax.default_backend()]) for call in calls):
+            return
+        stamps = _stamps(_imported(_command), _command)
+        if "" in stamps.values() or _newest_change(stamps) >= _command.began:
+            return
+        payload = pickle.dumps(serialize_executable.serialize(compiled))
+        header = {
+            "checksum": hashlib.sha256(payload).hexdigest(),
+            "calls_mosaic": any(call.startswith("mosaic") for call in calls),
+            "files": stamps,
+        }
+        _write(kept.path, json.dumps(header).encode() + b"\n" + payload)
+        _drop_oldest(kept.path.parent)
+    except Exception:  # no room, no right to write, nothing that can be written: as without
+        return
+
+
+@functools.cache
+def _listen() -> None:
+    def count(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _from_disk.count = getattr(_from_disk, "count", 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+
+
+def _imported(command: _Command) -> set[str]:
+    """The files of all modules that are imported, and those that the command named."""
+    found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {os.path.abspath(file) for file in found if isinstance(file, str)} | set(command.read)
+
+
+def _stamps(files: Any, command: _Command) -> dict[str, str]:
+    """What changes when a file does, by file: as it was when this process first asked."""
+    return {file: command.stamps.setdefault(file, _stamp(file)) for file in sorted(files)}
+
+
+def _stamp(file: str) -> str:
+    """Of installed packages size and time, of all other files the bytes; "" for one not there."""
+    try:
+        if file.startswith(_installed()) and not file.startswith(_OWN):
+            about = os.stat(file)
+            return f"{about.st_size} {about.st_mtime_ns}"
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return tuple(os.path.abspath(paths[name]) + os.sep for name in names)
+
+
+def _newest_change(files: Any) -> float:
+    """When one of the files was last written, renamed or replaced: st_ctime, which nobody sets."""
+    return max(os.stat(file).st_ctime for file in files)
+
+
+def _process_start() -> float | None:
+    """When this process began, in seconds as time.time(); None where /proc does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - age
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
+
+
+def _environment(command: _Command) -> dict[str, Any]:
+    """What decides, besides code and identity, which program XLA makes and whether it runs."""
+    devices = jax.devices()
+    return {
+        "python": [sys.version, sys.path, str(sys.flags), sys._xoptions],
+        "jax": [jax.__version__, version("jaxlib"), devices[0].client.platform_version],
+        "devices": [(d.id, d.platform, d.device_kind) for d in devices],
+        "host": _host() if devices[0].platform == "cpu" else "",
+        "variables": {
+            name: value
+            for name, value in sorted(command.environment.items())
+            if name not in _OF_A_SESSION and not name.startswith(_OF_A_SESSION_BEGIN)
+        },
+        "settings": {
+            name: repr(value)
+            for name, value in sorted(jax.config.values.items())
+            if not any(word in name for word in _OF_THE_CACHE)
+        },
+    }
+
+
+@functools.cache
+def _host() -> list[Any]:
+    """The CPU, for whose kind and number of cores XLA compiles: a home may be of several hosts."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}
+    return [os.cpu_count(), len(os.sched_getaffinity(0)), sorted(told)]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The two parts of a file that nobody but this user can have written.
+
+    Raises:
+        OSError: it is not there, or others may write it: loading a program runs what is in it.
+        ValueError: it is damaged.
+    """
+    with path.open("rb") as file:
+        for about in (os.fstat(file.fileno()), os.stat(path.parent)):
+            if about.st_uid != os.getuid() or about.st_mode & 0o022:
+                raise PermissionError(f"{path} is not this user's alone")
+        return json.loads(file.readline()), file.read()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that another process sees the whole of it or nothing."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Delete the files used longest ago until all together have MOST_BYTES."""
+    with contextlib.suppress(FileNotFoundError):  # another process does the same
+        files = [(file.stat(), file) for file in folder.iterdir()]
+        total = 0
+        for about, file in sorted(files, key=lambda x: -x[0].st_mtime):
+            total += about.st_size
+            if total > MOST_BYTES:
+                file.unlink()

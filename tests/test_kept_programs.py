@@ -1,0 +1,286 @@
+"""Programs that a command keeps whole: found while all that tracing saw is as it was, else not."""
+
+import importlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gt_jax
+from gt_jax import compilation, kept_programs
+from gt_jax.config import default_config, from_config_dict
+from gt_jax.train import train
+
+COMMAND = "gt_jax.train"
+written = threading.Event()
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """begin(*read) as in a new `python -m gt_jax.train`, with a cache of its own."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=COMMAND))
+    monkeypatch.setattr(kept_programs, "_process_start", lambda: time.time() + 1e6)
+    monkeypatch.setattr(kept_programs, "_command", None)
+    keep = kept_programs._keep
+    monkeypatch.setattr(kept_programs, "_keep", lambda *args: (keep(*args), written.set()))
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield lambda *read: kept_programs.begin(COMMAND, tmp_path / "xla", *read)
+    jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+def run(factor, identity="it"):
+    """(whether it was lowered, its result) of a program that is compiled or was kept."""
+    lowered = []
+
+    def lower():
+        lowered.append(factor)
+        return jax.jit(lambda x: {"sum": (x * factor).sum(), "none": None}).lower(jnp.ones(7))
+
+    kept = kept_programs.find(["step"], identity)
+    result = compilation.compile_side_by_side({"step": lower}, kept)["step"].result()
+    if kept and lowered:  # it is written behind the result
+        assert written.wait(20)
+        written.clear()
+    return bool(lowered), float(result(jnp.ones(7))["sum"])
+
+
+def kept_files(tmp_path):
+    return [file for file in (tmp_path / "xla" / "programs").glob("*") if not file.suffix]
+
+
+def test_second_process_takes_the_program_of_the_first(begin):
+    begin()
+    assert run(3) == (True, 21)
+    begin()
+    assert run(4) == (False, 21)  # not even lowered
+    assert run(4, "another config") == (True, 28)
+
+
+def test_only_the_command_itself_with_a_cache_of_ours_keeps_programs(begin, monkeypatch, tmp_path):
+    kept_programs.begin(COMMAND, None)
+    assert kept_programs.find(["step"], "it") == {}
+    for spec in (SimpleNamespace(name="cProfile"), None):
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+        begin()
+        assert kept_programs.find(["step"], "it") == {} and run(3) == (True, 21)
+    assert not (tmp_path / "xla").exists()
+
+
+def test_change_of_an_imported_or_named_file_compiles_anew(begin, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module, config = tmp_path / "imported_by_the_run.py", tmp_path / "config.py"
+    module.write_text("factor = 3")
+    config.write_text("first")
+    importlib.import_module("imported_by_the_run")
+    try:
+        begin(config)
+        assert run(3) == (True, 21)
+        begin(config)
+        assert run(3) == (False, 21)
+        for file in (module, config):
+            about = file.stat()
+            file.write_text(file.read_text().replace("3", "4").replace("first", "other"))
+            os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))  # bytes count, not times
+            begin(config)
+            assert run(4) == (True, 28)
+            begin(config)
+            assert run(5) == (False, 28)
+    finally:
+        del sys.modules["imported_by_the_run"]
+
+
+def test_module_that_was_not_imported_then_compiles_anew(begin, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    begin()
+    assert run(3) == (True, 21)
+    (tmp_path / "imported_later.py").write_text("")
+    importlib.import_module("imported_later")
+    try:
+        begin()
+        assert run(4) == (True, 28)
+    finally:
+        del sys.modules["imported_later"]
+
+
+def test_file_that_changed_after_the_process_began_keeps_nothing(begin, tmp_path, monkeypatch):
+    """The process may have imported what was there before."""
+    config = tmp_path / "config.py"
+    config.write_text("")
+    monkeypatch.setattr(kept_programs, "_process_start", lambda: config.stat().st_ctime)
+    begin(config)
+    assert run(3) == (True, 21)
+    begin(config)
+    assert run(4) == (True, 28)
+
+
+def test_process_start_is_known_where_linux_says_it():
+    age = time.time() - (kept_programs._process_start() or 0)
+    assert sys.platform != "linux" or 0 < age < 24 * 3600
+
+
+@pytest.mark.parametrize("name, counts", [("XLA_FLAGS_OF_MINE", True), ("SSH_CLIENT", False)])
+def test_environment_variable_compiles_anew_unless_of_a_session(begin, monkeypatch, name, counts):
+    begin()
+    run(3)
+    monkeypatch.setenv(name, "changed")
+    begin()
+    assert run(4) == ((True, 28) if counts else (False, 21))
+
+
+def test_setting_of_jax_compiles_anew(begin):
+    begin()
+    run(3)
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        assert run(4) == (True, 28)
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "writable", "folder"])
+def test_damaged_or_foreign_file_compiles_anew(begin, tmp_path, damage):
+    begin()
+    run(3)
+    [file] = kept_files(tmp_path)
+    written = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(written[:-100])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "changed":
+        file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    elif damage == "writable":  # loading a program runs what is in it
+        file.chmod(0o666)
+    else:
+        file.unlink()
+        file.mkdir()
+    begin()
+    assert run(4) == (True, 28)
+
+
+def test_file_of_another_user_is_not_even_read(begin, tmp_path, monkeypatch):
+    begin()
+    run(3)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(pickle, "loads", lambda _: pytest.fail("was loaded"))
+    begin()
+    assert run(4) == (True, 28)
+
+
+def test_program_with_calls_that_lowering_sets_up_is_not_kept(begin, tmp_path):
+    """LAPACK's functions on a CPU are found while lowering: the next process would crash."""
+    x = jnp.eye(3)
+    begin()
+    kept = kept_programs.find(["qr"], "it")
+    programs = {"qr": lambda: jax.jit(jnp.linalg.qr).lower(x)}
+    compilation.compile_side_by_side(programs, kept)["qr"].result()
+    assert written.wait(20) and not (tmp_path / "xla").exists()
+    written.clear()
+
+
+def test_program_from_the_cache_of_jax_is_not_kept(begin, tmp_path, monkeypatch):
+    begin()
+    kept = kept_programs.find(["step"], "it")["step"]
+    hit = lambda: jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+    kept_programs.compile_and_keep(kept, SimpleNamespace(compile=hit), (), lambda _: None)
+    assert not kept.path.exists()
+
+
+def test_oldest_programs_go_first(begin, tmp_path, monkeypatch):
+    begin()
+    for n, identity in enumerate("abc"):
+        run(3, identity)
+        kept = kept_programs.find(["step"], identity)["step"]
+        assert kept.program.result() is not None  # which makes it the one used last
+        os.utime(kept.path, (n, n))
+    sizes = [file.stat().st_size for file in kept_files(tmp_path)]
+    monkeypatch.setattr(kept_programs, "MOST_BYTES", 2.5 * max(sizes))
+    run(3, "d")
+    left = [kept_programs.find(["step"], x)["step"].path.exists() for x in "abcd"]
+    assert left == [False, False, True, True]
+
+
+FIELDS = {
+    "model.preset": "gpt2",
+    "model.dim": 16,
+    "model.layers": 1,
+    "model.heads": 2,
+    "train.batch_size": 2,
+    "train.seq_len": 16,
+    "train.steps": 3,
+    "train.eval_every": 0,
+    "train.sample_tokens": 0,
+    "checkpoint.every": 2,
+    "log.tensorboard": False,
+}
+
+
+def config_of(folder):
+    config = default_config()
+    text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
+    (folder / "text.txt").write_text("".join(text))
+    config.update_from_flattened_dict(FIELDS | {"data.source": str(folder / "text.txt")})
+    return from_config_dict(config)
+
+
+def arrays(workdir):
+    return jax.tree.leaves(gt_jax.load(workdir / "checkpoints" / "3")[1])
+
+
+def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    train(config, tmp_path / "traced")
+    # Tests share a process, in which one run imports what the next one would not yet have.
+    monkeypatch.setattr(kept_programs, "_imported", lambda command: {kept_programs.__file__})
+    begin()
+    train(config, tmp_path / "first")
+    until = time.monotonic() + 20
+    while len(kept_files(tmp_path)) < 3 and time.monotonic() < until:
+        time.sleep(0.05)  # written behind the run
+    shutil.copytree(tmp_path / "first", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "3")
+    begin()
+    with monkeypatch.context() as patched:
+        patched.setattr(compilation, "without_collector", lambda lower: pytest.fail("traced"))
+        train(config, tmp_path / "second")
+        train(config, tmp_path / "resumed")
+    expected = arrays(tmp_path / "traced")
+    for name in ("first", "second", "resumed"):
+        for x, y in zip(expected, arrays(tmp_path / name), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_two_processes_at_once_take_the_programs_of_one_before(tmp_path):
+    config_of(tmp_path)  # writes the text
+    fields = {f"--config.{name}={value}" for name, value in FIELDS.items()}
+    cache = tmp_path / "xla"
+    outside = [f"--compile_cache={cache}", f"--config.data.source={tmp_path / 'text.txt'}"]
+    command = [sys.executable, "-m", COMMAND, "--config=tiny", *sorted(fields), *outside]
+
+    def start(name):
+        return subprocess.Popen(
+            [*command, f"--workdir={tmp_path / name}"], stderr=subprocess.PIPE, text=True
+        )
+
+    assert start("first").wait() == 0
+    for file in cache.glob("*-cache"):  # JAX's own, of small programs too
+        file.unlink()
+    both = [start("second"), start("third")]
+    for process in both:
+        assert f"compiled programs come from {cache}" in process.communicate()[1]
+        assert process.returncode == 0
+    expected = arrays(tmp_path / "first")
+    for name in ("second", "third"):
+        for x, y in zip(expected, arrays(tmp_path / name), strict=True):
+            np.testing.assert_array_equal(x, y)
