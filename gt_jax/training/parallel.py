@@ -76,7 +76,7 @@ def compile_train_step(
     if mode == "jit":
         shardings = state_sharding(mesh, state)
         one = mesh.size == 1
-        options = compilation.training(activation) if one else compilation.TRAINING
+        options = compilation.training(activation) if one else compilation.SEVERAL
         return jax.jit(
             make_step() if one else make_step(mesh.axis_names, lambda f: _spread(f, mesh)),
             in_shardings=(shardings, None),
