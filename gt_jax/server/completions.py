@@ -42,8 +42,10 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
     draws = not (echo and most == 0)  # the prompt alone: one token is drawn, and left out
     more = {"max_tokens": most if draws else 1, "stop_ids": tokenizer.stop_ids}
     more |= {"top_logprobs": logprobs or 0, "prompt_logprobs": echo and logprobs is not None}
-    settings = bodies.sampling(body, best_of)
-    requests = [Request(prompt, **more, **one) for prompt in ids for one in settings]
+    # Without a seed each prompt has one of its own: equal prompts would get equal answers.
+    requests = [
+        Request(prompt, **more, **one) for prompt in ids for one in bodies.sampling(body, best_of)
+    ]
     for request in requests[::best_of]:
         check_request(model, request, tokenizer)
     echoes = [_echo(*pair, tokenizer) for pair in zip(prompts, ids)] if echo else None
