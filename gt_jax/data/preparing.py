@@ -98,8 +98,8 @@ def prepare(
             made = make_tokenizer(work) if make_tokenizer else tokenizer
             assert isinstance(made, Tokenizer)
             write_tokenizer(unfinished, made)
-        done = read_records(unfinished, target, work.units)
-        records = _write_units(source, work, field, unfinished, done, processes, progress)
+        written = read_records(unfinished, target, work.units)
+        records = _write_units(source, work, field, unfinished, written, processes, progress)
         index = _index(begun, work, unfinished, records)
         for record in index["shards"]:
             if (unfinished / record["file"]).exists():
@@ -160,10 +160,10 @@ def _check_same(target, before, now):
 
 
 def _write_units(
-    source, work: Plan, field, unfinished: Path, done: list[dict[str, Any]], processes, progress
+    source, work: Plan, field, unfinished: Path, written: list[dict[str, Any]], processes, progress
 ) -> list[dict[str, Any]]:
-    """Write the shard and the record of every unit that has none in `done`. Returns all records."""
-    seen = list(done)
+    """Write the shard and the record of every unit but those `written`. Returns all records."""
+    seen = list(written)
     names = {record["file"] for record in seen}
     left = [unit for unit in work.units if shard_name(unit) not in names]
     total, sizes = sum(work.files.values()), _bytes_of(work)
