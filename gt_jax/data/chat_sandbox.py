@@ -5,7 +5,7 @@ Templates are programs of others. They run in Jinja's sandbox, as in transformer
 what no line of Python is called in (adding up lists, replacing texts) meets the process's limits:
 of memory, and a clock that ends it a second after the time is up.
 
-gt_jax.data.chat_templates starts it as a program, which imports nothing of gt_jax.
+gt_jax.data.chat_templates starts `main` in it, and nothing else of gt_jax.
 """
 
 import contextlib
@@ -161,7 +161,3 @@ def main() -> None:
         said = json.dumps(_answer(asked))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(said, flush=True)
-
-
-if __name__ == "__main__":
-    main()

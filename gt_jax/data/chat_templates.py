@@ -76,6 +76,14 @@ def render_chat(
             raise InputError(f"the chat template refuses this dialogue ({said})") from error
 
 
+_PROGRAM = """
+from importlib.util import module_from_spec, spec_from_file_location
+import sys
+spec = spec_from_file_location("chat_sandbox", sys.argv[1])
+sandbox = module_from_spec(spec)
+spec.loader.exec_module(sandbox)
+sandbox.main()
+"""
 _alone = threading.Lock()
 _process: subprocess.Popen | None = None  # of the sandbox; it serves one dialogue after the other
 
@@ -116,8 +124,7 @@ def _started() -> subprocess.Popen:
     """The sandbox's process, anew where there is none or it has ended."""
     global _process
     if _process is None or _process.poll() is not None:
-        # -P: the folder of the program holds modules that would hide others of the same names.
-        command = [sys.executable, "-P", chat_sandbox.__file__]
+        command = [sys.executable, "-P", "-c", _PROGRAM, chat_sandbox.__file__]
         pipe = subprocess.PIPE
         _process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=os.environ
