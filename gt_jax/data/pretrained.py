@@ -235,12 +235,13 @@ def model_ids(folder: str | Path, vocab_size: int) -> SpecialIds:
 
 
 def tokenizer_settings(folder: str | Path) -> dict:
-    """tokenizer_config.json with what the older special_tokens_map.json and the newer
-    chat_template.jinja add; {} where there is none of them."""
+    """tokenizer_config.json with what the older special_tokens_map.json and added_tokens.json and
+    the newer chat_template.jinja add."""
     folder = Path(folder)
     settings = _read_object(folder / "tokenizer_config.json")
     if not settings.get("added_tokens_decoder"):
         settings |= _read_object(folder / "special_tokens_map.json")
+        settings["added_tokens"] = _read_object(folder / "added_tokens.json")
     template = settings.get("chat_template")
     if isinstance(template, list):  # of {"name": ..., "template": ...}
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
