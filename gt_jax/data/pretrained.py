@@ -185,8 +185,31 @@ def read_tokenizer_file(path: str | Path) -> Tokenizer:
 def _read_file(path: Path, of_model: SpecialIds, vocab_size: int) -> Tokenizer:
     text = small(path).read_text(encoding="utf-8")
     if path.suffix != ".json":
-        return WorldTokenizer(WorldTokenizer.pack(text), of_model)
+        return WorldTokenizer(WorldTokenizer.pack(_numbered(text)), of_model)
     return _read_hugging_face(text, tokenizer_settings(path.parent), of_model, vocab_size)
+
+
+def _numbered(text: str) -> str:
+    """An RWKV vocabulary with its ids, which older folders on Hugging Face leave out.
+
+    There each line is a token as a literal of bytes, and its place is its id; the first, <s>, is
+    the end of a text, which no text holds.
+    """
+    first, *lines = text.rstrip("\n").split("\n")
+    if not first.startswith(("b'", 'b"')):
+        return text
+    sizes = (_literal_size(line) for line in lines)
+    return "\n".join(f"{i} {line} {size}" for i, (line, size) in enumerate(zip(lines, sizes), 1))
+
+
+def _literal_size(line):
+    try:
+        token = ast.literal_eval(line) if len(line) <= LONGEST_LINE else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        token = None
+    if not isinstance(token, bytes):
+        raise InputError(f"{line[:80]!r} is no line of an RWKV vocabulary")
+    return len(token)
 
 
 def _read_hugging_face(text, settings, of_model, vocab_size):

@@ -70,8 +70,8 @@ def prompts_of(prompt: str | list) -> list[str | list]:
     return prompts
 
 
-def prompt_ids(prompt: str | list, tokenizer: Tokenizer) -> Any:
-    """[T] ids of one prompt, a text or ids."""
+def prompt_ids(prompt: str | list, tokenizer: Tokenizer, name: str = "prompt") -> Any:
+    """[T] ids of one prompt, a text or ids; `name` is its field."""
     if isinstance(prompt, str):
         try:
             prompt = encode_prompt(tokenizer, prompt, "prompt").tolist()
@@ -83,7 +83,7 @@ def prompt_ids(prompt: str | list, tokenizer: Tokenizer) -> Any:
         raise SettingError("prompt", f"prompt holds {brief(odd)}, which is no token id")
     if len(prompt) > PROMPT_TOKENS:
         raise SettingError(
-            "prompt", f"prompt of {len(prompt)} tokens must have at most {PROMPT_TOKENS}"
+            name, f"{name} of {len(prompt)} tokens must have at most {PROMPT_TOKENS}"
         )
     return prompt
 
