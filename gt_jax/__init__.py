@@ -1,13 +1,19 @@
 """Parallel RWKV-6 and Mamba-2 hybrid language models in JAX."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gt_jax.starting import end_at_ctrl_c
 
 if TYPE_CHECKING:  # `import gt_jax` alone stays quick
     from gt_jax.data.base import Tokenizer
     from gt_jax.models import LanguageModel, Params
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m gt_jax.PROGRAM` looks for the program
+    end_at_ctrl_c()
 
 
 def load(path: str | Path) -> "tuple[LanguageModel, Params, Tokenizer]":

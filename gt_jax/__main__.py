@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gt_jax
 from gt_jax.errors import did_you_mean
+from gt_jax.starting import end_at_ctrl_c
 
 PROGRAMS = (
     *("prepare", "train", "evaluate", "generate", "serve", "inspect", "convert"),
@@ -42,6 +43,7 @@ def main() -> None:
             print(f"  {program:9} {about(program)}")
     elif name in PROGRAMS:
         sys.argv[:2] = [f"gt-jax {name}"]
+        end_at_ctrl_c()
         runpy.run_module(f"gt_jax.{name}", run_name="__main__", alter_sys=False)
     else:
         hint = did_you_mean(name, PROGRAMS) or f"; there are {', '.join(PROGRAMS)}"

@@ -223,7 +223,7 @@ def load(
     folder = folders[0]
     about = read_about(folder)
     verify(folder, ("params",))
-    config, tokenizer = stored.describe(folder, about, _stored_shapes(folder, "params"))
+    config, tokenizer = stored.describe(folder, about, stored_shapes(folder, "params"))
     model = make_model(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -272,7 +272,7 @@ def read_tree(folder: Path, name: str, like: Any) -> Any:
         InputError: the part is damaged, or its arrays have other names or shapes.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    if _stored_shapes(folder, name) != _shapes(like):
+    if stored_shapes(folder, name) != _shapes(like):
         raise InputError(f"{folder} is a checkpoint of another model: its {name} have other shapes")
     try:
         part = epath.Path(folder / name)
@@ -281,7 +281,8 @@ def read_tree(folder: Path, name: str, like: Any) -> Any:
         raise _damaged(folder, one_line(error, 200)) from error
 
 
-def _stored_shapes(folder: Path, name: str) -> dict:
+def stored_shapes(folder: Path, name: str) -> dict:
+    """The shape of every array in part `name` of a checkpoint folder, by its path."""
     # Of the handler: a Checkpointer warns that a part of a checkpoint has no metadata of a whole.
     try:
         return _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / name)).tree)

@@ -19,6 +19,7 @@ from gt_jax import compilation
 from gt_jax.config import default_config, walk_fields
 from gt_jax.config_files import load_config
 from gt_jax.errors import InputError, did_you_mean
+from gt_jax.starting import raise_at_ctrl_c
 from gt_jax.suggestions import suggest_field
 
 
@@ -33,6 +34,7 @@ def run(main: Callable[[list[str]], int | None], *, leave_threads: bool = False)
         main: takes the command line.
         leave_threads: after an error, do not wait for threads that may still be writing.
     """
+    raise_at_ctrl_c()
     gc.freeze()  # what is imported stays: the garbage collector need not look there
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import checkpoint, cli
-from gt_jax.config import from_stored
+from gt_jax import checkpoint, cli, stored
 from gt_jax.data import Corpus, count_tokens, encode_corpus, evaluation_batches, load_held_out
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
@@ -107,8 +106,8 @@ def main(argv: list[str]) -> None:
     if not cli.parse(flags, argv, usage=__doc__, required=("checkpoint",)):
         return
 
-    stored = checkpoint.read_about(checkpoint.find(flags.checkpoint))["config"]
-    config = from_stored(stored) if "data" in stored else None  # None for a converted model
+    folder = checkpoint.find(flags.checkpoint)
+    config = stored.run_config(folder, checkpoint.read_about(folder))
     if flags.source is None and config is None:
         raise InputError(
             f"--source is missing: {flags.checkpoint} is a converted model and has no text of its "

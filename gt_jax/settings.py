@@ -79,13 +79,15 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def unflatten(flat: dict[str, object]) -> dict:
-    """Undo `flatten`."""
+    """Undo `flatten`. Raises InputError if a name is within another one's value."""
     tree = {}
     for name, value in flat.items():
         *groups, last = name.split(".")
         node = tree
         for group in groups:
             node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{name} is not a config field: {group} is one value")
         node[last] = value
     return tree
 

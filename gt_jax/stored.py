@@ -1,12 +1,13 @@
 """The description of a stored model, compared with its files before a model is built from it."""
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gt_jax.config import computation_dtype
+from gt_jax.config import Config, computation_dtype, from_stored
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError, one_line
@@ -50,10 +51,42 @@ def describe(
                 f"its tokenizer has {tokenizer.vocab_size} ids and its model {config.vocab_size}"
             )
     except Exception as error:  # packages that read tokenizers raise many kinds
-        said = error.args[0] if isinstance(error, KeyError) else error
-        missing = f"{said} is missing" if isinstance(error, KeyError) else said
-        raise InputError(f"{folder} is damaged: {one_line(missing)}") from error
+        raise _damaged(folder, error) from error
     return config, tokenizer
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Inside, what `about` of a folder says is used: of another form, it is one line.
+
+    Raises:
+        InputError: as raised inside; in place of other exceptions, one that names the folder.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder, error):
+    said = error.args[0] if isinstance(error, KeyError) else error
+    missing = f"{said} is missing" if isinstance(error, KeyError) else said
+    return InputError(f"{folder} is damaged: {one_line(missing)}")
+
+
+def run_config(folder: Path, about: Mapping[str, Any]) -> Config | None:
+    """The settings of the run that a checkpoint is of; None of a converted model.
+
+    Raises:
+        InputError: they have another form, or are none that a run can have.
+    """
+    with readable(folder):
+        settings = about["config"]
+        if not isinstance(settings, dict):
+            raise TypeError("its config is no object")
+    return from_stored(settings) if "data" in settings else None
 
 
 def _check_sizes(folder, config, shapes):

@@ -38,7 +38,7 @@ from gt_jax.training import backend, hosts, parallel, provenance, stopping, util
 from gt_jax.training.display import Display, Speed, reader_left, say
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.guard import Guard, Spike, rewind
-from gt_jax.training.job import Job, check_same_run, first_state, prepare
+from gt_jax.training.job import Job, first_state, prepare, progress_of
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
@@ -81,9 +81,9 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     """`train`, with the folder from `hosts.folder`."""
     folder, about = newest_of_all(workdir)
     start = int(folder.name) if folder is not None else 0
-    progress = Progress.of_checkpoint(about, start) if about else Progress()
-    if about:
-        check_same_run(about["config"], config, workdir)
+    progress = Progress()
+    if folder is not None and about is not None:
+        progress = progress_of(folder, about, config, workdir)
     if hosts.of_first(lambda: is_finished(config, own, start, progress)):
         say(
             f"{workdir} holds a finished run of {start} steps. Continue it with a larger "

@@ -1,11 +1,15 @@
 """What is installed: one list of requirements, every program under one command, every config."""
 
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from gt_jax import __main__ as programs
 from gt_jax import __version__
@@ -136,3 +140,16 @@ def test_the_list_of_models_bears_a_closed_pipe_and_names_a_wrong_argument():
     assert piped.stdout.startswith("preset") and piped.stderr == ""
     wrong = subprocess.run([*command.split(), "--nope"], cwd=ROOT, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("program", ["train", "prepare"])
+def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(tmp_path, program):
+    """A module that is imported on the way presses it."""
+    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)"
+    (tmp_path / "numpy.py").write_text(code)
+    command = [sys.executable, "-m", f"gt_jax.{program}", "--help"]
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

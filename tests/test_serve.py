@@ -96,6 +96,14 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
     assert not client.worker.clients
 
 
+def test_equal_prompts_without_a_seed_get_texts_of_their_own(client):
+    several = {"prompt": ["abc"] * 4, "n": 2, "max_tokens": 12}
+    texts = [choice["text"] for choice in ask(client, **several, seed=None).json()["choices"]]
+    assert len(set(texts)) == 8
+    texts = [choice["text"] for choice in ask(client, **several, seed=3).json()["choices"]]
+    assert texts == texts[:2] * 4  # as each of these prompts alone with this seed
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

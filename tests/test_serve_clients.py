@@ -188,6 +188,11 @@ def test_openais_client_reads_chats(serving, openai_client, loaded):
     [
         ({"messages": []}, "messages", "messages holds 0 messages; send 1 to 1024"),
         ({"messages": DIALOGUE * 600}, "messages", "messages holds 1200 messages"),
+        (
+            {"messages": [{"role": "user", "content": "t" * 2**17}]},
+            "messages",
+            "tokens must have at most 65536",
+        ),
         ({"messages": ["hi"]}, "messages", "messages[0]='hi' must be an object"),
         ({"messages": [{"content": "a"}]}, "messages", "messages[0].role must be a string"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages", "content=3 must be a string"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax import checkpoint
+from gt_jax import checkpoint, stored
 from gt_jax.config_groups import Optim
 from gt_jax.data.base import Tokenizer
 from gt_jax.models import ModelConfig, count_parameters
@@ -80,7 +80,7 @@ def model_card(
         f"{describe(config)}: {parameters:,} parameters, tokenizer {tokenizer.kind} with "
         f"{tokenizer.vocab_size:,} ids.",
         "",
-        *_training(folder, about),
+        *training_of(folder, about),
         "## Licence",
         "",
         f"{weights} The code in {files}: MIT.",
@@ -102,8 +102,17 @@ def describe(config: ModelConfig) -> str:
     return f"{name}{legacy}, {blocks} of width {config.dim}"
 
 
-def _training(folder: Path, about: Mapping[str, Any]) -> list[str]:
-    """Data, loss and command of the run that a checkpoint is of; nothing for a converted model."""
+def training_of(folder: Path, about: Mapping[str, Any]) -> list[str]:
+    """Data, loss and command of the run that a checkpoint is of; nothing for a converted model.
+
+    Raises:
+        InputError: the checkpoint says them in another form.
+    """
+    with stored.readable(folder):
+        return _training(folder, about)
+
+
+def _training(folder, about):
     step, settings = about.get("step"), about.get("config", {})
     if step is None:
         return []

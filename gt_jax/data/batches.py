@@ -124,7 +124,7 @@ class Batches:
         """Continue from a position that `state()` gave.
 
         Raises:
-            InputError: the position belongs to another setting.
+            InputError: the position belongs to another setting, or is none.
         """
         for name, value in self._setting.items():
             saved = state.get(name)
@@ -133,7 +133,10 @@ class Batches:
                     f"{name}={value} differs from the checkpoint's {saved}; resume with {saved}, or"
                     " begin in another folder"
                 )
-        self._go_to(state["epoch"], state["index"])
+        epoch, index = state.get("epoch"), state.get("index")
+        if not all(isinstance(x, int) and 0 <= x < 2**31 for x in (epoch, index)):
+            raise InputError(f"epoch={epoch!r}, index={index!r} is no place in the text")
+        self._go_to(epoch, index)
 
     def starts(self, state: Mapping[str, Any]) -> np.ndarray:
         """[B] places in the stream where the rows of the batch before a position begin."""

@@ -135,6 +135,7 @@ class HuggingFaceTokenizer(Tokenizer):
         listed = settings.get("added_tokens_decoder") or {}
         try:
             named += extra if isinstance(extra, list) else list((extra or {}).values())
+            listed = listed or _listed_before(settings, named, made.get_added_tokens_decoder())
             listed = [AddedToken(**listed[i]) for i in sorted(listed, key=int)]
             known |= {token.content: token for token in listed}
             special = []
@@ -206,3 +207,17 @@ def _byte_of_letter():
 
 _BYTE_OF_LETTER = _byte_of_letter()
 _SPECIAL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+def _listed_before(settings, named, known) -> dict[Any, dict[str, Any]]:
+    """added_tokens.json (token -> id) in the form of added_tokens_decoder, but for known ids."""
+    # transformers compares with names alone, not with the objects of tokenizer_config.json.
+    contents = [
+        token.get("content") if isinstance(token, dict) and "__type" not in token else token
+        for token in named
+    ]
+    return {
+        i: {"content": token, "normalized": token not in contents, "special": token in contents}
+        for token, i in (settings.get("added_tokens") or {}).items()
+        if i not in known
+    }

@@ -25,17 +25,26 @@ import numpy as np
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.corpora import replace_file
 from gt_jax.data.reading import Document, documents
+from gt_jax.data.shard_index import dtype_for
 from gt_jax.data.shards import (
     FORMAT,
     INDEX,
     TOKENIZER,
     UNFINISHED,
     ShardWriter,
-    dtype_for,
+    open_prepared,
     read_json,
 )
 from gt_jax.data.sources import Plan, Unit, plan
 from gt_jax.data.tokenizers import tokenizer_from_dict
+from gt_jax.data.unfinished import (
+    BEGUN,
+    read_records,
+    read_tokenizer,
+    shard_name,
+    write_record,
+    write_tokenizer,
+)
 from gt_jax.errors import InputError, one_line
 
 _PATIENCE = 1000  # unreadable documents before the first that can be read: a wrong field
@@ -85,12 +94,13 @@ def prepare(
         if finished is not None:
             return finished
         unfinished = target / UNFINISHED
-        if not (unfinished / TOKENIZER).exists():
+        if read_tokenizer(unfinished) is None:
             made = make_tokenizer(work) if make_tokenizer else tokenizer
             assert isinstance(made, Tokenizer)
-            replace_file(unfinished / TOKENIZER, json.dumps(made.to_dict()).encode())
-        _write_units(source, work, field, unfinished, processes, progress)
-        index = _index(begun, work, unfinished)
+            write_tokenizer(unfinished, made)
+        written = read_records(unfinished, target, work.units)
+        records = _write_units(source, work, field, unfinished, written, processes, progress)
+        index = _index(begun, work, unfinished, records)
         for record in index["shards"]:
             if (unfinished / record["file"]).exists():
                 (unfinished / record["file"]).replace(target / record["file"])
@@ -114,8 +124,8 @@ def _hold(target: Path, begun: dict[str, Any]) -> Iterator[dict[str, Any] | None
     if target.is_dir() and any(target.iterdir()) and not unfinished.is_dir():
         if not (target / INDEX).is_file():
             raise InputError(f"{target} holds other files; {_OTHER}")
-        index = read_json(target / INDEX)
-        _check_same(target, index.get("begun", {}), begun)
+        index = open_prepared(target).index
+        _check_same(target, index["begun"], begun)
         yield index
         return
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -125,10 +135,10 @@ def _hold(target: Path, begun: dict[str, Any]) -> Iterator[dict[str, Any] | None
     except filelock.Timeout as error:
         raise InputError(f"{target} is being written by another process; wait for it") from error
     with lock:
-        if (unfinished / "begun.json").exists():
-            _check_same(target, read_json(unfinished / "begun.json"), begun)
+        if (unfinished / BEGUN).exists():
+            _check_same(target, read_json(unfinished / BEGUN), begun)
         else:
-            replace_file(unfinished / "begun.json", json.dumps(begun).encode())
+            replace_file(unfinished / BEGUN, json.dumps(begun).encode())
         for partial in unfinished.glob("*.partial"):
             partial.unlink()
         yield None
@@ -141,17 +151,21 @@ def _check_same(target, before, now):
             said = f"{name}={one_line(before.get(name), 80)}, not {one_line(now[name], 80)}"
             raise InputError(f"{target} was begun with {said}; {_OTHER}")
     if before.get("files") != now["files"] or before.get("units") != now["units"]:
-        known = before.get("files") or []
-        changed = [p for p, size in now["files"] if [p, size] not in known]
-        changed += [p for p, size in known if [p, size] not in now["files"]]
+        known = before.get("files")
+        known = known if isinstance(known, list) else []
+        changed = [file[0] for file in now["files"] if file not in known]
+        changed += [str(file) for file in known if file not in now["files"]]
         name = changed[0] if changed else "its files"
         raise InputError(f"{target} was begun when {now['source']} held another {name}; {_OTHER}")
 
 
-def _write_units(source, work: Plan, field, unfinished: Path, processes, progress) -> None:
-    """Write the shard and the record of every unit that has none yet."""
-    seen = _records(unfinished)
-    left = [unit for unit in work.units if not (unfinished / f"{unit.name}.json").exists()]
+def _write_units(
+    source, work: Plan, field, unfinished: Path, written: list[dict[str, Any]], processes, progress
+) -> list[dict[str, Any]]:
+    """Write the shard and the record of every unit but those `written`. Returns all records."""
+    seen = list(written)
+    names = {record["file"] for record in seen}
+    left = [unit for unit in work.units if shard_name(unit) not in names]
     total, sizes = sum(work.files.values()), _bytes_of(work)
     before = total - sum(sizes[unit.name] for unit in left)
     progress(before, total)
@@ -168,7 +182,7 @@ def _write_units(source, work: Plan, field, unfinished: Path, processes, progres
         for unit in left:
             seen.append(_write_unit(source, unit, field, unfinished))
             _check_readable(seen)
-        return
+        return _in_order(seen, work)
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", before), context.Event()
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (unfinished, counter, stop))
@@ -187,6 +201,13 @@ def _write_units(source, work: Plan, field, unfinished: Path, processes, progres
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+    return _in_order(seen, work)
+
+
+def _in_order(records, work: Plan) -> list[dict[str, Any]]:
+    """Records in the order of the text."""
+    by_name = {record["file"]: record for record in records}
+    return [by_name[shard_name(unit)] for unit in work.units]
 
 
 def _bytes_of(work: Plan) -> dict[str, int]:
@@ -231,7 +252,7 @@ def _begin_worker(unfinished: Path, counter, stop) -> None:
 
 def _begin(unfinished: Path, count: Callable[[int], None]) -> None:
     """What all units of a process share."""
-    tokenizer = tokenizer_from_dict(json.loads((unfinished / TOKENIZER).read_bytes()))
+    tokenizer = read_tokenizer(unfinished)
     _shared.update(tokenizer=tokenizer, count=count)
 
 
@@ -260,10 +281,10 @@ def _write_unit(source: str, unit: Unit, field: str, unfinished: Path) -> dict[s
     except BaseException:
         writer.abandon()
         raise
-    name = f"{unit.name}.shard"
+    name = shard_name(unit)
     record = {"file": name, "split": unit.split, **record, **read, "skipped": skipped}
     partial.replace(unfinished / name)
-    replace_file(unfinished / f"{unit.name}.json", json.dumps(record).encode())
+    write_record(unfinished, unit, record)
     return record
 
 
@@ -283,13 +304,6 @@ def _write_document(writer: ShardWriter, document: Document, tokenizer: Tokenize
     return characters
 
 
-def _records(unfinished: Path) -> list[dict[str, Any]]:
-    """The records of the units that are done, in the order of the text."""
-    paths = sorted(path for split in ("train", "validation")
-                   for path in unfinished.glob(f"{split}-*.json"))  # fmt: skip
-    return [json.loads(path.read_bytes()) for path in paths]
-
-
 def _check_readable(records: list[dict[str, Any]]) -> None:
     """Raise InputError early if nothing can be read, e.g. as --field is wrong."""
     if not any(record["documents"] for record in records):
@@ -299,13 +313,12 @@ def _check_readable(records: list[dict[str, Any]]) -> None:
             raise InputError(f"no document can be read: {failed[0][1]}")
 
 
-def _index(begun, work: Plan, unfinished: Path) -> dict[str, Any]:
+def _index(begun, work: Plan, unfinished: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What index.json says.
 
     Raises:
         InputError: there is nothing to train on.
     """
-    records = _records(unfinished)
     skipped: dict[str, list] = {}
     for record in records:
         for reason, (number, first) in record.pop("skipped").items():

@@ -185,8 +185,31 @@ def read_tokenizer_file(path: str | Path) -> Tokenizer:
 def _read_file(path: Path, of_model: SpecialIds, vocab_size: int) -> Tokenizer:
     text = small(path).read_text(encoding="utf-8")
     if path.suffix != ".json":
-        return WorldTokenizer(WorldTokenizer.pack(text), of_model)
+        return WorldTokenizer(WorldTokenizer.pack(_numbered(text)), of_model)
     return _read_hugging_face(text, tokenizer_settings(path.parent), of_model, vocab_size)
+
+
+def _numbered(text: str) -> str:
+    """An RWKV vocabulary with its ids, which older folders on Hugging Face leave out.
+
+    There each line is a token as a literal of bytes, and its place is its id; the first, <s>, is
+    the end of a text, which no text holds.
+    """
+    first, *lines = text.rstrip("\n").split("\n")
+    if not first.startswith(("b'", 'b"')):
+        return text
+    sizes = (_literal_size(line) for line in lines)
+    return "\n".join(f"{i} {line} {size}" for i, (line, size) in enumerate(zip(lines, sizes), 1))
+
+
+def _literal_size(line):
+    try:
+        token = ast.literal_eval(line) if len(line) <= LONGEST_LINE else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        token = None
+    if not isinstance(token, bytes):
+        raise InputError(f"{line[:80]!r} is no line of an RWKV vocabulary")
+    return len(token)
 
 
 def _read_hugging_face(text, settings, of_model, vocab_size):
@@ -235,12 +258,13 @@ def model_ids(folder: str | Path, vocab_size: int) -> SpecialIds:
 
 
 def tokenizer_settings(folder: str | Path) -> dict:
-    """tokenizer_config.json with what the older special_tokens_map.json and the newer
-    chat_template.jinja add; {} where there is none of them."""
+    """tokenizer_config.json with what the older special_tokens_map.json and added_tokens.json and
+    the newer chat_template.jinja add."""
     folder = Path(folder)
     settings = _read_object(folder / "tokenizer_config.json")
     if not settings.get("added_tokens_decoder"):
         settings |= _read_object(folder / "special_tokens_map.json")
+        settings["added_tokens"] = _read_object(folder / "added_tokens.json")
     template = settings.get("chat_template")
     if isinstance(template, list):  # of {"name": ..., "template": ...}
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

@@ -26,12 +26,12 @@ import numpy as np
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.files import PREPARED_TOKENIZER as TOKENIZER
 from gt_jax.data.files import small
+from gt_jax.data.shard_index import SPLITS, check_index
 from gt_jax.data.tokenizers import tokenizer_from_dict
 from gt_jax.errors import InputError, one_line
 
 FORMAT = "gt_jax token shards 1"
 INDEX = "index.json"
-SPLITS = ("train", "validation")
 _BLOCK = 1 << 16  # bytes under one checksum
 _ALIGNED = 64  # bytes
 _MOST_MAPPED = 128  # shards mapped at once; each costs a file descriptor
@@ -271,7 +271,7 @@ def open_prepared(source: str | Path) -> Prepared:
     except OSError as error:
         raise InputError(f"{folder / TOKENIZER} cannot be read ({error.strerror})") from error
     try:
-        _check_index(index)
+        check_index(index)
         vocabulary = index["vocab_size"]
         if hashlib.sha256(text).hexdigest() != index["tokenizer_sha256"]:
             raise InputError(
@@ -301,24 +301,6 @@ def open_prepared(source: str | Path) -> Prepared:
     return Prepared(folder, shards, tokenizer, index)
 
 
-def _check_index(index):
-    """Raise KeyError, TypeError or ValueError at what `gt_jax.prepare` does not write."""
-    seen = set()
-    for record in index["shards"]:
-        name = record["file"]
-        if name in seen:
-            raise ValueError(f"it names {name} twice")
-        seen.add(name)
-        if Path(name).name != name:
-            raise ValueError(f"{one_line(name, 80)} is no file of this folder")
-        if record["split"] not in SPLITS or type(record["open"]) is not bool:
-            raise ValueError(f"split={record['split']} or open={record['open']} of {name}")
-    if index["dtype"] != dtype_for(index["vocab_size"]):
-        raise ValueError(f"dtype={index['dtype']} is not for vocab_size={index['vocab_size']}")
-    if not isinstance(index["note"], str | None):
-        raise ValueError(f"note={index['note']}")
-
-
 def check_folder(source: str | Path) -> int:
     """Compare every byte of a prepared folder with its checksums. Returns the number of shards.
 
@@ -330,11 +312,6 @@ def check_folder(source: str | Path) -> int:
         shard.check()
         release()
     return len(shards)
-
-
-def dtype_for(vocab_size: int) -> str:
-    """The dtype of ids below vocab_size on disk."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def read_json(path: Path) -> dict[str, Any]:

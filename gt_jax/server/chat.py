@@ -42,7 +42,7 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
         text = render_chat(tokenizer, messages)
     except InputError as error:
         raise SettingError("messages", str(error)) from error
-    ids = prompt_ids(_ids(tokenizer, text), tokenizer)
+    ids = prompt_ids(_ids(tokenizer, text), tokenizer, "messages")
     n, _ = bodies.choices_asked(body, [ids])
     name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     room = model.config.position_limit or math.inf

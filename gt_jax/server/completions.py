@@ -42,8 +42,10 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
     draws = not (echo and most == 0)  # the prompt alone: one token is drawn, and left out
     more = {"max_tokens": most if draws else 1, "stop_ids": tokenizer.stop_ids}
     more |= {"top_logprobs": logprobs or 0, "prompt_logprobs": echo and logprobs is not None}
-    settings = bodies.sampling(body, best_of)
-    requests = [Request(prompt, **more, **one) for prompt in ids for one in settings]
+    # Without a seed each prompt has one of its own: equal prompts would get equal answers.
+    requests = [
+        Request(prompt, **more, **one) for prompt in ids for one in bodies.sampling(body, best_of)
+    ]
     for request in requests[::best_of]:
         check_request(model, request, tokenizer)
     echoes = [_echo(*pair, tokenizer) for pair in zip(prompts, ids)] if echo else None
@@ -68,8 +70,8 @@ def prompts_of(prompt: str | list) -> list[str | list]:
     return prompts
 
 
-def prompt_ids(prompt: str | list, tokenizer: Tokenizer) -> Any:
-    """[T] ids of one prompt, a text or ids."""
+def prompt_ids(prompt: str | list, tokenizer: Tokenizer, name: str = "prompt") -> Any:
+    """[T] ids of one prompt, a text or ids; `name` is its field."""
     if isinstance(prompt, str):
         try:
             prompt = encode_prompt(tokenizer, prompt, "prompt").tolist()
@@ -81,7 +83,7 @@ def prompt_ids(prompt: str | list, tokenizer: Tokenizer) -> Any:
         raise SettingError("prompt", f"prompt holds {brief(odd)}, which is no token id")
     if len(prompt) > PROMPT_TOKENS:
         raise SettingError(
-            "prompt", f"prompt of {len(prompt)} tokens must have at most {PROMPT_TOKENS}"
+            name, f"{name} of {len(prompt)} tokens must have at most {PROMPT_TOKENS}"
         )
     return prompt
 

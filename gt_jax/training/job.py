@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, Sharding
 
-from gt_jax import checkpoint, compilation, kept_programs
-from gt_jax.config import Config, flatten, from_stored, to_dict
+from gt_jax import checkpoint, compilation, kept_programs, stored
+from gt_jax.config import Config, flatten, to_dict
 from gt_jax.data import Batch, evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsdp, make_model
@@ -20,6 +20,7 @@ from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.progress import Progress
 from gt_jax.training.step import (
     TrainState,
     init_state,
@@ -97,10 +98,10 @@ def prepare(
     """
     services = import_services(config.log)
     # Text, in the tokens of the model that the run began with if there is one.
-    stored = about or _stored(config)
+    begun = about or _begun_from(config)
     tokenizer = None
-    if stored is not None and config.model.init_from:
-        tokenizer = tokenizer_from_dict(stored["tokenizer"])
+    if begun is not None and config.model.init_from:
+        tokenizer = tokenizer_from_dict(begun["tokenizer"])
     read = functools.partial(read_text, config, tokenizer=tokenizer, cache_dir=workdir)
     text = hosts.first_before_others(read)  # it may train a tokenizer, and keeps that
     hashed = fingerprint(text.tokens)
@@ -121,7 +122,7 @@ def prepare(
     )
 
     # Model and programs.
-    model_config = make_model_config(config, text.tokenizer.vocab_size, stored)
+    model_config = make_model_config(config, text.tokenizer.vocab_size, begun)
     if config.parallel.sequence > 1 and (reason := confined_to_device(model_config)):
         raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
     start, examples = batches.state(), (next(batches), held_out[0])
@@ -229,7 +230,8 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     key = jax.random.key(job.config.seed)
     if about is not None and folder is not None:
         state = restore(folder, jax.eval_shape(job.make_state, key))
-        job.batches.restore(about["batches"])
+        with stored.readable(folder):
+            job.batches.restore(about["batches"])
         return state
     assert job.new_state
     state = job.new_state(key)
@@ -243,16 +245,36 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
     return state
 
 
-def _stored(config: Config) -> dict | None:
-    """What a checkpoint says of the model in model.init_from, None where none is set."""
+def _begun_from(config: Config) -> dict | None:
+    """What a checkpoint says of the model in model.init_from, None where none is set.
+
+    Raises:
+        InputError: there is none, it is damaged, or says other sizes than its files have.
+    """
     if config.model.init_from is None:
         return None
-    return checkpoint.read_about(checkpoint.find(config.model.init_from))
+    folder = checkpoint.find(config.model.init_from)
+    about = checkpoint.read_about(folder)
+    stored.describe(folder, about, checkpoint.stored_shapes(folder, "params"))
+    return about
 
 
-def check_same_run(old: dict, config: Config, workdir: Path) -> None:
-    """Raise InputError unless a run that began with the config `old` may continue with this one."""
-    old, new = (flatten(to_dict(c)) for c in (from_stored(old), config))
+def progress_of(folder: Path, about: dict, config: Config, workdir: Path) -> Progress:
+    """The Progress of a checkpoint that the run of a config is to continue from.
+
+    Raises:
+        InputError: the run began with another config, or what the checkpoint says is damaged.
+    """
+    with stored.readable(folder):
+        progress = Progress.of_checkpoint(about, int(folder.name))
+    if (began := stored.run_config(folder, about)) is None:
+        raise InputError(f"{folder} is no checkpoint of a run; move it out of {workdir}")
+    _check_same_run(began, config, workdir)
+    return progress
+
+
+def _check_same_run(began: Config, config: Config, workdir: Path) -> None:
+    old, new = (flatten(to_dict(c)) for c in (began, config))
     for name in new:
         if name not in FREE_ON_RESUME and new[name] != old.get(name):
             raise InputError(
@@ -262,7 +284,7 @@ def check_same_run(old: dict, config: Config, workdir: Path) -> None:
 
 
 def _check_same_text(about: dict, text: Text, hashed: str, config: Config, workdir: Path) -> None:
-    if about["tokenizer"] != text.tokenizer.to_dict() or about.get("text", hashed) != hashed:
+    if about.get("tokenizer") != text.tokenizer.to_dict() or about.get("text", hashed) != hashed:
         raise InputError(
             f"data.source={config.data.source} is no longer the text that {workdir} began with; "
             "bring it back, or start anew with another --workdir"

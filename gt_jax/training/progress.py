@@ -24,8 +24,19 @@ class Progress:
 
     @classmethod
     def of_checkpoint(cls, about: dict, step: int) -> "Progress":
-        """As a checkpoint remembers it; older ones name no last evaluation and let NaN be best."""
+        """As a checkpoint remembers it; older ones name no last evaluation and let NaN be best.
+
+        Raises:
+            KeyError, TypeError: it holds something else.
+        """
         progress = cls(**{"evaluated": step} | about["progress"])
+        for field in dataclasses.fields(cls):
+            value = getattr(progress, field.name)
+            kind = list if field.name == "losses" else field.type | int
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"progress.{field.name}={value!r}")
+        if not all(isinstance(loss, float) for loss in progress.losses):
+            raise TypeError("progress.losses holds other things than numbers")
         if progress.best_loss is not None and not math.isfinite(progress.best_loss):
             progress.best_loss = progress.best_step = None
         return progress

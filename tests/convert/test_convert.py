@@ -126,6 +126,18 @@ def test_tokenizer_travels_with_the_model(tmp_path):
     (tmp_path / "there" / "rwkv_vocab_v20230424.txt").rename(tmp_path / "there" / "vocab.txt")
     import_model(tmp_path / "there", tmp_path / "again")
     assert gt_jax.load(tmp_path / "again")[2].to_dict() == tokenizer.to_dict()
+    # Older ones leave out the ids and lengths: there a line's place is its id.
+    literals = ["b'<s>'", *(repr(f"{i:x}".encode()) for i in range(1, small.VOCAB))]
+    (tmp_path / "there" / "vocab.txt").write_text("\n".join(literals) + "\n")
+    import_model(tmp_path / "there", tmp_path / "older")
+    older = gt_jax.load(tmp_path / "older")[2]
+    assert older.vocab_size == small.VOCAB and older.stop_ids == tokenizer.stop_ids
+    for i in range(small.VOCAB):
+        assert older.token_bytes(i) == tokenizer.token_bytes(i)
+    assert older.encode("f1b").tolist() == [15, 27]
+    (tmp_path / "there" / "vocab.txt").write_text("b'<s>'\nb'a\n")
+    with pytest.raises(InputError, match=r"is no line of an RWKV vocabulary.*--tokenizer=ids"):
+        import_model(tmp_path / "there", tmp_path / "damaged")
 
 
 def run(*words):

@@ -78,6 +78,31 @@ def test_folder_is_read_as_transformers_reads_it(kind, settings, tmp_path):
     assert ours.decode(everything) == theirs.decode(everything)
 
 
+@pytest.mark.parametrize("kind", small_tokenizers.KINDS)
+def test_tokens_in_the_older_file_are_added_as_transformers_adds_them(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    made = small_tokenizers.KINDS[kind]()
+    size = made.get_vocab_size()
+    added = {"<mark>": size + 1, "<x>": size, "sat.": size + 2, "<far>": size + 9}
+    settings = {"eos_token": "<end>", "pad_token": {"content": "<x>", "__type": "AddedToken"}}
+    folder = folder_of(tmp_path / "folder", made, settings, added_tokens=added)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+    assert (ours.eos_id, ours.special.pad) == (theirs.eos_token_id, theirs.pad_token_id)
+    for text in (*TEXTS, "sat.<mark>sat. <x> <far><end>"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text).tolist() == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("content", [{"<x>": "a"}, {"<x>": None}, {"": []}])
+def test_older_file_of_another_form_is_an_error(content, tmp_path):
+    folder_of(tmp_path, small_tokenizers.byte_level(), {}, added_tokens=content)
+    with pytest.raises(InputError, match=r"describes no token"):
+        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "want"),
     [

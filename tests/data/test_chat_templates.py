@@ -40,6 +40,13 @@ def render(template, **options):
         ("a" * (2**20 + 1), "has 1048577 characters"),
         ("{{ raise_exception('no tools') }}", "(no tools)"),
         (None, "has no template of dialogues"),
+        # What Python does in one call, without a line to stop at.
+        ("{{ ([['a']] * 2000000) | sum(start=[]) | length }}", "takes longer than 0.2 seconds"),
+        ("{{ ('a' * 8000000) | replace('a', 'b' * 300) | length }}", "1024 MiB of memory"),
+        ("{{ (['a' * 8000000] * 300) | join | length }}", "1024 MiB of memory"),
+        ("{{ ''.join(['a' * 8000000] * 300) | length }}", "1024 MiB of memory"),
+        ("{% set n = namespace(a=[1] * 100000) %}{% for i in range(13) %}"
+         "{% set n.a = n.a + n.a %}{% endfor %}", "takes "),
     ],
 )  # fmt: skip
 def test_template_that_does_too_much_is_an_error(template, message, monkeypatch):
@@ -49,6 +56,14 @@ def test_template_that_does_too_much_is_an_error(template, message, monkeypatch)
         render(template)
     assert message in str(caught.value) and len(str(caught.value)) < 300
     assert time.monotonic() - began < 3
+
+
+def test_a_dialogue_after_one_that_ended_the_process_is_rendered(monkeypatch):
+    monkeypatch.setattr(chat_templates, "SECONDS", 0.1)
+    with pytest.raises(InputError, match="takes longer than 0"):
+        render("{{ ([['a']] * 2000000) | sum(start=[]) | length }}")
+    monkeypatch.setattr(chat_templates, "SECONDS", 5)
+    assert render("{{ messages[0].content }}") == "hi"
 
 
 def test_what_templates_usually_do_works():

@@ -1,13 +1,18 @@
 """Prepared folders that something happened to: every damage is one line, none is read."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gt_jax.data import Corpus, load_prepared, make_tokenizer, shards
+from gt_jax.data import Corpus, load_prepared, make_tokenizer, shards, sources
 from gt_jax.data.preparing import prepare
 from gt_jax.errors import InputError
+from gt_jax.prepare import _report
 from tests.data.test_prepared import LETTERS, write_text
+from tests.hostile.mutations import mutate, mutate_json
 
 
 @pytest.fixture
@@ -101,3 +106,74 @@ def test_preparing_into_a_folder_with_a_damaged_index_is_one_line(broken):
     source = str(broken.parent / "text")
     with pytest.raises(InputError, match=r"index.json cannot be read"):
         prepare(source, broken, tokenizer=LETTERS, processes=1)
+
+
+FOLDERS = 120
+
+
+def mutated(rng, path):
+    """The bytes of a file with a few faults; of JSON, every other time, with one odd value."""
+    data = path.read_bytes()
+    if path.suffix == ".json" and rng.random() < 0.5:
+        return json.dumps(mutate_json(rng, json.loads(data))).encode()
+    return mutate(rng, data or b"\0")
+
+
+def ids_of(folder):
+    tokens = load_prepared(str(folder)).tokens
+    return [ids.tolist() for split in tokens for ids in split]
+
+
+def test_mutated_folders_are_one_line_or_read_as_they_were(broken):
+    """By training, and by preparing the same text into the folder once more."""
+    rng, source = np.random.default_rng(6), str(broken.parent / "text")
+    whole = {path: path.read_bytes() for path in broken.iterdir()}
+    ids, again = ids_of(broken), lambda: _report(prepare(source, broken, tokenizer=LETTERS), "", 1)
+    for _ in range(FOLDERS):
+        for path, data in whole.items():
+            path.write_bytes(mutated(rng, path))
+            for read in (lambda: ids_of(broken) == ids, again):
+                try:
+                    assert read()
+                except InputError as error:
+                    assert str(error).isprintable()
+            path.write_bytes(data)
+
+
+def test_work_that_was_damaged_while_it_was_interrupted_is_done_again(tmp_path, monkeypatch):
+    """Every file that a killed preparation leaves: the end is the same bytes, or one line."""
+    monkeypatch.setattr(sources, "UNIT", 4000)
+    rng, source = np.random.default_rng(7), write_text(tmp_path / "text", [5000, 3000])
+    go = lambda target: prepare(source, target, tokenizer=LETTERS, processes=1)
+    go(tmp_path / "whole")
+    bytes_of = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    end = Path.replace
+
+    def die(path, target):
+        if Path(target).parent == tmp_path / "killed":
+            raise KeyboardInterrupt
+        return end(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", die)  # when all shards are written and none has moved
+        go(tmp_path / "killed")
+    left = tmp_path / "killed" / "unfinished"
+    assert len(list(left.glob("*.shard"))) >= 2
+    redone = 0
+    for path in sorted(left.iterdir()):
+        for kind in ("cut", "missing", *range(8)):
+            run = tmp_path / "run"
+            shutil.copytree(tmp_path / "killed", run)
+            file, data = run / "unfinished" / path.name, path.read_bytes()
+            file.unlink()
+            if kind != "missing":
+                file.write_bytes(data[: len(data) // 2] if kind == "cut" else mutated(rng, path))
+            try:
+                go(run)
+                assert bytes_of(run) == bytes_of(tmp_path / "whole")
+                redone += 1
+            except InputError as error:
+                assert str(error).isprintable()
+                assert path.name in ("begun.json", "tokenizer.gt_jax.json"), error
+            shutil.rmtree(run)
+    assert redone > 20

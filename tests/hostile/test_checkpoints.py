@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax import checkpoint
+from gt_jax import checkpoint, train
 from gt_jax.convert import files, import_model
 from gt_jax.errors import InputError
 from tests.convert import small
@@ -62,9 +62,16 @@ def quickly_refused(load, message):
         ({"architecture": "gpt3"}, "model.architecture='gpt3' must be one of"),
     ],
 )
-def test_model_larger_than_its_files_is_refused(damaged, fields, message):
+def test_model_larger_than_its_files_is_refused(damaged, fields, message, tmp_path):
     folder = damaged(lambda about: about | {"model": about["model"] | fields})
     quickly_refused(lambda: gt_jax.load(folder), message)
+    if message != "its params have other shapes":  # that, training finds when it has compiled
+        quickly_refused(lambda: begin_from(folder, tmp_path / "run"), message)
+
+
+def begin_from(folder, workdir):
+    train.main(["train", "--config=tiny", f"--config.model.init_from={folder}",
+                f"--workdir={workdir}"])  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,7 @@ def test_model_larger_than_its_files_is_refused(damaged, fields, message):
 def test_description_of_another_form_is_refused(damaged, change, message):
     folder = damaged(change)
     quickly_refused(lambda: gt_jax.load(folder), message)
+    quickly_refused(lambda: begin_from(folder, folder.parent / "run"), message)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[" * 100_000, b"\xff", b'{"a": ' + b"9" * 5000])

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 from gt_jax import convert, stored
-from gt_jax.convert import LAYOUTS, files, settings
+from gt_jax.config import Config, to_dict
+from gt_jax.convert import LAYOUTS, card, files, settings
 from gt_jax.convert.params import shapes_of
+from gt_jax.data import make_batches
 from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
 from gt_jax.data.tokenizers import tokenizer_from_dict
 from gt_jax.errors import InputError
+from gt_jax.training.job import progress_of
+from gt_jax.training.progress import Progress
 from tests.convert import small
 from tests.hostile.mutations import bounded, mutate, mutate_json
 
@@ -222,6 +226,40 @@ def test_mutated_descriptions_of_a_checkpoint(tmp_path):
             sizes = ("architecture", "vocab_size", "dim", "layers")
             assert all(getattr(now, name) == getattr(config, name) for name in sizes[1:])
             assert tokenizer.vocab_size <= now.vocab_size
+
+
+def test_mutated_descriptions_of_a_run(tmp_path):
+    """By what evaluates it, continues it and describes it in an exported folder."""
+    rng, config, folder = np.random.default_rng(8), Config(), tmp_path / "checkpoints" / "9"
+    about = {
+        "step": 9,
+        "config": to_dict(config),
+        "progress": dataclasses.asdict(Progress(best_loss=1.5, best_step=6, losses=[1.5, 2.0])),
+        "batches": {"epoch": 1, "index": 2},
+    }
+    ids = np.arange(100, dtype=np.int32)
+    with bounded() as next_file:
+        for _ in range(FILES // 4):
+            next_file()
+            found = mutate_json(rng, about)
+            for use, more in (
+                (stored.run_config, ()),
+                (progress_of, (config, tmp_path)),
+                (card.training_of, ()),
+                (_position, (ids,)),
+            ):
+                try:
+                    use(folder, found, *more)
+                except InputError as error:
+                    assert str(error).isprintable()
+
+
+def _position(folder, about, ids):
+    batches = make_batches([ids], batch_size=2, seq_len=4, order="windows", seed=0)
+    place = batches.state() | {"epoch": 1, "index": 2}
+    with stored.readable(folder):
+        batches.restore(place | about["batches"] if about["batches"] else about["batches"])
+        assert next(batches).inputs.shape == (2, 4)
 
 
 def test_mutated_stored_tokenizers():
