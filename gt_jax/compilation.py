@@ -27,7 +27,8 @@ from gt_jax.errors import InputError
 TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # Several devices: many exchanges may be under way. XLA's own limit is one: each sum of gradients
 # waits for the one before, and the backward pass for each; with more they start as gradients come
-# and end after the backward pass. 128 is more than a step of 16 blocks has.
+# and end after the backward pass. 128 is more than a step of 16 blocks has. Two H200, gf_mh_350m
+# copied: 33.2 GiB a card instead of 39.9, 0.2 % of the time exposed instead of 2.2, as fast.
 SEVERAL = TRAINING | {"xla_gpu_experimental_parallel_collective_overlap_limit": 128}
 # A small step, which kernels' starts bind: kernels of both branches run side by side. What runs at
 # once shares no memory. H200, gf_mh: at 64 x 64 tokens 2.76 ms instead of 4.12, temporaries 779 MiB
