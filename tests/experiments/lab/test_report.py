@@ -237,7 +237,7 @@ def test_page_shows_the_numbers_of_the_results(page):
         tables = re.findall(r"<tbody>(.*?)</tbody>", section, re.DOTALL)
         for shown, table in zip(tables, result["tables"], strict=True):
             rows = re.findall(r"<tr>(.*?)</tr>", shown)
-            cells = [[html.unescape(c) for c in re.findall(r"<td>(.*?)</td>", r)] for r in rows]
+            cells = [[html.unescape(c) for c in re.findall(r"<td.*?>(.*?)</td>", r)] for r in rows]
             assert cells == [[formats.show(cell) for cell in row] for row in table["rows"]]
         assert section.count("<svg") == len(result["plots"])
         assert html.escape(result["command"]) in section and "NVIDIA H100, JAX 0.11.2" in section
@@ -245,6 +245,18 @@ def test_page_shows_the_numbers_of_the_results(page):
     found, _ = report.collect(page.parents[1])
     assert badges == {claim.id: verdict.verdict for claim, verdict in claims.judge_all(found)}
     assert badges["gf-hy"] == "reproduced"
+
+
+def test_words_stand_left_and_numbers_right():
+    cells = lambda rows: re.findall(
+        r"<t[hd]((?: class=.*?)?)>(.*?)</t[hd]>",
+        report.html_table(results.table("", ["design", "n", "verdict", "because"], rows)),
+    )
+    words, long = ' class="words"', ' class="words long"'
+    found = cells([["GF", 1.5, "alive", "both branches count"], ["HY", None, "idle", ""]])
+    assert [place for place, _ in found] == [words, "", words, long] * 3
+    assert [text for _, text in found[4:8]] == ["GF", "1.5000", "alive", "both branches count"]
+    assert len(cells([])) == 4, "columns without rows have their names"
 
 
 def test_page_rebuilds_to_the_byte_and_needs_nothing_else(page):
@@ -291,6 +303,15 @@ def test_every_measure_of_a_claim_is_in_the_committed_results(committed):
     for group in (value for name, value in vars(measures).items() if name.isupper()):
         for result, name in group.values() if isinstance(group, dict) else [group]:
             assert name in committed[result]["measures"], (result, name)
+
+
+def test_undecided_claims_say_what_would_decide_them():
+    """On the committed page, where most of them name a number of seeds."""
+    found, _ = report.collect(RESULTS)
+    takes = [v.takes for _, v in claims.judge_all(found) if v.verdict == "undecided"]
+    assert len(takes) <= 8 and all(takes)
+    text = (RESULTS / "report.html").read_text("utf-8")
+    assert all(f"It would take {html.escape(each)}." in text for each in takes)
 
 
 def test_every_claim_can_be_judged_from_results_of_these_forms(committed):
