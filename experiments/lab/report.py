@@ -28,7 +28,7 @@ PLOTS = 3  # of a result that are shown unfolded
 
 # Characters that fit half the page's width, and the whole of it: tables with more than the half
 # take all of it, those with more than the whole in smaller letters.
-HALF, WHOLE = 68, 120
+HALF, WHOLE = 68, 136
 # Characters of a cell from which its column may be broken into lines.
 LONG = 16
 

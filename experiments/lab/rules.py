@@ -150,7 +150,8 @@ def within(measure, low, high, *, unit="", otherwise=None):
         verdict = _by_interval(value_of(otherwise or measure), low, high, unit)
         if otherwise is None or not verdict.takes:
             return verdict
-        return verdict._replace(takes=f"{measure.result}; of {otherwise.result}, {verdict.takes}")
+        takes = f"the result {measure.result}, or of {otherwise.result} {verdict.takes}"
+        return verdict._replace(takes=takes)
 
     return tuple(m.result for m in (measure, otherwise) if m is not None), rule, judge
 
