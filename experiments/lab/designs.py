@@ -22,8 +22,23 @@ RATES = (1.5e-3, 3e-3, 6e-3)  # around the best of GF-MH
 REPAIRED = {"debate.arbiter_weight": 0.1, "debate.diversity_weight": 0.1}
 BRANCH = {"debate.branch_weight": 0.1}
 PUBLISHED = REPAIRED | {"debate.diversity": "published", "debate.arbiter_target": "mix"}
-COLUMNS = ["design", "parameters", "last", "best", "training", "rate", "RWKV share", "Mamba share"]
-COLUMNS += ["without RWKV", "without Mamba", "gate std, least", "blocks closed", "blocks constant"]
+
+# Columns of the tables: what is above them -> the measure below.
+LOSSES = {"last": "loss", "best": "best loss", "training": "training loss"}
+BRANCHES = {
+    "RWKV share": "RWKV share",
+    "without RWKV": "loss added without RWKV",
+    "without Mamba": "loss added without Mamba",
+    "gate std, least": "gate std, least",
+    "blocks closed": "blocks closed",
+    "blocks constant": "blocks constant",
+}
+ENDS = {
+    "variance growth": "variance growth",
+    "untrained": "variance growth, untrained",
+    "entropy": "entropy",
+    "top": "top",
+}
 
 MEANINGS = {
     " path": "A path: the branch adds its input to its output before the fusion.",
@@ -35,9 +50,6 @@ MEANINGS = {
 def meanings(names):
     """A sentence for each word of some designs' names that needs one."""
     return [said for word, said in MEANINGS.items() if any(word in name for name in names)]
-
-
-_ENDS = ("variance growth", "variance growth, untrained", "entropy", "top")
 
 
 def fields(fusion, residual="none", terms=None):
@@ -124,6 +136,7 @@ def study(
     judged = {name: judge(found[name]) for name in found} if judge else {}
     measures |= {f"verdict {name}": word for name, (word, _) in judged.items()}
     verdicts = [[name, *said] for name, said in judged.items()]
+    by_rule = [results.table("By the rule", ["design", "verdict", "because"], verdicts)]
     shares = {n: found[n]["RWKV share"] for n in ranked(found) if "RWKV share" in found[n]}
     results.write(
         options,
@@ -133,25 +146,9 @@ def study(
         measures=measures,
         tables=[
             *tables,
-            results.table(
-                f"{title}, validation loss after {settings['steps']} steps",
-                COLUMNS,
-                [row(name, found[name]) for name in ranked(found)],
-                "Nats per character on the second half of the validation text, after the last step "
-                "and at the evaluation that was best on the first half; the training loss is the "
-                "mean of the last tenth of the steps. What the loss rises by if a branch says "
-                "nothing in all blocks. Each at the rate that was best on the first half.",
-            ),
-            results.table(
-                "Residual stream and output",
-                ["design", "variance growth", "untrained", "entropy", "top"],
-                [[n, *(estimate(found[n][key]) for key in _ENDS)] for n in ranked(found)],
-                "Growth is the variance behind the last block over that behind the first; "
-                "untrained, of the initial weights. Entropy in nats, and the largest probability, "
-                "of the prediction: means over positions.",
-            ),
+            *tables_of(found, f"{title}, validation loss after {settings['steps']} steps"),
             comparisons.difference_table(f"Differences from {against}", pairs),
-            *([results.table("By the rule", ["design", "", "because"], verdicts)] if judge else []),
+            *(by_rule if judge else []),
         ],
         plots=[
             comparisons.dots("Validation loss", losses),
@@ -299,18 +296,44 @@ def chosen(found, count, *, without=(BASE,)):
     return comparisons.ranked(losses)[:count]
 
 
-def row(name, found):
-    """A design's line of the table."""
-    keys = ["loss", "best loss", "training loss", "best rate", "RWKV share", "Mamba share"]
-    keys += ["loss added without RWKV", "loss added without Mamba", "gate std, least"]
-    keys += ["blocks closed", "blocks constant"]
-    plain = {"best rate"}
-    cells = [found.get(key) for key in keys]
-    shown = [
-        None if cell is None else float(cell[0]) if key in plain else estimate(cell)
-        for key, cell in zip(keys, cells)
+def tables_of(found, title):
+    """Tables of the losses, of the branches and of the ends of designs, the lowest loss first."""
+    cells = lambda of, keys: [None if of.get(k) is None else estimate(of[k]) for k in keys]
+    ordered = [(name, found[name]) for name in ranked(found)]
+    return [
+        results.table(
+            title,
+            ["design", "parameters", *LOSSES, "rate"],
+            [
+                [
+                    n,
+                    int(of["parameters"][0]),
+                    *cells(of, LOSSES.values()),
+                    float(of["best rate"][0]),
+                ]
+                for n, of in ordered
+            ],
+            "Nats per character on the second half of the validation text, after the last step and "
+            "at the evaluation that was best on the first half; the training loss is the mean of "
+            "the last tenth of the steps. Each at the rate that was best on the first half.",
+        ),
+        results.table(
+            "Branches",
+            ["design", *BRANCHES],
+            [[n, *cells(of, BRANCHES.values())] for n, of in ordered],
+            "RWKV's share of the update, Mamba has the rest; what the loss rises by if a branch "
+            "says nothing in all blocks; the least standard deviation of a block's gate over "
+            "positions; blocks whose gate is closed or constant.",
+        ),
+        results.table(
+            "Residual stream and output",
+            ["design", *ENDS],
+            [[n, *cells(of, ENDS.values())] for n, of in ordered],
+            "Growth is the variance behind the last block over that behind the first; "
+            "untrained, of the initial weights. Entropy in nats, and the largest probability, "
+            "of the prediction: means over positions.",
+        ),
     ]
-    return [name, int(found["parameters"][0]), *shown]
 
 
 def verdict(pairs, against):

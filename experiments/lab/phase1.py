@@ -40,7 +40,7 @@ def judge_init(value_of):
     if any(s["low"] is not None and s["low"] > SATURATED for s in shares["BlinkDL init"]):
         return Verdict("refuted", ours)
     if not none("BlinkDL init"):
-        return Verdict("undecided", ours, "an interval reaches over 1 %")
+        return Verdict("undecided", ours, "an interval reaches over 1 %", "more seeds")
     if none("normal init"):
         return Verdict("artefact", ours, "embeddings from N(0, 0.02) do the same")
     return Verdict("reproduced", ours)

@@ -26,8 +26,11 @@ ORDER += ("fusion_cost", "parallel", "scaling", "gates")
 LEAD = "parity"  # its first plot opens the page: the losses of all families
 PLOTS = 3  # of a result that are shown unfolded
 
-# Characters that fit half the page's width; tables with more take all of it.
-HALF = 68
+# Characters that fit half the page's width, and the whole of it: tables with more than the half
+# take all of it, those with more than the whole in smaller letters.
+HALF, WHOLE = 68, 136
+# Characters of a cell from which its column may be broken into lines.
+LONG = 16
 
 
 def main(argv=None):
@@ -131,7 +134,7 @@ def claims_of(
         '<li class="head"><span>Verdict</span><span>Claim</span><span>Published</span>'
         "<span>Measured here</span></li>"
     ]
-    for claim, (verdict, ours, because) in judged:
+    for claim, (verdict, ours, because, takes) in judged:
         links = ", ".join(
             f'<a href="#{escape(n)}">{escape(n)}</a>' if n in found else escape(n)
             for n in claim.results
@@ -139,6 +142,8 @@ def claims_of(
         measured = [f"<p>{escape(line)}</p>" for line in ours.splitlines()]
         if because:
             measured.append(f'<p class="soft">{escape(f"{verdict}, because {because}")}</p>')
+        if takes:
+            measured.append(f'<p class="soft">It would take {escape(takes)}.</p>')
         rows.append(
             f'<li id="claim-{claim.id}"><div><span class="badge {verdict}">{verdict}</span></div>'
             f"<div><p>{escape(claim.text)}</p>"
@@ -161,7 +166,8 @@ def section(result: Mapping) -> str:
     groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
     line = ", ".join(f"{n} {_plain(v)}" for n, v in settings.items() if n not in groups)
     folded = "".join(group(*each) for each in groups.items())
-    commit = f", commit <code>{escape(result['commit'][:10])}</code>" if result["commit"] else ""
+    commits = ", ".join(commit[:10] for commit in (result["commit"] or "").split(", "))
+    commit = f", commit <code>{escape(commits)}</code>" if commits else ""
     trial = (
         " <b>A trial run of a tiny model: its numbers mean nothing.</b>" if result["quick"] else ""
     )
@@ -206,22 +212,38 @@ def fold(title: str, content: str, unfolded: bool = False) -> str:
 
 def group(name: str, values: Mapping) -> str:
     """Settings of one kind, a line each."""
-    lines = "".join(f"<p>{escape(n)}: {escape(_plain(v))}</p>" for n, v in values.items())
+    lines = "".join(
+        f"<p>{escape(n)}: {escape(_plain(v) or 'no change')}</p>" for n, v in values.items()
+    )
     return f'<div class="small soft"><h3>{escape(name)}</h3>{lines}</div>'
 
 
 def html_table(table: Mapping) -> str:
-    cells = lambda tag, row: "".join(f"<{tag}>{escape(formats.show(cell))}</{tag}>" for cell in row)
+    """A table as a card; columns of words stand left, those of numbers right."""
+    columns = list(zip(*table["rows"], strict=True)) or [()] * len(table["columns"])
+    places = [_place(column) for column in columns]
+    cells = lambda tag, row: "".join(
+        f"<{tag}{place}>{escape(formats.show(cell))}</{tag}>"
+        for place, cell in zip(places, row, strict=True)
+    )
     rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table["rows"])
     note = f'<p class="small soft">{escape(table["note"])}</p>' if table["note"] else ""
     shown = [table["columns"], *([formats.show(cell) for cell in row] for row in table["rows"])]
     width = sum(3 + max(map(len, column)) for column in zip(*shown))  # characters
-    place = "block card wide" if width > HALF else "block card"
+    place = "block card" + " wide" * (width > HALF) + " dense" * (width > WHOLE)
     return (
         f'<div class="{place}"><h3>{escape(table["title"])}</h3><div class="scroll"><table>'
         f"<thead><tr>{cells('th', table['columns'])}</tr></thead><tbody>{rows}</tbody>"
         f"</table></div>{note}</div>"
     )
+
+
+def _place(column: Sequence) -> str:
+    """The class of a column's cells: of words, of sentences, which take several lines, or none."""
+    lengths = [len(cell) for cell in column if isinstance(cell, str)]
+    if not lengths:
+        return ""
+    return ' class="words long"' if max(lengths) > LONG else ' class="words"'
 
 
 def figure(plot: Mapping, colours: Mapping[str, int], about: str = "") -> str:

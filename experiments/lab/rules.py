@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from experiments.lab import formats, measures
+from experiments.lab import formats, measures, statistics
 from experiments.lab.measures import difference
 from gt_jax.models import count_parameters, make_config
 
@@ -28,11 +28,15 @@ class NotMeasured(Exception):
 
 
 class Verdict(NamedTuple):
-    """One of VERDICTS, our numbers as lines of text, and why where the rule does not say it."""
+    """One of VERDICTS, our numbers as lines of text, and why where the rule does not say it.
+
+    `takes` is what would decide an undecided claim.
+    """
 
     verdict: str
     ours: str = ""
     because: str = ""
+    takes: str = ""
 
 
 class Claim(NamedTuple):
@@ -81,34 +85,44 @@ def better(a, b, name="fusion", *, by):
             except NotMeasured:
                 if label == labels[-1]:
                     raise
-        lines = [f"{label}: {_signed(*found[label])}" for label in reversed(found)]
+        lines = [f"{label}: {_signed(*found[label][:3])}" for label in reversed(found)]
         ours = "\n".join([f"{a} − {b}, {lines[0]}", *lines[1:]])
-        mean, half, real = found.pop(labels[-1])
+        mean, half, real, pair = found.pop(labels[-1])
         if real and mean < 0:
             smaller = "in its direction: half of the published difference is ruled out"
             return Verdict("reproduced", ours, smaller if mean - half > -by / 2 else "")
         if real:
             return Verdict("refuted", ours)
         if half is None:
-            return Verdict("undecided", ours, "a single seed has no interval")
-        for there, _, real_there in found.values():
+            return Verdict("undecided", ours, "a single seed has no interval", "more seeds")
+        for there, _, real_there, _ in found.values():
             if real_there and there < 0 and mean - half > there / 2:
                 return Verdict("artefact", ours, "gone where each has the rate that suits it")
         if mean - half > -by / 2:
             return Verdict("refuted", ours, "half of the published difference is ruled out")
-        return Verdict("undecided", ours, "no difference that chance would not explain")
+        room = max(abs(mean), mean + by / 2)  # to zero, or to half of what was published
+        chance = "no difference that chance would not explain"
+        return Verdict("undecided", ours, chance, _seeds(pair, room))
 
     return (name, f"{name}-legacy"), rule, judge
 
 
 def _difference(value_of, name, at, a, b):
-    """Mean and half interval of a - b, and whether it is real."""
+    """Mean and half interval of a - b, whether it is real, and the comparison."""
     try:
         pair, sign = value_of(difference(name, a, b, at)), 1
     except NotMeasured:
         pair, sign = value_of(difference(name, b, a, at)), -1
     half = None if pair["low"] is None else (pair["high"] - pair["low"]) / 2
-    return sign * pair["mean"], half, pair["real"]
+    return sign * pair["mean"], half, pair["real"], pair
+
+
+def _seeds(found, room):
+    """How many seeds would decide what needs an interval less than `room` to each side."""
+    count = statistics.seeds_until(found, room) if room > 0 else None
+    if count is None:
+        return f"more than {statistics.MOST_SEEDS} seeds, if mean and spread stay as they are"
+    return f"{count} seeds in place of {found['n']}, if mean and spread stay as they are"
 
 
 def _signed(mean, half, real):
@@ -133,7 +147,11 @@ def within(measure, low, high, *, unit="", otherwise=None):
         if otherwise is not None:
             with contextlib.suppress(NotMeasured):
                 return _by_interval(value_of(measure), low, high, unit)
-        return _by_interval(value_of(otherwise or measure), low, high, unit)
+        verdict = _by_interval(value_of(otherwise or measure), low, high, unit)
+        if otherwise is None or not verdict.takes:
+            return verdict
+        takes = f"the result {measure.result}, or of {otherwise.result} {verdict.takes}"
+        return verdict._replace(takes=takes)
 
     return tuple(m.result for m in (measure, otherwise) if m is not None), rule, judge
 
@@ -147,13 +165,15 @@ def _range(low, high):
 def _by_interval(found, low, high, unit=""):
     ours = f"{formats.show(found)}{unit}"
     if found["low"] is None:
-        return Verdict("undecided", ours, "a single seed has no interval")
+        return Verdict("undecided", ours, "a single seed has no interval", "more seeds")
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     if low <= found["low"] and found["high"] <= high:
         return Verdict("reproduced", ours)
     if found["high"] < low or found["low"] > high:
         return Verdict("refuted", ours)
-    return Verdict("undecided", ours, "the interval reaches over an end of what was claimed")
+    room = min(abs(found["mean"] - low), abs(found["mean"] - high))  # to the nearer end
+    over = "the interval reaches over an end of what was claimed"
+    return Verdict("undecided", ours, over, _seeds(found, room))
 
 
 def all_within(bounds: Sequence[tuple]):
@@ -171,7 +191,8 @@ def all_within(bounds: Sequence[tuple]):
         word = next(w for w in ("refuted", "undecided", "reproduced") if w in words)
         outside = [m.name for (m, *_), v in zip(bounds, judged) if v.verdict == word]
         because = "" if word == "reproduced" else f"of {', '.join(outside)}"
-        return Verdict(word, ours, because)
+        takes = "; ".join(v.takes for v in judged if v.takes and word == "undecided")
+        return Verdict(word, ours, because, takes)
 
     return tuple(dict.fromkeys(m.result for m, *_ in bounds)), rule, judge
 
@@ -190,7 +211,7 @@ def unlike(published, fair, low, high):
         text = f"{ours.ours}\nunder the original's conditions: {theirs.ours}"
         if ours.verdict == "refuted" and theirs.verdict == "reproduced":
             return Verdict("artefact", text)
-        return Verdict(ours.verdict, text, ours.because)
+        return ours._replace(ours=text)
 
     return (fair.result,), rule, judge
 
@@ -201,7 +222,7 @@ def judge_persistence(value_of):
     learnt = value_of(measures.FACT_LEARNT)["values"]
     if min(learnt) < 0.5:
         because = f"{sum(v < 0.5 for v in learnt)} of {len(learnt)} did not learn what is asked"
-        return Verdict("undecided", verdict.ours, because)
+        return Verdict("undecided", verdict.ours, because, "a run that all seeds learn it in")
     return verdict
 
 
@@ -213,7 +234,9 @@ def judge_extremes(value_of):
     ours = f"{both[0].ours}\n{both[1].ours}"
     if both[0].verdict == both[1].verdict:
         return both[0]._replace(ours=ours)
-    return Verdict("undecided", ours, f"{both[0].verdict} for 3 %, {both[1].verdict} for 97 %")
+    because = f"{both[0].verdict} for 3 %, {both[1].verdict} for 97 %"
+    takes = "; ".join(v.takes for v in both if v.takes) or "no run: its two halves differ"
+    return Verdict("undecided", ours, because, takes)
 
 
 def judge_attractor(value_of):
@@ -233,7 +256,8 @@ def judge_attractor(value_of):
             return Verdict("artefact", f"{ours}\nwith the original's branch:\n{theirs}")
     if set(found) == {"none"}:
         return Verdict("refuted", ours)
-    return Verdict("undecided", ours, f"the criterion says {' and '.join(found)} at the two rates")
+    because = f"the criterion says {' and '.join(found)} at the two rates"
+    return Verdict("undecided", ours, because, "more seeds, or rates that agree")
 
 
 def judge_size(value_of):
@@ -270,4 +294,10 @@ def judge_premise(value_of):
     behind = [pair["real"] and pair["mean"] < 0 for pair in pairs.values()]
     if all(ahead) or any(behind):
         return Verdict("reproduced" if all(ahead) else "refuted", ours)
-    return Verdict("undecided", ours, f"ahead in {sum(ahead)} of {len(pairs)} comparisons")
+    because = f"ahead in {sum(ahead)} of {len(pairs)} comparisons"
+    if any(pair["low"] is None for pair in pairs.values()):
+        return Verdict("undecided", ours, because, "more seeds")
+    clear = lambda pair: abs(pair["mean"]) / (pair["high"] - pair["low"])
+    lost = [pair for pair in pairs.values() if pair["mean"] < 0]  # any of them decides it
+    last = max(lost, key=clear) if lost else min(pairs.values(), key=clear)
+    return Verdict("undecided", ours, because, _seeds(last, abs(last["mean"])))

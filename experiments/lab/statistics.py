@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+MOST_SEEDS = 1000  # that anybody would run
 
 
 def estimate(values: Sequence[float]) -> dict:
@@ -76,6 +77,23 @@ def holm(comparisons: Sequence[Mapping]) -> list[dict]:
             rest | interval | {"confidence": 1 - level[i], "p": corrected[i], "real": real}
         )
     return results
+
+
+def seeds_until(found: Mapping, half: float) -> int | None:
+    """Seeds with which an interval would be less than `half` to each side, if its spread stays.
+
+    Args:
+        found: an estimate, or a comparison, of which the "confidence" stays too.
+
+    Returns:
+        The number, above the seeds there are; None if `MOST_SEEDS` are not enough.
+    """
+    n, level = found["n"], (1 + found.get("confidence", CONFIDENCE)) / 2
+    deviation = (found["high"] - found["low"]) / 2 * math.sqrt(n) / stats.t.ppf(level, n - 1)
+    counts = range(n + 1, MOST_SEEDS + 1)
+    return next(
+        (k for k in counts if stats.t.ppf(level, k - 1) * deviation < half * math.sqrt(k)), None
+    )
 
 
 def _p_value(values) -> float | None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.lab.statistics import compare, estimate, holm
+from experiments.lab.statistics import compare, estimate, holm, seeds_until
 
 
 def test_estimate_by_hand():
@@ -18,6 +18,23 @@ def test_estimate_without_an_interval():
     assert estimate([1.5]) == {"mean": 1.5, "low": None, "high": None, "n": 1, "values": [1.5]}
     broken = estimate([1.0, float("nan")])
     assert broken["mean"] is None and broken["low"] is None and broken["n"] == 2
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_seeds_until_an_interval_is_short_enough_are_the_fewest(confidence):
+    """By scipy's interval of as many values with the same mean and standard deviation."""
+    values = np.array([1.0, 2.0, 4.0])
+
+    def half(count):
+        found = np.linspace(-1, 1, count)
+        found = values.mean() + values.std(ddof=1) * found / found.std(ddof=1)
+        return np.diff(stats.ttest_1samp(found, 0).confidence_interval(confidence)) / 2
+
+    low, high = values.mean() - half(3), values.mean() + half(3)
+    found = {"mean": values.mean(), "low": low.item(), "high": high.item(), "n": 3}
+    count = seeds_until(found | {"confidence": confidence}, 0.8)
+    assert half(count) < 0.8 <= half(count - 1) and count > 10
+    assert seeds_until(found, 1e-3) is None
 
 
 def test_one_comparison_is_the_paired_t_test():
