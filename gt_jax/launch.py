@@ -28,8 +28,9 @@ def _is_as_installed(script: str | None, package: str) -> bool:
         return False
     try:
         recorded = [file for file in files(package) or () if file.name == Path(script).name]
-        [hashed] = [x.hash for x in recorded if os.path.samefile(x.locate(), script)]
-        found = hashlib.new(hashed.mode, Path(script).read_bytes()).digest()
-    except (OSError, PackageNotFoundError, ValueError, AttributeError):  # not there, or not hashed
+        hashes = [x.hash for x in recorded if x.hash and os.path.samefile(x.locate(), script)]
+        written = Path(script).read_bytes()
+    except (OSError, PackageNotFoundError):
         return False
-    return base64.urlsafe_b64encode(found).rstrip(b"=").decode() == hashed.value
+    found = base64.urlsafe_b64encode(hashlib.sha256(written).digest()).rstrip(b"=").decode()
+    return [(x.mode, x.value) for x in hashes] == [("sha256", found)]

@@ -47,4 +47,5 @@ def prefetch(batches: Batches, mesh: Mesh, mode: str) -> Iterator[tuple[Batch, d
 @jax.jit
 def _apart(batches: Batch) -> list[Batch]:
     """Batches of a Batch whose arrays have an axis of batches in front."""
-    return [Batch(*(x if x is None else x[i] for x in batches)) for i in range(_SIZE)]
+    of = lambda i: jax.tree.map(lambda x: x[i], batches)
+    return [of(i) for i in range(_SIZE)]
