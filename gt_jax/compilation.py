@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import re
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def compile_side_by_side(
             lowering are Python, so they take turns in this order; XLA compiles outside of Python,
             each program in a thread of its own, and each of its Pallas kernels in another.
         kept: name -> a program as an earlier process compiled it, which is not even lowered, or
-            where to keep it.
+            where to keep it. The others are lowered once all of these are found or not: until then
+            they would take Python from the process that needs these first.
 
     Returns:
         name -> future jax.stages.Compiled; its result() raises what lowering or compiling raised.
@@ -176,10 +178,10 @@ def compile_side_by_side(
     tracing = ThreadPoolExecutor(1, "lower")
     compiling = ThreadPoolExecutor(max(len(programs), 1), "compile")
     kernels = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
-    begun = set()  # hashes of kernels
+    begun, kept = set(), kept or {}  # hashes of kernels that compile
 
     def start(name, lower):
-        result, place = Future(), (kept or {}).get(name)
+        result, place = Future(), kept.get(name)
 
         def settle(work, then=lambda _: None):
             try:
@@ -210,10 +212,24 @@ def compile_side_by_side(
         if place:
             place.program.add_done_callback(lambda program: lower_unless(program.result()))
         else:
-            lower_unless(None)
+            _when_done([place.program for place in kept.values()], lambda: lower_unless(None))
         return result
 
     return {name: start(name, lower) for name, lower in programs.items()}
+
+
+def _when_done(futures: Sequence[Future], call: Callable[[], None]) -> None:
+    """Call a function when the last of some futures is done; now, if all are or there is none."""
+    count = itertools.count(1)
+
+    def one(_: Any) -> None:
+        if next(count) >= len(futures):
+            call()
+
+    for future in futures:
+        future.add_done_callback(one)
+    if not futures:
+        call()
 
 
 def _kernels_of(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:

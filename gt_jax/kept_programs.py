@@ -7,15 +7,18 @@ seconds of Python. Here a program is found by all that tracing can see:
 
 KEY is a hash of what the caller says that the program is made of, and of versions, devices, the
 environment and JAX's settings. A file counts only while all files that were imported when it was
-written are as they were, and nothing else is imported.
+written are as they were, and nothing else is imported. Numbers that tracing finds are kept
+likewise.
 
-It is for a command that runs as `python -m`, whose code is files, on one device; never for a
-notebook or a library, where a function may be replaced in memory.
+It is for a command that runs as `python -m` or by the script that was installed for it, whose code
+is files, on one device; never for a notebook or a library, where a function may be replaced in
+memory.
 """
 
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -31,6 +34,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
+
+from gt_jax.launch import runs
 
 MOST_BYTES = 2**30  # of all kept programs; the least recently used go first
 # Environment variables that are of a shell, a terminal, a login or a job. All others count. Which
@@ -69,8 +74,9 @@ _from_disk = threading.local()  # count: programs that this thread took from JAX
 
 
 def begin(command: str, cache: Path | None, *read: str | Path) -> None:
-    """Keep the programs of this process, if it is `python -m COMMAND`, for the next one like it.
+    """Keep the programs of this process, if it runs COMMAND, for the next one like it.
 
+    It does as `python -m gt_jax.train`, `python -m gt_jax train` or the installed `gt-jax train`.
     Call it before anything is traced.
 
     Args:
@@ -79,13 +85,13 @@ def begin(command: str, cache: Path | None, *read: str | Path) -> None:
         *read: files that ran without being imported: a config.
     """
     global _command
-    spec, began = getattr(sys.modules.get("__main__"), "__spec__", None), _process_start()
-    if cache is None or began is None or getattr(spec, "name", None) != command:
+    began, spec = _process_start(), importlib.util.find_spec(command)
+    if cache is None or began is None or spec is None or not spec.origin or not runs(command):
         _command = None
         return
     _listen()
-    files = tuple(str(Path(file).resolve()) for file in read)
-    _command = _Command(cache / "programs", files, dict(os.environ), {}, began)
+    paths = tuple(str(Path(file).resolve()) for file in (spec.origin, *read))
+    _command = _Command(cache / "programs", paths, dict(os.environ), {}, began)
     _stamps(_imported(_command), _command)
 
 
@@ -100,14 +106,40 @@ def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
         identity: all that they depend on besides code, as what repr() tells apart: configs, shapes,
             dtypes.
     """
+    found = {}
+    for name, path in _paths(names, identity).items():
+        found[name] = Kept(path, Future())
+        threading.Thread(target=_load, args=(found[name], _command), daemon=True).start()
+    return found
+
+
+def numbers(name: str, identity: Any, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """count(), or what it returned in an earlier process, as JSON has it.
+
+    Args:
+        name: of what is counted, no program's.
+        identity: as of `find`.
+        count: finds it by tracing; called where nothing is kept, and then kept.
+    """
+    path = _paths([name], identity).get(name)
+    if path is None or _command is None:
+        return count()
+    try:
+        return json.loads(_whole(path, _command)[1])
+    except Exception:  # as of a program
+        found = count()
+        _store(path, json.dumps(found).encode())
+        return found
+
+
+def _paths(names: Iterable[str], identity: Any) -> dict[str, Path]:
+    """The file of each name; none where nothing is kept."""
     if _command is None or jax.device_count() > 1 or jax.default_backend() not in _CALLS:
         return {}
     found, environment = {}, _environment(_command)
     for name in names:
         said = repr([name, identity, _command.read, environment])
-        path = _command.folder / hashlib.sha256(said.encode()).hexdigest()
-        found[name] = Kept(path, Future())
-        threading.Thread(target=_load, args=(found[name], _command), daemon=True).start()
+        found[name] = _command.folder / hashlib.sha256(said.encode()).hexdigest()
     return found
 
 
@@ -118,19 +150,28 @@ def _load(kept: Kept, command: _Command) -> None:
 def _program(path: Path, command: _Command) -> jax.stages.Compiled | None:
     """The program in a file of `find`, None if it must be compiled."""
     try:
-        header, payload = _read(path)
-        known = header["files"]
-        if not known.keys() >= _imported(command) or known != _stamps(known, command):
-            return None
-        if header["checksum"] != hashlib.sha256(payload).hexdigest():
-            return None
+        header, payload = _whole(path, command)
         if header["calls_mosaic"]:
             import jax.experimental.mosaic.gpu  # noqa: F401  (says where its runtime is)
-        program = serialize_executable.deserialize_and_load(*pickle.loads(payload))
-        os.utime(path)  # used last now
-        return program
+        return serialize_executable.deserialize_and_load(*pickle.loads(payload))
     except Exception:  # of many kinds; it is compiled anew
         return None
+
+
+def _whole(path: Path, command: _Command) -> tuple[dict[str, Any], bytes]:
+    """The two parts of a file that counts; it is the one used last now.
+
+    Raises:
+        OSError, ValueError, KeyError: as of `_read`, or what it is made of is not as it was.
+    """
+    header, payload = _read(path)
+    known = header["files"]
+    if not known.keys() >= _imported(command) or known != _stamps(known, command):
+        raise ValueError(f"{path} is of other code")
+    if header["checksum"] != hashlib.sha256(payload).hexdigest():
+        raise ValueError(f"{path} is damaged")
+    os.utime(path)
+    return header, payload
 
 
 def compile_and_keep(
@@ -155,25 +196,25 @@ def compile_and_keep(
 
 
 def _keep(kept: Kept, calls: Iterable[str], compiled: jax.stages.Compiled) -> None:
-    """Write the file, unless a file of the code has changed since this process began, which may
-    have imported the old one."""
-    try:
+    """Write the file of a program, unless it calls what only lowering sets up."""
+    if not all(call.startswith(_CALLS[jax.default_backend()]) for call in calls):
+        return
+    with contextlib.suppress(Exception):  # it cannot be written
+        payload = pickle.dumps(serialize_executable.serialize(compiled))
+        _store(kept.path, payload, calls_mosaic=any(x.startswith("mosaic") for x in calls))
+
+
+def _store(path: Path, payload: bytes, **about: Any) -> None:
+    """Write a file, unless one of the code has changed since this process began, which may have
+    imported the old one. Where there is no room or no right to write, nothing is kept."""
+    with contextlib.suppress(Exception):
         assert _command is not None, "`find` found something"
-        if not all(call.startswith(_CALLS[jax.default_backend()]) for call in calls):
-            return
         stamps = _stamps(_imported(_command), _command)
         if "" in stamps.values() or _newest_change(stamps) >= _command.began:
             return
-        payload = pickle.dumps(serialize_executable.serialize(compiled))
-        header = {
-            "checksum": hashlib.sha256(payload).hexdigest(),
-            "calls_mosaic": any(call.startswith("mosaic") for call in calls),
-            "files": stamps,
-        }
-        _write(kept.path, json.dumps(header).encode() + b"\n" + payload)
-        _drop_oldest(kept.path.parent)
-    except Exception:  # no room, no right to write, nothing that can be written: as without
-        return
+        header = {"checksum": hashlib.sha256(payload).hexdigest(), "files": stamps, **about}
+        _write(path, json.dumps(header).encode() + b"\n" + payload)
+        _drop_oldest(path.parent)
 
 
 @functools.cache
@@ -193,7 +234,10 @@ def _imported(command: _Command) -> set[str]:
 
 def _stamps(files: Any, command: _Command) -> dict[str, str]:
     """What changes when a file does, by file: as it was when this process first asked."""
-    return {file: command.stamps.setdefault(file, _stamp(file)) for file in sorted(files)}
+    for file in files:
+        if file not in command.stamps:
+            command.stamps.setdefault(file, _stamp(file))
+    return {file: command.stamps[file] for file in files}
 
 
 def _stamp(file: str) -> str:

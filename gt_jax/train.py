@@ -43,6 +43,7 @@ from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
 from gt_jax.training.plot import draw_curve, prepare_to_draw
+from gt_jax.training.prefetch import prefetch
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
 from gt_jax.training.samples import Samples, is_finished
@@ -139,7 +140,6 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
     carry, row = None, None
     if config.train.carry_state:
         carry = parallel.put_rows(job.model.init_state(config.train.batch_size), job.mesh)
-    feed = parallel.prefetch(job.batches, job.mesh, config.parallel.mode)
 
     @contextlib.contextmanager
     def paused():
@@ -172,6 +172,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             say=display.line,
         )
         state = make_state()  # before anything is cut off behind `start`
+        feed = prefetch(job.batches, job.mesh, config.parallel.mode)
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))
@@ -322,11 +323,10 @@ def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, displa
 
 
 def _draw(job: Job) -> None:
-    unit = loss_unit(job.text.tokenizer)
+    unit = f"nats per {loss_unit(job.text.tokenizer)}"
     title = f"{job.config.model.preset} on {job.text.corpus.name}"
     try:
-        judged = watch.judged_from(job.config)
-        draw_curve(job.folder, title=title, unit=f"nats per {unit}", judged_from=judged)
+        draw_curve(job.folder, title=title, unit=unit, judged_from=watch.judged_from(job.config))
     except (ValueError, OSError) as error:
         say(f"curve.png is not drawn: {' '.join(str(error).split())}")
 

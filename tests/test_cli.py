@@ -93,7 +93,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
 ):
     """A SIGTERM in step 10 saves and leaves cleanly; the same command continues, to the bit."""
 
-    prefetch = train.parallel.prefetch
+    prefetch = train.prefetch
 
     def interrupted(*args):
         for step, batch in enumerate(prefetch(*args), start=1):
@@ -102,7 +102,7 @@ def test_resumed_run_equals_one_that_went_straight_through(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.parallel, "prefetch", interrupted)
+        patch.setattr(train, "prefetch", interrupted)
         run_train(tmp_path, text)
     assert "stopped by SIGTERM after step 10; the same command continues" in capsys.readouterr().out
     run_train(tmp_path, text)

@@ -1,8 +1,10 @@
 """Programs that compile side by side, and the cache that keeps them for the next process."""
 
+import functools
 import threading
 import warnings
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gt_jax import compilation
+from gt_jax import compilation, kept_programs
 from gt_jax.errors import InputError
 from gt_jax.kernels.elementwise import gated_norm
 from gt_jax.kernels.pallas import devices
@@ -226,3 +228,23 @@ def test_a_kernel_alone_is_the_one_inside_a_program():
         assert any(
             alone.split("operand_layouts")[0] == x.split("operand_layouts")[0] for x in whole
         )
+
+
+def test_programs_that_are_never_kept_are_lowered_after_the_search_for_the_others():
+    """Else they would take Python from what a process needs first."""
+    order = []
+
+    def lower(name):
+        order.append(name)
+        return jax.jit(lambda x: x + 1).lower(jnp.ones(2))
+
+    places = {name: kept_programs.Kept(Path(name), Future()) for name in ("step", "init")}
+    names = ("step", "init", "sample")
+    programs = {name: functools.partial(lower, name) for name in names}
+    compiled = compilation.compile_side_by_side(programs, places)
+    ready = jax.jit(lambda x: x).lower(jnp.ones(2)).compile()
+    places["step"].program.set_result(ready)
+    assert not order and compiled["step"].result() is ready and not compiled["sample"].done()
+    places["init"].program.set_result(None)
+    assert all(float(compiled[name].result()(jnp.ones(2))[0]) == 2 for name in names[1:])
+    assert order == ["init", "sample"]

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import gt_jax
 from gt_jax import compilation, kept_programs
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.train import train
+from gt_jax.training import job
 
 COMMAND = "gt_jax.train"
 written = threading.Event()
@@ -34,8 +36,10 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.setattr(kept_programs, "_keep", lambda *args: (keep(*args), written.set()))
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # an earlier test may have found out that there is one
     yield lambda *read: kept_programs.begin(COMMAND, tmp_path / "xla", *read)
     jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 def run(factor, identity="it"):
@@ -74,6 +78,28 @@ def test_only_the_command_itself_with_a_cache_of_ours_keeps_programs(begin, monk
         begin()
         assert kept_programs.find(["step"], "it") == {} and run(3) == (True, 21)
     assert not (tmp_path / "xla").exists()
+
+
+def test_numbers_are_counted_once_as_long_as_nothing_changes(begin, monkeypatch):
+    counted = []
+
+    def count():
+        counted.append(1)
+        return {"parts": {"rwkv": 3, "embedding": 2, "total": 5}, "trained": 5}
+
+    ask = lambda identity="it": kept_programs.numbers("counts", identity, count)
+    monkeypatch.setattr(kept_programs, "_command", None)
+    assert ask() == ask() and len(counted) == 2  # nothing is kept for a library
+    begin()
+    first = ask()
+    begin()
+    assert ask() == first == count() and list(ask()["parts"]) == ["rwkv", "embedding", "total"]
+    assert len(counted) == 4  # one of them in the line above
+    ask("another config")
+    monkeypatch.setenv("XLA_FLAGS_OF_MINE", "changed")
+    begin()
+    ask()
+    assert len(counted) == 6
 
 
 def test_change_of_an_imported_or_named_file_compiles_anew(begin, tmp_path, monkeypatch):
@@ -246,13 +272,14 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
     begin()
     train(config, tmp_path / "first")
     until = time.monotonic() + 20
-    while len(kept_files(tmp_path)) < 3 and time.monotonic() < until:
+    while len(kept_files(tmp_path)) < 4 and time.monotonic() < until:
         time.sleep(0.05)  # written behind the run
     shutil.copytree(tmp_path / "first", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "3")
     begin()
     with monkeypatch.context() as patched:
         patched.setattr(compilation, "without_collector", lambda lower: pytest.fail("traced"))
+        patched.setattr(job, "_count", lambda *_: pytest.fail("counted"))
         train(config, tmp_path / "second")
         train(config, tmp_path / "resumed")
     expected = arrays(tmp_path / "traced")

@@ -17,6 +17,7 @@ from gt_jax.models import make_model
 from gt_jax.training import parallel
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.prefetch import prefetch
 from gt_jax.training.step import init_state, make_train_step
 
 ENDLESS = 2**30  # tokens asked for
@@ -78,7 +79,7 @@ class Trainer:
             zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
             state = zeros.replace(params=random_params(self.model))
             self.state = jax.device_put(state, self.shardings)
-        self.feed = parallel.prefetch(self.read(), self.mesh, "jit")
+        self.feed = prefetch(self.read(), self.mesh, "jit")
 
     def losses(self, steps):
         """Of so many steps, float each."""

@@ -269,8 +269,8 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """
     # Blocks have parameters of one shape from the second on: that one stands for all others.
     model = make_model(dataclasses.replace(config, layers=min(config.layers, 2)))
-    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(model.init, key, tokens)["params"]
+    init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.eval_shape(init)["params"]
     counts = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = [entry.key.removesuffix("_2") for entry in path]

@@ -1,12 +1,20 @@
-"""What a process that trains asks of JAX's backend."""
+"""What a process that trains asks of JAX's backend and of Python."""
+
+import sys
 
 import jax
 
 from gt_jax.training.memory import keep_freed_memory
 
+# Seconds after which a thread that computes in Python gives its lock to one that waits. A step
+# takes the lock back several times, after each wait for the device. While Orbax writes behind the
+# run, or a program is traced, each would take Python's own 5 ms, more than a small step.
+_TURN = 0.0002
+
 
 def prepare() -> None:
     """Make compiling and training quick on the backend at hand; changes settings of the process."""
+    sys.setswitchinterval(min(_TURN, sys.getswitchinterval()))
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     # On GPUs, one kernel for all random numbers: XLA compiles another for each parameter otherwise,

@@ -127,15 +127,17 @@ def prepare(
         raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
     start, examples = batches.state(), (next(batches), held_out[0])
     batches.restore(start)
-    kept = _kept(config, model_config, examples, resumes=bool(about))
-    counts = count_parameters(model_config)  # traces: finds out whether model.impl runs here
+    identity = _identity(config, model_config, examples)
+    kept = _kept(config, identity, resumes=bool(about))
+    counted = functools.partial(_count, config, model_config)
+    if config.parallel.mode == "jit":
+        counted = functools.partial(kept_programs.numbers, "counts", identity, counted)
+    counts = counted()
     fields = f"model.dim={model_config.dim} with model.layers={model_config.layers}"
     if model_config.position_limit is not None:
         fields += f" and model.max_positions={model_config.max_positions}"
-    tune = config.train.tune
-    trained = counts["total"] if tune == "none" else tuning.count(model_config, config.train)
-    cut = config.parallel.fsdp
-    memory.check_fits(counts["total"], config.optim, fields, trained, devices=cut)
+    total, trained, cut = counts["parts"]["total"], counts["trained"], config.parallel.fsdp
+    memory.check_fits(total, config.optim, fields, trained, devices=cut)
     model = make_model(model_config)
     if sample:
         sample = functools.partial(sample, model, text=text)
@@ -151,28 +153,42 @@ def prepare(
         per_token=characters_per_token(text.tokenizer, text.tokens.validation),
         model=model,
         model_config=model_config,
-        parameters=counts,
+        parameters=counts["parts"],
         trained=trained,
-        flops=flops_per_token(model_config, config.train.seq_len, frozen=tune != "none"),
+        flops=counts["flops"],
         services=services,
         probe=make_probe(model, config, mesh),
         **_programs(config, mesh, model, examples, resumes=bool(about), sample=sample, kept=kept),
     )
 
 
-def _kept(
-    config: Config, model_config: ModelConfig, examples: tuple[Batch, Batch], *, resumes: bool
-) -> dict[str, kept_programs.Kept]:
-    """The run's programs as the process before may have kept them; they begin to load.
+def _identity(config: Config, model_config: ModelConfig, examples: tuple[Batch, Batch]) -> list:
+    """All that a run's programs depend on besides the code, which `kept_programs` looks after.
 
-    All that they depend on: the code, which `kept_programs` looks after, the settings, what the
-    text and the checkpoint of model.init_from say of the model, the shapes of batches.
+    The settings, what the text and the checkpoint of model.init_from say of the model, the shapes
+    of batches.
     """
+    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), examples)
+    return [to_dict(config), model_config, shapes]
+
+
+def _kept(config: Config, identity: list, *, resumes: bool) -> dict[str, kept_programs.Kept]:
+    """The run's programs as the process before may have kept them; they begin to load."""
     if config.parallel.mode != "jit":
         return {}
-    shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), examples)
     names = ("train", "evaluate") if resumes else ("train", "init", "evaluate")
-    return kept_programs.find(names, [to_dict(config), model_config, shapes])
+    return kept_programs.find(names, identity)
+
+
+def _count(config: Config, model_config: ModelConfig) -> dict[str, Any]:
+    """Counts of a Job: "parts", its parameters; "trained"; "flops".
+
+    Traces the model, and so finds out whether model.impl runs here.
+    """
+    parts, tune = count_parameters(model_config), config.train.tune
+    trained = parts["total"] if tune == "none" else tuning.count(model_config, config.train)
+    flops = flops_per_token(model_config, config.train.seq_len, frozen=tune != "none")
+    return {"parts": parts, "trained": trained, "flops": flops}
 
 
 def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, kept) -> dict:

@@ -15,7 +15,7 @@ processes each makes the rows of a batch that its devices need (`own_rows`), and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ from jax.sharding import PartitionSpec as P
 
 from gt_jax import compilation
 from gt_jax.data import Batch
-from gt_jax.data.batches import Batches
 from gt_jax.models import fsdp
 from gt_jax.training.placement import placed
 from gt_jax.training.step import Gradients, TrainState
@@ -147,7 +146,7 @@ def lower_programs(
         "train": train_step(state, batch), "init": make_state(key), "evaluate": eval_step(params,
         batch, carry) with what `put_batch` returns, "sample": functions that lower them.
     """
-    key = jax.random.key(0)
+    key = jax.eval_shape(lambda: jax.random.key(0))  # a shape, for which no device computes
 
     @functools.cache  # nothing of it is needed for programs that are kept
     def states():
@@ -195,21 +194,6 @@ def _jit_eval_step(eval_step, mesh: Mesh):
         return _by_device(whole_batch, mesh, specs, (P(), rows))(params, batch, carry)
 
     return jax.jit(spread, out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)))
-
-
-def prefetch(
-    batches: Batches, mesh: Mesh, mode: str, size: int = 16
-) -> Iterator[tuple[Batch, dict]]:
-    """Training batches where the step wants them, each with the loader's position after it.
-
-    A transfer begins when the device has finished all it was given before; one ahead of every step
-    would leave it idle while the host prepares the step. So `size` batches go at once.
-    """
-    while True:
-        ahead = [(next(batches), batches.state()) for _ in range(size)]
-        if mode == "jit":
-            ahead = [(put_batch(batch, mesh), position) for batch, position in ahead]
-        yield from ahead
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

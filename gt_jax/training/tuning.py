@@ -58,11 +58,11 @@ def count(config: ModelConfig, train: Train) -> int:
         InputError: as of `prepared`.
     """
 
-    def init(key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
+    def init():
+        key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         return prepared(make_model(config).init(key, tokens)["params"], train, key)
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(trained(shapes, train.tune)))
 
 

@@ -23,6 +23,7 @@ from gt_jax.models import make_model
 from gt_jax.training import parallel
 from gt_jax.training.model import make_model_config
 from gt_jax.training.optimizer import make_optimizer, make_schedule
+from gt_jax.training.prefetch import prefetch
 from gt_jax.training.step import init_state, make_train_step
 from gt_jax.training.text import read_text
 
@@ -58,7 +59,7 @@ def train(preset, **fields):
     state = jax.device_put(state, parallel.state_sharding(mesh))
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     step = parallel.compile_train_step(make_step, mesh, "jit", activation=2**16)
-    feed, losses = parallel.prefetch(batches, mesh, "jit"), []
+    feed, losses = prefetch(batches, mesh, "jit"), []
     for _ in range(20):
         state, metrics = step(state, next(feed)[0])
         losses.append(metrics["loss"])
