@@ -6,8 +6,9 @@ seconds of Python. Here a program is found by all that tracing can see:
     FOLDER/KEY   a line of JSON (checksum, every imported file as it was), then the program
 
 KEY is a hash of what the caller says that the program is made of, and of versions, devices, the
-environment and JAX's settings. A file counts only while all files that were imported when it was
-written are as they were, and nothing else is imported.
+environment, JAX's settings and the names of the files that were imported or read by then. A file
+counts only while all files that were imported when it was written are as they were, and nothing
+else is imported.
 
 It is for a command that runs as `python -m`, whose code is files, on one device; never for a
 notebook or a library, where a function may be replaced in memory.
@@ -20,17 +21,17 @@ import json
 import os
 import pickle
 import sys
-import sysconfig
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jaxlib.version
 from jax.experimental import serialize_executable
+
+from gt_jax import code_files
 
 MOST_BYTES = 2**30  # of all kept programs; the least recently used go first
 # Environment variables that are of a shell, a terminal, a login or a job. All others count. Which
@@ -51,7 +52,8 @@ _CALLS = {
 
 class _Command(NamedTuple):
     folder: Path
-    read: tuple[str, ...]  # files that nothing imports: the config
+    read: set[str]  # files that nothing imports: the config, and what it read
+    first: list[str]  # all files of then
     environment: dict[str, Any]  # as the process was given it; imports change it
     stamps: dict[str, str]  # of files, each as it was first seen
     began: float  # when the process did
@@ -79,14 +81,15 @@ def begin(command: str, cache: Path | None, *read: str | Path) -> None:
         *read: files that ran without being imported: a config.
     """
     global _command
-    spec, began = getattr(sys.modules.get("__main__"), "__spec__", None), _process_start()
+    spec, began = getattr(sys.modules.get("__main__"), "__spec__", None), code_files.process_start()
     if cache is None or began is None or getattr(spec, "name", None) != command:
         _command = None
         return
     _listen()
-    files = tuple(str(Path(file).resolve()) for file in read)
-    _command = _Command(cache / "programs", files, dict(os.environ), {}, began)
-    _stamps(_imported(_command), _command)
+    files = {os.path.abspath(file) for file in read}
+    first = sorted(code_files.imported(files))
+    _command = _Command(cache / "programs", files, first, dict(os.environ), {}, began)
+    code_files.stamps(first, _command.stamps)
 
 
 def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
@@ -104,7 +107,7 @@ def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
         return {}
     found, environment = {}, _environment(_command)
     for name in names:
-        said = repr([name, identity, _command.read, environment])
+        said = repr([name, identity, _command.first, environment])
         path = _command.folder / hashlib.sha256(said.encode()).hexdigest()
         found[name] = Kept(path, Future())
         threading.Thread(target=_load, args=(found[name], _command), daemon=True).start()
@@ -120,14 +123,17 @@ def _program(path: Path, command: _Command) -> jax.stages.Compiled | None:
     try:
         header, payload = _read(path)
         known = header["files"]
-        if not known.keys() >= _imported(command) or known != _stamps(known, command):
+        if not known.keys() >= code_files.imported(command.read):
             return None
-        if header["checksum"] != hashlib.sha256(payload).hexdigest():
+        if known != code_files.stamps(known, command.stamps):
+            return None
+        if [header["key"], header["checksum"]] != [path.name, hashlib.sha256(payload).hexdigest()]:
             return None
         if header["calls_mosaic"]:
             import jax.experimental.mosaic.gpu  # noqa: F401  (says where its runtime is)
         program = serialize_executable.deserialize_and_load(*pickle.loads(payload))
-        os.utime(path)  # used last now
+        with contextlib.suppress(OSError):  # a disk that nobody writes
+            os.utime(path)  # used last now
         return program
     except Exception:  # of many kinds; it is compiled anew
         return None
@@ -161,11 +167,12 @@ def _keep(kept: Kept, calls: Iterable[str], compiled: jax.stages.Compiled) -> No
         assert _command is not None, "`find` found something"
         if not all(call.startswith(_CALLS[jax.default_backend()]) for call in calls):
             return
-        stamps = _stamps(_imported(_command), _command)
-        if "" in stamps.values() or _newest_change(stamps) >= _command.began:
+        stamps = code_files.stamps(code_files.imported(_command.read), _command.stamps)
+        if "" in stamps.values() or code_files.newest_change(stamps) >= _command.began:
             return
         payload = pickle.dumps(serialize_executable.serialize(compiled))
         header = {
+            "key": kept.path.name,
             "checksum": hashlib.sha256(payload).hexdigest(),
             "calls_mosaic": any(call.startswith("mosaic") for call in calls),
             "files": stamps,
@@ -185,62 +192,14 @@ def _listen() -> None:
     jax.monitoring.register_event_listener(count)
 
 
-def _imported(command: _Command) -> set[str]:
-    """The files of all modules that are imported, and those that the command named."""
-    found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {os.path.abspath(file) for file in found if isinstance(file, str)} | set(command.read)
-
-
-def _stamps(files: Any, command: _Command) -> dict[str, str]:
-    """What changes when a file does, by file: as it was when this process first asked."""
-    return {file: command.stamps.setdefault(file, _stamp(file)) for file in sorted(files)}
-
-
-def _stamp(file: str) -> str:
-    """Of installed packages size and time, of all other files the bytes; "" for one not there."""
-    try:
-        if file.startswith(_installed()) and not file.startswith(_OWN):
-            about = os.stat(file)
-            return f"{about.st_size} {about.st_mtime_ns}"
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:
-        return ""
-
-
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return tuple(os.path.abspath(paths[name]) + os.sep for name in names)
-
-
-def _newest_change(files: Any) -> float:
-    """When one of the files was last written, renamed or replaced: st_ctime, which nobody sets."""
-    return max(os.stat(file).st_ctime for file in files)
-
-
-def _process_start() -> float | None:
-    """When this process began, in seconds as time.time(); None where /proc does not say."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.time() - age
-    except (OSError, AttributeError, ValueError, IndexError):
-        return None
-
-
 def _environment(command: _Command) -> dict[str, Any]:
     """What decides, besides code and identity, which program XLA makes and whether it runs."""
     devices = jax.devices()
     return {
         "python": [sys.version, sys.path, str(sys.flags), sys._xoptions],
-        "jax": [jax.__version__, version("jaxlib"), devices[0].client.platform_version],
+        "jax": [jax.__version__, jaxlib.version.__version__, devices[0].client.platform_version],
         "devices": [(d.id, d.platform, d.device_kind) for d in devices],
-        "host": _host() if devices[0].platform == "cpu" else "",
+        "host": _host() if devices[0].platform == "cpu" else _libraries(),
         "variables": {
             name: value
             for name, value in sorted(command.environment.items())
@@ -262,6 +221,14 @@ def _host() -> list[Any]:
     return [os.cpu_count(), len(os.sched_getaffinity(0)), sorted(told)]
 
 
+def _libraries() -> list[str]:
+    """NVIDIA's libraries and driver: XLA chooses among what they have."""
+    found = {file.name for path in sys.path for file in Path(path).glob("nvidia*.dist-info")}
+    with contextlib.suppress(OSError):
+        found.add(Path("/proc/driver/nvidia/version").read_text())
+    return sorted(found)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """The two parts of a file that nobody but this user can have written.
 
@@ -269,6 +236,8 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
         OSError: it is not there, or others may write it: loading a program runs what is in it.
         ValueError: it is damaged.
     """
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} was not written here")
     with path.open("rb") as file:
         for about in (os.fstat(file.fileno()), os.stat(path.parent)):
             if about.st_uid != os.getuid() or about.st_mode & 0o022:
@@ -292,10 +261,13 @@ def _write(path: Path, data: bytes) -> None:
 
 def _drop_oldest(folder: Path) -> None:
     """Delete the files used longest ago until all together have MOST_BYTES."""
-    with contextlib.suppress(FileNotFoundError):  # another process does the same
-        files = [(file.stat(), file) for file in folder.iterdir()]
-        total = 0
-        for about, file in sorted(files, key=lambda x: -x[0].st_mtime):
-            total += about.st_size
-            if total > MOST_BYTES:
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process does the same
+            found.append((file.lstat(), file))
+    total = 0
+    for about, file in sorted(found, key=lambda x: -x[0].st_mtime):
+        total += about.st_size
+        if total > MOST_BYTES:
+            with contextlib.suppress(OSError):  # or a folder, of somebody else
                 file.unlink()

@@ -18,7 +18,8 @@ SOURCES = sorted((ROOT / "gt_jax").rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "archives": set(),
-    "kept_programs": set(),
+    "code_files": set(),
+    "kept_programs": {"code_files"},
     "compilation": {"kept_programs"},
     "kernels": set(),
     "data": set(),
@@ -75,6 +76,7 @@ ALLOWED = {
     "inspect": {"analysis", "checkpoint", "cli", "data", "models", "scoring"},
     "train": {
         "cli",
+        "code_files",
         "compilation",
         "config",
         "config_files",

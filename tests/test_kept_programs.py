@@ -1,22 +1,27 @@
 """Programs that a command keeps whole: found while all that tracing saw is as it was, else not."""
 
+import contextlib
 import importlib
 import os
 import pickle
+import py_compile
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
 import gt_jax
-from gt_jax import compilation, kept_programs
+from gt_jax import code_files, compilation, kept_programs
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.train import train
 
@@ -24,18 +29,26 @@ COMMAND = "gt_jax.train"
 written = threading.Event()
 
 
+@pytest.fixture(scope="module")
+def without_cache_of_jax():
+    """And with what JAX imports for its first program: a process imports it once."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compiled = jax.jit(lambda x: (x * 2).sum()).lower(jnp.ones(7)).compile()
+    serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+
+
 @pytest.fixture
-def begin(tmp_path, monkeypatch):
+def begin(tmp_path, monkeypatch, without_cache_of_jax):
     """begin(*read) as in a new `python -m gt_jax.train`, with a cache of its own."""
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=COMMAND))
-    monkeypatch.setattr(kept_programs, "_process_start", lambda: time.time() + 1e6)
+    monkeypatch.setattr(code_files, "process_start", lambda: time.time() + 1e6)
     monkeypatch.setattr(kept_programs, "_command", None)
     keep = kept_programs._keep
     monkeypatch.setattr(kept_programs, "_keep", lambda *args: (keep(*args), written.set()))
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield lambda *read: kept_programs.begin(COMMAND, tmp_path / "xla", *read)
-    jax.config.update("jax_enable_compilation_cache", enabled)
+    return lambda *read: kept_programs.begin(COMMAND, tmp_path / "xla", *read)
 
 
 def run(factor, identity="it"):
@@ -116,15 +129,122 @@ def test_file_that_changed_after_the_process_began_keeps_nothing(begin, tmp_path
     """The process may have imported what was there before."""
     config = tmp_path / "config.py"
     config.write_text("")
-    monkeypatch.setattr(kept_programs, "_process_start", lambda: config.stat().st_ctime)
+    monkeypatch.setattr(code_files, "process_start", lambda: config.stat().st_ctime)
     begin(config)
     assert run(3) == (True, 21)
     begin(config)
     assert run(4) == (True, 28)
 
 
+def test_file_that_a_config_read_counts(begin, tmp_path):
+    """Also what it ran without importing, and found missing."""
+    source, text, missing = (tmp_path / name for name in ("helper.py", "scale.txt", "none.txt"))
+    source.write_text("factor = 3")
+    text.write_text("first")
+
+    def start():
+        with code_files.reading() as read:
+            runpy.run_path(str(source))
+            text.read_text()
+            (tmp_path / "written.txt").write_text(str(time.time()))
+            with contextlib.suppress(OSError):
+                missing.read_text()
+        assert {str(source), str(text), str(missing)} <= read
+        begin(*read)
+
+    start()
+    run(3)
+    start()
+    assert run(4) == (False, 21)
+    text.write_text("other")
+    start()
+    assert run(4) == (True, 28)
+    source.write_text("factor = 5")
+    start()
+    assert run(5) == (True, 35)
+    missing.write_text("now there")
+    start()
+    assert run(6) == (True, 42)
+
+
+def test_module_that_was_imported_then_and_is_not_now_compiles_anew(begin, tmp_path, monkeypatch):
+    """A config may import it where a file exists; it may have changed the code in memory."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_once.py").write_text("")
+    importlib.import_module("imported_once")
+    begin()
+    assert run(3) == (True, 21)
+    del sys.modules["imported_once"]
+    begin()
+    assert run(4) == (True, 28)
+
+
+def test_bytecode_that_python_takes_for_another_source_keeps_nothing(begin, tmp_path):
+    """An edit that leaves size and time: Python runs the old code until its bytecode is deleted."""
+    module = tmp_path / "edited.py"
+    module.write_text("factor = 3")
+    bytecode = Path(py_compile.compile(str(module)))
+    about = module.stat()
+    begin(module)
+    assert run(3) == (True, 21)
+    time.sleep(0.02)  # more than a clock of files takes to show it
+    module.write_text("factor = 4")
+    os.utime(module, ns=(about.st_atime_ns, about.st_mtime_ns))
+    for _ in range(2):
+        begin(module)
+        assert run(3) == (True, 21)
+    bytecode.unlink()
+    begin(module)
+    assert run(4) == (True, 28)
+    begin(module)
+    assert run(5) == (False, 28)
+
+
+def test_bytecode_that_was_copied_before_its_source_is_trusted(begin, tmp_path):
+    module = tmp_path / "copied.py"
+    module.write_text("factor = 3")
+    py_compile.compile(str(module))
+    time.sleep(0.02)
+    module.chmod(0o600)  # a newer st_ctime
+    begin(module)
+    run(3)
+    begin(module)
+    assert run(4) == (False, 21)
+
+
+def test_installed_file_with_the_size_and_time_of_before_compiles_anew(
+    begin, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(code_files, "_installed", lambda: (f"{tmp_path}{os.sep}",))
+    module = tmp_path / "library.py"
+    module.write_text("factor = 3")
+    about = module.stat()
+    begin(module)
+    assert run(3) == (True, 21)
+    time.sleep(0.02)
+    module.write_text("factor = 4")
+    os.utime(module, ns=(about.st_atime_ns, about.st_mtime_ns))
+    begin(module)
+    assert run(4) == (True, 28)
+
+
+def test_link_that_was_moved_after_the_process_began_keeps_nothing(begin, tmp_path, monkeypatch):
+    """As a folder `current` that is moved from one release to the next: its files are older."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.py").write_text(name)
+    time.sleep(0.02)
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path / "new")
+    monkeypatch.setattr(code_files, "process_start", lambda: link.lstat().st_ctime)
+    begin(link / "config.py")
+    assert run(3) == (True, 21)
+    begin(link / "config.py")
+    assert run(4) == (True, 28)
+
+
 def test_process_start_is_known_where_linux_says_it():
-    age = time.time() - (kept_programs._process_start() or 0)
+    age = time.time() - (code_files.process_start() or 0)
     assert sys.platform != "linux" or 0 < age < 24 * 3600
 
 
@@ -148,7 +268,10 @@ def test_setting_of_jax_compiles_anew(begin):
         jax.config.update("jax_default_matmul_precision", before)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "writable", "folder"])
+DAMAGES = ["cut", "empty", "changed", "writable", "folder", "huge", "pipe", "of another program"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_or_foreign_file_compiles_anew(begin, tmp_path, damage):
     begin()
     run(3)
@@ -162,11 +285,15 @@ def test_damaged_or_foreign_file_compiles_anew(begin, tmp_path, damage):
         file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
     elif damage == "writable":  # loading a program runs what is in it
         file.chmod(0o666)
+    elif damage == "huge":  # more than fits in memory
+        os.truncate(file, 2**43)
+    elif damage == "of another program":
+        file.rename(kept_programs.find(["step"], "another")["step"].path)
     else:
         file.unlink()
-        file.mkdir()
+        file.mkdir() if damage == "folder" else os.mkfifo(file)
     begin()
-    assert run(4) == (True, 28)
+    assert run(4, "another" if damage == "of another program" else "it") == (True, 28)
 
 
 def test_file_of_another_user_is_not_even_read(begin, tmp_path, monkeypatch):
@@ -211,6 +338,22 @@ def test_oldest_programs_go_first(begin, tmp_path, monkeypatch):
     assert left == [False, False, True, True]
 
 
+def test_what_cannot_be_deleted_or_marked_as_used_stops_nothing(begin, tmp_path, monkeypatch):
+    begin()
+    run(3, "a")
+    folder = tmp_path / "xla" / "programs"
+    [old] = kept_files(tmp_path)
+    (folder / "of somebody").mkdir()
+    (folder / "dangling").symlink_to(tmp_path / "nowhere")
+    os.utime(old, (1, 1))
+    monkeypatch.setattr(kept_programs, "MOST_BYTES", old.stat().st_size + 100)
+    run(3, "b")
+    assert not old.exists()
+    monkeypatch.setattr(os, "utime", lambda _: (_ for _ in ()).throw(PermissionError()))
+    begin()
+    assert run(4, "b") == (False, 21)  # from a disk that nobody may write
+
+
 FIELDS = {
     "model.preset": "gpt2",
     "model.dim": 16,
@@ -242,7 +385,7 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
     config = config_of(tmp_path)
     train(config, tmp_path / "traced")
     # Tests share a process, in which one run imports what the next one would not yet have.
-    monkeypatch.setattr(kept_programs, "_imported", lambda command: {kept_programs.__file__})
+    monkeypatch.setattr(code_files, "imported", lambda read: {kept_programs.__file__})
     begin()
     train(config, tmp_path / "first")
     until = time.monotonic() + 20
