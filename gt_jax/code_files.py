@@ -19,7 +19,7 @@ _LARGE = 2**26  # bytes of a file that is known by its size and times
 
 @contextlib.contextmanager
 def reading() -> Iterator[set[str]]:
-    """The files that this thread opens to read meanwhile, imported ones as well.
+    """The files that this thread opens to read meanwhile: a config, and what it imports and reads.
 
     A config may import nothing and yet run other code, or read what it changes the code by.
     """
@@ -46,8 +46,8 @@ def imported(read: set[str]) -> set[str]:
 
 def _source(file: str) -> str:
     """What a file of bytecode is made from."""
-    if file.endswith(".pyc") and os.path.basename(os.path.dirname(file)) == "__pycache__":
-        with contextlib.suppress(ValueError):  # of another name
+    if file.endswith(".pyc"):
+        with contextlib.suppress(ValueError):  # it has no source
             return importlib.util.source_from_cache(file)
     return file
 

@@ -78,7 +78,7 @@ def begin(command: str, cache: Path | None, *read: str | Path) -> None:
     Args:
         command: for example "gt_jax.train".
         cache: the folder of JAX's cache if it is ours, else None: then nothing is kept.
-        *read: files that ran without being imported: a config.
+        *read: files that ran without being imported, or were read: of `code_files.reading`.
     """
     global _command
     spec, began = getattr(sys.modules.get("__main__"), "__spec__", None), code_files.process_start()

@@ -28,7 +28,6 @@ from absl import flags as absl_flags
 
 from gt_jax import cli, code_files, compilation, kept_programs
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
-from gt_jax.config_files import find_config
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import Request, generate, lower_ahead
@@ -342,7 +341,6 @@ def main(argv: list[str]) -> int | None:
         )
         if not cli.parse(flags, argv, usage=__doc__):
             return None
-        read.add(str(find_config(name)))
         kept_programs.begin("gt_jax.train", compilation.cache_in_use(), *read)
         train(from_config_dict(flags.config), flags.workdir or Path("runs") / Path(name).stem, stop)
     return stop.status

@@ -79,7 +79,6 @@ ALLOWED = {
         "code_files",
         "compilation",
         "config",
-        "config_files",
         "data",
         "generation",
         "kept_programs",

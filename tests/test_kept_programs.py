@@ -1,17 +1,13 @@
 """Programs that a command keeps whole: found while all that tracing saw is as it was, else not."""
 
-import contextlib
 import importlib
 import os
 import pickle
-import py_compile
-import runpy
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -136,37 +132,6 @@ def test_file_that_changed_after_the_process_began_keeps_nothing(begin, tmp_path
     assert run(4) == (True, 28)
 
 
-def test_file_that_a_config_read_counts(begin, tmp_path):
-    """Also what it ran without importing, and found missing."""
-    source, text, missing = (tmp_path / name for name in ("helper.py", "scale.txt", "none.txt"))
-    source.write_text("factor = 3")
-    text.write_text("first")
-
-    def start():
-        with code_files.reading() as read:
-            runpy.run_path(str(source))
-            text.read_text()
-            (tmp_path / "written.txt").write_text(str(time.time()))
-            with contextlib.suppress(OSError):
-                missing.read_text()
-        assert {str(source), str(text), str(missing)} <= read
-        begin(*read)
-
-    start()
-    run(3)
-    start()
-    assert run(4) == (False, 21)
-    text.write_text("other")
-    start()
-    assert run(4) == (True, 28)
-    source.write_text("factor = 5")
-    start()
-    assert run(5) == (True, 35)
-    missing.write_text("now there")
-    start()
-    assert run(6) == (True, 42)
-
-
 def test_module_that_was_imported_then_and_is_not_now_compiles_anew(begin, tmp_path, monkeypatch):
     """A config may import it where a file exists; it may have changed the code in memory."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -177,75 +142,6 @@ def test_module_that_was_imported_then_and_is_not_now_compiles_anew(begin, tmp_p
     del sys.modules["imported_once"]
     begin()
     assert run(4) == (True, 28)
-
-
-def test_bytecode_that_python_takes_for_another_source_keeps_nothing(begin, tmp_path):
-    """An edit that leaves size and time: Python runs the old code until its bytecode is deleted."""
-    module = tmp_path / "edited.py"
-    module.write_text("factor = 3")
-    bytecode = Path(py_compile.compile(str(module)))
-    about = module.stat()
-    begin(module)
-    assert run(3) == (True, 21)
-    time.sleep(0.02)  # more than a clock of files takes to show it
-    module.write_text("factor = 4")
-    os.utime(module, ns=(about.st_atime_ns, about.st_mtime_ns))
-    for _ in range(2):
-        begin(module)
-        assert run(3) == (True, 21)
-    bytecode.unlink()
-    begin(module)
-    assert run(4) == (True, 28)
-    begin(module)
-    assert run(5) == (False, 28)
-
-
-def test_bytecode_that_was_copied_before_its_source_is_trusted(begin, tmp_path):
-    module = tmp_path / "copied.py"
-    module.write_text("factor = 3")
-    py_compile.compile(str(module))
-    time.sleep(0.02)
-    module.chmod(0o600)  # a newer st_ctime
-    begin(module)
-    run(3)
-    begin(module)
-    assert run(4) == (False, 21)
-
-
-def test_installed_file_with_the_size_and_time_of_before_compiles_anew(
-    begin, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(code_files, "_installed", lambda: (f"{tmp_path}{os.sep}",))
-    module = tmp_path / "library.py"
-    module.write_text("factor = 3")
-    about = module.stat()
-    begin(module)
-    assert run(3) == (True, 21)
-    time.sleep(0.02)
-    module.write_text("factor = 4")
-    os.utime(module, ns=(about.st_atime_ns, about.st_mtime_ns))
-    begin(module)
-    assert run(4) == (True, 28)
-
-
-def test_link_that_was_moved_after_the_process_began_keeps_nothing(begin, tmp_path, monkeypatch):
-    """As a folder `current` that is moved from one release to the next: its files are older."""
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.py").write_text(name)
-    time.sleep(0.02)
-    link = tmp_path / "current"
-    link.symlink_to(tmp_path / "new")
-    monkeypatch.setattr(code_files, "process_start", lambda: link.lstat().st_ctime)
-    begin(link / "config.py")
-    assert run(3) == (True, 21)
-    begin(link / "config.py")
-    assert run(4) == (True, 28)
-
-
-def test_process_start_is_known_where_linux_says_it():
-    age = time.time() - (code_files.process_start() or 0)
-    assert sys.platform != "linux" or 0 < age < 24 * 3600
 
 
 @pytest.mark.parametrize("name, counts", [("XLA_FLAGS_OF_MINE", True), ("SSH_CLIENT", False)])

@@ -17,6 +17,7 @@ the memory runs out, the program does not fit and the others continue. Rows are 
 they come; --add keeps those that are there.
 """
 
+import ast
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -135,20 +136,18 @@ def jobs_of(options):
 
 
 def read_value(text):
-    """A field's value as text, read as a number where it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    """A field's value: the number, True, False or None that it is in Python, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 _ready = {}  # of this process: name -> a Trainer
 
 
 def prepare(options, job):
-    """Compile a program, of which the time is measured: not one that a cache has."""
+    """Compile a program without a cache, as the time that it takes is measured."""
     backend.prepare()
     jax.config.update("jax_enable_compilation_cache", False)
     data = job.config.data

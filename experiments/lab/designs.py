@@ -37,7 +37,7 @@ def meanings(names):
     return [said for word, said in MEANINGS.items() if any(word in name for name in names)]
 
 
-_ENDS = ("variance growth", "variance growth, untrained", "entropy", "top")
+_OF_STREAM_AND_OUTPUT = ("variance growth", "variance growth, untrained", "entropy", "top")
 
 
 def fields(fusion, residual="none", terms=None):
@@ -145,7 +145,10 @@ def study(
             results.table(
                 "Residual stream and output",
                 ["design", "variance growth", "untrained", "entropy", "top"],
-                [[n, *(estimate(found[n][key]) for key in _ENDS)] for n in ranked(found)],
+                [
+                    [n, *(estimate(found[n][key]) for key in _OF_STREAM_AND_OUTPUT)]
+                    for n in ranked(found)
+                ],
                 "Growth is the variance behind the last block over that behind the first; "
                 "untrained, of the initial weights. Entropy in nats, and the largest probability, "
                 "of the prediction: means over positions.",
@@ -304,12 +307,9 @@ def row(name, found):
     keys = ["loss", "best loss", "training loss", "best rate", "RWKV share", "Mamba share"]
     keys += ["loss added without RWKV", "loss added without Mamba", "gate std, least"]
     keys += ["blocks closed", "blocks constant"]
-    plain = {"best rate"}
-    cells = [found.get(key) for key in keys]
-    shown = [
-        None if cell is None else float(cell[0]) if key in plain else estimate(cell)
-        for key, cell in zip(keys, cells)
-    ]
+    shown = [estimate(found[key]) if key in found else None for key in keys]
+    if "best rate" in found:  # one for all seeds
+        shown[keys.index("best rate")] = float(found["best rate"][0])
     return [name, int(found["parameters"][0]), *shown]
 
 
