@@ -15,6 +15,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 _LARGE = 2**26  # bytes of a file that is known by its size and times
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
 @contextlib.contextmanager
@@ -26,10 +27,12 @@ def reading() -> Iterator[set[str]]:
     found, thread, over = set(), threading.get_ident(), False
 
     def hook(event: str, args: tuple) -> None:
-        if event == "open" and not over and thread == threading.get_ident():
-            file, _, flags = args
-            if isinstance(file, str | bytes) and flags & os.O_ACCMODE == os.O_RDONLY:
-                found.add(_source(os.path.abspath(os.fsdecode(file))))
+        if over or event != "open" or thread != threading.get_ident():
+            return
+        match args:
+            case (str() | bytes() | os.PathLike() as file, _, int(flags)):
+                if flags & _ACCESS == os.O_RDONLY:
+                    found.add(_source(os.path.abspath(os.fsdecode(file))))
 
     sys.addaudithook(hook)  # nothing takes it away
     try:

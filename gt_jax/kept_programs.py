@@ -105,7 +105,11 @@ def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
     """
     if _command is None or jax.device_count() > 1 or jax.default_backend() not in _CALLS:
         return {}
-    found, environment = {}, _environment(_command)
+    try:
+        environment = _environment(_command)
+    except Exception:  # a system that does not say what it is
+        return {}
+    found = {}
     for name in names:
         said = repr([name, identity, _command.first, environment])
         path = _command.folder / hashlib.sha256(said.encode()).hexdigest()

@@ -39,8 +39,9 @@ def test_what_a_config_runs_and_reads_is_found_and_nothing_else(tmp_path, module
     with pytest.MonkeyPatch.context() as patched, code_files.reading() as read:
         patched.syspath_prepend(tmp_path)
         runpy.run_path(str(script))
-        text.read_text()
+        os.close(os.open(text, os.O_RDONLY))
         (tmp_path / "written.txt").write_text("")
+        sys.audit("open", "an event of another library")
         assert not missing.exists()
         with pytest.raises(FileNotFoundError):
             missing.read_text()

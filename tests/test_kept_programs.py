@@ -220,6 +220,13 @@ def test_program_from_the_cache_of_jax_is_not_kept(begin, tmp_path, monkeypatch)
     assert not kept.path.exists()
 
 
+def test_system_that_does_not_say_what_it_is_keeps_nothing(begin, monkeypatch, tmp_path):
+    hidden = lambda: (_ for _ in ()).throw(PermissionError("/proc/cpuinfo"))
+    monkeypatch.setattr(kept_programs, "_host", hidden)
+    begin()
+    assert kept_programs.find(["step"], "it") == {} and run(3) == (True, 21)
+
+
 def test_oldest_programs_go_first(begin, tmp_path, monkeypatch):
     begin()
     for n, identity in enumerate("abc"):
