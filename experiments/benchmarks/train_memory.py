@@ -34,6 +34,7 @@ from gt_jax.models import count_parameters
 from gt_jax.training import backend
 from gt_jax.training.utilization import flops_per_token, peak_flops
 
+CONFIGS = ("gf_mh_base", "gf_mh_350m", "gf_mh_1b")
 REMAT = ("full", "dots", "none")  # what stores least first: what needs most is then alone
 CHARACTERS = 65  # token ids where a token is a character
 COLUMNS = ["config", "rows x length", "remat", "parameters", "first step s", "ms a step"]
@@ -57,8 +58,9 @@ class Job(NamedTuple):
 
 def main(argv=None):
     parser = command.parser("train_memory", __doc__)
-    about = "configs, with commas between, each with changes as name:field=value"
-    parser.add_argument("--config", default="gf_mh_base,gf_mh_350m,gf_mh_1b", help=about)
+    about = "configs, with commas between, each with changes as name:field=value; default: "
+    about += f"{','.join(CONFIGS)}, of which --quick takes the first"
+    parser.add_argument("--config", help=about)
     parser.add_argument(
         "--remat", default=",".join(REMAT), help="values of model.remat, with commas between"
     )
@@ -67,6 +69,8 @@ def main(argv=None):
     parser.add_argument("--at_once", type=int, default=4, help="programs of a GPU that compile")
     parser.add_argument("--add", action="store_true", help="keep the rows that --out has")
     options = command.parse(parser, argv)
+    if options.config is None:
+        options.config = ",".join(CONFIGS[:1] if options.quick else CONFIGS)
     for name in ("tokens", "timed_steps", "at_once"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}={getattr(options, name)} must be at least 1")
