@@ -6,9 +6,9 @@ seconds of Python. Here a program is found by all that tracing can see:
     FOLDER/KEY   a line of JSON (checksum, every imported file as it was), then the program
 
 KEY is a hash of what the caller says that the program is made of, and of versions, devices, the
-environment and JAX's settings. A file counts only while all files that were imported when it was
-written are as they were, and nothing else is imported. Numbers that tracing finds are kept
-likewise.
+environment, JAX's settings and the names of the files that were imported or read by then. A file
+counts only while all files that were imported when it was written are as they were, and nothing
+else is imported. Numbers that tracing finds are kept likewise.
 
 It is for a command that runs as `python -m` or by the script that was installed for it, whose code
 is files, on one device; never for a notebook or a library, where a function may be replaced in
@@ -23,18 +23,17 @@ import json
 import os
 import pickle
 import sys
-import sysconfig
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jaxlib.version
 from jax.experimental import serialize_executable
 
+from gt_jax import code_files
 from gt_jax.launch import runs
 
 MOST_BYTES = 2**30  # of all kept programs; the least recently used go first
@@ -56,7 +55,8 @@ _CALLS = {
 
 class _Command(NamedTuple):
     folder: Path
-    read: tuple[str, ...]  # files that nothing imports: the config
+    read: set[str]  # files that nothing imports: the config, and what it read
+    first: list[str]  # all files of then
     environment: dict[str, Any]  # as the process was given it; imports change it
     stamps: dict[str, str]  # of files, each as it was first seen
     began: float  # when the process did
@@ -82,17 +82,18 @@ def begin(command: str, cache: Path | None, *read: str | Path) -> None:
     Args:
         command: for example "gt_jax.train".
         cache: the folder of JAX's cache if it is ours, else None: then nothing is kept.
-        *read: files that ran without being imported: a config.
+        *read: files that ran without being imported, or were read: of `code_files.reading`.
     """
     global _command
-    began, spec = _process_start(), importlib.util.find_spec(command)
+    began, spec = code_files.process_start(), importlib.util.find_spec(command)
     if cache is None or began is None or spec is None or not spec.origin or not runs(command):
         _command = None
         return
     _listen()
-    paths = tuple(str(Path(file).resolve()) for file in (spec.origin, *read))
-    _command = _Command(cache / "programs", paths, dict(os.environ), {}, began)
-    _stamps(_imported(_command), _command)
+    files = {os.path.abspath(file) for file in (spec.origin, *read)}
+    first = sorted(code_files.imported(files))
+    _command = _Command(cache / "programs", files, first, dict(os.environ), {}, began)
+    code_files.stamps(first, _command.stamps)
 
 
 def find(names: Iterable[str], identity: Any) -> dict[str, Kept]:
@@ -136,9 +137,13 @@ def _paths(names: Iterable[str], identity: Any) -> dict[str, Path]:
     """The file of each name; none where nothing is kept."""
     if _command is None or jax.device_count() > 1 or jax.default_backend() not in _CALLS:
         return {}
-    found, environment = {}, _environment(_command)
+    try:
+        environment = _environment(_command)
+    except Exception:  # a system that does not say what it is
+        return {}
+    found = {}
     for name in names:
-        said = repr([name, identity, _command.read, environment])
+        said = repr([name, identity, _command.first, environment])
         found[name] = _command.folder / hashlib.sha256(said.encode()).hexdigest()
     return found
 
@@ -166,11 +171,13 @@ def _whole(path: Path, command: _Command) -> tuple[dict[str, Any], bytes]:
     """
     header, payload = _read(path)
     known = header["files"]
-    if not known.keys() >= _imported(command) or known != _stamps(known, command):
+    same = known == code_files.stamps(known, command.stamps)
+    if not same or not known.keys() >= code_files.imported(command.read):
         raise ValueError(f"{path} is of other code")
-    if header["checksum"] != hashlib.sha256(payload).hexdigest():
+    if [header["key"], header["checksum"]] != [path.name, hashlib.sha256(payload).hexdigest()]:
         raise ValueError(f"{path} is damaged")
-    os.utime(path)
+    with contextlib.suppress(OSError):  # a disk that nobody writes
+        os.utime(path)
     return header, payload
 
 
@@ -209,10 +216,11 @@ def _store(path: Path, payload: bytes, **about: Any) -> None:
     imported the old one. Where there is no room or no right to write, nothing is kept."""
     with contextlib.suppress(Exception):
         assert _command is not None, "`find` found something"
-        stamps = _stamps(_imported(_command), _command)
-        if "" in stamps.values() or _newest_change(stamps) >= _command.began:
+        stamps = code_files.stamps(code_files.imported(_command.read), _command.stamps)
+        if "" in stamps.values() or code_files.newest_change(stamps) >= _command.began:
             return
-        header = {"checksum": hashlib.sha256(payload).hexdigest(), "files": stamps, **about}
+        checksum = hashlib.sha256(payload).hexdigest()
+        header = {"key": path.name, "checksum": checksum, "files": stamps, **about}
         _write(path, json.dumps(header).encode() + b"\n" + payload)
         _drop_oldest(path.parent)
 
@@ -226,65 +234,14 @@ def _listen() -> None:
     jax.monitoring.register_event_listener(count)
 
 
-def _imported(command: _Command) -> set[str]:
-    """The files of all modules that are imported, and those that the command named."""
-    found = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {os.path.abspath(file) for file in found if isinstance(file, str)} | set(command.read)
-
-
-def _stamps(files: Any, command: _Command) -> dict[str, str]:
-    """What changes when a file does, by file: as it was when this process first asked."""
-    for file in files:
-        if file not in command.stamps:
-            command.stamps.setdefault(file, _stamp(file))
-    return {file: command.stamps[file] for file in files}
-
-
-def _stamp(file: str) -> str:
-    """Of installed packages size and time, of all other files the bytes; "" for one not there."""
-    try:
-        if file.startswith(_installed()) and not file.startswith(_OWN):
-            about = os.stat(file)
-            return f"{about.st_size} {about.st_mtime_ns}"
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:
-        return ""
-
-
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return tuple(os.path.abspath(paths[name]) + os.sep for name in names)
-
-
-def _newest_change(files: Any) -> float:
-    """When one of the files was last written, renamed or replaced: st_ctime, which nobody sets."""
-    return max(os.stat(file).st_ctime for file in files)
-
-
-def _process_start() -> float | None:
-    """When this process began, in seconds as time.time(); None where /proc does not say."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.time() - age
-    except (OSError, AttributeError, ValueError, IndexError):
-        return None
-
-
 def _environment(command: _Command) -> dict[str, Any]:
     """What decides, besides code and identity, which program XLA makes and whether it runs."""
     devices = jax.devices()
     return {
         "python": [sys.version, sys.path, str(sys.flags), sys._xoptions],
-        "jax": [jax.__version__, version("jaxlib"), devices[0].client.platform_version],
+        "jax": [jax.__version__, jaxlib.version.__version__, devices[0].client.platform_version],
         "devices": [(d.id, d.platform, d.device_kind) for d in devices],
-        "host": _host() if devices[0].platform == "cpu" else "",
+        "host": _host() if devices[0].platform == "cpu" else _libraries(),
         "variables": {
             name: value
             for name, value in sorted(command.environment.items())
@@ -306,6 +263,14 @@ def _host() -> list[Any]:
     return [os.cpu_count(), len(os.sched_getaffinity(0)), sorted(told)]
 
 
+def _libraries() -> list[str]:
+    """NVIDIA's libraries and driver: XLA chooses among what they have."""
+    found = {file.name for path in sys.path for file in Path(path).glob("nvidia*.dist-info")}
+    with contextlib.suppress(OSError):
+        found.add(Path("/proc/driver/nvidia/version").read_text())
+    return sorted(found)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """The two parts of a file that nobody but this user can have written.
 
@@ -313,6 +278,8 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
         OSError: it is not there, or others may write it: loading a program runs what is in it.
         ValueError: it is damaged.
     """
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} was not written here")
     with path.open("rb") as file:
         for about in (os.fstat(file.fileno()), os.stat(path.parent)):
             if about.st_uid != os.getuid() or about.st_mode & 0o022:
@@ -336,10 +303,13 @@ def _write(path: Path, data: bytes) -> None:
 
 def _drop_oldest(folder: Path) -> None:
     """Delete the files used longest ago until all together have MOST_BYTES."""
-    with contextlib.suppress(FileNotFoundError):  # another process does the same
-        files = [(file.stat(), file) for file in folder.iterdir()]
-        total = 0
-        for about, file in sorted(files, key=lambda x: -x[0].st_mtime):
-            total += about.st_size
-            if total > MOST_BYTES:
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process does the same
+            found.append((file.lstat(), file))
+    total = 0
+    for about, file in sorted(found, key=lambda x: -x[0].st_mtime):
+        total += about.st_size
+        if total > MOST_BYTES:
+            with contextlib.suppress(OSError):  # or a folder, of somebody else
                 file.unlink()

@@ -26,9 +26,8 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import cli, compilation, kept_programs
+from gt_jax import cli, code_files, compilation, kept_programs
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
-from gt_jax.config_files import find_config
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
 from gt_jax.generation import Request, generate, lower_ahead
@@ -335,13 +334,14 @@ def main(argv: list[str]) -> int | None:
     stop = Stop()
     with stopping.program(stop):
         flags = cli.new_flags()
-        name = cli.define_config(flags, argv)
+        with code_files.reading() as read:
+            name = cli.define_config(flags, argv)
         absl_flags.DEFINE_string(
             "workdir", None, "The run's folder; runs/<config name> if not given.", flag_values=flags
         )
         if not cli.parse(flags, argv, usage=__doc__):
             return None
-        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), find_config(name))
+        kept_programs.begin("gt_jax.train", compilation.cache_in_use(), *read)
         train(from_config_dict(flags.config), flags.workdir or Path("runs") / Path(name).stem, stop)
     return stop.status
 

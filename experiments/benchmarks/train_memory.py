@@ -17,6 +17,7 @@ the memory runs out, the program does not fit and the others continue. Rows are 
 they come; --add keeps those that are there.
 """
 
+import ast
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from gt_jax.models import count_parameters
 from gt_jax.training import backend
 from gt_jax.training.utilization import flops_per_token, peak_flops
 
+CONFIGS = ("gf_mh_base", "gf_mh_350m", "gf_mh_1b")
 REMAT = ("full", "dots", "none")  # what stores least first: what needs most is then alone
 CHARACTERS = 65  # token ids where a token is a character
 COLUMNS = ["config", "rows x length", "remat", "parameters", "first step s", "ms a step"]
@@ -56,8 +58,9 @@ class Job(NamedTuple):
 
 def main(argv=None):
     parser = command.parser("train_memory", __doc__)
-    about = "configs, with commas between, each with changes as name:field=value"
-    parser.add_argument("--config", default="gf_mh_base,gf_mh_350m,gf_mh_1b", help=about)
+    about = "configs, with commas between, each with changes as name:field=value; default: "
+    about += f"{','.join(CONFIGS)}, of which --quick takes the first"
+    parser.add_argument("--config", help=about)
     parser.add_argument(
         "--remat", default=",".join(REMAT), help="values of model.remat, with commas between"
     )
@@ -66,6 +69,8 @@ def main(argv=None):
     parser.add_argument("--at_once", type=int, default=4, help="programs of a GPU that compile")
     parser.add_argument("--add", action="store_true", help="keep the rows that --out has")
     options = command.parse(parser, argv)
+    if options.config is None:
+        options.config = ",".join(CONFIGS[:1] if options.quick else CONFIGS)
     for name in ("tokens", "timed_steps", "at_once"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}={getattr(options, name)} must be at least 1")
@@ -135,20 +140,18 @@ def jobs_of(options):
 
 
 def read_value(text):
-    """A field's value as text, read as a number where it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    """A field's value: the number, True, False or None that it is in Python, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 _ready = {}  # of this process: name -> a Trainer
 
 
 def prepare(options, job):
-    """Compile a program, of which the time is measured: not one that a cache has."""
+    """Compile a program without a cache, as the time that it takes is measured."""
     backend.prepare()
     jax.config.update("jax_enable_compilation_cache", False)
     data = job.config.data

@@ -5,7 +5,7 @@ Templates are programs of others. They run in Jinja's sandbox, as in transformer
 what no line of Python is called in (adding up lists, replacing texts) meets the process's limits:
 of memory, and a clock that ends it a second after the time is up.
 
-gt_jax.data.chat_templates starts `main` in it, and nothing else of gt_jax.
+gt_jax.data.chat_templates runs this file alone, without the rest of gt_jax.
 """
 
 import contextlib
@@ -13,12 +13,16 @@ import datetime
 import functools
 import json
 import re
-import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows, which has no alarm either: what Python calls is all that is bounded
+    resource = None
 
 TEMPLATE_CHARACTERS, TEXT_CHARACTERS = 2**20, 2**23  # of a template, of any text that it makes
 MEMORY = 2**30  # bytes of the process
@@ -151,13 +155,30 @@ def _answer(asked: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer until the input ends, as it does with the process that asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
-    with contextlib.suppress(ValueError, OSError):  # systems that have no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    """Answer until the input ends, as it does with the process that asks.
+
+    A signal to end, which Ctrl-C and supervisors send to all processes of a server, is for the one
+    that asks: it may finish what is under way.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if resource:
+        with contextlib.suppress(ValueError, OSError):  # systems that have no such limit
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, asked["seconds"] + 1)  # SIGALRM ends the process
+        _alarm(asked["seconds"] + 1)
         said = json.dumps(_answer(asked))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _alarm(0)
         print(said, flush=True)
+
+
+def _alarm(seconds: float) -> None:
+    """Let SIGALRM end this process after some seconds; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,14 +76,6 @@ def render_chat(
             raise InputError(f"the chat template refuses this dialogue ({said})") from error
 
 
-_PROGRAM = """
-from importlib.util import module_from_spec, spec_from_file_location
-import sys
-spec = spec_from_file_location("chat_sandbox", sys.argv[1])
-sandbox = module_from_spec(spec)
-spec.loader.exec_module(sandbox)
-sandbox.main()
-"""
 _alone = threading.Lock()
 _process: subprocess.Popen | None = None  # of the sandbox; it serves one dialogue after the other
 
@@ -108,7 +100,7 @@ def _render(source: str, names: dict[str, Any]) -> str:
             child.kill()
             raise
         if not answer:
-            late = child.wait() == -signal.SIGALRM
+            late = child.wait() == -getattr(signal, "SIGALRM", 0)
             raise chat_sandbox.Limit(
                 f"takes longer than {SECONDS} seconds" if late else "ended its process"
             )
@@ -124,7 +116,7 @@ def _started() -> subprocess.Popen:
     """The sandbox's process, anew where there is none or it has ended."""
     global _process
     if _process is None or _process.poll() is not None:
-        command = [sys.executable, "-P", "-c", _PROGRAM, chat_sandbox.__file__]
+        command = [sys.executable, "-P", chat_sandbox.__file__]
         pipe = subprocess.PIPE
         _process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=os.environ

@@ -21,7 +21,6 @@ from gt_jax.data.tokenizers import tokenizer_from_dict
 from gt_jax.errors import InputError, one_line
 
 BEGUN = "begun.json"
-_READ = 1 << 22  # bytes at once
 
 
 def shard_name(unit: Unit) -> str:
@@ -88,8 +87,5 @@ def _crc(record: dict[str, Any]) -> int:
 
 
 def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while data := file.read(_READ):
-            found.update(data)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Templates of dialogues are programs of others: what they may do is bounded."""
 
 import json
+import signal
 import time
 from types import SimpleNamespace
 
@@ -63,6 +64,23 @@ def test_a_dialogue_after_one_that_ended_the_process_is_rendered(monkeypatch):
     with pytest.raises(InputError, match="takes longer than 0"):
         render("{{ ([['a']] * 2000000) | sum(start=[]) | length }}")
     monkeypatch.setattr(chat_templates, "SECONDS", 5)
+    assert render("{{ messages[0].content }}") == "hi"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signal_to_all_processes_of_a_server_leaves_its_dialogues_whole(name):
+    render("{{ messages[0].content }}")
+    child = chat_templates._process
+    child.send_signal(getattr(signal, name))
+    assert render("{{ messages[0].content }}") == "hi"
+    assert chat_templates._process is child
+
+
+def test_process_of_templates_ends_with_the_one_that_asks():
+    render("{{ messages[0].content }}")
+    child = chat_templates._process
+    child.stdin.close()  # as the system does when a process ends, however it ends
+    assert child.wait(5) == 0
     assert render("{{ messages[0].content }}") == "hi"
 
 

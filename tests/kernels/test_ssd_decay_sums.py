@@ -47,8 +47,8 @@ def test_sums_of_log_decays_and_steps_stand_by_head_and_chunk(
 
 @pytest.mark.parametrize("impl, dtype", [("mosaic", "float32"), ("portable", "bfloat16")])
 def test_the_gradient_of_rates_forgets_what_a_segment_forgets(float64_in_every_thread, impl, dtype):
-    inputs = SSD.make("wide", length=100, dtype=dtype)
-    ids = jnp.asarray(segments(1, 100))
+    inputs = SSD.make("wide", batch=2, length=100, dtype=dtype)
+    ids = jnp.asarray(segments(2, 100))
     call = lambda name: functools.partial(_of_segments, ids, name)
     with devices.simulated("interpret"):
         assert_accurate(call(impl), call("reference"), inputs, SSD.arguments, dtype)

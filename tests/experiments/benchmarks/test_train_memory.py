@@ -61,7 +61,7 @@ def test_rows_are_written_as_they_come_and_kept_by_add(toys, tmp_path, capsys, m
 
 def test_jobs_have_the_tokens_and_what_stores_least_comes_first():
     given = "gf_mh_350m:model.layers=24:optim.lr=1e-4,gf_mh_1b:train.seq_len=8192"
-    given += ",gf_mh:train.batch_size=3:model.impl=chunked"
+    given += ",gf_mh:train.batch_size=3:model.impl=chunked:log.tensorboard=False"
     jobs = train_memory.jobs_of(options_of(config=given, remat="none,full"))
     shapes = [(job.rows, job.length, job.remat) for job in jobs]
     assert shapes == [
@@ -76,6 +76,7 @@ def test_jobs_have_the_tokens_and_what_stores_least_comes_first():
     assert (deep.model.impl, short.model.impl) == ("auto", "chunked")
     assert (deep.model.layers, deep.model.remat, deep.optim.lr) == (24, "full", 1e-4)
     assert (long.train.batch_size, long.train.seq_len) == (4, 8192)
+    assert short.log.tensorboard is False and long.log.tensorboard is True
     assert {job.config.optim.grad_accumulation for job in jobs} == {1}
 
 
