@@ -111,6 +111,7 @@ def test_numbers_are_counted_once_as_long_as_nothing_changes(begin, monkeypatch)
 
 
 def test_change_of_an_imported_or_named_file_compiles_anew(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # that of the old source would be run
     monkeypatch.syspath_prepend(tmp_path)
     module, config = tmp_path / "imported_by_the_run.py", tmp_path / "config.py"
     module.write_text("factor = 3")
