@@ -70,10 +70,12 @@ def test_layers_share_the_lowering_of_a_kernel():
 
 @pytest.mark.parametrize("remat, forward_passes", [("none", 1), ("dots", 1), ("full", 2)])
 def test_only_full_remat_runs_the_kernels_forward_pass_again(remat, forward_passes):
-    calls = str(trace_gradient(1, remat).jaxpr).count("name=lowered")
+    text = str(trace_gradient(1, remat).jaxpr)
+    for name in ("wkv6_forward", "ssd_forward"):
+        assert text.count(name) == 2 * forward_passes
     # Blends, head norm, convolution and gated norm store nothing and are recomputed; of the last
     # two, which stand in functions of their own, the text has one copy. So have both norms of the
-    # residual stream, forward and backward.
-    fused = (4 if remat == "none" else 4 + 2) + 5 + 4
+    # residual stream, forward and backward. SSD's sums of log decays are recomputed, too.
+    fused = (4 if remat == "none" else 4 + 2) + 5 + 4 + (1 if remat == "none" else 2)
     # of two recurrences, and each one's backward pass
-    assert calls - fused == 2 * (forward_passes + 1)
+    assert text.count("name=lowered") - fused == 2 * (forward_passes + 1)
