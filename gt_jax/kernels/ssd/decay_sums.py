@@ -33,8 +33,8 @@ def decay_sums(size: Sizes, dt: jax.Array, a: jax.Array) -> list[jax.Array]:
     Args:
         size: of the call.
         dt: [B, T, H] float32 step sizes.
-        a: [B, T, H] float32 log decay, at most 0; -inf forgets everything. Or [H] rates, of which
-            the log decay is dt a.
+        a: [B, T, H] float32 log decay, at most 0; -inf forgets everything. Or [H] rates;
+            the log decay is then dt a.
 
     Returns:
         g [B, H, chunks, terms, CHUNK] and dt [B, H, chunks, CHUNK], float32. Tokens past the end

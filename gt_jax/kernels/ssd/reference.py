@@ -29,7 +29,7 @@ def ssd_reference(
     Args:
         x: [B, T, H, P] input.
         dt: [B, T, H] step size, after bias, softplus and limit.
-        a: [B, T, H] log decay, or the rates [H] of which it is dt a.
+        a: [B, T, H] log decay, or rates [H]; the log decay is then dt a.
         B, C: [B, T, G, N] projections.
         D: [H] skip connection, or None.
         initial_state: [B, H, P, N]; None for zeros.
