@@ -35,17 +35,18 @@ from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
 from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
 from gt_jax.training.display import Display, Speed, reader_left, say
+from gt_jax.training.ending import curve_of, is_finished, keep_curve
 from gt_jax.training.evaluation import describe, evaluate
 from gt_jax.training.guard import Guard, Spike, rewind
 from gt_jax.training.job import Job, first_state, prepare, progress_of
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
-from gt_jax.training.plot import draw_curve, prepare_to_draw
+from gt_jax.training.plot import prepare_to_draw
 from gt_jax.training.prefetch import prefetch
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
-from gt_jax.training.samples import Samples, is_finished
+from gt_jax.training.samples import Samples
 from gt_jax.training.stopping import Interrupted, Stop
 from gt_jax.training.summary import conclude, introduce
 from gt_jax.training.text import Text
@@ -120,8 +121,9 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
                 folder, about, progress = rewind(config, workdir, writer, progress, found)
                 start = int(folder.name)
                 speed.rewind(start)
-        _draw(job)  # while the last checkpoint is written
+        curve = curve_of(job)  # while the last checkpoint is written
         writer.finish(best_step=progress.best_step)
+    keep_curve(job, curve)
     stop.work_to_lose = False
     conclude(job, progress, step, stop, speed, time.perf_counter() - began)
     wait(job.compiling.values())  # else Python does at its exit, where signals show tracebacks
@@ -319,15 +321,6 @@ def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, displa
         display.line(f"no sample after {step} steps: {' '.join(str(error).split())}")
         return
     display.line(f"--- sample after {step} steps ---\n{text}\n---")
-
-
-def _draw(job: Job) -> None:
-    unit = f"nats per {loss_unit(job.text.tokenizer)}"
-    title = f"{job.config.model.preset} on {job.text.corpus.name}"
-    try:
-        draw_curve(job.folder, title=title, unit=unit, judged_from=watch.judged_from(job.config))
-    except (ValueError, OSError) as error:
-        say(f"curve.png is not drawn: {' '.join(str(error).split())}")
 
 
 def main(argv: list[str]) -> int | None:

@@ -1,6 +1,7 @@
 """curve.png: a run's losses, learning rate, auxiliary losses and gates over its steps."""
 
 import importlib
+import io
 from pathlib import Path
 
 from gt_jax import thresholds
@@ -9,6 +10,8 @@ from gt_jax.training import metrics, watch
 # Slow to import: a second. No window is opened this way.
 _PLOTTING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 
+_STEP = "Last step"  # among the words that a PNG file carries
+
 
 def prepare_to_draw() -> None:
     """Import what `draw_curve` needs; for when there is nothing else to do."""
@@ -16,14 +19,17 @@ def prepare_to_draw() -> None:
         importlib.import_module(name)
 
 
-def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int = 0) -> None:
-    """Draw WORKDIR/curve.png from WORKDIR/metrics.jsonl.
+def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int = 0) -> bytes:
+    """Draw a run's metrics.jsonl.
 
     Args:
         workdir: the run.
         title: over the figure.
         unit: of the loss, e.g. "nats per character".
         judged_from: the step from which on collapsed gates are marked.
+
+    Returns:
+        The PNG file, which `step_of` reads.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -66,7 +72,21 @@ def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int =
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(Path(workdir) / "curve.png", dpi=150)
+    png = io.BytesIO()
+    last = rows[-1]["step"] if rows else 0
+    figure.savefig(png, format="png", dpi=150, metadata={_STEP: str(last)})
+    return png.getvalue()
+
+
+def step_of(curve: Path) -> int | None:
+    """The last step that a file of `draw_curve` shows; None if it is missing or another file."""
+    from PIL import Image
+
+    try:
+        with Image.open(curve) as image:
+            return int(image.info[_STEP])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _draw_gates(ax, rows, judged_from):

@@ -3,9 +3,7 @@
 import re
 from pathlib import Path
 
-from gt_jax.config import Config
 from gt_jax.data.corpora import replace_file
-from gt_jax.training.progress import Progress
 
 _HEADER = re.compile(rb"^--- after (\d+) steps ---$", re.MULTILINE)
 
@@ -33,12 +31,3 @@ class Samples:
         with self._path.open("ab") as file:
             file.write(whole.encode("utf-8", "backslashreplace"))
         self.last = step
-
-
-def is_finished(config: Config, folder: Path, start: int, progress: Progress) -> bool:
-    """Whether the run's last step is done, and all that comes after it."""
-    steps = config.train.steps
-    if start > steps or (start < steps and not progress.stops_early(config)):
-        return start > steps
-    sampled = not config.train.sample_tokens or Samples(folder, start=start).last == start
-    return progress.evaluated == start and sampled and (folder / "curve.png").exists()

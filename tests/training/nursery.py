@@ -22,7 +22,7 @@ import numpy as np
 
 import gt_jax.train as program
 from gt_jax import cli
-from gt_jax.training import job
+from gt_jax.training import job, plot
 from gt_jax.training.writer import Writer
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ PHASES = {
     "saving": (Writer, "save"),
     "sampling": (program, "generate"),
     "finishing": (Writer, "finish"),
-    "drawing": (program, "draw_curve"),
+    "drawing": (plot, "draw_curve"),
 }
 
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 
 from gt_jax.training import metrics
-from gt_jax.training.plot import draw_curve
+from gt_jax.training.plot import draw_curve, step_of
 
 
 def write(workdir, steps, *, start=0, tensorboard=False):
@@ -79,7 +79,10 @@ def test_curve_is_drawn_at_150_dpi(tmp_path):
     from PIL import Image
 
     write(tmp_path, range(1, 30))
-    draw_curve(tmp_path, title="a run", unit="nats per character")
-    image = Image.open(tmp_path / "curve.png")
+    curve = tmp_path / "curve.png"
+    assert step_of(curve) is None
+    curve.write_bytes(draw_curve(tmp_path, title="a run", unit="nats per character"))
+    assert step_of(curve) == 29
+    image = Image.open(curve)
     assert image.width > 1000
     assert round(image.info["dpi"][0]) == 150

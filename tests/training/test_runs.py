@@ -8,6 +8,8 @@ import gt_jax
 from gt_jax import checkpoint, train
 from gt_jax.config import default_config, from_config_dict
 from gt_jax.training import metrics
+from gt_jax.training.plot import step_of
+from gt_jax.training.writer import Writer
 
 OPTIMIZERS = {
     "muon, averaged": {"optim.name": "muon", "optim.ema": 0.9, "optim.schedule": "wsd"},
@@ -83,3 +85,37 @@ def test_evaluation_before_the_first_step_changes_nothing_else(run, tmp_path):
     assert first["validation_loss"] > others[-1]["validation_loss"]
     assert others == rows(tmp_path / "without")
     assert progress.best_step in checkpoint.steps(tmp_path / "with")
+
+
+class Killed(BaseException):
+    """Stands in for kill -9: nothing of the run goes on."""
+
+
+def test_run_killed_at_its_end_is_ended_by_the_next_start(run, tmp_path, monkeypatch, capsys):
+    """One that had ended before and went on longer, too: its curve is of then."""
+    workdir, drawn = tmp_path / "run", []
+    draw, finish = train.curve_of, Writer.finish
+
+    def dies(writer, *, best_step):
+        """As long as nothing is drawn, finish; else die when the last checkpoint is there."""
+        if drawn:
+            writer.steps()
+            raise Killed
+        finish(writer, best_step=best_step)
+
+    for steps in (6, 8):
+        fields = {"checkpoint.keep": 1, "train.steps": steps, "optim.schedule": "constant"}
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "curve_of", lambda job: drawn.append(draw(job)))
+            patch.setattr(Writer, "finish", dies)
+            run(workdir, **fields)
+        drawn.clear()
+        left = checkpoint.steps(workdir)
+        capsys.readouterr()
+        run(workdir, **fields)
+        best = int(checkpoint.find(f"{workdir}@best").name)
+        assert checkpoint.steps(workdir) == sorted({steps, best}, reverse=True) != left
+        assert step_of(workdir / "curve.png") == steps
+        assert "holds a finished run" not in capsys.readouterr().out
+        run(workdir, **fields)
+        assert "holds a finished run" in capsys.readouterr().out
