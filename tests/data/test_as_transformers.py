@@ -12,9 +12,9 @@ from gt_jax.data.pretrained import (
     SpecialIds,
     export_files,
     export_ids,
-    model_ids,
     read_tokenizer,
 )
+from gt_jax.data.tokenizer_folders import model_ids
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.generation.prompts import encode_prompt
