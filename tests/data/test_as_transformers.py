@@ -1,6 +1,7 @@
 """tokenizer.json and special ids against transformers' AutoTokenizer on the same folder."""
 
 import json
+import re
 
 import pytest
 
@@ -30,6 +31,11 @@ TEXTS = (
     "",
 )
 MARK = {"content": "<mark>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+NAMES = (
+    "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ sep_token }}|{{ image_token }}|"
+    "{{ tools is defined }}|{{ tools is none }}|{{ documents is none }}|{{ messages }}"
+)
+OBJECT = {"__type": "AddedToken", "content": "<s>", "lstrip": True, "rstrip": False}
 SETTINGS = {
     "plain": {},
     "end": {"eos_token": "</s>", "bos_token": {"content": "<s>", "__type": "AddedToken"}},
@@ -37,6 +43,29 @@ SETTINGS = {
     "strips": {"added_tokens_decoder": {"400": MARK}, "unk_token": "<mark>"},
     "cleans": {"clean_up_tokenization_spaces": True},
     "truncates": {"model_max_length": 4},
+    "splits": {"split_special_tokens": True, "eos_token": "</s>", "pad_token": "<mark>"},
+    "cleans-bpe": {
+        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    },
+    "names": {"image_token": "<mark>", "x_token": OBJECT, "y_token": 5, "sep_token": "<sep>"},
+    "dict": {
+        "extra_special_tokens": {"image_token": "<mark>"},
+        "additional_special_tokens": ["</s>", OBJECT],
+    },
+    "plain-extra": {
+        "added_tokens_decoder": {"400": MARK | {"special": False}},
+        "extra_special_tokens": ["<mark>"],
+    },
+    "empty": {"added_tokens_decoder": {}, "extra_special_tokens": []},
+}
+MAPS = {  # special_tokens_map.json, beside a tokenizer_config.json
+    "text": ({}, {"eos_token": "</s>", "additional_special_tokens": ["<mark>"]}),
+    "object": ({"eos_token": "<x>"}, {"eos_token": MARK, "bos_token": "<s>"}),
+    "extra": ({"extra_special_tokens": ["</s>"]}, {"extra_special_tokens": ["<mark>", "</s>"]}),
+    "both": ({"additional_special_tokens": ["</s>"]}, {"additional_special_tokens": ["<mark>"]}),
+    "name": ({}, {"image_token": "<mark>"}),
+    "unused": ({"added_tokens_decoder": {}}, {"eos_token": "<mark>"}),
 }
 
 
@@ -59,7 +88,31 @@ def test_folder_is_read_as_transformers_reads_it(kind, settings, tmp_path):
         made.enable_truncation(max_length=4)
         made.enable_padding(length=12)
     folder = folder_of(tmp_path / "folder", made, SETTINGS[settings])
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    compare(folder, transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("which", MAPS)
+def test_older_map_of_special_tokens_is_read_as_transformers_reads_it(which, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    settings, of_map = MAPS[which]
+    added = {"<mark>": 300, "far": 309}
+    files = {"special_tokens_map": of_map, "added_tokens": added}
+    for kind in ("byte-fallback", "wordpiece"):
+        folder = folder_of(tmp_path / kind, small_tokenizers.KINDS[kind](), settings, **files)
+        compare(folder, transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "CodeGenTokenizerFast", "LlamaTokenizer"])
+def test_class_has_its_own_tokens_and_space(name, adds_space, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    settings = {"tokenizer_class": name, "add_prefix_space": adds_space}
+    folder = folder_of(tmp_path, small_tokenizers.byte_level(), settings)
+    compare(folder, transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def compare(folder, theirs):
+    """Ids, text and special tokens as transformers gives them, also from what is stored."""
     ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
     ours = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
     assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
@@ -94,6 +147,29 @@ def test_tokens_in_the_older_file_are_added_as_transformers_adds_them(kind, tmp_
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text).tolist() == ids
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_tokens_are_added_as_far_as_the_model_has_ids(tmp_path):
+    made = small_tokenizers.byte_level()
+    size = made.get_vocab_size()
+    settings = {"extra_special_tokens": ["<mark>", "<far>"], "eos_token": "<end>"}
+    folder = folder_of(tmp_path, made, settings)
+    fits = read_tokenizer(folder / "tokenizer.json", folder, size + 2)
+    assert (fits.eos_id, fits.token_id("<mark>"), fits.token_id("<far>")) == (size, size + 1, None)
+    assert fits.vocab_size == size + 2 and fits.encode("<end><mark>").tolist() == [size, size + 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split_special_tokens": "true"}, "split_special_tokens='true' must be true or false"),
+        ({"fast_tokenizer_files": ["tokenizer.4.0.json"]}, "fast_tokenizer_files=['tokenizer.4.0"),
+    ],
+)
+def test_settings_that_are_not_read_are_an_error(settings, message, tmp_path):
+    folder_of(tmp_path, small_tokenizers.byte_level(), settings)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
 
 
 @pytest.mark.parametrize("content", [{"<x>": "a"}, {"<x>": None}, {"": []}])
@@ -205,6 +281,70 @@ def test_exports_tell_the_tokenizers_own_ids_or_null(tmp_path):
         theirs.eos_token_id == 1
         and theirs.encode("the cat") == tokenizer.encode("the cat").tolist()
     )
+
+
+def test_exports_keep_what_the_folder_says(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    settings = SETTINGS["splits"] | SETTINGS["cleans-bpe"] | {"chat_template": NAMES}
+    config = {"model_type": "mamba2", "bos_token_id": 0}
+    folder = folder_of(tmp_path / "a", small_tokenizers.byte_level(), settings, config=config)
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    exported = tmp_path / "b"
+    exported.mkdir()
+    for name, content in export_files(tokenizer).items():
+        (exported / name).write_text(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    again = read_tokenizer(exported / "tokenizer.json", exported, 1000)
+    assert again.special[:3] == tokenizer.special[:3] and tokenizer.special.bos == 0
+    assert again.to_dict() | {"special": None} == tokenizer.to_dict() | {"special": None}
+    for text in ("the</s> cat .", "it 's <mark>"):
+        read = transformers.AutoTokenizer.from_pretrained(exported)
+        assert tokenizer.encode(text).tolist() == read.encode(text) == theirs.encode(text)
+        assert tokenizer.decode(read.encode(text)) == read.decode(read.encode(text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "files"),
+    [
+        ({"unk_token": "<unk>", "sep_token": MARK | {"__type": "AddedToken"}}, {}),
+        ({"extra_special_tokens": {"image_token": "<mark>"}, "eos_token": "</s>"}, {}),
+        (
+            {
+                "chat_template": [
+                    {"name": "tools", "template": "t"},
+                    {"name": "default", "template": NAMES},
+                ]
+            },
+            {},
+        ),
+        ({"chat_template": "old"}, {"chat_template.jinja": NAMES}),
+        ({}, {"chat_template.jinja": "old", "additional_chat_templates/default.jinja": NAMES}),
+    ],
+)
+def test_chat_template_knows_the_names_that_transformers_tells_it(settings, files, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    settings = {"chat_template": NAMES} | settings
+    ids = {"model_type": "mamba2", "bos_token_id": 1, "eos_token_id": 2}
+    folder = folder_of(tmp_path, small_tokenizers.byte_fallback(), settings, config=ids)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    tokenizer = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    messages = [{"role": "user", "content": "x", "name": None}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert render_chat(tokenizer, messages, False) == expected
+    assert (tokenizer.special.bos, tokenizer.eos_id) == (1, 2)
+
+
+def test_other_templates_without_a_default_are_none(tmp_path):
+    folder = folder_of(tmp_path, small_tokenizers.word_level(), {"chat_template": NAMES})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    with pytest.raises(InputError, match="has no template"):
+        render_chat(tokenizer, [{"role": "user", "content": "x"}])
 
 
 def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
