@@ -1,6 +1,7 @@
 """tokenizer.json of the tokenizers package, read as transformers reads it."""
 
 import contextlib
+import copy
 import functools
 import json
 import re
@@ -143,7 +144,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
         made = Tokenizer.from_str(self.text)
         before = made.to_str()
-        made.add_tokens(list(added))
+        with _one_line("cannot take the tokens of its folder"):
+            made.add_tokens(list(added))
         after = made.to_str()
         if after == before:
             return self.text
@@ -155,7 +157,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def with_special(self, special: SpecialIds) -> "HuggingFaceTokenizer":
         """This tokenizer with other special ids."""
-        return HuggingFaceTokenizer(self.text, special, **self._options())
+        other = copy.copy(self)  # reading the file again takes seconds for large vocabularies
+        other.special = special
+        return other
 
     def token_text(self, i: int | None) -> str | None:
         """A token as the vocabulary spells it; None for None or an unknown id."""
@@ -176,12 +180,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes.fromhex(token[3:5]) if is_byte else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "json": self.text} | self._options() | self.special.stored()
-
-    def _options(self) -> dict[str, Any]:
         names = ("cleans_up", "chat_template", "splits_special", "names")
-        options = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in options.items() if value or value == {}}
+        more = {name: getattr(self, name) for name in names}
+        more = {name: value for name, value in more.items() if value or value == {}}
+        return {"kind": self.kind, "json": self.text} | more | self.special.stored()
 
 
 def clean_up(text: str) -> str:

@@ -217,24 +217,23 @@ def _literal_size(line):
 
 
 def _read_hugging_face(text, settings, of_model, vocab_size):
-    text = file_for_class(text, settings)
     plain = HuggingFaceTokenizer(text)
+    if (for_class := file_for_class(text, settings)) != text:
+        plain = HuggingFaceTokenizer(for_class)
     settings = {"pad_token": plain.pads_with} | settings
     tokens = named_tokens(settings, plain.added_tokens, byte_level=plain.byte_errors == "replace")
-    text = plain.with_tokens(tokens.added, vocab_size)
-    plain = HuggingFaceTokenizer(text)
-    own = [plain.token_id(tokens.names.get(f"{name}_token")) for name in _NAMED]
-    either = [theirs if mine is None else mine for mine, theirs in zip(own, of_model)]
-    plain = plain.with_special(SpecialIds(*either, stop=of_model.stop))
-    names_differ = settings["chat_template"] is not None and tokens.names != special_names(plain)
-    return HuggingFaceTokenizer(
-        text,
-        plain.special,
+    tokenizer = HuggingFaceTokenizer(
+        plain.with_tokens(tokens.added, vocab_size),
         cleans_up=_cleans_up(settings, plain.is_bpe),
         chat_template=settings["chat_template"],
         splits_special=settings.get("split_special_tokens", False),
-        names=tokens.names if names_differ else None,
     )
+    own = [tokenizer.token_id(tokens.names.get(f"{name}_token")) for name in _NAMED]
+    either = [theirs if mine is None else mine for mine, theirs in zip(own, of_model)]
+    tokenizer = tokenizer.with_special(SpecialIds(*either, stop=of_model.stop))
+    if tokenizer.chat_template is not None and tokens.names != special_names(tokenizer):
+        tokenizer.names = tokens.names
+    return tokenizer
 
 
 def _cleans_up(settings, is_bpe):

@@ -251,14 +251,14 @@ def _with_defaults(settings, byte_level):
 def _chat_template(folder, template) -> str | None:
     """The template of plain dialogues; files come before tokenizer_config.json."""
     if isinstance(template, list):  # of {"name": ..., "template": ...}
-        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     files = {path.stem: path for path in (folder / _OTHER_TEMPLATES).glob("*.jinja")}
     if (folder / "chat_template.jinja").is_file():
         files.setdefault("default", folder / "chat_template.jinja")
-    if files:
-        template = {n: small(path).read_text("utf-8", "replace") for n, path in files.items()}
-    if isinstance(template, dict):
-        template = template.get("default")
+    if files:  # without a default, none is for plain dialogues
+        path = files.get("default")
+        template = path and small(path).read_text("utf-8", "replace")
     return template if isinstance(template, str) else None
 
 
