@@ -128,6 +128,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.get_added_tokens_decoder()
 
     @property
+    def adds_space(self) -> bool:
+        """Whether the pre-tokenizer has a setting add_prefix_space, and it is true."""
+        before = self._tokenizer.pre_tokenizer
+        return before is not None and bool(getattr(before, "add_prefix_space", False))
+
+    @property
     def is_bpe(self) -> bool:
         return type(self._tokenizer.model).__name__ == "BPE"
 

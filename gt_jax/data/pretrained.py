@@ -271,6 +271,8 @@ def export_files(tokenizer: Tokenizer) -> dict[str, str]:
             settings[_CLEANS_BPE] = True
         if tokenizer.splits_special:
             settings["split_special_tokens"] = True
+        if tokenizer.adds_space:  # which transformers 4 would take out of tokenizer.json
+            settings["add_prefix_space"] = True
         if tokenizer.chat_template:
             settings["chat_template"] = tokenizer.chat_template
         files["tokenizer.json"] = tokenizer.text

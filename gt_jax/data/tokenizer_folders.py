@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 STANDARD = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of a token
 _OTHER_TEMPLATES = "additional_chat_templates"
 _GPT = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")  # classes of transformers
 # What a class has where tokenizer_config.json is silent.
@@ -124,7 +125,7 @@ def named_tokens(
     """
     try:
         return _named_tokens(_with_defaults(settings, byte_level), known)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"tokenizer_config.json describes no token ({error})") from error
 
 
@@ -135,7 +136,7 @@ def _named_tokens(settings, known):
     more, extra = _more_tokens(settings)
     listed: dict[int, AddedToken]
     if settings.get("added_tokens_decoder") is not None:
-        listed = {int(i): AddedToken(**t) for i, t in settings["added_tokens_decoder"].items()}
+        listed = {int(i): _token(dict(t)) for i, t in settings["added_tokens_decoder"].items()}
     else:  # as older versions write it
         of_map = settings["special_tokens_map"]
         standard |= {n: _special(t) for n, t in of_map.items() if n in STANDARD}
@@ -214,7 +215,10 @@ def _token(token):
     from tokenizers import AddedToken
 
     if isinstance(token, dict):
-        return AddedToken(**{k: v for k, v in token.items() if k != "__type"})
+        fields = {name: token[name] for name in _FIELDS if name in token}
+        if not isinstance(fields.get("content"), str):
+            raise TypeError(f"{token!r} has no text as its content")
+        return AddedToken(**fields)
     if not isinstance(token, str | AddedToken):
         raise TypeError(f"{token!r} is neither text nor an object")
     return token

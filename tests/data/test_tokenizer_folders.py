@@ -6,7 +6,7 @@ import re
 import pytest
 
 from gt_jax.data import tokenizer_from_dict
-from gt_jax.data.pretrained import IdTokenizer, SpecialIds, read_tokenizer
+from gt_jax.data.pretrained import IdTokenizer, SpecialIds, export_files, read_tokenizer
 from gt_jax.data.tokenizer_folders import model_ids
 from gt_jax.errors import InputError
 from gt_jax.harness import render_chat
@@ -60,6 +60,24 @@ def test_tokens_in_the_older_file_are_added_as_transformers_adds_them(kind, tmp_
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text).tolist() == ids
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_export_of_a_tokenizer_that_adds_a_space_says_so(tmp_path):
+    for adds_space in (True, False):
+        settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": adds_space}
+        small_tokenizers.folder_of(tmp_path, small_tokenizers.byte_level(), settings)
+        exported = export_files(read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000))
+        before = json.loads(exported["tokenizer.json"])["pre_tokenizer"]
+        said = json.loads(exported["tokenizer_config.json"])
+        # transformers 4 takes this setting from the second file, false where it is silent
+        assert before["add_prefix_space"] == said.get("add_prefix_space", False) == adds_space
+
+
+def test_unknown_property_of_a_token_prints_nothing(tmp_path, capfd):
+    settings = {"added_tokens_decoder": {"400": small_tokenizers.MARK | {"colour": "red"}}}
+    small_tokenizers.folder_of(tmp_path, small_tokenizers.byte_level(), settings)
+    assert read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000).token_id("<mark>")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tokens_are_added_as_far_as_the_model_has_ids(tmp_path):
