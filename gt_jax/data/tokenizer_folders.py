@@ -130,36 +130,53 @@ def named_tokens(
 
 
 def _named_tokens(settings, known):
-    from tokenizers import AddedToken
-
     standard = {name: settings[name] for name in STANDARD if name in settings}
     more, extra = _more_tokens(settings)
-    listed: dict[int, AddedToken]
     if settings.get("added_tokens_decoder") is not None:
         listed = {int(i): _token(dict(t)) for i, t in settings["added_tokens_decoder"].items()}
-    else:  # as older versions write it
-        of_map = settings["special_tokens_map"]
-        standard |= {n: _special(t) for n, t in of_map.items() if n in STANDARD}
-        more |= {n: _special(t) for n, t in of_map.items() if _is_name(n) and _is_token(t)}
-        if of_map.get("extra_special_tokens"):
-            found = map(_special, of_map["extra_special_tokens"])
-            extra = [*(extra or []), *(token for token in found if token not in (extra or []))]
-        named_so_far = [*standard.values(), *(extra or [])]
-        listed = _older_list(settings["added_tokens"], named_so_far) | dict(known)
+    else:
+        standard, more, extra = _with_older_map(settings, standard, more, extra)
+        listed = _older_list(settings["added_tokens"], [*standard.values(), *(extra or [])])
+        listed |= known
         if extra is None:
-            extra = list(map(_special, of_map.get("additional_special_tokens") or []))
-    by_text = {token.content: token for token in listed.values()}
+            older = settings["special_tokens_map"].get("additional_special_tokens")
+            extra = list(map(_special, older or []))
+    # A listed token's properties come before those that its name has.
+    by_text = {_text(token): token for token in listed.values()}
     named = {n: by_text.get(_text(t), _token(t)) for n, t in standard.items() if t is not None}
-    named = {n: named[n] for n in STANDARD if n in named}
+    named = {n: named[n] for n in STANDARD if n in named}  # the order decides on the ids
     named |= {name: _token(token) for name, token in more.items() if token is not None}
+    return NamedTokens(
+        _to_add(known, listed, named, map(_token, extra or [])),
+        {name: _text(token) for name, token in named.items()},
+    )
+
+
+def _to_add(known, listed, named, extra) -> "list[AddedToken]":
+    """The tokens that the vocabulary lacks, or has with other properties."""
     written = {repr(token) for token in known.values()}
     added: list = [t for _, t in sorted(listed.items()) if repr(t) not in written]
-    texts = [*(token.content for token in known.values()), *map(_text, added)]
-    for token in (*named.values(), *map(_token, extra or [])):
+    texts = set(map(_text, [*known.values(), *added]))
+    for token in (*named.values(), *extra):
         if _text(token) not in texts and token not in added:
             added.append(token)
-    names = {name: _text(token) for name, token in named.items()}
-    return NamedTokens([_added(token, names.values()) for token in added], names)
+    names = set(map(_text, named.values()))
+    return [_added(token, names) for token in added]
+
+
+def _with_older_map(settings, standard, more, extra):
+    """Tokens by standard name, by other names, and without, with those of special_tokens_map.json.
+
+    Its additional_special_tokens count only where nothing else tells of tokens without names.
+    """
+    of_map = settings["special_tokens_map"]
+    standard = standard | {n: _special(t) for n, t in of_map.items() if n in STANDARD}
+    more = more | {n: _special(t) for n, t in of_map.items() if _is_name(n) and _is_token(t)}
+    found = list(map(_special, of_map.get("extra_special_tokens") or []))
+    if found:
+        extra = extra or []
+        extra = extra + [token for token in found if token not in extra]
+    return standard, more, extra
 
 
 def _more_tokens(settings):
