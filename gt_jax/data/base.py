@@ -98,3 +98,10 @@ def check_text(text: str) -> None:
             f"text holds half a surrogate pair, {text[error.start]!r} in {around!r}, which is no "
             "character; remove it"
         ) from error
+
+
+def special_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens of a tokenizer by name, such as {"eos_token": "</s>"}."""
+    ids = {name: getattr(tokenizer.special, name) for name in ("bos", "eos", "pad")}
+    texts = {f"{n}_token": None if i is None else tokenizer.token_text(i) for n, i in ids.items()}
+    return {name: text for name, text in texts.items() if text is not None}

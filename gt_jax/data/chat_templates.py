@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gt_jax.data import chat_sandbox
-from gt_jax.data.base import Tokenizer
+from gt_jax.data.base import Tokenizer, special_names
 from gt_jax.errors import InputError, one_line
 
 SECONDS = 5  # to render a dialogue
@@ -45,13 +45,11 @@ def render_chat(
             "the tokenizer of this model has no template of dialogues (chat_template in "
             "tokenizer_config.json); send it plain text"
         )
-    names: dict[str, Any] = {
-        f"{name}_token": tokenizer.token_text(getattr(tokenizer.special, name))
-        for name in ("bos", "eos", "pad")
-        if getattr(tokenizer.special, name) is not None
-    }
-    names["add_generation_prompt"] = add_generation_prompt
-    messages = list(messages)
+    named = getattr(tokenizer, "names", None)
+    names: dict[str, Any] = special_names(tokenizer) if named is None else dict(named)
+    # Templates may ask whether there are tools: as transformers, always a value.
+    names |= {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     if continue_final and messages:
         messages[-1] = messages[-1] | {"content": messages[-1]["content"] + _END}
 

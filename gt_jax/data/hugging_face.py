@@ -1,17 +1,21 @@
 """tokenizer.json of the tokenizers package, read as transformers reads it."""
 
 import contextlib
+import copy
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from gt_jax.data.base import SpecialIds, Tokenizer, check_text
 from gt_jax.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 
 @contextlib.contextmanager
@@ -42,12 +46,17 @@ class HuggingFaceTokenizer(Tokenizer):
         special: SpecialIds | Sequence | None = None,
         cleans_up: bool = False,
         chat_template: str | None = None,
+        splits_special: bool = False,
+        names: Mapping[str, str] | None = None,
     ):
         """Args:
             json: the text of tokenizer.json.
             special: SpecialIds.
             cleans_up: whether decoding removes spaces before punctuation, see `clean_up`.
             chat_template: of a dialogue, in Jinja; None for none.
+            splits_special: whether special tokens in a text are encoded as any other text.
+            names: of special tokens in the chat template, such as {"eos_token": "</s>"}; None for
+                those of `special`.
 
         Raises:
             InputError: the package is missing, or cannot read the text.
@@ -61,7 +70,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pads_with = (self._tokenizer.padding or {}).get("pad_token")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.text, self.cleans_up, self.chat_template = json, cleans_up, chat_template
+        self._tokenizer.encode_special_tokens = splits_special
+        self.text, self.cleans_up, self.splits_special = json, cleans_up, splits_special
+        self.chat_template, self.names = chat_template, names
         self.special = SpecialIds.of(special)
         # An embedding needs a row for the largest id, however many ids below it are unused.
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
@@ -112,6 +123,17 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     @property
+    def added_tokens(self) -> "dict[int, AddedToken]":
+        """The tokens that stand beside the vocabulary, by id."""
+        return self._tokenizer.get_added_tokens_decoder()
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether the pre-tokenizer has a setting add_prefix_space, and it is true."""
+        before = self._tokenizer.pre_tokenizer
+        return before is not None and bool(getattr(before, "add_prefix_space", False))
+
+    @property
     def is_bpe(self) -> bool:
         return type(self._tokenizer.model).__name__ == "BPE"
 
@@ -119,41 +141,31 @@ class HuggingFaceTokenizer(Tokenizer):
         """The id of a token of the vocabulary; None for None or an unknown one."""
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
-    def with_tokens(self, settings: Mapping[str, Any]) -> str:
-        """tokenizer.json with the tokens that tokenizer_config.json adds, as transformers does.
+    def with_tokens(self, added: Sequence["AddedToken"], vocab_size: int) -> str:
+        """tokenizer.json with more tokens, but for those that get ids from vocab_size on.
 
-        Raises:
-            InputError: a token is described by what is no token.
+        The file's own tokens stay, whatever their ids.
         """
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import Tokenizer
 
         made = Tokenizer.from_str(self.text)
         before = made.to_str()
-        known = {str(token.content): token for token in made.get_added_tokens_decoder().values()}
-        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-        named = [settings.get(name) for name in _SPECIAL]
-        listed = settings.get("added_tokens_decoder") or {}
-        try:
-            named += extra if isinstance(extra, list) else list((extra or {}).values())
-            listed = listed or _listed_before(settings, named, made.get_added_tokens_decoder())
-            listed = [AddedToken(**listed[i]) for i in sorted(listed, key=int)]
-            known |= {token.content: token for token in listed}
-            special = []
-            for token in filter(None, named):
-                fields: dict[str, Any] = (
-                    {k: v for k, v in token.items() if k != "__type"}
-                    if isinstance(token, dict)
-                    else {"content": token, "normalized": False}
-                )
-                fields["special"] = True
-                new = AddedToken(**fields)
-                special.append(known.get(new.content, new))
-            made.add_tokens(listed)
-            made.add_special_tokens(special)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"tokenizer_config.json describes no token ({error})") from error
+        with _one_line("cannot take the tokens of its folder"):
+            made.add_tokens(list(added))
         after = made.to_str()
-        return self.text if after == before else after
+        if after == before:
+            return self.text
+        content, most = json.loads(after), max(vocab_size, self.vocab_size)
+        fits = [token for token in content["added_tokens"] if token["id"] < most]
+        if len(fits) == len(content["added_tokens"]):
+            return after
+        return json.dumps(content | {"added_tokens": fits}, ensure_ascii=False)
+
+    def with_special(self, special: SpecialIds) -> "HuggingFaceTokenizer":
+        """This tokenizer with other special ids."""
+        other = copy.copy(self)  # reading the file again takes seconds for large vocabularies
+        other.special = special
+        return other
 
     def token_text(self, i: int | None) -> str | None:
         """A token as the vocabulary spells it; None for None or an unknown id."""
@@ -174,8 +186,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes.fromhex(token[3:5]) if is_byte else None
 
     def to_dict(self) -> dict[str, Any]:
-        more = {"cleans_up": self.cleans_up, "chat_template": self.chat_template}
-        more = {name: value for name, value in more.items() if value}
+        names = ("cleans_up", "chat_template", "splits_special", "names")
+        more = {name: getattr(self, name) for name in names}
+        more = {name: value for name, value in more.items() if value or value == {}}
         return {"kind": self.kind, "json": self.text} | more | self.special.stored()
 
 
@@ -206,18 +219,3 @@ def _byte_of_letter():
 
 
 _BYTE_OF_LETTER = _byte_of_letter()
-_SPECIAL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-
-
-def _listed_before(settings, named, known) -> dict[Any, dict[str, Any]]:
-    """added_tokens.json (token -> id) in the form of added_tokens_decoder, but for known ids."""
-    # transformers compares with names alone, not with the objects of tokenizer_config.json.
-    contents = [
-        token.get("content") if isinstance(token, dict) and "__type" not in token else token
-        for token in named
-    ]
-    return {
-        i: {"content": token, "normalized": token not in contents, "special": token in contents}
-        for token, i in (settings.get("added_tokens") or {}).items()
-        if i not in known
-    }

@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gt_jax.data.base import SpecialIds, Tokenizer, check_text
+from gt_jax.data.base import SpecialIds, Tokenizer, check_text, special_names
 from gt_jax.data.files import small
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
+from gt_jax.data.tokenizer_folders import (
+    file_for_class,
+    model_ids,
+    named_tokens,
+    tokenizer_settings,
+)
 from gt_jax.errors import InputError, one_line
 
 # The World vocabulary has 65,536 tokens of up to 128 bytes, in 1 MB of text.
@@ -176,9 +182,7 @@ def read_tokenizer_file(path: str | Path) -> Tokenizer:
     if tokenizer.eos_id is None and isinstance(tokenizer, HuggingFaceTokenizer):
         ends = (tokenizer.token_id(token) for token in _ENDS)
         eos = next((i for i in ends if i is not None), None)
-        more = {"cleans_up": tokenizer.cleans_up, "chat_template": tokenizer.chat_template}
-        special = tokenizer.special._replace(eos=eos)
-        return HuggingFaceTokenizer(tokenizer.text, special, **more)
+        return tokenizer.with_special(tokenizer.special._replace(eos=eos))
     return tokenizer
 
 
@@ -214,64 +218,29 @@ def _literal_size(line):
 
 def _read_hugging_face(text, settings, of_model, vocab_size):
     plain = HuggingFaceTokenizer(text)
+    if (for_class := file_for_class(text, settings)) != text:
+        plain = HuggingFaceTokenizer(for_class)
     settings = {"pad_token": plain.pads_with} | settings
-    text = plain.with_tokens(settings)
-    if plain.vocab_size <= vocab_size < HuggingFaceTokenizer(text).vocab_size:
-        text = plain.text  # a token such as <pad> that the model has no embedding for
-    more = {"chat_template": settings.get("chat_template")}
-    # As in transformers, which found that it spoils the text of BPE.
-    more["cleans_up"] = bool(settings.get("clean_up_tokenization_spaces")) and not plain.is_bpe
-    tokenizer = HuggingFaceTokenizer(text, **more)
-    own = [tokenizer.token_id(_content(settings.get(f"{name}_token"))) for name in _NAMED]
+    tokens = named_tokens(settings, plain.added_tokens, byte_level=plain.byte_errors == "replace")
+    tokenizer = HuggingFaceTokenizer(
+        plain.with_tokens(tokens.added, vocab_size),
+        cleans_up=_cleans_up(settings, plain.is_bpe),
+        chat_template=settings["chat_template"],
+        splits_special=settings.get("split_special_tokens", False),
+    )
+    own = [tokenizer.token_id(tokens.names.get(f"{name}_token")) for name in _NAMED]
     either = [theirs if mine is None else mine for mine, theirs in zip(own, of_model)]
-    return HuggingFaceTokenizer(text, SpecialIds(*either, stop=of_model.stop), **more)
+    tokenizer = tokenizer.with_special(SpecialIds(*either, stop=of_model.stop))
+    if tokenizer.chat_template is not None and tokens.names != special_names(tokenizer):
+        tokenizer.names = tokens.names
+    return tokenizer
 
 
-def model_ids(folder: str | Path, vocab_size: int) -> SpecialIds:
-    """What config.json and generation_config.json, which comes first, tell of special ids.
-
-    Negative ids mean none.
-
-    Raises:
-        InputError: a file is no JSON object, an end-of-text id is no id of the model.
-    """
-    config = _read_object(Path(folder) / "config.json")
-    found = config | _read_object(Path(folder) / "generation_config.json")
-
-    def ids_of(name):
-        value = found.get(f"{name}_token_id")
-        values = value if isinstance(value, list) else [value]
-        for i in values:
-            if not (i is None or type(i) is int):
-                raise InputError(f"{folder}: {name}_token_id={value!r} must be ids or null")
-        return [i for i in values if i is not None and i >= 0]
-
-    ends = ids_of("eos")
-    for i in ends:
-        if i >= vocab_size:
-            raise InputError(
-                f"{folder}: eos_token_id={i} must be below the {vocab_size} ids of the model; "
-                "correct it in config.json and generation_config.json, or write null"
-            )
-    first = lambda name: next((i for i in ids_of(name) if i < vocab_size), None)
-    return SpecialIds(first("bos"), first("eos"), first("pad"), tuple(ends))
-
-
-def tokenizer_settings(folder: str | Path) -> dict:
-    """tokenizer_config.json with what the older special_tokens_map.json and added_tokens.json and
-    the newer chat_template.jinja add."""
-    folder = Path(folder)
-    settings = _read_object(folder / "tokenizer_config.json")
-    if not settings.get("added_tokens_decoder"):
-        settings |= _read_object(folder / "special_tokens_map.json")
-        settings["added_tokens"] = _read_object(folder / "added_tokens.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # of {"name": ..., "template": ...}
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = small(folder / "chat_template.jinja").read_text("utf-8", "replace")
-    return settings | {"chat_template": template if isinstance(template, str) else None}
+def _cleans_up(settings, is_bpe):
+    # As in transformers, which found that it spoils the text of BPE.
+    return bool(settings.get("clean_up_tokenization_spaces")) and (
+        not is_bpe or bool(settings.get(_CLEANS_BPE))
+    )
 
 
 def export_ids(tokenizer: Tokenizer) -> dict:
@@ -294,13 +263,16 @@ def export_files(tokenizer: Tokenizer) -> dict[str, str]:
     if isinstance(tokenizer, WorldTokenizer):
         files[WORLD_FILE] = tokenizer.text
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        named = (getattr(tokenizer.special, name) for name in _NAMED)
-        names = dict(zip(_NAMED, map(tokenizer.token_text, named)))
-        settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast"
-        }  # else that of the model's type
-        settings |= {f"{name}_token": text for name, text in names.items() if text is not None}
+        # Without a class, transformers takes that of the model's type.
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= special_names(tokenizer) if tokenizer.names is None else tokenizer.names
         settings["clean_up_tokenization_spaces"] = tokenizer.cleans_up
+        if tokenizer.cleans_up and tokenizer.is_bpe:
+            settings[_CLEANS_BPE] = True
+        if tokenizer.splits_special:
+            settings["split_special_tokens"] = True
+        if tokenizer.adds_space:  # which transformers 4 would take out of tokenizer.json
+            settings["add_prefix_space"] = True
         if tokenizer.chat_template:
             settings["chat_template"] = tokenizer.chat_template
         files["tokenizer.json"] = tokenizer.text
@@ -308,28 +280,11 @@ def export_files(tokenizer: Tokenizer) -> dict[str, str]:
     return files
 
 
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 _NAMED = ("bos", "eos", "pad")  # in the order of SpecialIds
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
-
-
-def _content(token):
-    """The text of a token in tokenizer_config.json: a string, an object, or null."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_object(path) -> dict:
-    """The object in a JSON file; {} if there is no file."""
-    try:
-        content = json.loads(small(path).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON object ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object but a {type(content).__name__}")
-    return content
 
 
 PRETRAINED = {t.kind: t for t in (WorldTokenizer, HuggingFaceTokenizer, IdTokenizer)}

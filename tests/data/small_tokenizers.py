@@ -1,8 +1,12 @@
 """Small tokenizers of every kind that a tokenizer.json can hold; needs the tokenizers package."""
 
+import json
 import string
 
 import pytest
+
+from gt_jax.data import tokenizer_from_dict
+from gt_jax.data.pretrained import read_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizer.json needs it")
 
@@ -15,6 +19,20 @@ from tokenizers import (  # noqa: E402
     processors,
     trainers,
 )
+
+TEXTS = (
+    "the cat sat.",
+    " the  cat\n",
+    "don't you, it's fine!",
+    "你好 🙂 été",
+    "<s>the</s> cat <mark> sat<|endoftext|>the",
+    "",
+)
+MARK = {"content": "<mark>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+NAMES = (
+    "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ sep_token }}|{{ image_token }}|"
+    "{{ tools is defined }}|{{ tools is none }}|{{ documents is none }}|{{ messages }}"
+)  # a chat template
 
 TEXT = "the cat sat on the mat. don't you, it's fine! 你好 été " * 20
 
@@ -117,3 +135,34 @@ KINDS = {
     "unigram": unigram,
     "end-of-word": end_of_word,
 }
+
+
+def folder_of(path, made, settings, **files):
+    """`path`, with a tokenizer.json, tokenizer_config.json and other JSON files in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(made.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def compare(folder, theirs):
+    """Ids, text and special tokens as transformers gives them, also from what is stored."""
+    ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    ours = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+    assert (ours.special.bos, ours.eos_id, ours.special.pad) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text).tolist() == ids, text
+        assert ours.encode(text, special=True).tolist() == theirs.encode(text), text
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
+    everything = list(range(ours.vocab_size + 3))
+    assert ours.decode(everything) == theirs.decode(everything)

@@ -4,15 +4,13 @@ import json
 
 import pytest
 
-from gt_jax.data import encode_corpus, tokenizer_from_dict
+from gt_jax.data import encode_corpus
 from gt_jax.data.corpora import Corpus
 from gt_jax.data.hugging_face import HuggingFaceTokenizer
 from gt_jax.data.pretrained import (
-    IdTokenizer,
     SpecialIds,
     export_files,
     export_ids,
-    model_ids,
     read_tokenizer,
 )
 from gt_jax.data.tokenizers import CharTokenizer
@@ -21,33 +19,30 @@ from gt_jax.generation.prompts import encode_prompt
 from gt_jax.harness import render_chat, start_id
 
 small_tokenizers = pytest.importorskip("tests.data.small_tokenizers")
-TEXTS = (
-    "the cat sat.",
-    " the  cat\n",
-    "don't you, it's fine!",
-    "你好 🙂 été",
-    "<s>the</s> cat <mark> sat<|endoftext|>the",
-    "",
-)
-MARK = {"content": "<mark>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+OBJECT = {"__type": "AddedToken", "content": "<s>", "lstrip": True, "rstrip": False}
 SETTINGS = {
     "plain": {},
     "end": {"eos_token": "</s>", "bos_token": {"content": "<s>", "__type": "AddedToken"}},
     "new": {"pad_token": "<pad>", "eos_token": None, "extra_special_tokens": ["<mark>"]},
-    "strips": {"added_tokens_decoder": {"400": MARK}, "unk_token": "<mark>"},
+    "strips": {"added_tokens_decoder": {"400": small_tokenizers.MARK}, "unk_token": "<mark>"},
     "cleans": {"clean_up_tokenization_spaces": True},
     "truncates": {"model_max_length": 4},
+    "splits": {"split_special_tokens": True, "eos_token": "</s>", "pad_token": "<mark>"},
+    "cleans-bpe": {
+        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    },
+    "names": {"image_token": "<mark>", "x_token": OBJECT, "y_token": 5, "sep_token": "<sep>"},
+    "dict": {
+        "extra_special_tokens": {"image_token": "<mark>"},
+        "additional_special_tokens": ["</s>", OBJECT],
+    },
+    "plain-extra": {
+        "added_tokens_decoder": {"400": small_tokenizers.MARK | {"special": False}},
+        "extra_special_tokens": ["<mark>"],
+    },
+    "empty": {"added_tokens_decoder": {}, "extra_special_tokens": []},
 }
-
-
-def folder_of(path, made, settings, **files):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "tokenizer.json").write_text(made.to_str())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for name, content in files.items():
-        (path / f"{name}.json").write_text(json.dumps(content))
-    return path
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -58,109 +53,13 @@ def test_folder_is_read_as_transformers_reads_it(kind, settings, tmp_path):
     if settings == "truncates":
         made.enable_truncation(max_length=4)
         made.enable_padding(length=12)
-    folder = folder_of(tmp_path / "folder", made, SETTINGS[settings])
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
-    ours = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
-    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
-    assert (ours.special.bos, ours.eos_id, ours.special.pad) == (
-        theirs.bos_token_id,
-        theirs.eos_token_id,
-        theirs.pad_token_id,
-    )
-    for text in TEXTS:
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text).tolist() == ids
-        assert ours.encode(text, special=True).tolist() == theirs.encode(text)
-        assert ours.decode(ids) == theirs.decode(ids)
-        assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
-    everything = list(range(ours.vocab_size + 3))
-    assert ours.decode(everything) == theirs.decode(everything)
-
-
-@pytest.mark.parametrize("kind", small_tokenizers.KINDS)
-def test_tokens_in_the_older_file_are_added_as_transformers_adds_them(kind, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="the oracle")
-    made = small_tokenizers.KINDS[kind]()
-    size = made.get_vocab_size()
-    added = {"<mark>": size + 1, "<x>": size, "sat.": size + 2, "<far>": size + 9}
-    settings = {"eos_token": "<end>", "pad_token": {"content": "<x>", "__type": "AddedToken"}}
-    folder = folder_of(tmp_path / "folder", made, settings, added_tokens=added)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = read_tokenizer(folder / "tokenizer.json", folder, 1000)
-    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
-    assert (ours.eos_id, ours.special.pad) == (theirs.eos_token_id, theirs.pad_token_id)
-    for text in (*TEXTS, "sat.<mark>sat. <x> <far><end>"):
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text).tolist() == ids
-        assert ours.decode(ids) == theirs.decode(ids)
-
-
-@pytest.mark.parametrize("content", [{"<x>": "a"}, {"<x>": None}, {"": []}])
-def test_older_file_of_another_form_is_an_error(content, tmp_path):
-    folder_of(tmp_path, small_tokenizers.byte_level(), {}, added_tokens=content)
-    with pytest.raises(InputError, match=r"describes no token"):
-        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
-
-
-@pytest.mark.parametrize(
-    ("config", "generation", "want"),
-    [
-        ({}, None, SpecialIds()),
-        ({"eos_token_id": 2, "bos_token_id": 1}, None, SpecialIds(1, 2, None, (2,))),
-        ({"eos_token_id": 2}, {"eos_token_id": [7, 2]}, SpecialIds(None, 7, None, (7, 2))),
-        ({"eos_token_id": 2}, {"eos_token_id": None}, SpecialIds()),
-        ({"eos_token_id": None, "pad_token_id": -1}, {}, SpecialIds()),
-        ({"eos_token_id": [], "pad_token_id": 3}, {}, SpecialIds(pad=3)),
-        ({"pad_token_id": 10}, {}, SpecialIds()),
-    ],
-)
-def test_ids_of_a_model_come_from_its_folder(config, generation, want, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert model_ids(tmp_path, 10) == want
-    tokenizer = tokenizer_from_dict(json.loads(json.dumps(IdTokenizer(10, want).to_dict())))
-    assert tokenizer.special == want and tokenizer.stop_ids == want.stop
-
-
-@pytest.mark.parametrize("wrong", [10, "2", 1.5, True, [1, "2"], {"content": "</s>"}])
-def test_wrong_end_of_text_is_an_error(wrong, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
-    with pytest.raises(InputError, match="eos_token_id="):
-        model_ids(tmp_path, 10)
-
-
-@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config"])
-@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
-def test_damaged_settings_are_an_error(name, text, tmp_path):
-    folder_of(tmp_path, small_tokenizers.byte_level(), {})
-    (tmp_path / f"{name}.json").write_text(text)
-    with pytest.raises(InputError, match=f"{name}.json is no JSON object"):
-        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"additional_special_tokens": 5},
-        {"extra_special_tokens": "<x>"},
-        {"extra_special_tokens": [3]},
-        {"added_tokens_decoder": [1, 2]},
-        {"added_tokens_decoder": {"a": 3}},
-        {"eos_token": {"content": 3}},
-        {"bos_token": 7},
-    ],
-)
-def test_tokens_that_are_none_are_an_error(settings, tmp_path):
-    folder_of(tmp_path, small_tokenizers.byte_level(), settings)
-    with pytest.raises(InputError, match=r"tokenizer_config.json describes no token"):
-        read_tokenizer(tmp_path / "tokenizer.json", tmp_path, 1000)
+    folder = small_tokenizers.folder_of(tmp_path / "folder", made, SETTINGS[settings])
+    small_tokenizers.compare(folder, transformers.AutoTokenizer.from_pretrained(folder))
 
 
 def test_tokenizers_of_llama_begin_texts_and_part_documents(tmp_path):
     made = small_tokenizers.byte_fallback(start=True)
-    folder = folder_of(tmp_path, made, {"bos_token": "<s>", "eos_token": "</s>"})
+    folder = small_tokenizers.folder_of(tmp_path, made, {"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
     assert start_id(tokenizer) == 1 and tokenizer.stop_ids == (2,)
     assert encode_prompt(tokenizer, "ab", "p").tolist() == made.encode("ab").ids
@@ -207,6 +106,30 @@ def test_exports_tell_the_tokenizers_own_ids_or_null(tmp_path):
     )
 
 
+def test_exports_keep_what_the_folder_says(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    settings = (
+        SETTINGS["splits"] | SETTINGS["cleans-bpe"] | {"chat_template": small_tokenizers.NAMES}
+    )
+    config = {"model_type": "mamba2", "bos_token_id": 0}
+    folder = small_tokenizers.folder_of(
+        tmp_path / "a", small_tokenizers.byte_level(), settings, config=config
+    )
+    tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
+    exported = tmp_path / "b"
+    exported.mkdir()
+    for name, content in export_files(tokenizer).items():
+        (exported / name).write_text(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    again = read_tokenizer(exported / "tokenizer.json", exported, 1000)
+    assert again.special[:3] == tokenizer.special[:3] and tokenizer.special.bos == 0
+    assert again.to_dict() | {"special": None} == tokenizer.to_dict() | {"special": None}
+    for text in ("the</s> cat .", "it 's <mark>"):
+        read = transformers.AutoTokenizer.from_pretrained(exported)
+        assert tokenizer.encode(text).tolist() == read.encode(text) == theirs.encode(text)
+        assert tokenizer.decode(read.encode(text)) == read.decode(read.encode(text))
+
+
 def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle")
     template = (
@@ -216,7 +139,7 @@ def test_dialogue_is_written_as_transformers_writes_it(tmp_path):
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    folder = folder_of(tmp_path, small_tokenizers.byte_fallback(), settings)
+    folder = small_tokenizers.folder_of(tmp_path, small_tokenizers.byte_fallback(), settings)
     tokenizer = read_tokenizer(folder / "tokenizer.json", folder, 1000)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "été <b>"}, {"role": "assistant", "content": "x"}]

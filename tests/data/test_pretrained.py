@@ -14,8 +14,8 @@ from gt_jax.data.pretrained import (
     IdTokenizer,
     WorldTokenizer,
     read_tokenizer,
-    tokenizer_settings,
 )
+from gt_jax.data.tokenizer_folders import tokenizer_settings
 from gt_jax.errors import InputError
 
 TEXTS = ["", "To be, or not to be", " 今天天气很好\n\n", "naïve café 🙂🙂", "\0\x85\u2028\x1c"]
