@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from gt_jax.kernels.cases import LENGTHS, segments
 from gt_jax.kernels.pallas.architectures import OLDEST, lowered_for
 from gt_jax.kernels.pallas.devices import simulated
+from tests.kernels import elementwise_variants
 from tests.kernels.hopper_kernels import SSD, WKV6
 
 # The GPU that each implementation is lowered for: that of Hopper is Pallas' own choice.
@@ -92,6 +93,9 @@ def variants():
                 architecture = ARCHITECTURES[impl]
                 for name, function, inputs, x64 in _variants(kernel, impl, dtype, own):
                     yield f"{start}-{name}", _lower(function, inputs, architecture, x64)
+    for name, function, inputs in elementwise_variants.variants():
+        lower = _lower(_gradients(function), inputs, ARCHITECTURES["portable"], False)
+        yield f"elementwise-{name}", lower
 
 
 def _variants(kernel, impl, dtype, own):
