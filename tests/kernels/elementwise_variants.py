@@ -15,21 +15,20 @@ from gt_jax.kernels.elementwise import (
     weighted_norms,
 )
 
-# A token is more than one section of its row of threads, or one; rows walk beyond the end, or not.
-WIDTHS, TOKENS = (64, 128, 768, 1536), ((2, 5), (8, 2048))
+# Tokens and widths: rows of threads walk beyond the end, or not; a token has several sections.
+BRANCHES = (((2, 5), 64), ((8, 2048), 128), ((8, 2048), 768), ((8, 2048), 1536))
 # Rows of 1, 2 and 32 threads; padded channels; splits of a sequence.
 SCANS = ((8, 2048, 3), (8, 2048, 192), (2048, 64, 384), (1, 65536, 192), (2, 130, 64))
 
 
 def variants():
     """Names, functions and their inputs."""
-    for tokens in TOKENS:
-        for width in WIDTHS:
-            for name, function, inputs in _of_branches(tokens, width):
-                yield f"{name}-{'x'.join(map(str, tokens))}-{width}", function, inputs
-                if tokens == TOKENS[0]:
-                    models = [jax.ShapeDtypeStruct((2, *z.shape), z.dtype) for z in inputs]
-                    yield f"{name}-vmap-{width}", jax.vmap(function), models
+    for tokens, width in BRANCHES:
+        for name, function, inputs in _of_branches(tokens, width):
+            yield f"{name}-{'x'.join(map(str, tokens))}-{width}", function, inputs
+            if width == 64:
+                models = [jax.ShapeDtypeStruct((2, *z.shape), z.dtype) for z in inputs]
+                yield f"{name}-vmap", jax.vmap(function), models
     for B, T, C in SCANS:
         for name, function, inputs in _of_sequences(B, T, C):
             yield f"{name}-{B}x{T}x{C}", function, inputs
@@ -67,11 +66,12 @@ def _of_sequences(B, T, C):
     yield "linear_scan", linear_scan.scan, [_array(B, T, C), _array(B, T, C), state]
     if C % 4:
         return
-    for dtype in (jnp.bfloat16, jnp.float32):
+    starts = jnp.zeros((B, T), jnp.int32)
+    kinds = {"": (jnp.bfloat16, None), "-documents": (jnp.bfloat16, starts)}
+    kinds |= {"-float32": (jnp.float32, None)} if B == 2 else {}
+    for kind, (dtype, resets) in kinds.items():
         of_gates, c = _array(B, T, 2 * C, dtype=dtype), _array(B, T, C, dtype=dtype)
-        for end, resets in (("", None), ("-resets", jnp.zeros((B, T), jnp.int32))):
-            end = f"{jnp.dtype(dtype).name}{end}"
-            scan = functools.partial(gated_scan.scan, resets=resets)
-            yield f"gated_scan-{end}", scan, [of_gates, channels, state]
-            scan = functools.partial(memory_scan.scan, resets=resets)
-            yield f"memory_scan-{end}", scan, [of_gates, c, channels, state]
+        scan = functools.partial(gated_scan.scan, resets=resets)
+        yield f"gated_scan{kind}", scan, [of_gates, channels, state]
+        scan = functools.partial(memory_scan.scan, resets=resets)
+        yield f"memory_scan{kind}", scan, [of_gates, c, channels, state]
