@@ -32,8 +32,9 @@ class _Gated(Branches):
 
     def read_all(self, token, or_zeros=False):
         """Sections of a, b, z_a and z_b."""
-        scores = [self.read(self.refs.scores_gmem, token, n * self.width, or_zeros) for n in (0, 1)]
-        return *self.read_each("ab", token, or_zeros), *scores
+        branches = self.read_each("ab", token, or_zeros)
+        scores = (self.read(self.refs.scores_gmem, token, n * self.width, or_zeros) for n in (0, 1))
+        return *branches, *scores
 
     def gates(self, *scores):
         """sigmoid(z + bias) of each branch."""

@@ -44,10 +44,11 @@ def _gradients(place, token, dx, s, d_bias):
     dx = dx * takes
     d_forget = dx * stays * (place.kept(token, s) - read * c)
     d_read, d_c = dx * c * read * (1 - read), dx * read
+    d_bias = d_bias + d_forget
     for offset, d in ((0, d_forget), (width, d_read)):
         place.store(refs.d_scores_gmem, token, d.astype(refs.d_scores_gmem.dtype), offset)
     place.store(refs.dc_gmem, token, d_c.astype(refs.dc_gmem.dtype))
-    return d_bias + d_forget
+    return d_bias
 
 
 @lowered_once()
