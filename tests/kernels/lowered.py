@@ -84,9 +84,9 @@ SHARED_SHAPES = [
     *({"heads": H} for H in (1, 3, 132, 257)),
 ]
 
-# Beginnings of names of operations without effects
-_ARITHMETIC = ("arith.", "math.", "vector.", "builtin.", "memref.cast", "memref.extract")
-_ARITHMETIC += ("gpu.thread_id", "gpu.block", "llvm.getelementptr", "llvm.addrspacecast")
+# Names of operations without effects
+_ARITHMETIC = r"(arith|math|builtin)\.|vector\.(?!load|store)|memref\.(cast|extract)"
+_ARITHMETIC += r"|gpu\.(thread_id|block)|llvm\.(getelementptr|addrspacecast)"
 
 
 def variants():
@@ -221,7 +221,7 @@ def _kernel_digest(text):
                 regions.append(block(inner.operations, known))
             types, operands = [str(z.type) for z in op.results], [known[z] for z in op.operands]
             digest = _digest(op.name, attributes, operands, regions, types)
-            if not op.name.startswith(_ARITHMETIC):
+            if not re.match(_ARITHMETIC, op.name):
                 effects.append(digest)
                 digest = _digest(digest, len(effects))
             known |= {z: _digest(digest, n) for n, z in enumerate(op.results)}
