@@ -212,7 +212,7 @@ def _kernel_digest(text):
 
     def block(operations, known):
         effects = []
-        for op in operations:
+        for op in (z.operation for z in operations):
             attributes = sorted((name, str(op.attributes[name])) for name in op.attributes)
             regions = []
             for inner in (z for region in op.regions for z in region.blocks):
