@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gt_jax.kernels.elementwise.normed_branches import Branches
 from gt_jax.kernels.elementwise.residual_norm_rows import (
     grid_for,
+    plus,
     run,
     sigmoid_of_scalar,
     wide,
@@ -152,7 +153,7 @@ def backward(
             d_out = here.read(refs.d_out_gmem, token, or_zeros=True)
             return *here.read_all(token, or_zeros=True), d_out, dw
 
-        def compute(token, *values):
+        def compute(token, sums, *values):
             *values, d_out, dw = values
             a, b, dc = map(wide, (*values[:2], d_out))
             slope = [sum((d * (x - y) for d, x, y in zip(dc, a, b)), rows.zeros(grid.row))]
@@ -182,10 +183,12 @@ def backward(
                     here.store(refs.d_scores_gmem, token, i, d_scores[n][i], n * width)
             added = [z for pair in of_scale for z in pair]
             if head:
-                return *added, *(slope * z for z in c), here.existing(slope, token)
-            return *added, *(z for pair in d_scores for z in pair if biases)
+                added += [*(slope * z for z in c), here.existing(slope, token)]
+            elif biases:
+                added += [z for pair in d_scores for z in pair]
+            return plus(sums, added)
 
-        here.walk(read, compute, summed)
+        here.walk_and_sum(read, compute, summed)
 
     summed = 3 * width + grid.row.channels if head else (4 if biases else 2) * width
     return run(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise.normed_branches import Branches
-from gt_jax.kernels.elementwise.residual_norm_rows import grid_for, run, wide
+from gt_jax.kernels.elementwise.residual_norm_rows import grid_for, plus, run, wide
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
@@ -84,7 +84,7 @@ def backward(
                 for n, (x, d) in enumerate((of_a, of_b))
             )
 
-        def compute(token, *values):
+        def compute(token, sums, *values):
             branches = [wide(x) for x, *_ in values]
             inverses = here.inverses(branches, epsilon, token.turn)
             scales = here.scales()
@@ -96,9 +96,9 @@ def backward(
                 given = of_norm[n], normed[n], scales[n], along[n], inverses[n]
                 for i, (d, other) in enumerate(zip(here.through_norm(*given), straight)):
                     here.store(ref, token, i, other + d)
-            return [z for one in of_scale for z in one]
+            return plus(sums, [z for one in of_scale for z in one])
 
-        here.walk(read, compute, 2 * width)
+        here.walk_and_sum(read, compute, 2 * width)
 
     return run(
         grid,

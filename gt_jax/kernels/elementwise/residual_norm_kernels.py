@@ -20,6 +20,7 @@ from jax import lax
 from gt_jax.kernels.elementwise.residual_norm_rows import (
     Tokens,
     grid_for,
+    plus,
     run,
     sigmoid_of_scalar,
     wide,
@@ -169,7 +170,7 @@ def backward(
             of_gate = of_gate[token.at] if gated else None
             return x, a, b, du, tuple(of_norm), of_gate
 
-        def compute(token, x, a, b, du, dn, of_gate):
+        def compute(token, sums, x, a, b, du, dn, of_gate):
             score = None if learned else of_gate
             gate, kernels = here.gate(a, b, score, token.turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
@@ -179,14 +180,14 @@ def backward(
             for z, d, scale in zip(u, dn, scales):
                 squares += z * z
                 along += d * scale * z
-            sums = rows.sums_over_row([squares, along], row, refs.row_sums, token.turn)
-            squares, along = sums
+            given = [squares, along]
+            squares, along = rows.sums_over_row(given, row, refs.row_sums, token.turn)
             inverse = lax.rsqrt(squares * (1 / width) + epsilon)
             along *= inverse * inverse * inverse * (1 / width)
             totals, of_scale = [], []
-            for z, d, scale, rest in zip(u, dn, scales, du):
+            for z, d, scale, rest, total in zip(u, dn, scales, du, sums):
                 d = d * inverse
-                of_scale.append(d * z)
+                of_scale.append(total + d * z)
                 totals.append(rest + (d * scale - z * along))
             if gated:
                 a, b = wide(a), wide(b)
@@ -207,9 +208,9 @@ def backward(
                     here.store(refs.db_gmem, token, i, db)
             of_kernels = [slope * z for z in (*a, *b)] if learned else []
             of_bias = [here.existing(slope, token)] if gated else []
-            return *of_scale, *of_kernels, *of_bias
+            return *of_scale, *plus(sums[grid.sections :], [*of_kernels, *of_bias])
 
-        here.walk(read, compute, summed)
+        here.walk_and_sum(read, compute, summed)
 
     summed = (3 * width if learned else width) + (row.channels if gated else 0)
     narrow = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)

@@ -96,6 +96,11 @@ def sigmoid_of_scalar(z):
     return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
 
 
+def plus(sums, values):
+    """The sum of each with its value."""
+    return tuple(x + y for x, y in zip(sums, values, strict=True))
+
+
 def wide(sections):
     return [z.astype(jnp.float32) for z in sections]
 
@@ -110,28 +115,38 @@ class Tokens:
         self.first = lax.axis_index("tokens") * grid.row.number + rows.own_row(grid.row)
         self.model = lax.axis_index("models")
 
-    def walk(self, read: Callable, compute: Callable, summed: int = 0):
+    def walk(self, read: Callable, compute: Callable):
         """compute(token, *read(token)) for all tokens of the row.
 
-        Args:
-            read: function of a Token; it runs before the token ahead is computed.
-            compute: function of a Token and its values. It returns values of the row, whose sums
-                over the tokens of a block become the last output of `run`; zeros for a token that
-                does not exist.
-            summed: channels of what compute returns.
+        `read` runs for the next token before this one is computed.
         """
 
+        def each(token, sums, *values):
+            compute(token, *values)
+            return sums
+
+        self._walk(read, each, ())
+
+    def walk_and_sum(self, read: Callable, compute: Callable, summed: int):
+        """Like `walk`, with sums over tokens, which `run` returns.
+
+        Args:
+            read: function of a Token.
+            compute: function of a Token, sums and what `read` gave; it returns the next sums. A
+                token that does not exist must add zeros.
+            summed: channels of all sums.
+        """
+        zeros = tuple(rows.zeros(self.row) for _ in range(summed // self.row.channels))
+        self._store_sums(self._walk(read, compute, zeros))
+
+    def _walk(self, read, compute, sums):
         def step(n, carry):
             values, sums = carry
             following = read(self._token(jnp.minimum(n + 1, self.grid.steps - 1)))
-            added = compute(self._token(n), *values)
-            return following, tuple(x + y for x, y in zip(sums, added)) if summed else ()
+            return following, compute(self._token(n), sums, *values)
 
-        zeros = tuple(rows.zeros(self.row) for _ in range(summed // self.row.channels))
         first = read(self._token(jnp.int32(0)))
-        _, sums = loop(self.grid.steps, step, (first, zeros))
-        if summed:
-            self._store_sums(sums)
+        return loop(self.grid.steps, step, (first, sums))[1]
 
     def _token(self, n):
         """The token that the row takes at step n."""
@@ -203,8 +218,8 @@ def run(
         inputs: arrays or None. The kernel sees those of [M, B, T, D] as [M, B T, D].
         outputs: name -> jax.ShapeDtypeStruct or None, likewise.
         scratch: of the kernel.
-        summed: numbers that `Tokens.walk` sums over tokens; the last result is then their sums
-            over the tokens of each block, [M, blocks, summed] float32.
+        summed: as of `Tokens.walk_and_sum`, if it is called; the last result is then the sums over
+            the tokens of each block, [M, blocks, summed] float32.
     """
     flat = lambda shape: (shape[0], grid.tokens, shape[-1]) if len(shape) == 4 else shape
     seen = lambda z: None if z is None else jax.ShapeDtypeStruct(flat(z.shape), z.dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gt_jax.kernels.elementwise.normed_branches import Branches
 from gt_jax.kernels.elementwise.residual_norm_rows import (
     grid_for,
+    plus,
     run,
     sigmoid_of_scalar,
     wide,
@@ -115,7 +116,7 @@ def backward(
             values = here.read_each(("a", "b", "n", "dn", "dc"), token, or_zeros=True)
             return *values, refs.dw_gmem[token.at]
 
-        def compute(token, *values):
+        def compute(token, sums, *values):
             *branches, n, dn, dc = map(wide, values[:-1])
             inverses, normed, w = here.normed(branches, n, epsilon, token.turn)
             scales = here.scales()
@@ -128,9 +129,10 @@ def backward(
             for i, (d, h) in enumerate(zip(dn, here.parameter(refs.head_gmem))):
                 here.store(refs.d_n_gmem, token, i, d + slope * h)
             of_scales = [*(w * z for z in of_scale[0]), *((1 - w) * z for z in of_scale[1])]
-            return *of_scales, *(slope * z for z in n), here.existing(slope, token)
+            slopes = here.existing(slope, token)
+            return plus(sums, [*of_scales, *(slope * z for z in n), slopes])
 
-        here.walk(read, compute, summed)
+        here.walk_and_sum(read, compute, summed)
 
     summed = 3 * width + grid.row.channels
     return run(
