@@ -6,10 +6,11 @@
 `record` lowers each variant on a CPU and writes programs/VARIANT.mlir (the StableHLO around the
 kernels), kernels/HASH.mlir.gz (the Mosaic module of a kernel) and variants.json with the hashes.
 What is not compared, because it changes no machine code: source locations, names of functions and
-kernels, the kernel_hash and dump_basename that Pallas derives from them, and arithmetic of a kernel
-whose result nothing uses. The StableHLO is compared as a graph of operations: which function an
-operation stands in and in which order a function takes its arguments does not count. Kernels are
-compared as text, operation by operation.
+kernels, the kernel_hash and dump_basename that Pallas derives from them, and what the compiler's
+first passes change, canonicalisation and common subexpressions. The StableHLO is compared as a
+graph of operations: which function an operation stands in and in which order a function takes its
+arguments does not count. Of kernels the order of memory accesses, barriers and loops counts, and
+not that of the arithmetic between them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax._src.interpreters import mlir
-from jax._src.lib.mlir import ir
+from jax._src.lib.mlir import ir, passmanager
 from jax.experimental.mosaic.gpu import dialect
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -34,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 from gt_jax.kernels.cases import LENGTHS, segments
 from gt_jax.kernels.pallas.architectures import OLDEST, lowered_for
 from gt_jax.kernels.pallas.devices import simulated
+from tests.kernels import elementwise_variants
 from tests.kernels.hopper_kernels import SSD, WKV6
 
 # The GPU that each implementation is lowered for: that of Hopper is Pallas' own choice.
@@ -82,6 +84,10 @@ SHARED_SHAPES = [
     *({"heads": H} for H in (1, 3, 132, 257)),
 ]
 
+# Names of operations without effects
+_ARITHMETIC = r"(arith|math|builtin)\.|vector\.(?!load|store)|memref\.(cast|extract)"
+_ARITHMETIC += r"|gpu\.(thread_id|block)|llvm\.(getelementptr|addrspacecast)"
+
 
 def variants():
     """Pairs of a name and a function that lowers the variant."""
@@ -92,6 +98,9 @@ def variants():
                 architecture = ARCHITECTURES[impl]
                 for name, function, inputs, x64 in _variants(kernel, impl, dtype, own):
                     yield f"{start}-{name}", _lower(function, inputs, architecture, x64)
+    for name, function, inputs in elementwise_variants.variants():
+        lower = _lower(_gradients(function), inputs, ARCHITECTURES["portable"], False)
+        yield f"elementwise-{name}", lower
 
 
 def _variants(kernel, impl, dtype, own):
@@ -177,9 +186,9 @@ def take_kernels(module):
             continue
         text = _kernel_text(config.pop("module").value_bytes)
         del config["kernel_hash"]
-        text += "".join(f"\n// {name} = {value}" for name, value in sorted(config.items()))
-        digest = _digest(text)
-        texts[digest] = text
+        rest = "".join(f"\n// {name} = {value}" for name, value in sorted(config.items()))
+        digest = _digest(_kernel_digest(text), rest)
+        texts[digest] = text + rest
         with module.context:
             op.attributes["mhlo.backend_config"] = ir.StringAttr.get(digest)
     return texts
@@ -189,27 +198,39 @@ def _kernel_text(bytecode):
     with mlir.make_ir_context() as context:
         dialect.register_dialect(context)
         context.allow_unregistered_dialects = True
-        module = ir.Module.parse(bytecode)
-        _erase_dead_arithmetic(module)
+        serialised = ir.Module.parse(bytecode).operation.get_asm()
+        module = ir.Module.parse(serialised.replace('"stable_mosaic_gpu.', '"'))
+        passmanager.PassManager.parse("builtin.module(canonicalize,cse)").run(module.operation)
         name = ir.StringAttr(module.operation.attributes["sym_name"]).value
         text = module.operation.get_asm(enable_debug_info=False)
     text = re.sub(r', mosaic_gpu.dump_basename = "\w*"', "", text)
     return re.sub(rf"\b{name}(_mosaic_gpu)?\b", r"kernel\1", text)
 
 
-def _erase_dead_arithmetic(module):
-    dead = []
+def _kernel_digest(text):
+    """A hash of the operations with effects, in their order, and of the arithmetic they use."""
 
-    def visit(op):
-        if ".arith." in op.name and not any(list(z.uses) for z in op.results):
-            dead.append(op)
-        return ir.WalkResult.ADVANCE
+    def block(operations, known):
+        effects = []
+        for op in (z.operation for z in operations):
+            attributes = sorted((name, str(op.attributes[name])) for name in op.attributes)
+            regions = []
+            for inner in (z for region in op.regions for z in region.blocks):
+                known |= {z: _digest("argument", effects, n, len(regions))
+                          for n, z in enumerate(inner.arguments)}  # fmt: skip
+                regions.append(block(inner.operations, known))
+            types, operands = [str(z.type) for z in op.results], [known[z] for z in op.operands]
+            digest = _digest(op.name, attributes, operands, regions, types)
+            if not re.match(_ARITHMETIC, op.name):
+                effects.append(digest)
+                digest = _digest(digest, len(effects))
+            known |= {z: _digest(digest, n) for n, z in enumerate(op.results)}
+        return _digest(effects)
 
-    module.operation.walk(visit)
-    for op in dead:
-        op.erase()
-    if dead:  # what only they used is dead now
-        _erase_dead_arithmetic(module)
+    with mlir.make_ir_context() as context:
+        dialect.register_dialect(context)
+        context.allow_unregistered_dialects = True
+        return block(ir.Module.parse(text).body.operations, {})
 
 
 def program_digest(text):

@@ -1,6 +1,6 @@
-"""The Pallas kernels of gated_scan.py; linear_scan_rows.py says how they work.
+"""The Pallas kernels of gated_scan.py; linear_scan_walks.py says how they walk.
 
-With z = sigmoid(update), keep = 1 - z and dx the gradient of z g, as in linear_scan_kernels.py:
+With z = sigmoid(update), keep = 1 - z and dx the gradient of z g, as in linear_scan_walks.py:
 
     d candidate_t = dx_t z_t g'(candidate_t),   d update_t = dx_t z_t keep_t (g_t - s_{t-1})
 
@@ -10,23 +10,15 @@ The cotangent of s_t is d score_t head, and d head is the sum over tokens of d s
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels.elementwise.linear_scan_rows import (
-    Place,
-    grid_for,
-    run,
-    states_before,
-    states_of_tokens,
-    sums_of_rows,
-)
+from gt_jax.kernels.elementwise.linear_scan_walks import gradients_of_tokens, states_of_tokens
 from gt_jax.kernels.pallas import rows
-from gt_jax.kernels.pallas.launch import loop, lowered_once
+from gt_jax.kernels.pallas.launch import lowered_once
 
 
 def _gates(place, token):
     """z, 1 - z, g and its slope."""
-    width = place.grid.slabs * place.grid.row.channels
     load = lambda offset: place.load(place.refs.gates_gmem, token, offset).astype(jnp.float32)
-    candidate, update = load(0), load(width)
+    candidate, update = load(0), load(place.channels)
     below = jnp.minimum(rows.sigmoid(candidate), 0.5)  # one half from zero on
     slope = jnp.where(candidate >= 0, 1.0, below * (1 - below))
     # 1 - sigmoid(x) would round to zero from x = 17 on.
@@ -41,8 +33,33 @@ def _terms(place, token):
 
 def _terms_backward(place, token):
     _, keep, *_ = _gates(place, token)
-    ds = place.refs.d_score_gmem[place.sequence, token[0]] * place.of_sequence(place.refs.head_gmem)
+    ds = _d_score(place, token[0]) * place.of_sequence(place.refs.head_gmem)
     return place.existing(token, place.kept(token, keep), ds)
+
+
+def _gradients(place, token, dx, s, d_head):
+    refs, width = place.refs, place.channels
+    # Computed again, which takes fewer registers than to keep them.
+    z, keep, value, slope = _gates(place, token)
+    dx = dx * z
+    d_update = dx * keep * (value - place.kept(token, s))
+    for offset, d in ((0, dx * slope), (width, d_update)):
+        place.store(refs.d_gates_gmem, token, d.astype(refs.d_gates_gmem.dtype), offset)
+    # The token before: s of this one is not there.
+    of_head = s * _d_score(place, jnp.maximum(token[0] - 1, 0))
+    return d_head + rows.masked(of_head, token[0] > 0)
+
+
+def _of_last_token(place):
+    """The last token's term of d head, in the first row of threads that walks."""
+    grid = place.grid
+    end = place.load(place.refs.s_gmem, (jnp.int32(grid.length - 1), None)).astype(jnp.float32)
+    is_last = (place.split == grid.splits - 1) & (place.own == 0)
+    return rows.masked(end * _d_score(place, jnp.int32(grid.length - 1)), is_last)
+
+
+def _d_score(place, token):
+    return place.refs.d_score_gmem[place.sequence, token]
 
 
 @lowered_once()
@@ -77,47 +94,7 @@ def backward(
         d_score: [B, T] float32.
         d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
-    grid = grid_for(*s.shape)
     inputs = {"gates": gates, "resets": resets, "head": head, "d_score": d_score}
-    states = states_before(grid, inputs, _terms_backward, d_last, reverse=True)
-    width = state.shape[1]
-
-    def body(refs):
-        place = Place(grid, refs, reverse=True)
-        before = place.of_sequence(refs.state_gmem)
-        d_score = lambda token: refs.d_score_gmem[place.sequence, token]
-
-        def step(n, carry):
-            u, d_head = carry
-            tokens, decays, gs = place.read(n, _terms_backward)
-            earlier = place.states_earlier(tokens, before)
-            u, after, _ = place.fold(decays, gs, u)
-            for token, decay, g, s in zip(tokens, decays, gs, earlier):
-                dx = g + u
-                u = decay * dx
-                # Computed again, which takes fewer registers than to keep them.
-                z, keep, value, slope = _gates(place, token)
-                dx = dx * z
-                d_update = dx * keep * (value - place.kept(token, s))
-                for offset, d in ((0, dx * slope), (width, d_update)):
-                    place.store(refs.d_gates_gmem, token, d.astype(gates.dtype), offset)
-                # The token before: s of this one is not there.
-                of_head = s * d_score(jnp.maximum(token[0] - 1, 0))
-                d_head += rows.masked(of_head, token[0] > 0)
-            return after, d_head
-
-        end = place.load(refs.s_gmem, (jnp.int32(grid.length - 1), None)).astype(jnp.float32)
-        is_last = (place.split == grid.splits - 1) & (place.own == 0)
-        end = rows.masked(end * d_score(jnp.int32(grid.length - 1)), is_last)
-        u, d_head = loop(grid.tiles, step, (place.start(), end))
-        place.store_of_split(refs.d_state_gmem, u)
-        place.store_of_row(refs.d_head_gmem, d_head)
-
-    inputs |= {"states": states, "s": s, "state": state}
-    outputs = {
-        "d_gates": jax.ShapeDtypeStruct(gates.shape, gates.dtype),
-        "d_state": jax.ShapeDtypeStruct((len(s), grid.splits, width), jnp.float32),
-        "d_head": sums_of_rows(grid, state),
-    }
-    d_gates, d_state, d_head = run(grid, body, "gated_scan_backward", len(s), inputs, outputs)
-    return [d_gates, d_state[:, 0], d_head]
+    given = inputs, _terms_backward, _gradients, s, state, d_last
+    outputs = {"d_gates": gates, "d_state": None, "totals": None}
+    return gradients_of_tokens("gated_scan_backward", *given, outputs, _of_last_token)

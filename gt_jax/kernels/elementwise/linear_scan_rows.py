@@ -23,8 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.pallas import rows, warps
 from gt_jax.kernels.pallas.devices import interpreting
-from gt_jax.kernels.pallas.launch import divide, kernel, loop
-from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits, states_of_splits
+from gt_jax.kernels.pallas.launch import divide, kernel
+from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes
 _SPAN = 8  # most tokens of a row in a tile
@@ -80,88 +80,6 @@ def grid_for(batch: int, length: int, channels: int) -> Grid:
     return grid._replace(splits=pl.cdiv(length, grid.walked))
 
 
-def states_before(
-    grid: Grid, inputs: dict, terms: Callable, state: jax.Array, *, reverse: bool
-) -> jax.Array:
-    """What each split starts its walk with, [B, splits, C].
-
-    Args:
-        grid: of the call.
-        inputs: of the kernel, of which `terms` reads.
-        terms: function of a Place and a token, as `Place.read` takes it.
-        state: [B, C] before the first split; after the last if reverse.
-        reverse: whether the walk is from the end.
-    """
-    if grid.splits == 1:
-        return state[:, None]
-
-    def body(refs):
-        place = Place(grid, refs, reverse)
-
-        def step(n, carry):
-            kept, end = carry
-            _, decays, xs = place.read(n, terms)
-            _, end, product = place.fold(decays, xs, end)
-            return product * kept, end
-
-        kept, end = loop(grid.tiles, step, (rows.zeros(grid.row) + 1, rows.zeros(grid.row)))
-        place.store_of_split(refs.kept_gmem, kept)
-        place.store_of_split(refs.end_gmem, end)
-
-    like = jax.ShapeDtypeStruct((len(state), grid.splits, state.shape[1]), jnp.float32)
-    name = "linear_scan_splits_" + ("backward" if reverse else "forward")
-    ends = run(grid, body, name, len(state), inputs, {"kept": like, "end": like})
-    inner = slice(1, None) if reverse else slice(None, -1)
-    kept, end = (z[:, None, inner, :, None] for z in ends)
-    states = states_of_splits(kept, end, state[:, None, :, None], reverse=reverse)
-    return states.reshape(like.shape)
-
-
-def states_of_tokens(
-    name: str,
-    inputs: dict,
-    terms: Callable,
-    state: jax.Array,
-    length: int,
-    dtype: jnp.dtype | None = None,
-) -> list[jax.Array]:
-    """s_t = decay_t s_{t-1} + x_t, [B, T, C], by a kernel of this name; [B, C] float32 at the end.
-
-    Args:
-        name: of the kernel.
-        inputs: of the kernel, of which `terms` reads.
-        terms: function of a Place and a token, as `Place.read` takes it; if dtype is given, its
-            results are those of `Place.existing`.
-        state: [B, C] before the first token.
-        length: T.
-        dtype: of s; None for float32 and no state at the end.
-    """
-    batch, channels = state.shape
-    grid = grid_for(batch, length, channels)
-    states = states_before(grid, inputs, terms, state, reverse=False)
-
-    def body(refs):
-        place = Place(grid, refs, reverse=False)
-
-        def step(n, carry):
-            tokens, decays, xs = place.read(n, terms)
-            s, carry, _ = place.fold(decays, xs, carry)
-            for token, decay, x in zip(tokens, decays, xs):
-                s = decay * s + x
-                place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
-            return carry
-
-        last = loop(grid.tiles, step, place.start())
-        if dtype is not None:
-            place.store_of_split(refs.last_gmem, last)
-
-    like = jax.ShapeDtypeStruct((batch, length, channels), dtype or jnp.float32)
-    last = jax.ShapeDtypeStruct((batch, grid.splits, channels), jnp.float32)
-    outputs = {"s": like, "last": None if dtype is None else last}
-    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs)
-    return [s, *(z[:, -1] for z in last)]
-
-
 class Place:
     """What a row of threads works on, and how it does what all kernels do."""
 
@@ -170,6 +88,7 @@ class Place:
         block, slab = divide(lax.axis_index("blocks"), grid.slabs)
         self.sequence, self.split = divide(block, grid.splits)
         self.column = slab * grid.row.channels
+        self.channels = grid.slabs * grid.row.channels  # of a token
         self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
 
     def start(self):
@@ -287,12 +206,6 @@ class Place:
             plgpu.barrier_wait(self.refs.barrier)
         else:
             warps.sync()
-
-
-def sums_of_rows(grid: Grid, state: jax.Array) -> jax.ShapeDtypeStruct:
-    """What `Place.store_of_row` writes, for a state [B, C]; to be added over all axes but C."""
-    batch, channels = state.shape
-    return jax.ShapeDtypeStruct((batch, grid.splits, grid.number, channels), jnp.float32)
 
 
 def run(

@@ -60,12 +60,9 @@ def _backward(residuals, cotangents):
 scan.defvjp(_forward, _backward)
 
 
-def _call(name, resets, *arrays):
+def _call(name, *arrays):
     """A function of memory_scan_kernels.py."""
     from gt_jax.kernels.elementwise import memory_scan_kernels
     from gt_jax.kernels.pallas.launch import batched_as_rows
 
-    function = getattr(memory_scan_kernels, name)
-    if resets is None:
-        return batched_as_rows(lambda *arrays: function(None, *arrays))(*arrays)
-    return batched_as_rows(function)(resets, *arrays)
+    return batched_as_rows(getattr(memory_scan_kernels, name))(*arrays)

@@ -45,7 +45,6 @@ normed_pair.defvjp(_forward, _backward)
 def _call(name, *arrays, **options):
     """A kernel of normed_pair_kernels.py, whose arrays begin with an axis of models."""
     from gt_jax.kernels.elementwise import normed_pair_kernels
-    from gt_jax.kernels.pallas.launch import batched_as_rows
+    from gt_jax.kernels.pallas.launch import of_models
 
-    rows = batched_as_rows(functools.partial(getattr(normed_pair_kernels, name), **options))
-    return [z[0] for z in rows(*(z[None] for z in arrays))]
+    return of_models(functools.partial(getattr(normed_pair_kernels, name), **options))(*arrays)

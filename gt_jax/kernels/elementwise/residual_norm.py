@@ -193,9 +193,6 @@ blended.defvjp(_blended_forward, _blended_backward)
 def _call(name, *arrays, **options):
     """A kernel of residual_norm_kernels.py, whose arrays begin with an axis of models."""
     from gt_jax.kernels.elementwise import residual_norm_kernels
-    from gt_jax.kernels.pallas.launch import batched_as_rows
+    from gt_jax.kernels.pallas.launch import of_models
 
-    kernel = functools.partial(getattr(residual_norm_kernels, name), **options)
-    given, structure = jax.tree.flatten(arrays)
-    rows = batched_as_rows(lambda *leaves: kernel(*jax.tree.unflatten(structure, leaves)))
-    return [z[0] for z in rows(*(z[None] for z in given))]
+    return of_models(functools.partial(getattr(residual_norm_kernels, name), **options))(*arrays)

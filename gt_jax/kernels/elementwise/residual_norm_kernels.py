@@ -1,5 +1,4 @@
-"""The Pallas kernels of residual_norm.py: a row of threads (pallas/rows.py) holds all channels of a
-token, reads it once and sums over it inside its warps.
+"""The Pallas kernels of residual_norm.py; residual_norm_rows.py says how they divide their work.
 
 With r = 1 / sqrt(mean(u^2) + epsilon), the cotangents dn (a sum of several) and du of the stream,
 
@@ -12,25 +11,46 @@ of u = x or x + branch. Of u = x + g a + (1 - g) b with g = sigmoid([a; b] kerne
     d kernel = sum over tokens of s [a; b];   d bias = sum over tokens of s
 
 With g = sigmoid(score + bias) of a given score, s is its gradient and there is no kernel.
-
-A block of the grid walks tokens that lie as far apart as all blocks together are long.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise.residual_norm_rows import (
     Tokens,
-    flat,
     grid_for,
-    place,
-    store_sums,
+    plus,
+    run,
+    sigmoid_of_scalar,
     wide,
 )
-from gt_jax.kernels.pallas import row_numbers, rows
-from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
+from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas.launch import lowered_once
+
+
+class _Stream(Tokens):
+    """What both directions compute of a token."""
+
+    def gate(self, a, b, score, turn):
+        """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
+        refs = self.refs
+        if score is not None:
+            return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), None
+        kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
+        score = rows.zeros(self.row)
+        for z, weights in zip((a, b), kernels):
+            for value, weight in zip(wide(z), weights):
+                score += value * weight
+        (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
+        return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), kernels
+
+    def stream(self, x, a, b, gate):
+        """u."""
+        u = wide(x)
+        if gate is not None:
+            return [x + (gate * a + (1 - gate) * b) for x, a, b in zip(u, wide(a), wide(b))]
+        return u if a is None else [x + a for x, a in zip(u, wide(a))]
 
 
 @lowered_once("epsilon")
@@ -58,60 +78,48 @@ def forward(
         scale: [M, D] float32.
         epsilon: added to the mean of squares.
     """
-    models, width = x.shape[0], x.shape[-1]
+    width = x.shape[-1]
     grid = grid_for(x, "forward", b is not None)
-    row = grid.row
 
     def body(refs):
-        m, token, kept = place(grid)
-        here = Tokens(refs, grid, m)
+        here = _Stream(refs, grid)
         scales = here.parameter(refs.scale_gmem)
 
-        def read(n):
-            at = token(jnp.minimum(n, grid.steps - 1))
-            given = None if score is None else refs.score_gmem[m, at]
-            return *(here.read(z, at) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem)), given
+        def read(token):
+            given = None if score is None else refs.score_gmem[token.at]
+            return *(here.read(z, token) for z in (refs.x_gmem, refs.a_gmem, refs.b_gmem)), given
 
-        def step(n, values):
-            following = read(n + 1)  # arrives while this token is computed
-            x, a, b, given = values
-            turn = lax.rem(n, jnp.int32(2))
-            gate = None if b is None else here.gate(a, b, given, turn)[0]
+        def compute(token, x, a, b, given):
+            gate = None if b is None else here.gate(a, b, given, token.turn)[0]
             if refs.g_gmem is not None:
-                row_numbers.store(refs.g_gmem, (m, token(n)), gate, kept(n))
+                here.store_number(refs.g_gmem, token, gate)
             u = here.stream(x, a, b, gate)
-            squares = sum((z * z for z in u), rows.zeros(row))
-            (squares,) = rows.sums_over_row([squares], row, refs.sums, turn)
+            squares = sum((z * z for z in u), rows.zeros(grid.row))
+            (squares,) = rows.sums_over_row([squares], grid.row, refs.row_sums, token.turn)
             inverse = lax.rsqrt(squares * (1 / width) + epsilon)
-            for c, z, scale in zip(here.columns, u, scales):
-                at = m, token(n)
+            for i, (z, scale) in enumerate(zip(u, scales)):
                 if a is not None:
-                    rows.store(refs.u_gmem, at, c, z, row, kept(n))
-                out = (z * (inverse * scale)).astype(jnp.bfloat16)
-                rows.store(refs.n_gmem, at, c, out, row, kept(n))
-            return following
+                    here.store(refs.u_gmem, token, i, z)
+                here.store(refs.n_gmem, token, i, z * (inverse * scale))
 
-        loop(grid.steps, step, read(jnp.int32(0)))
+        here.walk(read, compute)
 
-    like = lambda dtype: jax.ShapeDtypeStruct((models, grid.tokens, width), dtype)
-    results = kernel(
+    of_gate = jax.ShapeDtypeStruct((grid.models, grid.tokens), jnp.float32)
+    return run(
+        grid,
         body,
-        name="residual_norm_forward",
-        inputs={"x": flat(x), "a": flat(a), "b": flat(b)}
-        | {"gate": gate, "bias": bias, "score": score, "scale": scale},
-        outputs={
-            "u": None if a is None else like(jnp.float32),
-            "n": like(jnp.bfloat16),
-            "g": None if gate is None else jax.ShapeDtypeStruct((models, grid.tokens), jnp.float32),
+        "residual_norm_forward",
+        {"x": x, "a": a, "b": b, "gate": gate, "bias": bias, "score": score, "scale": scale},
+        {
+            "u": None if a is None else x,
+            "n": jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+            "g": None if gate is None else of_gate,
         },
-        scratch={
-            "sums": rows.sums_scratch(1),
+        {
+            "row_sums": rows.sums_scratch(1),
             "score": None if gate is None else rows.sums_scratch(1),
         },
-        grid={"models": models, "tokens": grid.blocks},
-        threads=1,
     )
-    return [z.reshape(x.shape) if z.ndim == 3 else z for z in results]
 
 
 @lowered_once("epsilon", "of_branch")
@@ -145,34 +153,26 @@ def backward(
         over the second axis, [M, blocks, S] float32: d scale; d kernel_a and d kernel_b if there is
         a kernel of a gate; copies of d bias if there is b.
     """
-    models, width = x.shape[0], x.shape[-1]
-    gated, learned = b is not None, gate is not None
+    width, gated, learned = x.shape[-1], b is not None, gate is not None
     grid = grid_for(x, "backward", gated)
     row = grid.row
-    summed = (3 * width if learned else width) + (row.channels if gated else 0)
 
     def body(refs):
-        m, token, kept = place(grid)
-        here = Tokens(refs, grid, m)
+        here = _Stream(refs, grid)
         cotangents = [getattr(refs, f"dn{i}_gmem") for i in range(len(dn))]
 
-        def read(n):
-            n = jnp.minimum(n, grid.steps - 1)
-            x = here.read(refs.x_gmem, token(n))
-            # Zeros where there is no token, which then adds nothing to any sum.
-            a, b = (here.read(z, token(n), kept(n)) for z in (refs.a_gmem, refs.b_gmem))
-            du, *of_norm = (here.read(z, token(n), kept(n)) for z in (refs.du_gmem, *cotangents))
+        def read(token):
+            x = here.read(refs.x_gmem, token)
+            given = refs.a_gmem, refs.b_gmem, refs.du_gmem, *cotangents
+            a, b, du, *of_norm = (here.read(z, token, or_zeros=True) for z in given)
             # Of a gate with a kernel, the cotangent; of one with a score, the score.
             of_gate = refs.dg_gmem if learned else refs.score_gmem
-            of_gate = of_gate[m, token(n)] if gated else None
+            of_gate = of_gate[token.at] if gated else None
             return x, a, b, du, tuple(of_norm), of_gate
 
-        def step(n, carry):
-            (x, a, b, du, dn, of_gate), sums = carry
-            following = read(n + 1)  # arrives while this token is computed
-            turn = lax.rem(n, jnp.int32(2))
+        def compute(token, sums, x, a, b, du, dn, of_gate):
             score = None if learned else of_gate
-            gate, kernels = here.gate(a, b, score, turn) if gated else (None, None)
+            gate, kernels = here.gate(a, b, score, token.turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
             scales = here.parameter(refs.scale_gmem)  # again for each token: saves registers
             dn = [sum(wide(z)[1:], z[0].astype(jnp.float32)) for z in zip(*dn)]
@@ -180,7 +180,8 @@ def backward(
             for z, d, scale in zip(u, dn, scales):
                 squares += z * z
                 along += d * scale * z
-            squares, along = rows.sums_over_row([squares, along], row, refs.row_sums, turn)
+            given = [squares, along]
+            squares, along = rows.sums_over_row(given, row, refs.row_sums, token.turn)
             inverse = lax.rsqrt(squares * (1 / width) + epsilon)
             along *= inverse * inverse * inverse * (1 / width)
             totals, of_scale = [], []
@@ -188,59 +189,48 @@ def backward(
                 d = d * inverse
                 of_scale.append(total + d * z)
                 totals.append(rest + (d * scale - z * along))
-            at, keep = (m, token(n)), kept(n)
             if gated:
                 a, b = wide(a), wide(b)
                 slope = sum((t * (y - z) for t, y, z in zip(totals, a, b)), rows.zeros(row))
-                (slope,) = rows.sums_over_row([slope], row, refs.slopes, turn)
+                (slope,) = rows.sums_over_row([slope], row, refs.slopes, token.turn)
                 slope = (slope + of_gate if learned else slope) * gate * (1 - gate)
                 if not learned:
-                    row_numbers.store(refs.d_score_gmem, at, slope, keep)
-            for i, (c, t) in enumerate(zip(here.columns, totals)):
-                rows.store(refs.dx_gmem, at, c, t, row, keep)
+                    here.store_number(refs.d_score_gmem, token, slope)
+            for i, t in enumerate(totals):
+                here.store(refs.dx_gmem, token, i, t)
                 if of_branch:
-                    rows.store(refs.da_gmem, at, c, t.astype(jnp.bfloat16), row, keep)
+                    here.store(refs.da_gmem, token, i, t)
                 if gated:
                     da, db = gate * t, (1 - gate) * t
                     if learned:
                         da, db = da + slope * kernels[0][i], db + slope * kernels[1][i]
-                    rows.store(refs.da_gmem, at, c, da.astype(jnp.bfloat16), row, keep)
-                    rows.store(refs.db_gmem, at, c, db.astype(jnp.bfloat16), row, keep)
-            added = []
-            if learned:
-                added = [s + slope * z for s, z in zip(sums[grid.sections :], [*a, *b])]
-            if gated:
-                slopes = rows.zeros(row) + slope
-                slopes = slopes if keep is None else rows.masked(slopes, keep)
-                added.append(sums[-1] + slopes)
-            return following, (*of_scale, *added)
+                    here.store(refs.da_gmem, token, i, da)
+                    here.store(refs.db_gmem, token, i, db)
+            of_kernels = [slope * z for z in (*a, *b)] if learned else []
+            of_bias = [here.existing(slope, token)] if gated else []
+            return *of_scale, *plus(sums[grid.sections :], [*of_kernels, *of_bias])
 
-        zeros = tuple(rows.zeros(row) for _ in range(summed // row.channels))
-        _, sums = loop(grid.steps, step, (read(jnp.int32(0)), zeros))
-        store_sums(refs.sums_gmem, refs.sums, grid, m, sums)
+        here.walk_and_sum(read, compute, summed)
 
-    like = lambda dtype: jax.ShapeDtypeStruct((models, grid.tokens, width), dtype)
-    narrow = like(jnp.bfloat16)
-    *results, sums = kernel(
+    summed = (3 * width if learned else width) + (row.channels if gated else 0)
+    narrow = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    return run(
+        grid,
         body,
-        name="residual_norm_backward",
-        inputs={"x": flat(x), "a": flat(a), "b": flat(b), "du": flat(du)}
-        | {"gate": gate, "bias": bias, "score": score, "scale": scale, "dg": dg}
-        | {f"dn{i}": flat(z) for i, z in enumerate(dn)},
-        outputs={
-            "dx": like(jnp.float32),
+        "residual_norm_backward",
+        {"x": x, "a": a, "b": b, "du": du, "gate": gate, "bias": bias, "score": score}
+        | {"scale": scale, "dg": dg}
+        | {f"dn{i}": z for i, z in enumerate(dn)},
+        {
+            "dx": x,
             "da": narrow if gated or of_branch else None,
             "db": narrow if gated else None,
-            "d_score": None if score is None else jax.ShapeDtypeStruct(score.shape, score.dtype),
-            "sums": jax.ShapeDtypeStruct((models, grid.blocks, summed), jnp.float32),
+            "d_score": score,
         },
-        scratch={
-            "sums": plgpu.SMEM((row.number, summed), jnp.float32),
+        {
             "row_sums": rows.sums_scratch(2),
             "score": rows.sums_scratch(1) if learned else None,
             "slopes": rows.sums_scratch(1) if gated else None,
         },
-        grid={"models": models, "tokens": grid.blocks},
-        threads=1,
+        summed,
     )
-    return [*(z.reshape(x.shape) if z.ndim == 3 else z for z in results), sums]

@@ -1,14 +1,22 @@
-"""What the kernels of a residual stream's norm share: how tokens are divided, what a row reads."""
+"""How kernels of whole tokens divide their work: norms of the residual stream and of branches.
+
+A block of the grid walks tokens that lie as far apart as all blocks together are long. A row of its
+threads (pallas/rows.py) holds all channels of a token, reads them once, and reads the next token
+while it computes this one.
+"""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
-from gt_jax.kernels.pallas.launch import MULTIPROCESSORS
+from gt_jax.kernels.pallas import row_numbers, rows, warps
+from gt_jax.kernels.pallas.launch import MULTIPROCESSORS, kernel, loop
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes of float32
 
@@ -38,11 +46,20 @@ class Grid(NamedTuple):
     blocks: int
     steps: int  # tokens that a row walks
     tokens: int
+    models: int
 
     @property
     def ragged(self) -> bool:
         """Whether rows walk beyond the last token."""
         return self.steps * self.blocks * self.row.number != self.tokens
+
+
+class Token(NamedTuple):
+    """A token that a row of threads walks."""
+
+    at: tuple  # its index in arrays [models, tokens, ...]
+    exists: jax.Array | None  # whether it does, or None for sure; else the last one is in its place
+    turn: jax.Array  # alternates between 0 and 1 from token to token
 
 
 def row_for(width: int, gated: bool, most: int) -> rows.Row | None:
@@ -62,30 +79,16 @@ def unsupported(width: int, gated: bool) -> str | None:
     return f"the fused residual norm is not for {width} channels"
 
 
-def grid_for(x, direction, gated):
-    _, *tokens, width = x.shape
+def grid_for(x: jax.Array, direction: str, gated: bool) -> Grid:
+    """Of a call for x [models, ..., D]; the other arguments are the key of TUNING."""
+    models, *tokens, width = x.shape
     tokens = math.prod(tokens)
     tuning = TUNING[direction, gated]
     row = row_for(width, gated, tuning.channels)
     assert row is not None, unsupported(width, gated)
     blocks = min(pl.cdiv(tokens, row.number), tuning.blocks)
     steps = pl.cdiv(tokens, blocks * row.number)
-    return Grid(row, width // row.channels, blocks, steps, tokens)
-
-
-def place(grid):
-    """Of a row of threads: the model, the token it takes at each step, and whether there is one."""
-    own = lax.axis_index("tokens") * grid.row.number + rows.own_row(grid.row)
-    token = lambda n: own + n * (grid.blocks * grid.row.number)
-    if not grid.ragged:
-        return lax.axis_index("models"), token, lambda n: None
-    bounded = lambda n: jnp.minimum(token(n), grid.tokens - 1)
-    return lax.axis_index("models"), bounded, lambda n: token(n) < grid.tokens
-
-
-def _columns(grid):
-    """Where the sections of a token begin."""
-    return [jnp.int32(n * grid.row.channels) for n in range(grid.sections)]
+    return Grid(row, width // row.channels, blocks, steps, tokens, models)
 
 
 def sigmoid_of_scalar(z):
@@ -93,79 +96,143 @@ def sigmoid_of_scalar(z):
     return 1 / (1 + jnp.exp2(z * -1.4426950408889634))  # log2(e)
 
 
-def flat(z):
-    """[M, B, T, D] -> [M, B T, D]; None stays None."""
-    return None if z is None else z.reshape(z.shape[0], -1, z.shape[-1])
+def plus(sums, values):
+    """The sum of each with its value."""
+    return tuple(x + y for x, y in zip(sums, values, strict=True))
 
 
 def wide(sections):
     return [z.astype(jnp.float32) for z in sections]
 
 
-def store_sums(ref, scratch, grid, model, sums):
-    """Writes sums over the tokens of a block, [models, blocks, S], of what its rows have summed.
-
-    Args:
-        ref: reference in global memory.
-        scratch: shared memory, [rows of a block, S] float32.
-        grid: of the call.
-        model: of the row.
-        sums: values of the row, side by side.
-    """
-    row = grid.row
-    own, block = rows.own_row(row), lax.axis_index("tokens")
-    columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
-    for c, z in zip(columns, sums):
-        rows.store(scratch, (own,), c, z, row)
-    warps.sync()
-    for c in columns:
-        total = rows.zeros(row)
-        for i in range(row.number):
-            total += rows.load(scratch, (jnp.int32(i),), c, row)
-        rows.store(ref, (model, block), c, total, row, own == 0)
-
-
 class Tokens:
-    """What a row of threads does to a token, forward and backward."""
+    """What a row of threads does to its tokens, forward and backward."""
 
-    def __init__(self, refs, grid, model):
-        self.refs, self.row, self.model = refs, grid.row, model
-        self.columns, self.width = _columns(grid), grid.sections * grid.row.channels
+    def __init__(self, refs, grid):
+        self.refs, self.grid, self.row = refs, grid, grid.row
+        self.columns = [jnp.int32(n * grid.row.channels) for n in range(grid.sections)]
+        self.width = grid.sections * grid.row.channels
+        self.first = lax.axis_index("tokens") * grid.row.number + rows.own_row(grid.row)
+        self.model = lax.axis_index("models")
 
-    def read(self, ref, token, keep=None, first=0):
-        """A token's sections from column `first` on, or a None for a reference that is None."""
+    def walk(self, read: Callable, compute: Callable):
+        """compute(token, *read(token)) for all tokens of the row.
+
+        `read` runs for the next token before this one is computed.
+        """
+
+        def each(token, sums, *values):
+            compute(token, *values)
+            return sums
+
+        self._walk(read, each, ())
+
+    def walk_and_sum(self, read: Callable, compute: Callable, summed: int):
+        """Like `walk`, with sums over tokens, which `run` returns.
+
+        Args:
+            read: function of a Token.
+            compute: function of a Token, sums and what `read` gave; it returns the next sums. A
+                token that does not exist must add zeros.
+            summed: channels of all sums.
+        """
+        zeros = tuple(rows.zeros(self.row) for _ in range(summed // self.row.channels))
+        self._store_sums(self._walk(read, compute, zeros))
+
+    def _walk(self, read, compute, sums):
+        def step(n, carry):
+            values, sums = carry
+            following = read(self._token(jnp.minimum(n + 1, self.grid.steps - 1)))
+            return following, compute(self._token(n), sums, *values)
+
+        first = read(self._token(jnp.int32(0)))
+        return loop(self.grid.steps, step, (first, sums))[1]
+
+    def _token(self, n):
+        """The token that the row takes at step n."""
+        token, exists = self.first + n * (self.grid.blocks * self.row.number), None
+        if self.grid.ragged:
+            token, exists = jnp.minimum(token, self.grid.tokens - 1), token < self.grid.tokens
+        return Token((self.model, token), exists, lax.rem(n, jnp.int32(2)))
+
+    def read(self, ref, token, first=0, or_zeros=False):
+        """A token's sections from column `first` on, or a None for a reference that is None.
+
+        `or_zeros`: zeros where there is no token, which then adds nothing to any sum.
+        """
         if ref is None:
             return None
-        load = lambda c: rows.load(ref, (self.model, token), c + first, self.row, keep)
+        keep = token.exists if or_zeros else None
+        load = lambda c: rows.load(ref, token.at, c + first, self.row, keep)
         return tuple(load(c) for c in self.columns)
+
+    def store(self, ref, token, section, value, first=0):
+        """Writes one section of a token, from column `first` on, in the dtype of ref."""
+        column = self.columns[section] + first
+        rows.store(ref, token.at, column, value.astype(ref.dtype), self.row, token.exists)
+
+    def store_number(self, ref, token, value):
+        """Writes [models, tokens], one float32 number of the token."""
+        row_numbers.store(ref, token.at, value, token.exists)
 
     def parameter(self, ref, first=0):
         """Sections of a vector of the model, from column `first` on."""
         load = lambda c: rows.load(ref, (self.model,), c + first, self.row)
         return [load(c) for c in self.columns]
 
-    def gate(self, a, b, score, turn):
-        """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
-        refs = self.refs
-        if score is not None:
-            return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), None
-        kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
-        score = rows.zeros(self.row)
-        for z, weights in zip((a, b), kernels):
-            for value, weight in zip(wide(z), weights):
-                score += value * weight
-        (score,) = rows.sums_over_row([score], self.row, refs.score, turn)
-        return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), kernels
+    def existing(self, number, token):
+        """A number of the token in all channels of a section, or zeros where there is no token."""
+        spread = rows.zeros(self.row) + number
+        return spread if token.exists is None else rows.masked(spread, token.exists)
 
-    def inverses(self, branches, epsilon, turn, *more):
-        """1 / sqrt(mean of squares + epsilon) of each of two branches, and the sums of `more`."""
-        squares = [sum((z * z for z in x), rows.zeros(self.row)) for x in branches]
-        a, b, *more = rows.sums_over_row([*squares, *more], self.row, self.refs.row_sums, turn)
-        return *(lax.rsqrt(z * (1 / self.width) + epsilon) for z in (a, b)), *more
+    def _store_sums(self, sums):
+        """Writes sums over the tokens of a block of what its rows have summed, side by side."""
+        row, scratch = self.row, self.refs.sums
+        own, block = rows.own_row(row), lax.axis_index("tokens")
+        columns = [jnp.int32(i * row.channels) for i in range(len(sums))]
+        for c, z in zip(columns, sums):
+            rows.store(scratch, (own,), c, z, row)
+        warps.sync()
+        for c in columns:
+            total = rows.zeros(row)
+            for i in range(row.number):
+                total += rows.load(scratch, (jnp.int32(i),), c, row)
+            rows.store(self.refs.sums_gmem, (self.model, block), c, total, row, own == 0)
 
-    def stream(self, x, a, b, gate):
-        """u."""
-        u = wide(x)
-        if gate is not None:
-            return [x + (gate * a + (1 - gate) * b) for x, a, b in zip(u, wide(a), wide(b))]
-        return u if a is None else [x + a for x, a in zip(u, wide(a))]
+
+def run(
+    grid: Grid,
+    body: Callable,
+    name: str,
+    inputs: dict,
+    outputs: dict,
+    scratch: dict,
+    summed: int = 0,
+) -> list[jax.Array]:
+    """The outputs of a kernel; see launch.kernel.
+
+    Args:
+        grid: of the call.
+        body: function of the references.
+        name: of the kernel.
+        inputs: arrays or None. The kernel sees those of [M, B, T, D] as [M, B T, D].
+        outputs: name -> jax.ShapeDtypeStruct or None, likewise.
+        scratch: of the kernel.
+        summed: as of `Tokens.walk_and_sum`, if it is called; the last result is then the sums over
+            the tokens of each block, [M, blocks, summed] float32.
+    """
+    flat = lambda shape: (shape[0], grid.tokens, shape[-1]) if len(shape) == 4 else shape
+    seen = lambda z: None if z is None else jax.ShapeDtypeStruct(flat(z.shape), z.dtype)
+    sums = jax.ShapeDtypeStruct((grid.models, grid.blocks, summed), jnp.float32)
+    results = kernel(
+        body,
+        name=name,
+        inputs={key: None if z is None else z.reshape(flat(z.shape)) for key, z in inputs.items()},
+        outputs={key: seen(z) for key, z in outputs.items()} | {"sums": sums if summed else None},
+        scratch={"sums": plgpu.SMEM((grid.row.number, summed), jnp.float32) if summed else None}
+        | scratch,
+        grid={"models": grid.models, "tokens": grid.blocks},
+        threads=1,
+    )
+    shapes = [z.shape for z in outputs.values() if z is not None]
+    return [*(z.reshape(shape) for z, shape in zip(results, shapes)), *results[len(shapes) :]]

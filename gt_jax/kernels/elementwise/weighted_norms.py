@@ -57,7 +57,6 @@ weighted_norms.defvjp(_forward, _backward)
 def _call(name, *arrays, **options):
     """A kernel of weighted_norms_kernels.py, whose arrays begin with an axis of models."""
     from gt_jax.kernels.elementwise import weighted_norms_kernels
-    from gt_jax.kernels.pallas.launch import batched_as_rows
+    from gt_jax.kernels.pallas.launch import of_models
 
-    rows = batched_as_rows(functools.partial(getattr(weighted_norms_kernels, name), **options))
-    return [z[0] for z in rows(*(z[None] for z in arrays))]
+    return of_models(functools.partial(getattr(weighted_norms_kernels, name), **options))(*arrays)

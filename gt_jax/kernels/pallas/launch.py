@@ -114,7 +114,7 @@ def batched_as_rows(function: Callable) -> Callable:
     """Makes vmap give `function`, whose arrays all begin with the batch axis, more batch rows.
 
     For kernels in which blocks of the grid hand numbers to each other: an ordinary vmap would mix
-    the numbers of different examples.
+    the numbers of different examples. Arguments may be trees of arrays, and None.
     """
 
     @jax.custom_batching.custom_vmap
@@ -123,13 +123,23 @@ def batched_as_rows(function: Callable) -> Callable:
 
     @rows.def_vmap
     def _more_rows(size, batched, *arrays):
-        spread = (
-            z if b else jnp.broadcast_to(z, (size, *z.shape)) for z, b in zip(arrays, batched)
-        )
-        results = rows(*(z.reshape(-1, *z.shape[2:]) for z in spread))
+        def merged(z, has_axis):
+            z = z if has_axis else jnp.broadcast_to(z, (size, *z.shape))
+            return z.reshape(-1, *z.shape[2:])
+
+        results = rows(*jax.tree.map(merged, arrays, tuple(batched)))
         return tuple(z.reshape(size, -1, *z.shape[1:]) for z in results), (True,) * len(results)
 
     return rows
+
+
+def of_models(function: Callable) -> Callable:
+    """Makes `function`, whose arrays all begin with an axis of models, one of a single model.
+
+    vmap gives `function` more models. Arguments are as of `batched_as_rows`.
+    """
+    rows = batched_as_rows(function)
+    return lambda *arrays: [z[0] for z in rows(*jax.tree.map(lambda z: z[None], arrays))]
 
 
 def keep(results: list[jax.Array]) -> list[jax.Array]:
