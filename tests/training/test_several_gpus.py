@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 
 import jax
 import numpy as np
