@@ -148,11 +148,11 @@ def test_each_kernel_compiles_once_beside_the_programs_that_hold_it(compiled, mo
 
     def compile_():  # is done when all three kernels are
         for _ in range(3):
-            assert compiled.begun.acquire(timeout=20)
+            assert compiled.begun.acquire(timeout=120)
 
     ends = threading.Event()
     train = SimpleNamespace(names="ab", compile=compile_)
-    evaluate = SimpleNamespace(names="bc", compile=lambda: ends.wait(20))
+    evaluate = SimpleNamespace(names="bc", compile=lambda: ends.wait(120))
     found = compilation.compile_side_by_side({"train": lambda: train, "evaluate": lambda: evaluate})
     found["train"].result()
     ends.set()
@@ -183,16 +183,15 @@ def test_a_program_whose_kernels_are_not_found_is_compiled_nevertheless(monkeypa
 
 
 def test_a_kernel_that_fails_alone_is_told_unless_its_program_says_so():
-    def fail():
-        raise ValueError("no such target")
-
-    kernel = SimpleNamespace(lower=lambda: SimpleNamespace(compile=fail)), []
     for error, count in ((None, 1), (RuntimeError("of the program"), 0)):
         ready = Future()
-        ends = threading.Timer(
-            0.05, ready.set_result if error is None else ready.set_exception, [error]
-        )
-        ends.start()
+        end = functools.partial(ready.set_result if error is None else ready.set_exception, error)
+
+        def fail(end=end):  # the program is ready a little later
+            threading.Timer(0.05, end).start()
+            raise ValueError("no such target")
+
+        kernel = SimpleNamespace(lower=lambda fail=fail: SimpleNamespace(compile=fail)), []
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             compilation._compile_unless(ready, 0.0, *kernel)

@@ -16,13 +16,13 @@ from tests.serving import Serving
 LETTERS = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmnopq"})
 ENDLESS = 10**8
 HEAD, BODY, WHOLE = 1.0, 1.0, 4.0  # seconds
+LONGEST = 60  # seconds, after which something hangs
 LONG = "9" * 5000
 
 
 def start_serving(**options):
     small = small_model("mamba2")
-    options = {"head_seconds": HEAD, "body_seconds": BODY, "max_tokens": ENDLESS} | options
-    return Serving(small.model, small.params, LETTERS, **options)
+    return Serving(small.model, small.params, LETTERS, max_tokens=ENDLESS, **options)
 
 
 def expected(serving, **fields):
@@ -32,7 +32,16 @@ def expected(serving, **fields):
 
 @pytest.fixture(scope="module")
 def serving():
+    """With the usual time for headers and body: clients of a busy machine are slow."""
     serving = start_serving(rows=4)
+    yield serving
+    serving.stop()
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """With little time for headers and body."""
+    serving = start_serving(rows=4, head_seconds=HEAD, body_seconds=BODY)
     yield serving
     serving.stop()
 
@@ -112,7 +121,7 @@ def closed_after(client, began):
     return time.monotonic() - began, data
 
 
-def test_connections_that_stall_are_closed_and_others_served(serving):
+def test_connections_that_stall_are_closed_and_others_served(hasty):
     body = json.dumps({"prompt": "abc", "max_tokens": 2}).encode()
     answered = raw_request(body)
     starts = {
@@ -125,29 +134,31 @@ def test_connections_that_stall_are_closed_and_others_served(serving):
         "half a line after an answer": answered + b"POST /v1/comp",
     }
     began = time.monotonic()
-    clients = [(name, serving.connect(start)) for name, start in starts.items() for _ in range(20)]
-    assert serving.text() == expected(serving)
+    clients = [(name, hasty.connect(start)) for name, start in starts.items() for _ in range(20)]
+    body = json.dumps({"prompt": "abc", "max_tokens": 5, "temperature": 0}).encode()
+    _, answer = closed_after(hasty.connect(raw_request(body)), began)
+    text = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["text"]
+    assert text == expected(hasty)
     for name, client in clients:
         seconds, data = closed_after(client, began)
-        assert seconds < 15, name
+        assert seconds < LONGEST, name
         statuses = [line for line in data.split(b"\r\n") if line.startswith(b"HTTP/1.1")]
         wanted = b"408" if "body" in name else b"200" if "answer" in name else None
         assert [line.split()[1] for line in statuses] == ([wanted] if wanted else []), name
 
 
-def test_body_that_drips_is_cut_off(serving):
-    client = serving.connect(raw_request(b"", 1000))
-    began, data = time.monotonic(), b""
+def test_body_that_drips_is_cut_off(hasty):
+    client = hasty.connect(raw_request(b"", 10_000))
+    began, data, part = time.monotonic(), b"", None
     client.settimeout(0.2)
     with contextlib.suppress(ConnectionError), client:
-        while time.monotonic() - began < 15:
-            client.sendall(b" ")
+        while part != b"" and time.monotonic() - began < LONGEST:
+            with contextlib.suppress(ConnectionError):  # what it sent before can still be read
+                client.sendall(b" ")
             with contextlib.suppress(TimeoutError):
                 part = client.recv(1000)
                 data += part
-                if not part:
-                    break
-    assert b"408" in data and time.monotonic() - began < 10
+    assert b"408" in data and time.monotonic() - began < LONGEST
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -165,11 +176,11 @@ def test_request_without_end_is_cut_off(single):
     body = json.dumps({"prompt": "abc", "max_tokens": ENDLESS}).encode()
     began = time.monotonic()
     seconds, data = closed_after(single.connect(raw_request(body)), began)
-    assert WHOLE - 0.5 < seconds < WHOLE + 10 and data == b""
+    assert WHOLE - 0.5 < seconds < LONGEST and data == b""
     wait_for(lambda: not single.worker.clients)
 
 
-def wait_for(condition, seconds=15):
+def wait_for(condition, seconds=LONGEST):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from gt_jax import checkpoint
 from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.models import ModelConfig, make_model
 from tests.models.small_models import lively_parameters, random_tokens
+from tests.ports import free_port
 
 pytest.importorskip("uvicorn", reason="serving needs uvicorn")
 curl = shutil.which("curl")
@@ -33,10 +33,9 @@ def folder(tmp_path_factory):
 
 def start(folder, tmp_path, **environment):
     """(the process, its port), once it answers."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "gt_jax.serve", f"--checkpoint={folder}", f"--port={port}"]
-    command += ["--max_tokens=100000000", "--stop_seconds=20"]
+    command += ["--max_tokens=100000000", "--stop_seconds=120"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stderr=log, env=os.environ | environment)
     end = time.monotonic() + 120
@@ -75,7 +74,7 @@ def test_program_answers_curl_and_finishes_what_runs_when_it_is_ended(folder, tm
         process.send_signal(signal.SIGTERM)
         rest = streams.stdout.read()
         assert '"finish_reason": "length"' in rest and rest.rstrip().endswith("data: [DONE]")
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         assert run("/health").returncode != 0
     finally:
         process.kill()

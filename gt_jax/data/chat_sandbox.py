@@ -3,7 +3,8 @@
 Templates are programs of others. They run in Jinja's sandbox, as in transformers, which alone lets
 `{% for %}` count to 10^10. So a template that loops or makes too long a text is stopped here, and
 what no line of Python is called in (adding up lists, replacing texts) meets the process's limits:
-of memory, and a clock that ends it a second after the time is up.
+of memory, and of time, which ends it a second after the time is up. Time is the processor's:
+what else the machine does makes no template too long.
 
 gt_jax.data.chat_templates runs this file alone, without the rest of gt_jax.
 """
@@ -126,10 +127,10 @@ def _limited(seconds: float) -> Iterator[None]:
 
     Python calls the trace function at every line, also in loops that write nothing.
     """
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    end, before = time.process_time() + seconds, sys.gettrace()
 
     def trace(frame, event, arg):
-        if time.monotonic() > end:
+        if time.process_time() > end:
             raise Limit(f"takes longer than {seconds} seconds")
         if event == "return" and isinstance(arg, str) and len(arg) > TEXT_CHARACTERS:
             raise Limit(f"makes a text of more than {TEXT_CHARACTERS} characters")
@@ -175,9 +176,9 @@ def main() -> None:
 
 
 def _alarm(seconds: float) -> None:
-    """Let SIGALRM end this process after some seconds; 0 for never."""
+    """Let SIGPROF end this process after some seconds of computing; 0 for never."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 if __name__ == "__main__":

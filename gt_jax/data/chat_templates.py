@@ -17,7 +17,7 @@ from gt_jax.data import chat_sandbox
 from gt_jax.data.base import Tokenizer, special_names
 from gt_jax.errors import InputError, one_line
 
-SECONDS = 5  # to render a dialogue
+SECONDS = 5  # of computing, to render a dialogue
 _END = "\ue000end of the last message\ue000 "  # private characters, which no text has
 
 
@@ -98,7 +98,7 @@ def _render(source: str, names: dict[str, Any]) -> str:
             child.kill()
             raise
         if not answer:
-            late = child.wait() == -getattr(signal, "SIGALRM", 0)
+            late = child.wait() == -getattr(signal, "SIGPROF", 0)
             raise chat_sandbox.Limit(
                 f"takes longer than {SECONDS} seconds" if late else "ended its process"
             )

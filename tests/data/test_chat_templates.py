@@ -56,7 +56,7 @@ def test_template_that_does_too_much_is_an_error(template, message, monkeypatch)
     with pytest.raises(InputError) as caught:
         render(template)
     assert message in str(caught.value) and len(str(caught.value)) < 300
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60
 
 
 def test_a_dialogue_after_one_that_ended_the_process_is_rendered(monkeypatch):
@@ -80,7 +80,7 @@ def test_process_of_templates_ends_with_the_one_that_asks():
     render("{{ messages[0].content }}")
     child = chat_templates._process
     child.stdin.close()  # as the system does when a process ends, however it ends
-    assert child.wait(5) == 0
+    assert child.wait(60) == 0
     assert render("{{ messages[0].content }}") == "hi"
 
 

@@ -40,10 +40,10 @@ def damaged(saved, tmp_path):
 
 
 def quickly_refused(load, message):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError, match=message) as refused:
         load()
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
     assert str(refused.value).isprintable()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from gt_jax import checkpoint
 from gt_jax.training import metrics
+from tests.ports import free_port
 from tests.training.nursery import Nursery
 
 STEPS = 6
@@ -32,11 +33,9 @@ class Pair:
     def __init__(self, folder):
         self.nursery = Nursery(folder, ARGUMENTS, NPROC="2")
 
-    def run(self, workdir, *more, settings=({}, {}), own=((), ()), timeout=20):
+    def run(self, workdir, *more, settings=({}, {}), own=((), ()), timeout=60):
         """[(exit status, what it printed)] of both."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         pids = []
         for i in range(2):
             flags = {"coordinator_address": address, "num_processes": 2, "process_id": i}
@@ -105,7 +104,7 @@ def test_stopped_and_killed_both_end_and_resume_to_the_same_bits(pair, straight,
     assert f"stopped by SIGTERM in process 1 after step {stopped}" in ended[0][1]
 
     kill = {"phase": "training", "signals": [signal.SIGKILL], "skip": 1}
-    ended = pair.run(workdir, *SHARES, settings=({}, kill), timeout=4)
+    ended = pair.run(workdir, *SHARES, settings=({}, kill), timeout=8)
     assert [status for status, _ in ended] == [1, -9], ended
     lines = [line for line in ended[0][1].splitlines() if line.startswith("error: ")]
     expected = f"error: process 1 on {socket.gethostname()} no longer answers; start all processes"

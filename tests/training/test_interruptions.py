@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -106,13 +107,17 @@ def test_second_signal_ends_the_run_at_once(nursery, tmp_path):
 
 
 def test_second_run_in_a_folder_is_refused_with_the_name_of_the_first(nursery, straight, tmp_path):
-    pid = nursery.start(tmp_path / "run")
-    for _ in range(600):
-        if (tmp_path / "run" / "lock").exists():
-            break
-        time.sleep(0.05)
-    with pytest.raises(InputError, match=rf"another run \(host .*, pid {pid}, since 20[^\n]*$"):
-        train.main(["train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}"])
+    """The first one stands still meanwhile."""
+    stop = {"phase": "looking at checkpoints", "signals": [signal.SIGSTOP]}
+    pid = nursery.start(tmp_path / "run", **stop)
+    try:
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.02)
+        message = rf"another run \(host .*, pid {pid}, since 20[^\n]*$"
+        with pytest.raises(InputError, match=message):
+            train.main(["train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}"])
+    finally:
+        os.kill(pid, signal.SIGCONT)
     status, printed = nursery.end()
     assert status == 0, printed
     assert results(tmp_path / "run") == straight[0]

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from gt_jax.models import make_config, make_model
 from gt_jax.training import backend, metrics, parallel
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_train_step
+from tests.ports import free_port
 from tests.training.nursery import Nursery
 
 ROWS, LENGTH, STEPS = 8, 256, 4
@@ -149,9 +149,7 @@ def test_run_of_which_one_process_is_killed_resumes_on_any_number_of_devices(
 
     def run_two(workdir, killed):
         """[(exit status, what it printed)] of two processes with a device each."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         pids = []
         for i in range(2):
             flags = {"coordinator_address": address, "num_processes": 2, "process_id": i, "fsdp": 2}

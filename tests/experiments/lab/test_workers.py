@@ -1,9 +1,10 @@
 """Works in processes of their own are measured in turn, whatever becomes of the others."""
 
+import contextlib
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 
 import jax
 import pytest
@@ -38,17 +39,22 @@ def prepare_to_die(name):
     threading.Timer(0.2, os._exit, (9,)).start()  # as of a machine whose memory is full
 
 
-def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd):
+def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd, monkeypatch):
     kinds = {"one": prepare, "slow": sleep, "bad": fail, "two": prepare}
     works = [
         workers.Work(name, made, measure, (name,), cards)
         for cards, (name, made) in enumerate(kinds.items(), 1)
     ]
+    # The processes start before the clock does: on a busy machine that takes long.
+    started = {work.name: workers._process(work) for work in works}
+    for future in [process.submit(prepare, "it") for process in started.values()]:
+        future.result()
+    monkeypatch.setattr(workers, "_process", lambda work: started[work.name])
     began = time.time()
     kept = []
-    found = workers.run_all(works, seconds=20, each=lambda found: kept.append(list(found)))
-    assert time.time() - began < 40
-    assert found["slow"] == {"reason": "not ready after 12 s"}
+    found = workers.run_all(works, seconds=10, each=lambda found: kept.append(list(found)))
+    assert time.time() - began < 60
+    assert found["slow"] == {"reason": "not ready after 6 s"}
     assert found["bad"] == {"reason": "RuntimeError: no bad"}
     assert kept == [list(kinds)[:n] for n in (1, 2, 3, 4)]
     (*one, first), (*two, second) = found["one"], found["two"]
@@ -63,13 +69,22 @@ def test_wrong_input_is_raised():
 
 
 def test_a_process_that_died_before_its_turn_leaves_the_others_their_measures():
+    mortal = []
+
     def wait_and_measure():
-        time.sleep(1)
+        """Until the other process is known to be dead."""
+        with contextlib.suppress(BrokenExecutor):
+            while True:
+                mortal[0].submit(int).result()
         return "measured"
+
+    def process_of(work):
+        mortal.append(pool(work))
+        return mortal[0]
 
     with pytest.MonkeyPatch.context() as patch:
         pool = workers._process
-        of_work = lambda work: pool(work) if work.cards > 1 else ThreadPoolExecutor(1)
+        of_work = lambda work: process_of(work) if work.cards > 1 else ThreadPoolExecutor(1)
         patch.setattr(workers, "_process", of_work)
         first = workers.Work("first", lambda: None, wait_and_measure, (), 1)
         dies = workers.Work("dies", prepare_to_die, measure, ("dies",), 2)
