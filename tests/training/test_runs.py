@@ -90,11 +90,11 @@ def test_evaluation_before_the_first_step_changes_nothing_else(run, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands in for kill -9: nothing of the run goes on."""
+    """Stands in for kill -9: nothing of the run continues."""
 
 
 def test_run_killed_at_its_end_is_ended_by_the_next_start(run, tmp_path, monkeypatch, capsys):
-    """One that had ended before and went on longer, too: its curve is of then."""
+    """One that had ended before and was made longer, too: its curve is of then."""
     workdir, drawn = tmp_path / "run", []
     draw, finish = train.curve_of, Writer.finish
 
