@@ -136,7 +136,7 @@ def _paced(
     if not pace.parts(optim):
         return tx
 
-    def update(updates, state, params=None, *, done, **more):
+    def update(updates, state, params=None, *, done: Any = None, **more):
         found, after = tx.update(updates, state, params, **more)
         factors = pace.factors(optim, done, schedule(done))
         of = lambda path: factors.get(label(path), 1.0)
