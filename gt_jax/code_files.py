@@ -16,6 +16,8 @@ from pathlib import Path
 
 _LARGE = 2**26  # bytes of a file that is known by its size and times
 _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+# By id: threads that are `reading`, and what each has opened.
+_readers: dict[int, tuple[int, set[str]]] = {}
 
 
 @contextlib.contextmanager
@@ -24,21 +26,28 @@ def reading() -> Iterator[set[str]]:
 
     A config may import nothing and yet run other code, or read what it changes the code by.
     """
-    found, thread, over = set(), threading.get_ident(), False
+    _watch_opening()
+    found = set()
+    _readers[id(found)] = threading.get_ident(), found
+    try:
+        yield found
+    finally:
+        del _readers[id(found)]
 
+
+@functools.cache  # nothing takes a hook away
+def _watch_opening() -> None:
     def hook(event: str, args: tuple) -> None:
-        if over or event != "open" or thread != threading.get_ident():
+        if event != "open" or not _readers:
             return
         match args:
             case (str() | bytes() | os.PathLike() as file, _, int(flags)):
                 if flags & _ACCESS == os.O_RDONLY:
-                    found.add(_source(os.path.abspath(os.fsdecode(file))))
+                    for thread, found in list(_readers.values()):
+                        if thread == threading.get_ident():
+                            found.add(_source(os.path.abspath(os.fsdecode(file))))
 
-    sys.addaudithook(hook)  # nothing takes it away
-    try:
-        yield found
-    finally:
-        over = True
+    sys.addaudithook(hook)
 
 
 def imported(read: set[str]) -> set[str]:

@@ -207,7 +207,7 @@ def compile_side_by_side(
                 jax.monitoring.record_event(_HIT)  # JAX's cache has it as well
                 result.set_result(program)
                 return
-            tracing.submit(settle, lambda: without_collector(lower), compile_)
+            tracing.submit(settle, lambda: kept_programs.traced(without_collector, lower), compile_)
 
         if place:
             place.program.add_done_callback(lambda program: lower_unless(program.result()))

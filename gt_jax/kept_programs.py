@@ -43,6 +43,9 @@ _OF_A_SESSION = {"_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "DIS
 _OF_A_SESSION |= {"MAIL", "PS1", "STY", "WINDOWID", "INVOCATION_ID", "JOURNAL_STREAM"}
 _OF_A_SESSION |= {"CUDA_VISIBLE_DEVICES"}
 _OF_A_SESSION_BEGIN = ("SSH_", "TMUX", "SLURM_", "XDG_", "VSCODE_", "TERM_")
+# Of these, what tells the jobs of one script apart, by which its code may choose what to be.
+_OF_A_JOB = {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_NAME", "SLURM_PROCID", "SLURM_LOCALID"}
+_OF_THE_SYSTEM = ("/proc/", "/sys/")  # files that say what a machine does now
 # Settings of JAX that say where its cache is, and change no program.
 _OF_THE_CACHE = ("compilation_cache", "persistent_cache")
 # Calls out of XLA that a process can make which has lowered nothing: of what `import jax` registers
@@ -55,7 +58,7 @@ _CALLS = {
 
 class _Command(NamedTuple):
     folder: Path
-    read: set[str]  # files that nothing imports: the config, and what it read
+    read: set[str]  # files that nothing imports: the config, what it and the model's code read
     first: list[str]  # all files of then
     environment: dict[str, Any]  # as the process was given it; imports change it
     stamps: dict[str, str]  # of files, each as it was first seen
@@ -128,9 +131,21 @@ def numbers(name: str, identity: Any, count: Callable[[], dict[str, Any]]) -> di
     try:
         return json.loads(_whole(path, _command)[1])
     except Exception:  # as of a program
-        found = count()
+        found = traced(count)
         _store(path, json.dumps(found).encode())
         return found
+
+
+def traced(trace: Callable, *args: Any) -> Any:
+    """trace(*args), noting which files it reads: a model's code may make a table a constant.
+
+    What is kept from now on counts only while these files are as they are.
+    """
+    with code_files.reading() as read:
+        result = trace(*args)
+    if _command is not None:
+        _command.read.update(file for file in read if not file.startswith(_OF_THE_SYSTEM))
+    return result
 
 
 def _paths(names: Iterable[str], identity: Any) -> dict[str, Path]:
@@ -245,7 +260,8 @@ def _environment(command: _Command) -> dict[str, Any]:
         "variables": {
             name: value
             for name, value in sorted(command.environment.items())
-            if name not in _OF_A_SESSION and not name.startswith(_OF_A_SESSION_BEGIN)
+            if name in _OF_A_JOB
+            or (name not in _OF_A_SESSION and not name.startswith(_OF_A_SESSION_BEGIN))
         },
         "settings": {
             name: repr(value)

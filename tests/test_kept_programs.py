@@ -50,13 +50,13 @@ def begin(tmp_path, monkeypatch, without_cache_of_jax):
     return lambda *read: kept_programs.begin(COMMAND, tmp_path / "xla", *read)
 
 
-def run(factor, identity="it"):
-    """(whether it was lowered, its result) of a program that is compiled or was kept."""
+def run(factor, identity="it", table=None):
+    """(whether it was lowered, its result) of a program; its code may read the factor in a file."""
     lowered = []
 
     def lower():
-        lowered.append(factor)
-        return jax.jit(lambda x: {"sum": (x * factor).sum(), "none": None}).lower(jnp.ones(7))
+        lowered.append(int(table.read_text()) if table else factor)
+        return jax.jit(lambda x: {"sum": (x * lowered[0]).sum(), "none": None}).lower(jnp.ones(7))
 
     written.clear()  # set by programs of a test before, which nobody waited for
     kept = kept_programs.find(["step"], identity)
@@ -134,6 +134,17 @@ def test_change_of_an_imported_or_named_file_compiles_anew(begin, tmp_path, monk
         del sys.modules["imported_by_the_run"]
 
 
+def test_change_of_a_file_that_the_code_reads_while_it_is_traced_compiles_anew(begin, tmp_path):
+    table = tmp_path / "table.txt"
+    for factor in (3, 4):
+        table.write_text(str(factor))
+        begin()
+        assert run(None, table=table) == (True, 7 * factor)
+        begin()
+        assert run(5) == (False, 7 * factor)
+        assert kept_programs.numbers("counts", "it", lambda: [table.read_text()]) == [str(factor)]
+
+
 def test_module_that_was_not_imported_then_compiles_anew(begin, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     begin()
@@ -170,7 +181,10 @@ def test_module_that_was_imported_then_and_is_not_now_compiles_anew(begin, tmp_p
     assert run(4) == (True, 28)
 
 
-@pytest.mark.parametrize("name, counts", [("XLA_FLAGS_OF_MINE", True), ("SSH_CLIENT", False)])
+COUNTS = {"XLA_FLAGS_OF_MINE": True, "SLURM_ARRAY_TASK_ID": True, "SLURM_JOB_ID": False}
+
+
+@pytest.mark.parametrize("name, counts", COUNTS.items())
 def test_environment_variable_compiles_anew_unless_of_a_session(begin, monkeypatch, name, counts):
     begin()
     run(3)

@@ -7,7 +7,7 @@ from pathlib import Path
 from gt_jax import checkpoint
 from gt_jax.convert import card, files, foreign, mamba2, modeling, rwkv6, settings
 from gt_jax.convert.layout import read_params, write_arrays
-from gt_jax.convert.tokenizer_files import tokenizer_files, world_files
+from gt_jax.convert.tokenizer_files import tokenizer_files
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.data.base import Tokenizer
 from gt_jax.data.pretrained import WORLD_FILE, export_files, export_ids, read_tokenizer
@@ -81,7 +81,7 @@ def _recognise(found: files.Source) -> tuple[str, ModelConfig, list[str]]:
 def export_model(
     source: str | Path, target: str | Path, *, layout: str | None, licence: str | None = None
 ) -> str:
-    """Write one of our models as another library stores it, with its tokenizer if that has a file.
+    """Write one of our models as another library stores it; a folder with its tokenizer.
 
     Args:
         source: what `gt_jax.load` takes.
@@ -111,9 +111,14 @@ def export_model(
         raise InputError(f"{target} must end in .pth or .safetensors for --format={layout}")
     if (weights or target.name).endswith(".safetensors"):
         files.import_safetensors()
-    texts = export_files(tokenizer) | world_files(tokenizer)
+    texts = tokenizer_files(tokenizer)
+    # A kind of our own in the form of transformers; read back it would be another kind.
+    is_ours = "tokenizer.json" in texts.keys() - export_files(tokenizer).keys()
+    own = {OWN_TOKENIZER: json.dumps(tokenizer.to_dict()) + "\n"}
     if layout == "pytorch":
-        texts = _files_of_pytorch(source, config, tokenizer, licence)
+        texts |= own | _files_of_pytorch(source, config, tokenizer, licence, list(texts))
+    elif is_ours:
+        texts |= own
     arrays = write_arrays(LAYOUTS[layout], config, params)
     with files.new(target) as unfinished:
         if weights is None:
@@ -130,17 +135,15 @@ def export_model(
     return "\n".join([*notes, f"{_describe(config)}, written as {layout}: {target}"])
 
 
-def _files_of_pytorch(source, config, tokenizer, licence) -> dict[str, str]:
-    """Name -> text of what stands beside config.json and the weights in layout "pytorch"."""
-    texts = tokenizer_files(tokenizer)
-    code = [modeling.FILE, *(name for name in texts if name.endswith(".py"))]
-    has_tokenizer = "tokenizer_config.json" in texts
-    return texts | {
+def _files_of_pytorch(source, config, tokenizer, licence, others: list[str]) -> dict[str, str]:
+    """Name -> text of what layout "pytorch" has besides weights, config.json and `others`."""
+    code = [modeling.FILE, *(name for name in others if name.endswith(".py"))]
+    has_tokenizer = "tokenizer_config.json" in others
+    return {
         modeling.FILE: modeling.modeling_file(config, card.describe(config)),
         "README.md": card.model_card(
             source, config, tokenizer, licence=licence, has_tokenizer=has_tokenizer, code=code
         ),
-        OWN_TOKENIZER: json.dumps(tokenizer.to_dict()) + "\n",
     }
 
 

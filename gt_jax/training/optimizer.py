@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gt_jax.config import Optim
-from gt_jax.training import tuning
+from gt_jax.training import pace, tuning
 
 # Name in a path -> label. Everything else (embedding, feed-forward, norms, head) is "rest".
 LABELS = {"rwkv": "rwkv", "mamba": "mamba", "fusion": "gate"}
@@ -79,11 +79,12 @@ def make_optimizer(optim: Optim, schedule: optax.Schedule) -> optax.GradientTran
 
     Its gradients are clipped ones as `join` gives them, its updates a tree like the parameters.
     update(..., finite=False) leaves no trace: the state stays as it is and updates are zero.
+    update(..., done=count) of updates made before this one holds parts back, see `pace.factors`.
     Moments are stored in optim.moments_dtype and computed in float32.
     """
-    return {"adamw": _adamw, "muon": _muon, "schedule_free": _schedule_free}[optim.name](
-        optim, schedule
-    )
+    if optim.name == "schedule_free":  # averages what was held back
+        return _schedule_free(optim, schedule)
+    return _paced({"adamw": _adamw, "muon": _muon}[optim.name](optim, schedule), optim, schedule)
 
 
 def is_averaged(opt_state: Any, average: Any = None) -> bool:
@@ -126,6 +127,22 @@ def update_average(average: Any, params: Any, decay: float, count: jax.Array) ->
     # 1 - decay^count would keep few digits of a decay near 1.
     weight = (1 - decay) / -jnp.expm1(count * math.log(decay))
     return jax.tree.map(lambda old, new: old + weight * (new - old), average, params)
+
+
+def _paced(
+    tx: optax.GradientTransformationExtraArgs, optim: Optim, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that holds parts back; the very same one if there is none to hold back."""
+    if not pace.parts(optim):
+        return tx
+
+    def update(updates, state, params=None, *, done: Any = None, **more):
+        found, after = tx.update(updates, state, params, **more)
+        factors = pace.factors(optim, done, schedule(done))
+        of = lambda path: factors.get(label(path), 1.0)
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * of(path), found), after
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _factors(optim: Optim) -> dict:
@@ -223,12 +240,11 @@ def _muon(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformatio
 
 def _schedule_free(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """optax's schedule-free (Defazio et al. 2024, arXiv:2405.15682) around AdamW without b1."""
-    free = optax.contrib.schedule_free(
-        _adamw(dataclasses.replace(optim, b1=0.0), schedule), schedule, b1=optim.b1
-    )
+    adamw = _paced(_adamw(dataclasses.replace(optim, b1=0.0), schedule), optim, schedule)
+    free = optax.contrib.schedule_free(adamw, schedule, b1=optim.b1)
 
-    def update(updates, state, params=None, *, finite=True, **_):
-        found, after = free.update(updates, state, params, finite=finite)
+    def update(updates, state, params=None, *, finite=True, **more):
+        found, after = free.update(updates, state, params, finite=finite, **more)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), found), after
 

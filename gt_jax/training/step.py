@@ -189,8 +189,8 @@ def make_train_step(
     """train_step(state, batch) -> (state, metrics).
 
     Args:
-        model, config, axis_name: as for `make_gradients`; config also says how parts are paced and
-            what gradients are clipped to.
+        model, config, axis_name: as for `make_gradients`; config also says how Mamba's gradients
+            are scaled and what all are clipped to.
         tx: from `optimizer.make_optimizer`, and `schedule` its learning rate by update.
         spread: gradients -> the same over several devices, where not the whole step is spread.
 
@@ -217,9 +217,8 @@ def make_train_step(
         # A step that is not finite leaves no trace but its count, the carried state included.
         finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm)
         part = tuning.trained(state.params, config.train.tune)
-        updates, opt_state = tx.update(grads, state.opt_state, part, finite=finite)
         done = state.step - state.skipped
-        updates = pace.paced(updates, config.optim, done, schedule(done))
+        updates, opt_state = tx.update(grads, state.opt_state, part, finite=finite, done=done)
         part = optax.apply_updates(part, updates)
         average, decay = state.average, config.optim.ema
         if average is not None:

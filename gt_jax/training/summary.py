@@ -56,11 +56,12 @@ def conclude(
     best = "no finite validation loss"
     if progress.best_step is not None:
         best = f"best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
+    written = {"curve": workdir / "curve.png", "samples": workdir / "samples.txt"}
+    lines = [f"{f'{name}:':13}{file}" for name, file in written.items() if file.exists()]
+    folder = workdir / checkpoint.FOLDER
     say(
         f"\nstep {step} after {seconds:.0f} s{early if step < config.train.steps else ''}"
         f"{in_training}\n"
-        f"{best}, last {progress.last_loss:.4f} nats/{unit}\n"
-        f"curve:       {workdir / 'curve.png'}\n"
-        f"samples:     {workdir / 'samples.txt'}\n"
-        f"checkpoints: {workdir / checkpoint.FOLDER} (best {progress.best_step}, last {step})"
+        f"{best}, last {progress.last_loss:.4f} nats/{unit}"
     )
+    say("\n".join([*lines, f"checkpoints: {folder} (best {progress.best_step}, last {step})"]))

@@ -16,6 +16,7 @@ from gt_jax import checkpoint, cli
 from gt_jax.convert import LAYOUTS, __main__, export_model, files, import_model
 from gt_jax.convert.layout import read_params
 from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
+from gt_jax.data.tokenizers import CharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.generation import generate
 from gt_jax.models import make_model
@@ -46,6 +47,24 @@ def test_export_and_import_give_the_same_model(tmp_path, name, layout):
     assert model.config == small.MODELS[name]
     small.assert_same(params, small.params_of(name))
     assert tokenizer.vocab_size == small.VOCAB
+
+
+@pytest.mark.parametrize("layout", ["mamba2-hf", "mamba-ssm"])
+def test_folders_of_other_libraries_have_the_tokenizer_for_transformers_and_for_us(
+    tmp_path, layout
+):
+    need_safetensors(layout)
+    tokenizer = CharTokenizer("\n " + "".join(map(chr, range(0x61, 0x61 + small.VOCAB - 2))))
+    small.save("mamba2", tmp_path / "ours", tokenizer)
+    export_model(tmp_path / "ours", tmp_path / "there", layout=layout)
+    import_model(tmp_path / "there", tmp_path / "back")
+    back = gt_jax.load(tmp_path / "back")[2]
+    assert back.to_dict() == tokenizer.to_dict()
+    transformers = pytest.importorskip("transformers", reason="the oracle")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "there")
+    text = "abc\nbad  hi"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+    assert theirs.decode(theirs(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("layout", ["mamba-ssm", "mamba2-hf"])

@@ -17,7 +17,11 @@ from gt_jax.training.writer import Writer, restore
 
 VARIANTS = {
     "adamw": {},
-    "schedule_free": {"optim.name": "schedule_free", "optim.schedule": "constant"},
+    "schedule_free": {
+        "optim.name": "schedule_free",
+        "optim.schedule": "constant",
+        "optim.frozen_steps.gate": 1,
+    },
     "muon, averaged": {
         "optim.name": "muon",
         "optim.ema": 0.8,
@@ -114,6 +118,44 @@ def test_updates_are_those_of_optax_leaf_by_leaf(name, large, params, make_confi
         others = optax.contrib.schedule_free_eval_params(other_state, others)
         assert optimizer.is_averaged(state)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, others)
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_part_that_is_held_back_moves_as_one_of_a_smaller_rate(name, params, make_config):
+    """In optax, too: an average is then of what was held back, not of what would have been."""
+    held = {"optim.frozen_steps.mamba": 3, "optim.part_warmup_steps.rwkv": 4}
+    fields = {"name": name, "schedule": "constant", "lr": 0.02, "warmup_steps": 0, "b1": 0.8}
+    fields |= {"b2": 0.97, "eps": 1e-4, "weight_decay": 0.3}
+    optim = make_config(**held | {f"optim.{field}": x for field, x in fields.items()}).optim
+    rates = {"mamba": lambda n: 0.02 * (n >= 3), "rwkv": lambda n: 0.005 * jnp.minimum(n + 1, 4)}
+    rates["rest"] = lambda n: 0.02
+    rest, b1 = functools.partial(by_name, choose=is_decayed), 0.8 if name == "adamw" else 0.0
+    adamw = functools.partial(optax.adamw, b1=b1, b2=0.97, eps=1e-4, weight_decay=0.3, mask=rest)
+    part = lambda path, _: next((x for x in ("rwkv", "mamba") if x in path), "rest")
+    other = optax.partition({x: adamw(rates[x]) for x in rates}, by_name(params, part))
+    if name == "schedule_free":
+        other = optax.contrib.schedule_free(other, rates["rest"], b1=0.8)
+    ours, mine, others = optimizer.make_optimizer(optim, rates["rest"]), params, params
+    state, other_state = ours.init(mine), other.init(others)
+
+    @jax.jit
+    def both(mine, state, others, other_state, n):
+        updates, state = ours.update(optimizer.join(gradients(mine, n)), state, mine, done=n)
+        mine = optax.apply_updates(mine, updates)
+        updates, other_state = other.update(gradients(others, n), other_state, others)
+        return mine, state, optax.apply_updates(others, updates), other_state
+
+    assert_close = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    for n in range(6):
+        mine, state, others, other_state = both(mine, state, others, other_state, n)
+        jax.tree.map(assert_close, mine, others)
+        found = expected = optimizer.evaluated(mine, state)
+        if name == "schedule_free":
+            expected = optax.contrib.schedule_free_eval_params(other_state, others)
+        jax.tree.map(assert_close, found, expected)
+        if n < 3:
+            of_mamba = lambda tree: by_name(tree, lambda path, x: x * ("mamba" in path))
+            jax.tree.map(assert_close, of_mamba(found), of_mamba(params))
 
 
 def test_the_optimizer_that_contributing_shows_is_what_it_says(params, make_config):
