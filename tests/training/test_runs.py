@@ -59,7 +59,9 @@ def test_run_that_was_interrupted_equals_one_that_was_not(name, run, tmp_path, c
     run(tmp_path / "straight", **fields)
     run(tmp_path / "cut", **fields, **{"train.max_minutes": 1e-6})  # one step
     run(tmp_path / "cut", **fields)
-    assert "resuming at step 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming at step 1" in said
+    assert f"curve:       {tmp_path / 'cut' / 'curve.png'}\ncheckpoints: " in said  # no samples
     assert rows(tmp_path / "cut") == rows(tmp_path / "straight")
     both = [gt_jax.load(tmp_path / f"{name}@last")[1] for name in ("cut", "straight")]
     jax.tree.map(np.testing.assert_array_equal, *both)
