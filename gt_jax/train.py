@@ -42,7 +42,7 @@ from gt_jax.training.job import Job, first_state, prepare, progress_of
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
-from gt_jax.training.plot import prepare_to_draw
+from gt_jax.training.plot import prepare_to_draw, prepare_to_draw_beside
 from gt_jax.training.prefetch import prefetch
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
@@ -203,6 +203,8 @@ def _loop(job: Job, make_state, progress, start, stop, writer, speed, began) -> 
 
             improved = False
             if due and not stop:
+                if is_last:
+                    prepare_to_draw_beside()
                 with paused(), contextlib.suppress(Interrupted):
                     measured = _evaluate(job, state, stop, carry)
                     row = {"step": step, **numbers, **progress.returned(), **measured}

@@ -154,22 +154,16 @@ def make_gradients(
             carry = None if carry is None else output.state
             return objective, (loss, terms, gate_moments(sown), carry)
 
-        gradients_of = jax.value_and_grad(loss_of, has_aux=True)
-
         def add_microbatch(grads, rows):
-            (_, aux), more = gradients_of(part, *rows)
+            (_, aux), more = jax.value_and_grad(loss_of, has_aux=True)(part, *rows)
             return jax.tree.map(jnp.add, grads, more), aux
 
-        if microbatches == 1:  # no loop, and no sums with zeros, for XLA to take away again
-            (_, (*found, carry)), grads = gradients_of(part, 0, batch, carry)
-            losses, terms, gates = jax.tree.map(lambda x: x[None], found)
-        else:
-            grads, (losses, terms, gates, carry) = jax.lax.scan(
-                add_microbatch,
-                jax.tree.map(jnp.zeros_like, part),
-                (jnp.arange(microbatches), *_split((batch, carry), microbatches)),
-            )
-            carry = _join(carry)
+        grads, (losses, terms, gates, carry) = jax.lax.scan(
+            add_microbatch,
+            jax.tree.map(jnp.zeros_like, part),
+            (jnp.arange(microbatches), *_split((batch, carry), microbatches)),
+            unroll=microbatches == 1,
+        )
         terms = jax.tree.map(jnp.sum, terms)
         loss, terms = over_devices(jax.lax.psum, (losses.sum(), terms))
         grads = over_devices(fsdp.sum_gradients, grads)
@@ -179,7 +173,7 @@ def make_gradients(
             mean = over_all(means.mean(0))
             between = jnp.square(means - mean).mean(0)
             gates = mean, jnp.sqrt(over_all(variances.mean(0) + between))
-        return Gradients(grads, loss, terms, gates, carry, tokens)
+        return Gradients(grads, loss, terms, gates, _join(carry), tokens)
 
     return gradients
 
