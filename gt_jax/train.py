@@ -306,11 +306,11 @@ def _prompt(config: Config, text: Text) -> np.ndarray:
 
 def _sample(job: Job, params, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
-    settings = {"max_tokens": job.config.train.sample_tokens, "seed": job.config.seed}
+    most, seed = job.config.train.sample_tokens, job.config.seed
     params = parallel.on_one_device(params, job.mesh)
     draw = functools.partial(sample, programs=job.sampling) if job.sampling else generate
     try:
-        tokens = stop.until(draw(job.model, params, job.prompt, **settings))
+        tokens = stop.until(draw(job.model, params, job.prompt, max_tokens=most, seed=seed))
         text = job.text.tokenizer.decode([*job.prompt, *tokens])
         samples.write(step, text)
     except (ValueError, OSError) as error:
