@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
 from gt_jax.finite import check_computed
 from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, prefill, start_state
@@ -40,23 +39,18 @@ def lower_ahead(
 
     Returns:
         Name -> a function that lowers the program. It takes a jax.ShapeDtypeStruct for each
-        parameter, with the sharding that the parameter will have.
+        parameter, with its sharding on the one device where all parameters will be.
     """
 
     def arguments(params):
         state = None
         if _is_long(prompt):
             state = jax.eval_shape(functools.partial(start_state, model), params)
-            state = _placed(state, _everywhere(params))
+            state = _placed(state, _device(params))
         return model, params, one_slot(Request(prompt), _context(model, prompt, state))
 
     def burst(params):
-        sharding = _everywhere(params)
-        if len(sharding.device_set) == 1:
-            begun = _placed(_begin.eval_shape(*arguments(params)), sharding)
-        else:
-            lowered = _begin.lower(*arguments(params))
-            begun = jax.tree.map(_placed, lowered.out_info, lowered.compile().output_shardings)
+        begun = _placed(_begin.eval_shape(*arguments(params)), _device(params))
         return lower_advance(model, *begun, narrows=False)
 
     return {"begin": lambda params: _begin.lower(*arguments(params)), "burst": burst}
@@ -93,7 +87,7 @@ def _drawn(model, params, request, programs) -> Iterator[int]:
     context = _context(model, prompt, None)
     if _is_long(prompt):
         context = prefill(model, params, prompt)
-        context = context._replace(state=jax.device_put(context.state, _everywhere(params)))
+        context = context._replace(state=jax.device_put(context.state, _device(params)))
     weights, slots = programs["begin"](params, one_slot(request, context))
     while left > 0:
         slots, drawn = programs["burst"](weights, slots)
@@ -127,12 +121,9 @@ def _context(model: LanguageModel, prompt: np.ndarray, state: Any) -> Context:
     return Context(state, waiting, seen, len(prompt))
 
 
-def _everywhere(params: Any) -> Sharding:
-    """Whole on every device of parameters."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if len(sharding.device_set) == 1:
-        return sharding
-    return NamedSharding(sharding.mesh, P())
+def _device(params: Any) -> Sharding:
+    """Where parameters are: on one device, all alike."""
+    return jax.tree.leaves(params)[0].sharding
 
 
 def _placed(tree: Any, sharding: Sharding) -> Any:
