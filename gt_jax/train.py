@@ -30,7 +30,7 @@ from gt_jax import cli, code_files, compilation, kept_programs
 from gt_jax.config import Config, check_devices, from_config_dict, to_dict
 from gt_jax.data import beginning
 from gt_jax.data.corpora import replace_file
-from gt_jax.generation import Request, generate, lower_ahead
+from gt_jax.generation import generate, lower_ahead, sample
 from gt_jax.generation.prompts import encode_prompt
 from gt_jax.scoring import loss_unit
 from gt_jax.training import backend, hosts, parallel, provenance, stopping, utilization, watch
@@ -42,7 +42,7 @@ from gt_jax.training.job import Job, first_state, prepare, progress_of
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
-from gt_jax.training.plot import prepare_to_draw
+from gt_jax.training.plot import prepare_to_draw, prepare_to_draw_beside
 from gt_jax.training.prefetch import prefetch
 from gt_jax.training.progress import Progress
 from gt_jax.training.runtime import joined
@@ -92,10 +92,8 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
         )
         return progress
 
-    samples = config.train.sample_tokens and hosts.count() == 1
-    lower_sample = functools.partial(_lower_sample, config) if samples else None
-    job = prepare(config, workdir, own, mesh, about, lower_sample)
-    prompt = _prompt(config, job.text)
+    prompt_of = functools.partial(_prompt, config)
+    job = prepare(config, workdir, own, mesh, about, prompt_of, lower_ahead)
     introduce(job, start)
     written = json.dumps(to_dict(config), indent=2) + "\n"
     replace_file(own / "config.json", written.encode())
@@ -114,7 +112,7 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
         while step is None:
             try:
                 make_state = functools.partial(first_state, job, folder, about)
-                step = _loop(job, make_state, prompt, progress, start, stop, writer, speed, began)
+                step = _loop(job, make_state, progress, start, stop, writer, speed, began)
             except Spike as spike:
                 found = spike.with_traceback(None)  # which holds the state of before
             if step is None:
@@ -130,7 +128,7 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     return progress
 
 
-def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, began) -> int:
+def _loop(job: Job, make_state, progress, start, stop, writer, speed, began) -> int:
     """Train from step `start` until the last one or a stop. Returns the steps done.
 
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
@@ -205,6 +203,8 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
 
             improved = False
             if due and not stop:
+                if is_last:
+                    prepare_to_draw_beside()
                 with paused(), contextlib.suppress(Interrupted):
                     measured = _evaluate(job, state, stop, carry)
                     row = {"step": step, **numbers, **progress.returned(), **measured}
@@ -225,7 +225,7 @@ def _loop(job: Job, make_state, prompt, progress, start, stop, writer, speed, be
             due = (every(config.train.sample_every, step) or is_last) and samples.last < step
             if due and config.train.sample_tokens and not stop:
                 with paused(), contextlib.suppress(Interrupted):
-                    _sample(job, state.evaluated, prompt, step, stop, samples, display)
+                    _sample(job, state.evaluated, step, stop, samples, display)
             if stop and trains and not saved:
                 if row:
                     row = report(display, row)
@@ -304,18 +304,14 @@ def _prompt(config: Config, text: Text) -> np.ndarray:
     return beginning(text.tokens.validation, 16)
 
 
-def _lower_sample(config: Config, model, params, text: Text) -> jax.stages.Lowered:
-    return lower_ahead(model, params, Request(_prompt(config, text)))
-
-
-def _sample(job: Job, params, prompt, step, stop: Stop, samples: Samples, display) -> None:
+def _sample(job: Job, params, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
-    settings = {"max_tokens": job.config.train.sample_tokens, "seed": job.config.seed}
+    most, seed = job.config.train.sample_tokens, job.config.seed
     params = parallel.on_one_device(params, job.mesh)
-    wait([program for name, program in job.compiling.items() if name == "sample"])
+    draw = functools.partial(sample, programs=job.sampling) if job.sampling else generate
     try:
-        tokens = stop.until(generate(job.model, params, prompt, **settings))
-        text = job.text.tokenizer.decode([*prompt, *tokens])
+        tokens = stop.until(draw(job.model, params, job.prompt, max_tokens=most, seed=seed))
+        text = job.text.tokenizer.decode([*job.prompt, *tokens])
         samples.write(step, text)
     except (ValueError, OSError) as error:
         display.line(f"no sample after {step} steps: {' '.join(str(error).split())}")

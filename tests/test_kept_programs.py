@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import gt_jax
 from gt_jax import code_files, compilation, kept_programs
 from gt_jax.config import default_config, from_config_dict
+from gt_jax.generation import weights
 from gt_jax.train import train
 from gt_jax.training import job
 
@@ -307,7 +308,7 @@ FIELDS = {
     "train.seq_len": 16,
     "train.steps": 3,
     "train.eval_every": 0,
-    "train.sample_tokens": 0,
+    "train.sample_tokens": 35,
     "checkpoint.every": 2,
     "log.tensorboard": False,
 }
@@ -333,7 +334,7 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
     begin()
     train(config, tmp_path / "first")
     until = time.monotonic() + 120
-    while len(kept_files(tmp_path)) < 4 and time.monotonic() < until:
+    while len(kept_files(tmp_path)) < 6 and time.monotonic() < until:
         time.sleep(0.05)  # written behind the run
     shutil.copytree(tmp_path / "first", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "3")
@@ -341,9 +342,12 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(compilation, "without_collector", lambda lower: pytest.fail("traced"))
         patched.setattr(job, "_count", lambda *_: pytest.fail("counted"))
+        patched.setattr(weights, "_split", lambda *_: pytest.fail("traced for a sample"))
         train(config, tmp_path / "second")
         train(config, tmp_path / "resumed")
     expected = arrays(tmp_path / "traced")
     for name in ("first", "second", "resumed"):
         for x, y in zip(expected, arrays(tmp_path / name), strict=True):
             np.testing.assert_array_equal(x, y)
+        samples = [tmp_path / run / "samples.txt" for run in ("traced", name)]
+        assert samples[0].read_text() == samples[1].read_text() != ""

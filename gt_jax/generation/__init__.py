@@ -9,7 +9,7 @@ can continue it; `save_context` and `load_context` keep what was read as a file.
 for clients that come and go.
 """
 
-from gt_jax.generation.ahead import lower_ahead
+from gt_jax.generation.ahead import lower_ahead, sample
 from gt_jax.generation.contexts import Context, load_context, prefill, save_context
 from gt_jax.generation.engine import complete, generate, stream
 from gt_jax.generation.requests import Completion, Delta, Request
@@ -26,6 +26,7 @@ __all__ = [
     "load_context",
     "lower_ahead",
     "prefill",
+    "sample",
     "save_context",
     "stream",
 ]

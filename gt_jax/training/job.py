@@ -1,13 +1,14 @@
 """What a run is made of, from its config and the checkpoint that it continues from."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from gt_jax import checkpoint, compilation, kept_programs, stored
@@ -58,6 +59,7 @@ class Job(NamedTuple):
     batches: Any  # endless, for training
     held_out: Sequence  # batches of an evaluation
     per_token: float  # characters
+    prompt: np.ndarray  # [T] ids, of samples
     model: Any
     model_config: ModelConfig
     parameters: dict[str, int]  # counts by part, and their "total"
@@ -69,7 +71,8 @@ class Job(NamedTuple):
     train_step: Callable
     eval_step: Callable
     probe: Callable  # (params, batch) -> more numbers for a line of metrics.jsonl
-    compiling: dict[str, Future]  # "train", "init", "evaluate", "sample"; empty where calls compile
+    sampling: dict[str, Callable]  # a sample's programs; empty where `generate` makes it
+    compiling: dict[str, Future]  # these, "train", "init", "evaluate"; empty where calls compile
     services: list[ModuleType]  # wandb and trackio, where asked for
 
 
@@ -79,7 +82,8 @@ def prepare(
     folder: Path,
     mesh: Mesh,
     about: dict | None,
-    sample: Callable | None = None,
+    prompt_of: Callable[[Text], np.ndarray],
+    lower_sample: Callable[[Any, np.ndarray], dict[str, Callable]],
 ) -> Job:
     """Read the text, make the model, and begin to compile its steps in threads.
 
@@ -90,8 +94,9 @@ def prepare(
         folder: from `hosts.folder`.
         mesh: from `parallel.make_mesh`.
         about: of the checkpoint to continue from, None for a new run.
-        sample: (model, shapes of its parameters, Text) -> what samples it, lowered; None where
-            nothing is sampled.
+        prompt_of: Text -> the prompt of samples, [T] ids.
+        lower_sample: (model, prompt) -> the programs of a sample: name -> (shapes of parameters) ->
+            the program lowered. They depend on the length of the prompt alone.
 
     Raises:
         InputError: the text, the model and the config do not fit each other or this machine.
@@ -120,6 +125,7 @@ def prepare(
         carry=config.train.carry_state,
         **shape,
     )
+    prompt = prompt_of(text)
 
     # Model and programs.
     model_config = make_model_config(config, text.tokenizer.vocab_size, begun)
@@ -127,8 +133,12 @@ def prepare(
         raise InputError(f"parallel.sequence={config.parallel.sequence} must be 1: {reason}")
     start, examples = batches.state(), (next(batches), held_out[0])
     batches.restore(start)
-    identity = _identity(config, model_config, examples)
-    kept = _kept(config, identity, resumes=bool(about))
+    model = make_model(model_config)
+    identity = [*_identity(config, model_config, examples), len(prompt)]
+    sample = {}
+    if config.train.sample_tokens and config.parallel.mode == "jit" and mesh.size == 1:
+        sample = lower_sample(model, prompt)
+    kept = _kept(config, identity, sample, resumes=bool(about))
     counted = functools.partial(_count, config, model_config)
     if config.parallel.mode == "jit":
         counted = functools.partial(kept_programs.numbers, "counts", identity, counted)
@@ -138,9 +148,6 @@ def prepare(
         fields += f" and model.max_positions={model_config.max_positions}"
     total, trained, cut = counts["parts"]["total"], counts["trained"], config.parallel.fsdp
     memory.check_fits(total, config.optim, fields, trained, devices=cut)
-    model = make_model(model_config)
-    if sample:
-        sample = functools.partial(sample, model, text=text)
     return Job(
         config=config,
         workdir=workdir,
@@ -151,6 +158,7 @@ def prepare(
         batches=batches,
         held_out=held_out,
         per_token=characters_per_token(text.tokenizer, text.tokens.validation),
+        prompt=prompt,
         model=model,
         model_config=model_config,
         parameters=counts["parts"],
@@ -172,12 +180,14 @@ def _identity(config: Config, model_config: ModelConfig, examples: tuple[Batch, 
     return [to_dict(config), model_config, shapes]
 
 
-def _kept(config: Config, identity: list, *, resumes: bool) -> dict[str, kept_programs.Kept]:
+def _kept(
+    config: Config, identity: list, sample: Iterable[str], *, resumes: bool
+) -> dict[str, kept_programs.Kept]:
     """The run's programs as the process before may have kept them; they begin to load."""
     if config.parallel.mode != "jit":
         return {}
     names = ("train", "evaluate") if resumes else ("train", "init", "evaluate")
-    return kept_programs.find(names, identity)
+    return kept_programs.find((*names, *sample), identity)
 
 
 def _count(config: Config, model_config: ModelConfig) -> dict[str, Any]:
@@ -216,6 +226,7 @@ def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, k
             "new_state": make_state,
             "train_step": train_step,
             "eval_step": parallel.compile_eval_step(eval_step, mesh),
+            "sampling": {},
             "compiling": {},
         }
     carry = None
@@ -234,6 +245,7 @@ def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, k
         "new_state": ready.get("init"),
         "train_step": ready["train"],
         "eval_step": parallel.put_batches(ready["evaluate"], mesh),
+        "sampling": {name: ready[name] for name in sample},
         "compiling": compiling,
     }
 

@@ -4,6 +4,7 @@ Whichever it is, gradients come as `join` gives them, and a step that is not fin
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -174,13 +175,29 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
             lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps), mu, nu
         )
 
-        def update_of(path, direction, value):
-            if is_decayed(path, value):
-                direction += optim.weight_decay * value
-            step = -rate * (factors.get(label(path), 1.0) * direction)
-            return jnp.where(finite, step, 0)
+        # What is not decayed moves by a slice of a vector: a third of the operations of a whole
+        # training step need not be lowered, and XLA makes the same program of the rest.
+        down = -rate
 
-        updates = jax.tree_util.tree_map_with_path(update_of, split(directions, params), params)
+        def step(name, direction):
+            factor = factors.get(name, 1.0)
+            if not (isinstance(factor, float) and factor == 1):
+                direction = factor * direction
+            return jnp.where(finite, down * direction, 0)
+
+        steps = {
+            name: jax.tree.map(functools.partial(step, name), arrays)
+            for name, arrays in directions.items()
+        }
+
+        def update_of(path, direction, moved, value):
+            if not is_decayed(path, value):
+                return moved
+            return step(label(path), direction + optim.weight_decay * value)
+
+        updates = jax.tree_util.tree_map_with_path(
+            update_of, split(directions, params), split(steps, params), params
+        )
         mu, nu = jax.tree.map(lambda x: x.astype(stored), (mu, nu))
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 

@@ -15,7 +15,7 @@ processes each makes the rows of a batch that its devices need (`own_rows`), and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,7 +129,7 @@ def lower_programs(
     mesh: Mesh,
     batches: tuple[Batch, Batch],
     carry: Any,
-    sample: Callable | None = None,
+    sample: Mapping[str, Callable],
 ) -> dict[str, Callable]:
     """What a run compiles: the longest first, then what the first step needs besides.
 
@@ -140,11 +140,12 @@ def lower_programs(
         mesh: from `make_mesh`.
         batches: a training and an evaluation Batch as for `put_batch`; only their shapes count.
         carry: the zero state of an evaluation, or None.
-        sample: (shapes of the parameters to evaluate) -> what samples them, lowered.
+        sample: name -> (shapes of the parameters to evaluate) -> a program of a sample, lowered.
 
     Returns:
         "train": train_step(state, batch), "init": make_state(key), "evaluate": eval_step(params,
-        batch, carry) with what `put_batch` returns, "sample": functions that lower them.
+        batch, carry) with what `put_batch` returns, and those of a sample: functions that lower
+        them.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))  # a shape, for which no device computes
 
@@ -162,11 +163,12 @@ def lower_programs(
     )
     carry = shapes_on(placed(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
+    of_sample = lambda lower: lambda: lower(states()[1])
     return {
         "train": lambda: train_step.lower(states()[0], training),
         "init": lambda: make_state.lower(key),
         "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
-    } | ({"sample": lambda: sample(states()[1])} if sample else {})
+    } | {name: of_sample(lower) for name, lower in sample.items()}
 
 
 def shapes_on(shardings: Any, tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import threading
 from pathlib import Path
 
 from gt_jax import thresholds
@@ -17,6 +18,11 @@ def prepare_to_draw() -> None:
     """Import what `draw_curve` needs; for when there is nothing else to do."""
     for name in _PLOTTING:
         importlib.import_module(name)
+
+
+def prepare_to_draw_beside() -> None:
+    """`prepare_to_draw` in a thread, for when the device computes for long and Python waits."""
+    threading.Thread(target=prepare_to_draw, name="plotting", daemon=True).start()
 
 
 def draw_curve(workdir: str | Path, *, title: str, unit: str, judged_from: int = 0) -> bytes:

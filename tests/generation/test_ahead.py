@@ -1,4 +1,4 @@
-"""Programs compiled before there are parameters are those that a sample finds later."""
+"""A sample by programs compiled before there are parameters: the tokens of `generate`."""
 
 import dataclasses
 import threading
@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gt_jax.generation import Request, generate, lower_ahead
+from gt_jax.errors import InputError
+from gt_jax.generation import generate, lower_ahead, prefill, sample
 from gt_jax.models import make_model
 from gt_jax.training.parallel import make_mesh
 from tests.models.small_models import small_model
@@ -32,8 +33,8 @@ def listener():
     jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
-@pytest.mark.parametrize("kind", ["gf", "rwkv6", "gpt2"])
-def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind):
+@pytest.mark.parametrize("kind, length", [("gf", 5), ("rwkv6", 5), ("gpt2", 5), ("gf", 70)])
+def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind, length):
     # A field of its own makes the model one that no other test has sampled from.
     config = dataclasses.replace(small_model(kind).model.config, vocab_size=23)
     model, everywhere = make_model(config), NamedSharding(make_mesh(), P())
@@ -41,21 +42,32 @@ def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind):
     init = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=everywhere)
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     shapes = jax.tree.map(placed, jax.eval_shape(init, key))
-    prompt = np.arange(5, dtype=np.int32)
+    prompt = np.arange(length, dtype=np.int32) % 23
+    programs = {}
 
     def ahead():
-        lower_ahead(model, shapes, Request(prompt)).compile()
+        for name, lower in lower_ahead(model, prompt).items():
+            programs[name] = lower(shapes).compile()
 
     thread = threading.Thread(target=ahead)
     thread.start()
     thread.join()
     params = init(key)
+    if length > 64:
+        prefill(model, params, prompt)
     _events.clear()
     _heard.add(threading.get_ident())
     try:
-        drawn = list(generate(model, params, prompt, max_tokens=35, seed=3))
+        drawn = list(sample(model, params, prompt, programs=programs, max_tokens=35, seed=3))
     finally:
         _heard.clear()
     assert _events == []
-    jax.clear_caches()
+    assert len(drawn) == 35
     assert drawn == list(generate(model, params, prompt, max_tokens=35, seed=3))
+
+
+def test_a_sample_refuses_what_generate_refuses():
+    model = small_model("gpt2").model
+    limit = model.config.position_limit
+    with pytest.raises(InputError, match=f"exceeds the {limit} positions"):
+        sample(model, None, np.arange(3), programs={}, max_tokens=limit)

@@ -36,7 +36,7 @@ PHASES = {
     "training": (program, "_look_for_reasons"),
     "evaluating": (program, "evaluate"),
     "saving": (Writer, "save"),
-    "sampling": (program, "generate"),
+    "sampling": (program, "sample"),
     "finishing": (Writer, "finish"),
     "drawing": (plot, "draw_curve"),
 }
