@@ -276,8 +276,8 @@ def test_oldest_programs_go_first(begin, tmp_path, monkeypatch):
         kept = kept_programs.find(["step"], identity)["step"]
         assert kept.program.result() is not None  # which makes it the one used last
         os.utime(kept.path, (n, n))
-    sizes = [file.stat().st_size for file in kept_files(tmp_path)]
-    monkeypatch.setattr(kept_programs, "MOST_BYTES", 2.5 * max(sizes))
+    largest = max(file.stat().st_size for file in kept_files(tmp_path))
+    monkeypatch.setattr(kept_programs, "MOST_BYTES", 2.5 * largest)
     run(3, "d")
     left = [kept_programs.find(["step"], x)["step"].path.exists() for x in "abcd"]
     assert left == [False, False, True, True]
@@ -316,8 +316,7 @@ FIELDS = {
 
 def config_of(folder):
     config = default_config()
-    text = np.random.default_rng(0).choice(["to be ", "or not ", "that is\n"], 300)
-    (folder / "text.txt").write_text("".join(text))
+    (folder / "text.txt").write_text("to be or not to be, that is\n" * 60)
     config.update_from_flattened_dict(FIELDS | {"data.source": str(folder / "text.txt")})
     return from_config_dict(config)
 
@@ -327,7 +326,7 @@ def arrays(workdir):
 
 
 def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path, monkeypatch):
-    config = config_of(tmp_path)
+    config, sample = config_of(tmp_path), lambda run: (run / "samples.txt").read_text()
     train(config, tmp_path / "traced")
     # Tests share a process, in which one run imports what the next one would not yet have.
     monkeypatch.setattr(code_files, "imported", lambda read: {kept_programs.__file__})
@@ -338,8 +337,8 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
         time.sleep(0.05)  # written behind the run
     shutil.copytree(tmp_path / "first", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "3")
-    begin()
     with monkeypatch.context() as patched:
+        begin()
         patched.setattr(compilation, "without_collector", lambda lower: pytest.fail("traced"))
         patched.setattr(job, "_count", lambda *_: pytest.fail("counted"))
         patched.setattr(weights, "_split", lambda *_: pytest.fail("traced for a sample"))
@@ -347,7 +346,5 @@ def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path,
         train(config, tmp_path / "resumed")
     expected = arrays(tmp_path / "traced")
     for name in ("first", "second", "resumed"):
-        for x, y in zip(expected, arrays(tmp_path / name), strict=True):
-            np.testing.assert_array_equal(x, y)
-        samples = [tmp_path / run / "samples.txt" for run in ("traced", name)]
-        assert samples[0].read_text() == samples[1].read_text() != ""
+        jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / name), expected)
+        assert sample(tmp_path / "traced") == sample(tmp_path / name) != ""

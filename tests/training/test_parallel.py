@@ -173,7 +173,7 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
     step = parallel.compile_train_step(make_step, mesh, "jit", activation=2**16)
     measure = make_eval_step(toy)
     batch, carry = make_batch(0), toy.init_state(8)
-    lower = parallel.lower_programs(make_state, step, measure, mesh, (batch, batch), carry)
+    lower = parallel.lower_programs(make_state, step, measure, mesh, (batch, batch), carry, {})
     ready = {name: program.result() for name, program in compile_side_by_side(lower).items()}
     assert list(ready) == ["train", "init", "evaluate"]  # in the order they are needed
 
@@ -212,7 +212,7 @@ def test_a_lone_device_traces_a_block_once_forward_and_once_backward(
         )
 
     with devices.simulated("lower"):
-        programs = parallel.lower_programs(make_state, Traced, none, mesh, (batch, batch), None)
+        programs = parallel.lower_programs(make_state, Traced, none, mesh, (batch, batch), None, {})
         blocks(programs["train"]().jaxpr, found)
     assert len(found) == 2 * 3 and len(set(map(id, found))) == 2
 

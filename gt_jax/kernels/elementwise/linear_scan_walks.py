@@ -151,7 +151,7 @@ def gradients_of_tokens(
             place.store_of_row(refs.totals_gmem, total)
 
     of_rows = jax.ShapeDtypeStruct((len(s), grid.splits, grid.number, state.shape[1]), jnp.float32)
-    own = {"d_state": _of_splits(grid, state), "totals": of_rows}
+    own: dict[str, Any] = {"d_state": _of_splits(grid, state), "totals": of_rows}
     like = {key: own.get(key, z) for key, z in outputs.items()}
     like = {key: jax.ShapeDtypeStruct(z.shape, z.dtype) for key, z in like.items()}
     inputs = inputs | {"states": states, "s": s, "state": state}
