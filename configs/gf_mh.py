@@ -5,7 +5,7 @@ A run takes 500 steps of 64 x 64 characters of Shakespeare, the defaults of conf
     python -m gt_jax.train --config=configs/gf_mh.py
 
 Expected: validation loss 1.624 ± 0.005 nats/character (3 seeds, `python -m experiments gf_mh`), in
-under two minutes on an H100 or eight on two CPU cores, compilation included.
+under two minutes on an H100 or 8 on two CPU cores, compilation included.
 """
 
 from gt_jax.config import default_config
