@@ -13,6 +13,7 @@ leaves whole checkpoints and a folder of another name, which the next one remove
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,11 @@ class Writer:
         if not hosts.is_first():
             return
         for unfinished in (*self.folder.glob("*.orbax-checkpoint-tmp*"), self.folder / _DELETED):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for _ in range(20):  # threads of a save that has failed may still write there
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if not unfinished.exists():
+                    break
+                time.sleep(0.05)
 
 
 def newest(workdir: str | Path) -> tuple[Path, dict] | None:

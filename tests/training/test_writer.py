@@ -280,6 +280,23 @@ def fail_at(stage, monkeypatch):
             monkeypatch.setattr(os, name, refuses(getattr(os, name), ".orbax-checkpoint-tmp"))
 
 
+def test_what_a_thread_of_a_failed_save_still_writes_is_removed(tmp_path, monkeypatch):
+    usual, writer = shutil.rmtree, Writer(tmp_path, keep=1)
+    unfinished = writer.folder / "3.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    late = iter([unfinished / "late"])
+
+    def removes(folder, **options):
+        usual(folder, **options)
+        for file in late:
+            file.parent.mkdir()
+            file.write_text("written while its folder was removed")
+
+    monkeypatch.setattr(shutil, "rmtree", removes)
+    writer._clean()
+    assert not unfinished.exists()
+
+
 @pytest.mark.parametrize("stage", ["first folder", "a part's folder", "checksums", "final name"])
 def test_failed_save_is_said_and_leaves_the_steps_before(tmp_path, state, monkeypatch, stage):
     """In the background or not: nothing of the step is ever listed, and the run can write again."""
