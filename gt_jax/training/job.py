@@ -65,7 +65,7 @@ class Job(NamedTuple):
     parameters: dict[str, int]  # counts by part, and their "total"
     trained: int  # how many of them are trained
     flops: int  # of training on one token
-    make_state: Callable  # random key -> TrainState, to be traced
+    make_state: Callable  # seed, [] uint32 -> TrainState, to be traced
     start_from: Callable  # (new TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
     train_step: Callable
@@ -207,10 +207,14 @@ def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, k
     tx = make_optimizer(config.optim, schedule)
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
     mode = config.parallel.mode
-    make_state = functools.partial(init_state, model, tx, config)
+
+    # Of the seed: a key of its own would be another small program, which each start compiles.
+    def make_state(seed):
+        return init_state(model, tx, config, jax.random.key(seed))
+
     shapes, devices = None, config.parallel.fsdp
     if devices > 1:
-        shapes = jax.eval_shape(make_state, jax.random.key(0))
+        shapes = jax.eval_shape(make_state, 0)
         if size := fsdp.indivisible(shapes.params, devices):
             raise InputError(f"parallel.fsdp={devices} must divide {size}")
     sharding = parallel.state_sharding(mesh, shapes)
@@ -255,14 +259,14 @@ def first_state(job: Job, folder: Path | None, about: dict | None) -> TrainState
 
     New parameters are those of model.init_from where that is set.
     """
-    key = jax.random.key(job.config.seed)
+    seed = np.uint32(job.config.seed)
     if about is not None and folder is not None:
-        state = restore(folder, jax.eval_shape(job.make_state, key))
+        state = restore(folder, jax.eval_shape(job.make_state, seed))
         with stored.readable(folder):
             job.batches.restore(about["batches"])
         return state
     assert job.new_state
-    state = job.new_state(key)
+    state = job.new_state(seed)
     if job.config.model.init_from:
         _, params, _ = checkpoint.load(job.config.model.init_from, say=say)
         sharding = parallel.state_sharding(job.mesh, state).params

@@ -134,7 +134,7 @@ def lower_programs(
     """What a run compiles: the longest first, then what the first step needs besides.
 
     Args:
-        make_state: jitted, key -> TrainState.
+        make_state: jitted, seed [] uint32 -> TrainState.
         train_step: from `compile_train_step` in mode "jit".
         eval_step: from `gt_jax.training.step.make_eval_step`.
         mesh: from `make_mesh`.
@@ -143,15 +143,15 @@ def lower_programs(
         sample: name -> (shapes of the parameters to evaluate) -> a program of a sample, lowered.
 
     Returns:
-        "train": train_step(state, batch), "init": make_state(key), "evaluate": eval_step(params,
+        "train": train_step(state, batch), "init": make_state(seed), "evaluate": eval_step(params,
         batch, carry) with what `put_batch` returns, and those of a sample: functions that lower
         them.
     """
-    key = jax.eval_shape(lambda: jax.random.key(0))  # a shape, for which no device computes
+    seed = jax.ShapeDtypeStruct((), np.uint32)
 
     @functools.cache  # nothing of it is needed for programs that are kept
     def states():
-        state = jax.eval_shape(make_state, key)
+        state = jax.eval_shape(make_state, seed)
         state = shapes_on(state_sharding(mesh, state), state)
         # An average of schedule-free's is computed, which shapes alone cannot be.
         evaluated = jax.eval_shape(lambda s: s.evaluated, state)
@@ -166,7 +166,7 @@ def lower_programs(
     of_sample = lambda lower: lambda: lower(states()[1])
     return {
         "train": lambda: train_step.lower(states()[0], training),
-        "init": lambda: make_state.lower(key),
+        "init": lambda: make_state.lower(seed),
         "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
     } | {name: of_sample(lower) for name, lower in sample.items()}
 

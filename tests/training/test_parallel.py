@@ -167,7 +167,8 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
     tx = make_optimizer(config.optim, schedule)
     mesh = parallel.make_mesh()
     make_state = jax.jit(
-        functools.partial(init_state, toy, tx, config), out_shardings=parallel.state_sharding(mesh)
+        lambda seed: init_state(toy, tx, config, jax.random.key(seed)),
+        out_shardings=parallel.state_sharding(mesh),
     )
     make_step = functools.partial(make_train_step, toy, tx, schedule, config)
     step = parallel.compile_train_step(make_step, mesh, "jit", activation=2**16)
@@ -177,11 +178,11 @@ def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_ba
     ready = {name: program.result() for name, program in compile_side_by_side(lower).items()}
     assert list(ready) == ["train", "init", "evaluate"]  # in the order they are needed
 
-    put, key = functools.partial(parallel.put_batch, mesh=mesh), jax.random.key(3)
-    expected = parallel.compile_eval_step(measure, mesh)(make_state(key).params, batch, carry)
-    found = ready["evaluate"](ready["init"](key).params, put(batch), carry)
+    put, seed = functools.partial(parallel.put_batch, mesh=mesh), np.uint32(3)
+    expected = parallel.compile_eval_step(measure, mesh)(make_state(seed).params, batch, carry)
+    found = ready["evaluate"](ready["init"](seed).params, put(batch), carry)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    found, expected = (run(make_state(key), put(batch)) for run in (ready["train"], step))
+    found, expected = (run(make_state(seed), put(batch)) for run in (ready["train"], step))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -199,7 +200,7 @@ def test_a_lone_device_traces_a_block_once_forward_and_once_backward(
     schedule = make_schedule(config.optim, config.train.steps)
     tx = make_optimizer(config.optim, schedule)
     make_step = functools.partial(make_train_step, model, tx, schedule, config)
-    make_state = jax.jit(functools.partial(init_state, model, tx, config))
+    make_state = jax.jit(lambda seed: init_state(model, tx, config, jax.random.key(seed)))
     batch, none = make_batch(0, 2, 64), lambda *_: None
 
     class Traced:

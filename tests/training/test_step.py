@@ -134,3 +134,10 @@ def test_batch_without_a_target_changes_nothing_but_decay(build, make_batch):
     after, metrics = step(state, batch._replace(targets=np.full_like(batch.targets, -1)))
     assert metrics["loss"] == 0
     assert_close(after.params, state.params, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**31, 2**32 - 1])
+def test_key_of_a_traced_seed_is_that_of_the_number(seed):
+    """A run gives its first program the seed: resumed by a version that gave the key, it is one."""
+    traced = jax.jit(lambda seed: jax.random.key_data(jax.random.key(seed)))(np.uint32(seed))
+    np.testing.assert_array_equal(traced, jax.random.key_data(jax.random.key(seed)))
