@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from gt_jax import checkpoint, compilation, kept_programs, stored
+from gt_jax import checkpoint, compilation, kept_programs, kernels, stored
 from gt_jax.config import Config, flatten, to_dict
 from gt_jax.data import Batch, evaluation_batches, make_batches, tokenizer_from_dict
 from gt_jax.errors import InputError
@@ -45,6 +45,7 @@ FREE_ON_RESUME += ("log.activations", "optim.decay_steps")
 FREE_ON_RESUME += ("parallel.mode", "parallel.fsdp", "parallel.sequence")
 FREE_ON_RESUME += ("parallel.coordinator_address", "parallel.num_processes", "parallel.process_id")
 FREE_ON_RESUME += ("parallel.host_timeout",)
+_OPERATIONS = {"rwkv": "wkv6", "mamba": "ssd"}  # by the part of a model that computes it
 
 
 class Job(NamedTuple):
@@ -65,6 +66,7 @@ class Job(NamedTuple):
     parameters: dict[str, int]  # counts by part, and their "total"
     trained: int  # how many of them are trained
     flops: int  # of training on one token
+    kernels: dict[str, Sequence[str]]  # operation -> what `kernels.choose_impl` says of it
     make_state: Callable  # seed, [] uint32 -> TrainState, to be traced
     start_from: Callable  # (new TrainState, parameters) -> one with them
     new_state: Callable | None  # the same, to be called; None for a run that resumes
@@ -164,6 +166,7 @@ def prepare(
         parameters=counts["parts"],
         trained=trained,
         flops=counts["flops"],
+        kernels=counts["kernels"],
         services=services,
         probe=make_probe(model, config, mesh),
         **_programs(config, mesh, model, examples, resumes=bool(about), sample=sample, kept=kept),
@@ -191,14 +194,17 @@ def _kept(
 
 
 def _count(config: Config, model_config: ModelConfig) -> dict[str, Any]:
-    """Counts of a Job: "parts", its parameters; "trained"; "flops".
+    """Counts of a Job: "parts", its parameters; "trained"; "flops"; and its "kernels".
 
-    Traces the model, and so finds out whether model.impl runs here.
+    Traces the model, and so finds out whether model.impl runs here. What `choose_impl` says imports
+    the kernels, which programs that are kept do not need.
     """
     parts, tune = count_parameters(model_config), config.train.tune
     trained = parts["total"] if tune == "none" else tuning.count(model_config, config.train)
-    flops = flops_per_token(model_config, config.train.seq_len, frozen=tune != "none")
-    return {"parts": parts, "trained": trained, "flops": flops}
+    flops = flops_per_token(model_config, config.train.seq_len, frozen=tune != "none", parts=parts)
+    ops = [op for part, op in _OPERATIONS.items() if part in parts]
+    chosen = {op: kernels.choose_impl(op) for op in ops}
+    return {"parts": parts, "trained": trained, "flops": flops, "kernels": chosen}
 
 
 def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, kept) -> dict:

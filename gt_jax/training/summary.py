@@ -1,6 +1,6 @@
 """What a run says first and last."""
 
-from gt_jax import checkpoint, kernels
+from gt_jax import checkpoint
 from gt_jax.data import count_tokens
 from gt_jax.scoring import loss_unit
 from gt_jax.training import hosts
@@ -25,9 +25,7 @@ def introduce(job: Job, start: int) -> None:
     spread = f" on {hosts.count()} processes" if hosts.count() > 1 else ""
     mode = job.config.parallel.mode
     say(f"device: {mesh.size} x {device}{spread}, {model_config.dtype}, {mode}")
-    ops = {"rwkv": "wkv6", "mamba": "ssd"}
-    for op in (op for part, op in ops.items() if part in counts):
-        name, reason = kernels.choose_impl(op)
+    for op, (name, reason) in job.kernels.items():
         if model_config.impl != "auto":
             name, reason = model_config.impl, "set by model.impl"
         say(f"{op + ':':8}{name} ({reason})")

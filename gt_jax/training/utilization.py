@@ -6,7 +6,7 @@ likewise 12 per element of a recurrence's state, which is written and read (of a
 and value).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,15 +34,22 @@ PEAKS = {
 }
 
 
-def flops_per_token(config: ModelConfig, length: int, *, frozen: bool = False) -> int:
+def flops_per_token(
+    config: ModelConfig,
+    length: int,
+    *,
+    frozen: bool = False,
+    parts: Mapping[str, int] | None = None,
+) -> int:
     """FLOPs of training on one token in rows of `length` tokens.
 
     Args:
         config: of the model.
         length: tokens in a row; only attention's count depends on it.
         frozen: matrices have no gradients, which are a third of their products.
+        parts: what `count_parameters` says of the model, where that is known: it traces.
     """
-    parts = count_parameters(config)
+    parts = parts or count_parameters(config)
     multiplied = parts["total"] - parts.get("positions", 0)
     if not config.tie_embeddings:
         multiplied -= parts["embedding"]  # only looked up
