@@ -18,14 +18,13 @@ import functools
 import itertools
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.lab import programs, tasks
+from experiments.lab import groups, programs, tasks, unfinished
 from gt_jax.config import Config, default_config, flatten, from_config_dict
 from gt_jax.data import evaluation_batches, make_batches
 from gt_jax.data.batches import Batch
@@ -219,6 +218,7 @@ def train(
     compile_fast: bool = False,
     show: Callable[[str], None] = print,
     finished: Callable[[str, Runs], None] = lambda name, runs: None,
+    kept: unfinished.Kept | None = None,
 ) -> dict[str, Runs]:
     """Train every arm with every seed at every point of a sweep.
 
@@ -234,6 +234,8 @@ def train(
         compile_fast: for tiny jobs.
         show: takes a line when a program is done.
         finished: takes an arm's name and its Runs as soon as they are done, in a thread.
+        kept: where the state of a program is kept between evaluations, so that a command that was
+            interrupted continues when it is given again; of tasks of a text alone.
 
     Returns:
         name -> Runs, in the order of arms. With group, groups follow one another and the result is
@@ -248,30 +250,32 @@ def train(
 
     def job(program):
         compiled = programs.prepare(program, group=group, compile_fast=compile_fast)
+        starts = range(0, len(program.points), compiled.group)
+        place_of = lambda start: kept.place(program.names, start, compiled.group, *program.values)
+        places = {start: kept and place_of(start) for start in starts}
         with _RUNNING[programs.device()]:
-            runs = _run(compiled, keep_params)
+            runs = _run(compiled, places, keep_params, show)
         show(_line(compiled, runs))
         parts = np.split(np.arange(len(runs.points)), len(program.names))
         of_arms = {name: runs.take(part) for name, part in zip(program.names, parts)}
         for name, of_arm in of_arms.items():
             finished(name, of_arm)
+        for place in filter(None, places.values()):
+            place.forget()
         return of_arms
 
     results = {n: runs for part in programs.side_by_side(job, planned) for n, runs in part.items()}
     return {name: results[name] for name in arms}
 
 
-def _run(compiled: programs.Compiled, keep_params: bool) -> Runs:
-    """All runs of a program, group after group."""
-    program, group = compiled.program, compiled.group
-    began = time.perf_counter()
-    groups = [
-        _run_group(compiled, slice(start, start + group), keep_params)
-        for start in range(0, len(program.points), group)
-    ]
-    seconds = time.perf_counter() - began
+def _run(compiled: programs.Compiled, places: Mapping, keep_params: bool, show: Callable) -> Runs:
+    """All runs of a program, group after group: `places` has where each starts."""
+    program = compiled.program
+    show_where = lambda text: show(f"{', '.join(program.names)}: {text}")
+    trained = [groups.train(compiled, *each, keep_params, show_where) for each in places.items()]
+    *of_groups, seconds = zip(*trained)
     join = lambda *x: np.concatenate(x)[: len(program.points)]
-    metrics, nats, correct, params = jax.tree.map(join, *groups)
+    metrics, nats, correct, params = (jax.tree.map(join, *each) for each in of_groups)
     targets = [np.sum(batch.targets >= 0) for batch in program.task.held_out]
     return Runs(
         points=tuple(program.points),
@@ -283,41 +287,9 @@ def _run(compiled: programs.Compiled, keep_params: bool) -> Runs:
         params=params,
         model_config=program.model_config,
         parameters=count_parameters(program.model_config)["total"],
-        seconds=seconds,
+        seconds=sum(seconds),
         compile_seconds=compiled.seconds,
     )
-
-
-def _run_group(compiled: programs.Compiled, which: slice, keep_params: bool):
-    """metrics, nats, correct, params of some runs, NumPy leaves [runs, ...]."""
-    program = compiled.program
-    seeds, values, of_run, data = programs.inputs_of(program, which, compiled.group)
-    held_out = jax.device_put(programs.stacked(program.task.held_out))
-    values, of_run = jax.device_put((values, of_run))
-    feeds = [program.task.batches(seed) for seed in data]
-    states = compiled.init(seeds, values)
-    metrics, measured, pending = [], [], None
-    for steps in programs.steps_between_evaluations(program.config):
-        # One batch of every seed for every step: [steps, data, B, ...]
-        of_step = [programs.stacked(next(feed) for feed in feeds) for _ in range(steps)]
-        batches = programs.stacked(of_step)
-        states, numbers = compiled.advance[steps](states, values, of_run, batches)
-        measured_params = jax.vmap(lambda state: state.evaluated)(states)
-        sums = compiled.measure(measured_params, held_out)
-        if pending:  # read while the next steps run
-            _keep(pending, metrics, measured)
-        pending = numbers, sums
-    _keep(pending, metrics, measured)
-    metrics = jax.tree.map(lambda *x: np.concatenate(x).swapaxes(0, 1), *metrics)
-    nats, correct = jax.tree.map(lambda *x: np.stack(x).transpose(2, 0, 1), *measured)
-    params = jax.device_get(measured_params) if keep_params else None
-    return metrics, nats, correct, params
-
-
-def _keep(pending, metrics, measured):
-    numbers, sums = jax.device_get(pending)
-    metrics.append(numbers)
-    measured.append(sums)
 
 
 def _line(compiled: programs.Compiled, runs: Runs) -> str:

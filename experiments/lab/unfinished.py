@@ -1,6 +1,7 @@
 """What an interrupted experiment had measured, kept until its result is written.
 
-    RESULT.HASH.unfinished      beside RESULT.json; HASH is of all that numbers depend on
+    RESULT.HASH.unfinished          beside RESULT.json; HASH is of all that numbers depend on
+    RESULT.HASH.HASH.unfinished     how far a program of some arms is; the second HASH is of these
 
 so that another command, a trial with --quick for example, neither finds nor removes it.
 """
@@ -11,13 +12,17 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import gt_jax
 from experiments.lab import results
+
+SECONDS = 30  # between two writings of a program's state, which takes about one
 
 
 class Kept:
@@ -63,10 +68,19 @@ class Kept:
                 }
                 for arm, each in self.measured.items()
             }
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            written = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            written.write_text(json.dumps({"of": self._of, "arms": arms}) + "\n", "utf-8")
-            os.replace(written, self.path)
+            with _replaced(self.path) as written:
+                written.write_text(json.dumps({"of": self._of, "arms": arms}) + "\n", "utf-8")
+
+    def place(self, arms: Sequence[str], *runs) -> "Place":
+        """Where the state of a program is kept while it trains.
+
+        Args:
+            arms: that it trains.
+            runs: which of their runs, for JSON.
+        """
+        of = [self._of, {arm: self._configs[arm] for arm in arms}, runs]
+        name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
+        return Place(self.path.with_name(f"{self.path.stem}.{name}.unfinished"))
 
     def forget(self) -> None:
         """Remove the file, once the result is written."""
@@ -82,6 +96,51 @@ class Kept:
                     for arm, each in found["arms"].items()
                 ]
         return []
+
+
+class Place:
+    """A file of arrays that say how far a program's training is."""
+
+    def __init__(self, path: Path):
+        self.path, self._last = path, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether SECONDS have passed since the last writing, or since there is this object."""
+        return time.monotonic() - self._last >= SECONDS
+
+    def save(self, about: Mapping, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace what was saved; about is plain, for JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with _replaced(self.path) as written, written.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """What `save` was given; None where there is nothing, or nothing whole.
+
+        Types that NumPy does not have, as bfloat16, come back as bytes of their size.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with np.load(self.path) as found:
+                arrays = dict(found)
+            return json.loads(str(arrays.pop("about"))), arrays
+        return None
+
+    def forget(self) -> None:
+        """Remove the file, once what was trained is measured."""
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path):
+    """A file to write, which then takes the place of another: whoever reads finds a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    yield written
+    os.replace(written, path)
 
 
 def _arrays(measures: Mapping) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ full. Losses are of the second half. A twentieth of the steps warms up.
 The trained GF-MH then reads some tokens of the validation text twice, from the 64 tokens before
 them and from the 512. GPT-2 has 128 positions.
 
-It takes half an hour of an H200. Parts of it run on several GPUs, or one after another:
+It takes half an hour of an H200. Interrupted, the same command continues where it was, but for the
+last minute. Parts of it run on several GPUs, or one after another:
 
     python -m experiments long_parity --source=PREPARED --rates_only --out=rates.json
     python -m experiments long_parity --only=GPT-2 --seed=0 --parts rates.json --out=gpt-0.json
@@ -49,6 +50,7 @@ BATCH = {"train.batch_size": 32, "train.seq_len": 128}
 COLUMNS = ["model", "shape", "parameters", "in blocks", "rate", "loss", "MFLOPs per token"]
 COLUMNS += ["seconds of all seeds"]
 CONTEXTS, QUICK_CONTEXTS = (64, 512), (8, 16)
+EVALUATIONS = 50  # of a run; between two of them its state is kept
 GROUPS, TARGETS = 4, 256  # read side by side, and predicted tokens in each
 # Names of measures of a family: of a seed after a number of steps, of contexts, of its time.
 AFTER, LONGER, SECONDS = "loss {}, step ", "perplexity ratio {}, ", "seconds {}"
@@ -137,8 +139,8 @@ def taken(given):
 def train(options, families, runs, chosen):
     """Choose the rates of families, where they are not known, and train their seeds.
 
-    What is measured is kept at once, so that a command that was interrupted does the rest when it
-    is given again.
+    What is measured is kept at once, and the state of training now and then, so that a command that
+    was interrupted does the rest when it is given again.
 
     Args:
         options: the command line.
@@ -149,13 +151,13 @@ def train(options, families, runs, chosen):
         the settings, and what is kept.
     """
     warmup = {"optim.warmup_steps": max(options.steps // 20, 1)}
-    shared = BATCH | warmup | command.common(options, evaluations=10)
+    shared = BATCH | warmup | command.common(options, evaluations=EVALUATIONS)
     config = lab.make_config(shared)
     task = lab.text_task(config)
     size = {"vocabulary": task.vocab_size, "quick": options.quick}
     settings = lab.settings(config) | {"rates": RATES, "vocabulary": task.vocab_size}
     settings["unit"] = task.unit
-    short = shared | {"train.steps": max(config.train.steps // 10, 1), "train.eval_every": 0}
+    short = shared | {"train.steps": max(config.train.steps // 10, 1)}
     short["optim.warmup_steps"] = max(config.optim.warmup_steps // 10, 1)
     jobs = {f"rates of {f}": config_of(f, short, **size) for f in families}
     unnamed = dataclasses.replace(config.data, source="")  # the text is known by its hash
@@ -176,6 +178,7 @@ def train(options, families, runs, chosen):
         group=options.group,
         compile_fast=options.quick,
         finished=lambda job, of: kept.add(job, rates_of(job.removeprefix("rates of "), of)),
+        kept=kept,
     )
     for job in jobs:
         chosen |= {name: float(v[0]) for name, v in kept.measured.get(job, {}).items()}
@@ -194,6 +197,7 @@ def train(options, families, runs, chosen):
             finished=lambda family, of: kept.add(
                 family, run_of(family, of, rows, quick=options.quick)
             ),
+            kept=kept,
         )
         for family in families:
             for i, seed in enumerate(options.seeds):

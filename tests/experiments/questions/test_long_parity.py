@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import lab
-from experiments.lab import claims, results
+from experiments.lab import claims, results, unfinished
 from experiments.questions import long_parity
 from gt_jax.errors import InputError
 
@@ -117,6 +117,29 @@ def test_an_interrupted_command_given_again_trains_the_rest(trial, monkeypatch):
     monkeypatch.setattr(results, "write", write)
     out, trained = trial("again", "--only=GPT-2", "--seeds=2")
     assert not trained and "loss GPT-2" in results.read(out)["measures"]
+
+
+def test_a_run_interrupted_on_its_way_continues_to_the_same_losses(
+    trial, whole, rates, monkeypatch, capsys
+):
+    save = unfinished.Place.save
+
+    def interrupted(place, *args):
+        save(place, *args)
+        raise KeyboardInterrupt
+
+    flags = ("--only=GPT-2", "--seeds=2", "--parts", str(rates[0]))
+    monkeypatch.setattr(unfinished, "SECONDS", 0)
+    monkeypatch.setattr(unfinished.Place, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trial("on-its-way", *flags)
+    assert "continues" not in capsys.readouterr().out
+    out, _ = trial("on-its-way", *flags)
+    assert "GPT-2: continues after 3 steps" in capsys.readouterr().out
+    found, one = (results.read(path)["measures"] for path in (out, whole[0]))
+    for name in (f"loss GPT-2, step {step}" for step in (3, 6)):
+        assert found[name]["values"] == one[name]["values"]
+    assert not list(out.parent.glob("on-its-way*.unfinished"))
 
 
 @pytest.mark.parametrize(
