@@ -140,7 +140,7 @@ def _copy(source, target, width, rows, before, lowest):
         eights, across = strides[0], 0
         place = arith.addi(arith.muli(row, c(strides[0])), arith.muli(piece, c(numbers)))
     pointer = lambda base, offset: mgpu.utils.getelementptr(base, [offset], element)
-    base = copies._global_pointer(source)
+    base = copies.global_pointer(source)
     from_row = lambda row: pointer(
         base, arith.addi(arith.muli(row, c(stride)), arith.muli(piece, c(numbers)))
     )

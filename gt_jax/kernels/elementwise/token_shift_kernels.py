@@ -37,7 +37,7 @@ ROWS = 32  # tokens it takes at once: two blocks of a multiprocessor have room f
 class Tuning(NamedTuple):
     """How the work is cut."""
 
-    forward_blocks: int = 512  # of the grid, at least, where there are channels enough
+    forward_blocks: int = 1536  # of the grid, at least, where there are channels enough
     sums_blocks: int = 264  # of the grid, that sum over tokens: two for each multiprocessor
     sums_tiles: int = 4  # of 32 tokens, that one of them walks at least
 
@@ -77,8 +77,8 @@ def _hidden(refs, tokens, n, rank):
 
 def _difference(refs, stage, keep):
     """x and before - x in float32."""
-    x = layout.load(refs.x.at[stage, pl.ds(1, CHUNK)]).astype(jnp.float32)
-    before = layout.load(refs.x.at[stage, pl.ds(0, CHUNK)]).astype(jnp.float32)
+    x = layout.as_float32(layout.load(refs.x.at[stage, pl.ds(1, CHUNK)]))
+    before = layout.as_float32(layout.load(refs.x.at[stage, pl.ds(0, CHUNK)]))
     return x, before * keep - x
 
 
@@ -201,7 +201,7 @@ def input_gradients(
             _, d = _difference(refs, stage, keep)
             total, e = layout.zeros(GROUP), layout.zeros(GROUP)
             for j in range(n):
-                g = layout.load(refs.g.at[stage, j]).astype(f32)
+                g = layout.as_float32(layout.load(refs.g.at[stage, j]))
                 share = _share(refs, stage, j, hidden[j])
                 total, e = total + g, e + share * g
                 p = layout.left((g * d).astype(bf16))
@@ -291,7 +291,8 @@ def parameter_gradients(
 
         def step(i, stage, sums):
             dmu, dw = map(list, sums)
-            load = lambda ref: tiles.load(ref.T).astype(f32)  # [channels, tokens]
+            # [channels, tokens]
+            load = lambda ref: layout.as_float32(tiles.load(ref.T), plgpu.Layout.WGMMA)
             keep = tiles.over_rows(tiles.load_columns(refs.keep.at[stage]), (SLAB, ROWS))
             d = load(refs.before.at[stage]) * keep - load(refs.x.at[stage])
             for j in range(n):
