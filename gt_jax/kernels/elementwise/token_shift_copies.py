@@ -16,7 +16,7 @@ from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import loop
 from gt_jax.kernels.pallas.warps import inline
 
-_PIECE = 16  # bytes that a thread copies at a time
+_BYTES = 16  # bytes that a thread copies at a time
 _ROOM = 98  # KiB of shared memory that a block may have on every GPU
 
 
@@ -109,7 +109,7 @@ def start_copy(source, first, columns, target, *, width=None, before=False):
 
 
 def _copy(source, target, width, rows, before, lowest):
-    """A thread copies a piece of every few rows; all of them together a few whole rows."""
+    """A thread copies a part of every few rows; all of them together a few whole rows."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
@@ -118,31 +118,31 @@ def _copy(source, target, width, rows, before, lowest):
     memref, to = ir.MemRefType(source.type), ir.MemRefType(target.type)
     element, columns = memref.element_type, memref.shape[1]
     (stride, _), _ = memref.get_strides_and_offset()
-    numbers = 8 * _PIECE // mgpu.utils.bitwidth(element)  # of a piece
+    numbers = 8 * _BYTES // mgpu.utils.bitwidth(element)  # of a part
     group = width or columns
-    pieces = group // numbers  # of a row
-    together = mgpu.utils.WARPGROUP_SIZE // pieces  # rows
+    parts = group // numbers  # of a row
+    together = mgpu.utils.WARPGROUP_SIZE // parts  # rows
     thread = mgpu.utils.thread_idx()
-    row, piece = arith.divui(thread, c(pieces)), arith.remui(thread, c(pieces))
+    row, part = arith.divui(thread, c(parts)), arith.remui(thread, c(parts))
 
     strides = to.get_strides_and_offset()[0]
-    if width:  # of tiles [8, width], in which a row's pieces change places
+    if width:  # of tiles [8, width], in which a row's parts change places
         turn = arith.divui(arith.remui(row, c(8)), c(64 // width))
         eights, across = strides[0] // 8, strides[1]
         place = arith.addi(
             arith.muli(arith.divui(row, c(8)), c(strides[0])),
             arith.addi(
                 arith.muli(arith.remui(row, c(8)), c(width)),
-                arith.muli(arith.xori(piece, turn), c(numbers)),
+                arith.muli(arith.xori(part, turn), c(numbers)),
             ),
         )
     else:
         eights, across = strides[0], 0
-        place = arith.addi(arith.muli(row, c(strides[0])), arith.muli(piece, c(numbers)))
+        place = arith.addi(arith.muli(row, c(strides[0])), arith.muli(part, c(numbers)))
     pointer = lambda base, offset: mgpu.utils.getelementptr(base, [offset], element)
     base = copies.global_pointer(source)
     from_row = lambda row: pointer(
-        base, arith.addi(arith.muli(row, c(stride)), arith.muli(piece, c(numbers)))
+        base, arith.addi(arith.muli(row, c(stride)), arith.muli(part, c(numbers)))
     )
     shifted = arith.subi(row, c(1)) if before else row
     read, written = from_row(shifted), pointer(mgpu.utils.memref_ptr(target), place)
@@ -153,7 +153,7 @@ def _copy(source, target, width, rows, before, lowest):
         for m in range(columns // group):
             # Tells the second-level cache to fetch the line, the rest of which is read next.
             mgpu.utils.inline_ptx(
-                f"cp.async.cg.shared.global.L2::128B [$0], [$1], {_PIECE};",
+                f"cp.async.cg.shared.global.L2::128B [$0], [$1], {_BYTES};",
                 pointer(written, start * eights + m * across),
                 pointer(first, start * stride + m * group),
                 predicate=there,
