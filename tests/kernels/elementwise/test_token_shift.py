@@ -99,7 +99,9 @@ def test_interpreted_blends_match_the_plain_form_in_float64(
 
 
 @pytest.mark.parametrize("room", [98, 0], ids=["next tile on its way", "room for one tile"])
-def test_blends_match_the_plain_form_however_the_work_is_cut(float64_in_every_thread, monkeypatch, room):
+def test_blends_match_the_plain_form_however_the_work_is_cut(
+    float64_in_every_thread, monkeypatch, room
+):
     # A block of the grid walks all channels of its tokens, or one or two tiles of four.
     cut = token_shift_kernels.Tuning(forward_blocks=1, sums_blocks=6, sums_tiles=1)
     monkeypatch.setattr(token_shift_kernels, "TUNING", cut)
