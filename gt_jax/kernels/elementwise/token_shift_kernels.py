@@ -10,9 +10,12 @@ and so, of cotangents g_j with p_j = g_j d and e = keep sum_j s_j g_j,
     dmu_j = sum_t p_j
 
 Everything is computed once in float32 and rounded at the end; operands of products are bfloat16.
+The blends and the gradients by input walk the channels of 64 tokens, the gradients by parameter the
+tokens of 64 channels: each keeps in registers what it sums, and the operands that stay the same.
 Layouts and the order of channels: token_shift_layout.py.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,63 +25,72 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise import token_shift_layout as layout
+from gt_jax.kernels.elementwise.token_shift_copies import Tile, staged, start_copy, walk
 from gt_jax.kernels.elementwise.token_shift_layout import GROUP
 from gt_jax.kernels.pallas import copies, tiles, warps
-from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, loop, lowered_once
+from gt_jax.kernels.pallas.launch import CHUNK, divide, kernel, lowered_once
 
-SLAB = 64  # channels a block of the grid works on at once: a cache line of bfloat16
+SLAB = 64  # channels a block of the grid sums over tokens: a cache line of bfloat16
+ROWS = 32  # tokens it takes at once: two blocks of a multiprocessor have room for two tiles each
 
 
 class Tuning(NamedTuple):
     """How the work is cut."""
 
-    forward_tiles: int = 2  # of 64 tokens, that a block of the grid walks at most
+    forward_blocks: int = 1536  # of the grid, at least, where there are channels enough
     sums_blocks: int = 264  # of the grid, that sum over tokens: two for each multiprocessor
-    sums_tiles: int = 2  # of 64 tokens, that one of them walks at least
+    sums_tiles: int = 4  # of 32 tokens, that one of them walks at least
 
 
 TUNING = Tuning()
 
 
-def _divisor(n, most):
-    """The largest divisor of n that is at most `most`."""
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+def _inputs(x, keep, mu, hidden, w):
+    return {"x": x, "keep": keep, "mu": mu, "hidden": hidden, "w": w}
 
 
-def _load_pair(refs, first, columns):
-    """The tile of tokens from `first`, and of the tokens before."""
-    x = layout.load(refs.x_gmem.at[pl.ds(first, CHUNK), columns])
-    return x, layout.load_before(refs.x_gmem, first, columns)
+def _cotangents(refs, n):
+    return [getattr(refs, f"g{j}_gmem") for j in range(n)]
 
 
-def _difference(refs, first, x, before):
+def _tiles(n, rank):
+    """What a step over channels reads beside the cotangents."""
+    return {
+        "x": Tile((CHUNK + 1, GROUP)),
+        "mu": Tile((n, GROUP), jnp.float32),
+        "w": Tile((n * rank, GROUP), width=GROUP),
+    }
+
+
+def _start(refs, first, columns, stage):
+    """Starts to copy what `_tiles` names."""
+    start_copy(refs.x_gmem, first, columns, refs.x.at[stage], before=True)
+    start_copy(refs.mu_gmem, 0, columns, refs.mu.at[stage])
+    start_copy(refs.w_gmem, 0, columns, refs.w.at[stage], width=GROUP)
+
+
+def _hidden(refs, tokens, n, rank):
+    """hidden_j for every j, as left operands."""
+    parts = [refs.hidden_gmem.at[tokens, pl.ds(j * rank, rank)] for j in range(n)]
+    return [layout.left(layout.load(z)) for z in parts]
+
+
+def _difference(refs, stage, keep):
     """x and before - x in float32."""
-    x, before = x.astype(jnp.float32), before.astype(jnp.float32)
-    keep = layout.load_rows(refs.keep_gmem.at[pl.ds(first, CHUNK)], x.shape[1])
+    x = layout.as_float32(layout.load(refs.x.at[stage, pl.ds(1, CHUNK)]))
+    before = layout.as_float32(layout.load(refs.x.at[stage, pl.ds(0, CHUNK)]))
     return x, before * keep - x
 
 
-def _prefetch(refs, tokens, columns, n):
-    """Asks for what a later step reads: that comes from the second-level cache then."""
-    for name in ("x", *(f"g{j}" for j in range(n))):
-        copies.prefetch(getattr(refs, f"{name}_gmem").at[tokens, columns])
+def _matrix(refs, stage, j, rank):
+    return refs.w.at[stage, pl.ds(j * rank, rank)]
 
 
-def _hidden(refs, first, j, rank):
-    """hidden_j as a left operand."""
-    columns = pl.ds(j * rank, rank)
-    return layout.left(layout.load(refs.hidden_gmem.at[pl.ds(first, CHUNK), columns]))
-
-
-def _share(refs, j, hidden, columns, of_slab, rank):
+def _share(refs, stage, j, hidden):
     """s_j, a float32 tile."""
-    share = layout.in_every_row(layout.load_columns(refs.mu_gmem.at[j, columns]))
-    w = refs.w.at[pl.ds(j * rank, rank), of_slab]
-    return share + layout.from_product(warps.dot(warps.zeros(CHUNK, columns.size), hidden, w))
-
-
-def _inputs(x, keep, mu, hidden, w):
-    return {"x": x, "keep": keep, "mu": mu, "hidden": hidden, "w": w}
+    share = layout.in_every_row(layout.load_columns(refs.mu.at[stage, j]))
+    w = _matrix(refs, stage, j, hidden.shape[1])
+    return share + layout.from_product(warps.dot(warps.zeros(CHUNK, GROUP), hidden, w))
 
 
 @lowered_once("tuning")
@@ -106,39 +118,39 @@ def blends(
     """
     (N, D), n = x.shape, mu.shape[0]
     rank = hidden.shape[1] // n
-    walked = _divisor(N // CHUNK, tuning.forward_tiles)
+    groups = D // GROUP
+    wanted = pl.cdiv(tuning.forward_blocks, N // CHUNK)
+    parts = next(z for z in range(1, groups + 1) if groups % z == 0 and z >= min(wanted, groups))
+    stages, scratch = staged(_tiles(n, rank))
 
     def body(refs):
-        first = lax.axis_index("tokens") * (walked * CHUNK)
-        slab = lax.axis_index("slabs")
-        layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
-        warps.sync()
+        first = lax.axis_index("tokens") * CHUNK
+        tokens = pl.ds(first, CHUNK)
+        of_part = lax.axis_index("parts") * (D // parts)
+        columns = lambda i: pl.ds(of_part + i * GROUP, GROUP)
+        hidden = _hidden(refs, tokens, n, rank)
+        keep = layout.load_rows(refs.keep_gmem.at[tokens], GROUP)
 
-        def step(i, carry):
-            at = first + i * CHUNK
-            tokens = pl.ds(at, CHUNK)
-            # All loads come first: none may pass a store, which could be to the same place.
-            hidden = [_hidden(refs, at, j, rank) for j in range(n)]
-            halves = [pl.ds(slab * SLAB + start, GROUP) for start in range(0, SLAB, GROUP)]
-            loaded = [_load_pair(refs, at, columns) for columns in halves]
-            for half, (columns, pair) in enumerate(zip(halves, loaded)):
-                x, d = _difference(refs, at, *pair)
-                of_slab = pl.ds(half * GROUP, GROUP)
-                for j in range(n):
-                    y = x + d * _share(refs, j, hidden[j], columns, of_slab, rank)
-                    to = getattr(refs, f"y{j}_gmem").at[tokens, columns]
-                    layout.store(to, y.astype(jnp.bfloat16))
+        def start(i, stage):
+            _start(refs, first, columns(i), stage)
+
+        def step(i, stage, carry):
+            x, d = _difference(refs, stage, keep)
+            for j in range(n):
+                y = x + d * _share(refs, stage, j, hidden[j])
+                to = getattr(refs, f"y{j}_gmem").at[tokens, columns(i)]
+                layout.store(to, y.astype(jnp.bfloat16))
             return carry
 
-        loop(walked, step, jnp.int32(0))
+        walk(stages, groups // parts, start, step, jnp.int32(0))
 
     return kernel(
         body,
         name="token_shift",
         inputs=_inputs(x, keep, mu, hidden, w),
         outputs={f"y{j}": jax.ShapeDtypeStruct(x.shape, x.dtype) for j in range(n)},
-        scratch={"w": layout.matrix(n * rank, SLAB)},
-        grid={"tokens": N // (walked * CHUNK), "slabs": D // SLAB},
+        scratch=scratch,
+        grid={"tokens": N // CHUNK, "parts": parts},
         threads=1,
     )
 
@@ -165,52 +177,46 @@ def input_gradients(
     (N, D), n = x.shape, mu.shape[0]
     rank = hidden.shape[1] // n
     f32, bf16 = jnp.float32, jnp.bfloat16
+    columns = lambda i: pl.ds(i * GROUP, GROUP)
+    e = plgpu.SMEM((CHUNK + 8, GROUP), f32)
+    tiles_of_step = _tiles(n, rank) | {"g": Tile((n, CHUNK, GROUP))}
+    stages, scratch = staged(tiles_of_step, beside=math.prod(e.shape) * 4)
 
     def body(refs):
         tile = lax.axis_index("tokens")
         first = tile * CHUNK
         tokens = pl.ds(first, CHUNK)
+        hidden = _hidden(refs, tokens, n, rank)
+        keep = layout.load_rows(refs.keep_gmem.at[tokens], GROUP)
         # The last token's next one is in another tile.
-        refs.e[pl.ds(CHUNK, 8)] = jnp.zeros((8, SLAB), f32)
+        refs.e[pl.ds(CHUNK, 8)] = jnp.zeros((8, GROUP), f32)
 
-        def step(slab, dhidden):
+        def start(i, stage):
+            _start(refs, first, columns(i), stage)
+            for j, g in enumerate(_cotangents(refs, n)):
+                start_copy(g, first, columns(i), refs.g.at[stage, j])
+
+        def step(i, stage, dhidden):
             dhidden = list(dhidden)
-            warps.sync()  # all have read what the step before wrote
-            layout.copy_in(refs.w_gmem.at[:, pl.ds(slab * SLAB, SLAB)], refs.w)
+            _, d = _difference(refs, stage, keep)
+            total, e = layout.zeros(GROUP), layout.zeros(GROUP)
+            for j in range(n):
+                g = layout.as_float32(layout.load(refs.g.at[stage, j]))
+                share = _share(refs, stage, j, hidden[j])
+                total, e = total + g, e + share * g
+                p = layout.left((g * d).astype(bf16))
+                dhidden[j] = warps.dot(dhidden[j], p, _matrix(refs, stage, j, rank).T)
+            layout.store(refs.e.at[pl.ds(0, CHUNK)], e * keep)
             warps.sync()
-            following = jnp.minimum(slab + 1, D // SLAB - 1)
-            _prefetch(refs, tokens, pl.ds(following * SLAB, SLAB), n)
-            own = []
-            for start in range(0, SLAB, GROUP):
-                of_slab = pl.ds(start, GROUP)
-                columns = pl.ds(slab * SLAB + start, GROUP)
-                _, d = _difference(refs, first, *_load_pair(refs, first, columns))
-                total, e = layout.zeros(GROUP), layout.zeros(GROUP)
-                at = tokens, columns
-                cotangents = [layout.load(getattr(refs, f"g{j}_gmem").at[at]) for j in range(n)]
-                for j, g in enumerate(cotangents):
-                    z = _hidden(refs, first, j, rank)
-                    share = _share(refs, j, z, columns, of_slab, rank)
-                    g = g.astype(f32)
-                    total, e = total + g, e + share * g
-                    w = refs.w.at[pl.ds(j * rank, rank), of_slab]
-                    p = layout.left((g * d).astype(bf16))
-                    dhidden[j] = warps.dot(dhidden[j], p, w.T)
-                own.append(total - e)
-                keep = layout.load_rows(refs.keep_gmem.at[tokens], GROUP)
-                layout.store(refs.e.at[pl.ds(0, CHUNK), of_slab], e * keep)
-            warps.sync()
-            for start, z in zip(range(0, SLAB, GROUP), own):
-                of_slab = pl.ds(start, GROUP)
-                columns = pl.ds(slab * SLAB + start, GROUP)
-                following = layout.load(refs.e.at[pl.ds(1, CHUNK), of_slab])
-                layout.store(refs.dx_gmem.at[tokens, columns], (z + following).astype(bf16))
-                edge = layout.load_columns(refs.e.at[0, of_slab])
-                layout.store(refs.edges_gmem.at[tile, columns], edge)
+            following = layout.load(refs.e.at[pl.ds(1, CHUNK)])
+            dx = (total - e + following).astype(bf16)
+            layout.store(refs.dx_gmem.at[tokens, columns(i)], dx)
+            edge = layout.load_columns(refs.e.at[0])
+            layout.store(refs.edges_gmem.at[tile, columns(i)], edge)
             return tuple(dhidden)
 
         sums = tuple(warps.zeros(CHUNK, rank) for _ in range(n))
-        for j, z in enumerate(loop(D // SLAB, step, sums)):
+        for j, z in enumerate(walk(stages, D // GROUP, start, step, sums)):
             to = refs.dhidden_gmem.at[tokens, pl.ds(j * rank, rank)]
             layout.store(to, layout.from_product(z).astype(bf16))
 
@@ -223,10 +229,7 @@ def input_gradients(
             "edges": jax.ShapeDtypeStruct((N // CHUNK, D), f32),
             "dhidden": jax.ShapeDtypeStruct(hidden.shape, bf16),
         },
-        scratch={
-            "w": layout.matrix(n * rank, SLAB),
-            "e": plgpu.SMEM((CHUNK + 8, SLAB), f32),
-        },
+        scratch=scratch | {"e": e},
         grid={"tokens": N // CHUNK},
         threads=1,
     )
@@ -243,6 +246,8 @@ def parameter_gradients(
 ) -> list[jax.Array]:
     """Sums over tokens of p_j, and of p_j by hidden_j; a block of the grid owns 64 channels.
 
+    Tiles are read transposed: a thread holds two tokens of a channel, as the products want p.
+
     Args:
         x, keep, hidden: as of `blends`.
         cotangents: n arrays [N, D] bfloat16.
@@ -255,36 +260,51 @@ def parameter_gradients(
     (N, D), n = x.shape, len(cotangents)
     rank = hidden.shape[1] // n
     f32, bf16 = jnp.float32, jnp.bfloat16
-    count, slabs = N // CHUNK, D // SLAB
+    count, slabs = N // ROWS, D // SLAB
     stretches = min(pl.cdiv(tuning.sums_blocks, slabs), pl.cdiv(count, tuning.sums_tiles))
+    tile = lambda *shape: Tile((*shape, ROWS, SLAB), width=SLAB)
+    stages, scratch = staged(
+        {
+            "x": tile(),
+            "before": tile(),
+            "g": tile(n),
+            "hidden": Tile((ROWS, n * rank), width=GROUP),
+            "keep": Tile((ROWS,), f32),
+        }
+    )
 
     def body(refs):
         stretch = lax.axis_index("tokens")
-        start, _ = divide(stretch * count, stretches)
+        beginning, _ = divide(stretch * count, stretches)
         end, _ = divide((stretch + 1) * count, stretches)
         columns = pl.ds(lax.axis_index("slabs") * SLAB, SLAB)
+        everything = pl.ds(0, n * rank)
 
-        def step(i, sums):
+        def start(i, stage):
+            at = (beginning + i) * ROWS
+            start_copy(refs.x_gmem, at, columns, refs.x.at[stage], width=SLAB)
+            start_copy(refs.x_gmem, at, columns, refs.before.at[stage], width=SLAB, before=True)
+            start_copy(refs.hidden_gmem, at, everything, refs.hidden.at[stage], width=GROUP)
+            copies.start_copy_row(refs.keep_gmem.at[pl.ds(at, ROWS)], refs.keep.at[stage])
+            for j, g in enumerate(_cotangents(refs, n)):
+                start_copy(g, at, columns, refs.g.at[stage, j], width=SLAB)
+
+        def step(i, stage, sums):
             dmu, dw = map(list, sums)
-            at = (start + i) * CHUNK
-            tokens = pl.ds(at, CHUNK)
-            _, d = _difference(refs, at, *_load_pair(refs, at, columns))
-            layout.copy_in(refs.hidden_gmem.at[tokens], refs.hidden)
+            # [channels, tokens]
+            load = lambda ref: layout.as_float32(tiles.load(ref.T), plgpu.Layout.WGMMA)
+            keep = tiles.over_rows(tiles.load_columns(refs.keep.at[stage]), (SLAB, ROWS))
+            d = load(refs.before.at[stage]) * keep - load(refs.x.at[stage])
             for j in range(n):
-                g = layout.load(getattr(refs, f"g{j}_gmem").at[tokens, columns])
-                refs.p.at[j][...] = (g.astype(f32) * d).astype(bf16)
-            warps.sync()
-            following = pl.ds(jnp.minimum(start + i + 1, end - 1) * CHUNK, CHUNK)
-            _prefetch(refs, following, columns, n)
-            for j in range(n):
-                p = warps.load_left(refs.p.at[j].T)  # [channels, tokens]
+                p = warps.left((load(refs.g.at[stage, j]) * d).astype(bf16))
                 dmu[j] = layout.row_sums(dmu[j], p)
-                dw[j] = warps.dot(dw[j], p, refs.hidden.at[:, pl.ds(j * rank, rank)])
-            warps.sync()
+                of_rank = refs.hidden.at[stage, :, pl.ds(j * rank, rank)]
+                dw[j] = warps.dot(dw[j], p, of_rank)
             return tuple(dmu), tuple(dw)
 
         zeros = lambda columns: tuple(warps.zeros(SLAB, columns) for _ in range(n))
-        dmu, dw = loop(end - start, step, (zeros(8), zeros(rank)))
+        sums = zeros(8), zeros(rank)
+        dmu, dw = walk(stages, end - beginning, start, step, sums)
         for j in range(n):
             layout.store(refs.dmu_gmem.at[stretch, j, columns], dmu[j])
             layout.store(refs.dw_gmem.at[stretch, j, columns], dw[j])
@@ -298,10 +318,7 @@ def parameter_gradients(
             "dmu": jax.ShapeDtypeStruct((stretches, n, D, 8), f32),
             "dw": jax.ShapeDtypeStruct((stretches, n, D, rank), f32),
         },
-        scratch={
-            "p": tiles.tile(n, CHUNK, SLAB),
-            "hidden": layout.matrix(CHUNK, n * rank),
-        },
+        scratch=scratch,
         grid={"tokens": stretches, "slabs": slabs},
         threads=1,
     )

@@ -10,7 +10,6 @@ or of a left operand are those of a tile, grouped otherwise.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,7 +27,7 @@ TILE = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-# The same for 32 tokens, of which a thread holds half as much; also for copies of more rows.
+# The same for 32 tokens, of which a thread holds half as much.
 SMALL_TILE = plgpu.Layout.TILED(
     fragmented_array.Tiling(((32, 32), (8, 32), (8,))),
     warp_dims=(-5,),
@@ -45,19 +44,6 @@ def in_order_of_products(w: jax.Array, axis: int) -> jax.Array:
     return w.reshape(shape).swapaxes(axis + 1, axis + 2).reshape(w.shape)
 
 
-def matrix(*shape):
-    """Shared memory for matrices of which 32 columns are taken at a time."""
-    transforms = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(2 * GROUP))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
-
-def copy_in(source, matrix):
-    """Copies rows (a multiple of 32) of 16-bit numbers into a matrix; sync behind it."""
-    matrix[...] = source[...] if interpreting() else plgpu.load(
-        source, layout=SMALL_TILE, optimized=False
-    )  # fmt: skip
-
-
 def _layout(rows):
     return TILE if rows == CHUNK else SMALL_TILE
 
@@ -69,53 +55,39 @@ def load(ref):
     return plgpu.load(ref, layout=_layout(ref.shape[0]), optimized=False)
 
 
+def as_float32(x, layout=TILE):
+    """bfloat16 in float32. A mask gives the upper of two numbers, where a cast takes two steps."""
+    if interpreting():
+        return x.astype(jnp.float32)
+
+    @inline((layout,), plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
+    def widen(_, z):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, vector
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        registers = np.empty_like(z.registers)
+        for at, register in np.ndenumerate(z.registers):
+            count = ir.VectorType(register.type).shape[0]
+            pairs = mgpu.utils.bitcast(register, ir.VectorType.get((count // 2,), i32))
+            numbers = []
+            for n in range(count // 2):
+                pair = vector.extract(pairs, dynamic_position=[], static_position=[n])
+                lower = arith.shli(pair, mgpu.utils.c(16, i32))
+                upper = arith.andi(pair, mgpu.utils.c(-(1 << 16), i32))
+                numbers += [arith.bitcast(f32, lower), arith.bitcast(f32, upper)]
+            registers[at] = vector.from_elements(ir.VectorType.get((count,), f32), numbers)
+        return mgpu.FragmentedArray(_registers=registers, _layout=z.layout, _is_signed=None)
+
+    return widen(x)
+
+
 def store(ref, value):
     """Writes a tile, or a sum's few numbers, in the accesses that its layout gives."""
     if interpreting() or not hasattr(plgpu, "store"):
         ref[...] = value
     else:  # JAX 0.12 refuses half a cache line of a row, or 32 bytes a thread, unless told
         plgpu.store(ref, value, optimized=False)
-
-
-def load_before(ref, first, columns):
-    """Rows first - 1 to first + 62 of ref [N, D]; for first = 0, row 0 twice."""
-    lowest = jnp.where(first == 0, jnp.int32(0), jnp.int32(-1))
-    if interpreting():
-        edge = ref[pl.ds(first + lowest, 1), columns]
-        return jnp.concatenate([edge, ref[pl.ds(first, CHUNK), columns][:-1]])
-    source = ref.at[pl.ds(first, CHUNK), columns]
-    result = plgpu.ShapeDtypeStruct((CHUNK, columns.size), ref.dtype, layout=TILE)
-
-    @inline((plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), result)
-    def load(_, source, lowest):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        c = lambda n: mgpu.utils.c(n, i32)
-        element = ir.MemRefType(source.type).element_type
-        thread = mgpu.utils.thread_idx()
-        thread = arith.remui(thread, c(mgpu.utils.WARPGROUP_SIZE))
-        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
-        row = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
-        column = arith.muli(arith.remui(lane, c(4)), c(8))
-        layout = TILE.to_mgpu()
-        registers = np.empty((columns.size // GROUP, 2), dtype=object)
-        for (group, half), _ in np.ndenumerate(registers):
-            before = arith.maxsi(arith.addi(row, c(8 * half - 1)), lowest.registers.item())
-            at = (
-                arith.index_cast(index, before),
-                arith.index_cast(index, arith.addi(column, c(GROUP * group))),
-            )
-            numbers = mgpu.utils.memref_slice(source, (at[0], mgpu.utils.ds(at[1], 8)))
-            pointer = mgpu.utils.memref_ptr(numbers)
-            registers[group, half] = llvm.load(ir.VectorType.get((8,), element), pointer)
-        shape = layout.registers_shape((CHUNK, columns.size))
-        return mgpu.FragmentedArray(
-            _registers=registers.reshape(shape), _layout=layout, _is_signed=None
-        )
-
-    return load(source, lowest)
 
 
 def load_rows(ref, columns):

@@ -74,7 +74,7 @@ def start_copy(source, tile):
             ),
         )
         pointer = lambda base, offset: mgpu.utils.getelementptr(base, [offset], element)
-        source = pointer(_global_pointer(from_gmem), source)
+        source = pointer(global_pointer(from_gmem), source)
         target = pointer(mgpu.utils.memref_ptr(to_smem), target)
         for n in range(rows // step):
             for tile_of_row in range(columns // 64):
@@ -105,7 +105,7 @@ def start_copy_row(source, row):
         n = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(memref.shape[0], i32))
         source, target = (
             mgpu.utils.getelementptr(pointer, [n], memref.element_type)
-            for pointer in (_global_pointer(from_gmem), mgpu.utils.memref_ptr(to_smem))
+            for pointer in (global_pointer(from_gmem), mgpu.utils.memref_ptr(to_smem))
         )
         nvvm.cp_async_shared_global(target, source, 4, nvvm.LoadCacheModifierKind.CA)
 
@@ -126,7 +126,8 @@ def arrived():
     inline((), None)(wait)()
 
 
-def _global_pointer(memref):
+def global_pointer(memref):
+    """A pointer to where a memref of global memory begins, as copies want it."""
     from jaxlib.mlir.dialects import llvm
 
     return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(memref))

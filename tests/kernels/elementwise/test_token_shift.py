@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels.elementwise import head_norm, token_shift
+from gt_jax.kernels.elementwise import (
+    head_norm,
+    token_shift,
+    token_shift_copies,
+    token_shift_kernels,
+)
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from tests.kernels.hopper_kernels import too_old
@@ -67,6 +72,19 @@ def assert_close(ours, exact):
         assert np.linalg.norm(a - b) <= 4e-3 * np.linalg.norm(b)
 
 
+def interpreted_and_exact_blends(shape, options):
+    """Values and gradients by the kernels, and by the plain form in float64."""
+    inputs = make_blends(*shape, **options)
+    keys = jax.random.split(jax.random.key(1), BLENDS)
+    cotangents = [jax.random.normal(k, inputs[0].shape, jnp.bfloat16) for k in keys]
+    with devices.simulated("interpret"):
+        assert token_shift.fits("auto", inputs[0], RANK)
+        ours = values_and_gradients(token_shift.blends, inputs, cotangents)
+    exact = values_and_gradients(plain_blends, as_float64(inputs), as_float64(cotangents))
+    assert [z.dtype for z in ours] == [z.dtype for z in (*cotangents, *filter(_is_float, inputs))]
+    return ours, exact
+
+
 @pytest.mark.parametrize(
     "shape, options",
     [
@@ -77,15 +95,20 @@ def assert_close(ours, exact):
 def test_interpreted_blends_match_the_plain_form_in_float64(
     float64_in_every_thread, shape, options
 ):
-    inputs = make_blends(*shape, **options)
-    keys = jax.random.split(jax.random.key(1), BLENDS)
-    cotangents = [jax.random.normal(k, inputs[0].shape, jnp.bfloat16) for k in keys]
-    with devices.simulated("interpret"):
-        assert token_shift.fits("auto", inputs[0], RANK)
-        ours = values_and_gradients(token_shift.blends, inputs, cotangents)
-    exact = values_and_gradients(plain_blends, as_float64(inputs), as_float64(cotangents))
-    assert_close(ours, exact)
-    assert [z.dtype for z in ours] == [z.dtype for z in (*cotangents, *filter(_is_float, inputs))]
+    assert_close(*interpreted_and_exact_blends(shape, options))
+
+
+@pytest.mark.parametrize("room", [98, 0], ids=["next tile on its way", "room for one tile"])
+def test_blends_match_the_plain_form_however_the_work_is_cut(
+    float64_in_every_thread, monkeypatch, room
+):
+    # A block of the grid walks all channels of its tokens, or one or two tiles of four.
+    cut = token_shift_kernels.Tuning(forward_blocks=1, sums_blocks=6, sums_tiles=1)
+    monkeypatch.setattr(token_shift_kernels, "TUNING", cut)
+    monkeypatch.setattr(token_shift_copies, "_ROOM", room)
+    jax.clear_caches()
+    assert_close(*interpreted_and_exact_blends((1, 128, 128), {"documents": True}))
+    jax.clear_caches()
 
 
 def _is_float(z):
