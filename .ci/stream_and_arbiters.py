@@ -1,4 +1,4 @@
-"""The kernels of the residual stream and of arbiters, as cross_compile.py compiles them."""
+"""Kernels of the residual stream, arbiters and the loss, as cross_compile.py compiles them."""
 
 import functools
 
@@ -11,7 +11,8 @@ def kernels(calls_of, capability):
             run.
         capability: of the GPU, (major, minor).
     """
-    for some in (residual_norm_kernels, gated_branches_kernels, linear_scan_kernels):
+    given = (residual_norm_kernels, gated_branches_kernels, linear_scan_kernels, loss_kernels)
+    for some in given:
         yield from some(calls_of, capability)
 
 
@@ -88,3 +89,18 @@ def linear_scan_kernels(calls_of, capability):
         scores, c, *of_state = inputs[0], array(B, T, C, dtype=jnp.bfloat16), *inputs[1:]
         scan = functools.partial(memory_scan.scan, resets=resets)
         yield from named("Memory scan", scan, [scores, c, *of_state], B, T, C)
+
+
+def loss_kernels(calls_of, capability):
+    """(name, serialised kernel) of the cross-entropy."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import softmax_loss
+
+    for vocabulary in (4096, 16384):
+        logits = jax.ShapeDtypeStruct((4096, vocabulary), jnp.float32)
+        targets = jax.ShapeDtypeStruct((4096,), jnp.int32)
+        call, inputs = softmax_loss.nats_and_gradients, [logits, targets]
+        (module,) = calls_of(call, inputs, capability, gradient=False)
+        yield f"Softmax and loss, {vocabulary} logits", module

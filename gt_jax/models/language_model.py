@@ -118,7 +118,8 @@ class LanguageModel(nn.Module):
             Loss; what else comes and what is raised is as for a call.
         """
         x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
-        return Loss(head_cross_entropy(x, head, targets.ravel()), state)
+        kernels = self.config.impl not in ("chunked", "reference")
+        return Loss(head_cross_entropy(x, head, targets.ravel(), kernels), state)
 
     @nn.compact
     def _read(self, tokens, state, segment_ids, rwkv_drop):

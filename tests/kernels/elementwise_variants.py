@@ -1,4 +1,4 @@
-"""Calls of what joins branches and scans sequences, as lowered.py compares them."""
+"""Calls of what joins branches, scans sequences and takes losses, as lowered.py compares them."""
 
 import functools
 
@@ -12,6 +12,7 @@ from gt_jax.kernels.elementwise import (
     memory_scan,
     normed_pair,
     residual_norm,
+    softmax_loss,
     weighted_norms,
 )
 
@@ -32,6 +33,9 @@ def variants():
     for B, T, C in SCANS:
         for name, function, inputs in _of_sequences(B, T, C):
             yield f"{name}-{B}x{T}x{C}", function, inputs
+    for vocabulary in (512, 16384):
+        inputs = [_array(64, vocabulary), _array(64, dtype=jnp.int32)]
+        yield f"softmax_loss-{vocabulary}", softmax_loss.nats_and_gradients, inputs
 
 
 def _array(*shape, dtype=jnp.float32):
