@@ -21,6 +21,7 @@ from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fsdp import gathering
 from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
+    ROUNDED,
     embedding_init,
     kernel_init,
     layer_norm,
@@ -39,7 +40,7 @@ Params = Mapping[str, Any]
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("recurrence", *residual_norm.KEPT),
+        jax.checkpoint_policies.save_only_these_names("recurrence", ROUNDED, *residual_norm.KEPT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
