@@ -30,7 +30,7 @@ def residual_norm_kernels(calls_of, capability):
         score = branch, branch, array(16, 2048, 1), array(1)
         kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
         for kind, inputs in kinds.items():
-            options = (1e-6, 2) if kind == "normed" else (1e-6,)
+            options = (1e-6, 2) if kind in ("normed", "added") else (1e-6,)
             call = functools.partial(getattr(residual_norm, kind), *options)
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):

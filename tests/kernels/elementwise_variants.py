@@ -48,7 +48,7 @@ def _of_branches(tokens, width):
     vector, one = _array(width), _array(1)
     pair = branch, branch
     yield "normed", functools.partial(residual_norm.normed, 1e-6, 2), [stream, vector]
-    added = functools.partial(residual_norm.added, 1e-6)
+    added = functools.partial(residual_norm.added, 1e-6, 2)
     yield "added", added, [stream, branch, vector]
     yield "added-float32", added, [stream, stream, vector]
     of_gate = _array(2 * width), one, vector
