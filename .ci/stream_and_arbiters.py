@@ -1,4 +1,4 @@
-"""Kernels of the residual stream, arbiters and the loss, as cross_compile.py compiles them."""
+"""Kernels of the stream, arbiters, products and the loss, as cross_compile.py compiles them."""
 
 import functools
 
@@ -11,8 +11,8 @@ def kernels(calls_of, capability):
             run.
         capability: of the GPU, (major, minor).
     """
-    given = (residual_norm_kernels, gated_branches_kernels, linear_scan_kernels, loss_kernels)
-    for some in given:
+    of_branches = residual_norm_kernels, gated_branches_kernels, linear_scan_kernels
+    for some in (*of_branches, loss_kernels, product_kernels):
         yield from some(calls_of, capability)
 
 
@@ -104,3 +104,28 @@ def loss_kernels(calls_of, capability):
         call, inputs = softmax_loss.nats_and_gradients, [logits, targets]
         (module,) = calls_of(call, inputs, capability, gradient=False)
         yield f"Softmax and loss, {vocabulary} logits", module
+
+
+def product_kernels(calls_of, capability):
+    """(name, serialised kernel) of what is computed again for the product behind it."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import gated_norm, gelu_product, head_norm
+
+    tokens, array = (16, 2048), jax.ShapeDtypeStruct
+    narrow = lambda *shape: array(shape, jnp.bfloat16)
+    vector = lambda width: array((width,), jnp.float32)
+    gated = lambda y, z, scale, weights: gated_norm.gated_norm_projected(1e-5, y, z, scale, weights)
+    head = lambda y, g, s, b, weights: head_norm.gated_projected(y, g, s, b, 64e-5, weights)
+    y, z = narrow(*tokens, 1536), narrow(*tokens, 3352)
+    of_heads = narrow(*tokens, 12, 64), narrow(*tokens, 768), vector(768), vector(768)
+    kinds = {
+        "GELU": (gelu_product.gelu_product, [narrow(*tokens, 3072), narrow(3072, 768)]),
+        "gated norm": (gated, [y, z, vector(1536), narrow(1536, 768)]),
+        "head norm": (head, [*of_heads, narrow(768, 768)]),
+    }
+    for kind, (function, inputs) in kinds.items():
+        modules = calls_of(function, inputs, capability)
+        for direction, module in zip(("forward", "backward"), modules, strict=True):
+            yield f"Before a product, {kind}, {direction}", module

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from gt_jax.errors import InputError
 from gt_jax.kernels import context_parallel
+from gt_jax.kernels.elementwise import gelu_product
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.gelu import gelu
@@ -204,7 +205,10 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
-        return dense(c, c.dim, "down", output_init(c, self.down_init))(gelu(hidden))
+        down = dense(c, c.dim, "down", output_init(c, self.down_init))
+        if c.remat != "none" and gelu_product.fits(c.impl, hidden):
+            return gelu_product.gelu_product(hidden, rounded(down.kernel(4 * c.dim), hidden.dtype))
+        return down(gelu(hidden))
 
 
 def per_row(param: jax.Array, rows: int) -> jax.Array:

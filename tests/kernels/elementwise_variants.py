@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gt_jax.kernels.elementwise import (
     gated_branches,
     gated_scan,
+    gelu_product,
     linear_scan,
     memory_scan,
     normed_pair,
@@ -33,6 +34,8 @@ def variants():
     for B, T, C in SCANS:
         for name, function, inputs in _of_sequences(B, T, C):
             yield f"{name}-{B}x{T}x{C}", function, inputs
+    inputs = [_array(2, 2048, 1024, dtype=jnp.bfloat16), _array(1024, 64, dtype=jnp.bfloat16)]
+    yield "gelu_product", gelu_product.gelu_product, inputs
     for vocabulary in (512, 16384):
         inputs = [_array(64, vocabulary), _array(64, dtype=jnp.int32)]
         yield f"softmax_loss-{vocabulary}", softmax_loss.nats_and_gradients, inputs

@@ -246,17 +246,21 @@ def _tree(terms, join):
 
 def sigmoid(x):
     """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
-    y = 1 + jnp.exp2(x * -1.4426950408889634)  # log2(e)
+    return reciprocal(1 + jnp.exp2(x * -1.4426950408889634))  # log2(e)
+
+
+def reciprocal(y):
+    """1 / y of a float32 value, right to about 2^-23."""
     if interpreting():
         return 1 / y
 
     @plgpu.inline_mgpu(
         arg_types=(_layout(_vector(y)),), return_type=_value(jnp.float32, _vector(y))
     )
-    def reciprocal(_, y):
+    def approximate(_, y):
         return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
 
-    return reciprocal(y)
+    return approximate(y)
 
 
 def zeros(row):

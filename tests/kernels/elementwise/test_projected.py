@@ -1,15 +1,18 @@
 """Norms before a product whose backward pass computes them again: the same bits as in two steps."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.kernels.elementwise import gated_norm, head_norm
+from gt_jax.kernels.elementwise import gated_norm, gelu_product, head_norm
 from gt_jax.kernels.elementwise.projected import projected
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import make_config, make_model
+from gt_jax.models.gelu import gelu
 from tests.kernels.elementwise.test_residual_norm import kernels
 from tests.kernels.hopper_kernels import too_old
 
@@ -46,7 +49,12 @@ def head_norms():
     return norm, together, (y, g, parameter(WIDTH), 1 + parameter(WIDTH))
 
 
-NORMS = {"gated norm": gated_norms, "head norm": head_norms}
+def gelus():
+    together = lambda weights, x: gelu_product.gelu_product(x, weights)
+    return gelu, together, (4 * draw(2, 16, WIDTH),)
+
+
+NORMS = {"gated norm": gated_norms, "head norm": head_norms, "GELU": gelus}
 
 
 @too_old
@@ -65,7 +73,29 @@ def test_product_and_gradients_are_those_of_the_norm_and_a_product(name):
     if name == "gated norm":  # columns that are not of z stay unwritten
         expected, found = ((*z[:3], z[3][..., :WIDTH], *z[4:]) for z in (expected, found))
     for z, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(z, other)
+        if name == "GELU":  # other arithmetic: a few numbers in a hundred round the other way
+            differing = np.mean(np.asarray(z != other))
+            assert differing < 0.02
+            z, other = (np.asarray(y, np.float64) for y in (z, other))
+            np.testing.assert_allclose(z, other, rtol=2**-7, atol=2**-7)
+        else:
+            np.testing.assert_array_equal(z, other)
+
+
+@too_old
+def test_gelu_and_its_slope_are_right_to_their_rounding_in_both_tails():
+    from gt_jax.kernels.elementwise import gelu_product_kernels
+
+    x = jnp.linspace(-8, 8, gelu_product.BLOCK, dtype=jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    below = np.array([0.5 * math.erfc(-z * 0.5**0.5) for z in wide])
+    slope = below + wide * np.exp(-0.5 * wide**2) / (2 * np.pi) ** 0.5
+    with devices.simulated("interpret"):
+        (value,) = gelu_product_kernels.value(x)
+        again, found = gelu_product_kernels.gradients(x, jnp.ones_like(x))
+    np.testing.assert_array_equal(value, again)
+    np.testing.assert_allclose(np.asarray(value, np.float64), wide * below, rtol=2**-8, atol=1e-9)
+    np.testing.assert_allclose(np.asarray(found, np.float64), slope, rtol=2**-8, atol=1e-6)
 
 
 def test_gradients_of_any_function_before_a_product_are_right_in_float64():
