@@ -34,8 +34,9 @@ def begin(config: ModelConfig, x: jax.Array) -> jax.Array | Sum:
     return add_later(config, x, jnp.zeros(x.shape, config.dtype))
 
 
-def add_later(config: ModelConfig, x: jax.Array, branch: jax.Array) -> jax.Array | Sum:
+def add_later(config: ModelConfig, x: jax.Array | Sum, branch: jax.Array) -> jax.Array | Sum:
     """x + branch [B, T, D]; where kernels take the stream, a Sum for the next norm to add."""
+    x = summed(x)
     if takes_kernels(config, x) and branch.dtype in ("bfloat16", "float32"):
         return Sum(x, branch)
     return x + branch

@@ -1,6 +1,7 @@
 """Norms before a product whose backward pass computes them again: the same bits as in two steps."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +39,13 @@ def parameter(*shape):
 
 def gated_norms():
     norm = lambda y, z, scale: gated_norm.gated_norm(1e-5, y, z, scale)
-    together = lambda weights, *z: gated_norm.gated_norm_projected(1e-5, *z, weights)
+    together = lambda w, y, z, scale: gated_norm.gated_norm_projected(1e-5, y, z, scale, w)
     return norm, together, (draw(2, 16, WIDTH), draw(2, 16, WIDTH + 64), parameter(WIDTH))
 
 
 def head_norms():
-    norm = lambda *z: head_norm.gated(*z, 64e-5)
-    together = lambda weights, *z: head_norm.gated_projected(*z, 64e-5, weights)
+    norm = lambda y, g, scale, bias: head_norm.gated(y, g, scale, bias, 64e-5)
+    together = lambda w, y, g, scale, bias: head_norm.gated_projected(y, g, scale, bias, 64e-5, w)
     y, g = draw(2, 16, 4, 32), draw(2, 16, WIDTH, seed=1)
     return norm, together, (y, g, parameter(WIDTH), 1 + parameter(WIDTH))
 
@@ -134,7 +135,11 @@ def test_backward_pass_of_a_model_runs_no_norm_kernel_again(name):
     def calls(remat):
         config = make_config("gf", **sizes, dtype="bfloat16", impl="portable", remat=remat)
         model = make_model(config)
-        loss = lambda params: model.apply({"params": params}, tokens, tokens, method="loss").nats
+
+        def loss(params):
+            found: Any = model.apply({"params": params}, tokens, tokens, method="loss")
+            return found.nats
+
         with devices.simulated("lower"):
             params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
             return kernels(jax.make_jaxpr(jax.grad(loss))(params), name)
