@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.elementwise.gelu_product import BLOCK
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import kernel, lowered_once
 
 _ROW = rows.Row(lanes=128, vector=8)
+_SECTIONS = 4  # that a block of the grid reads at once: gelu_product.BLOCK numbers
 _SERIES = 1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592
 
 
 @lowered_once()
 def value(x: jax.Array) -> list[jax.Array]:
-    """gelu(x) of x in bfloat16, whose size is a multiple of BLOCK."""
+    """gelu(x) of x in bfloat16, whose size is a multiple of gelu_product.BLOCK."""
     return _run("gelu", [x], 1, lambda x: [x * _normal_distribution(x)[0]])
 
 
@@ -39,15 +39,14 @@ def gradients(x: jax.Array, g: jax.Array) -> list[jax.Array]:
 def _run(name, arrays, results, compute):
     shape, dtype = arrays[0].shape, arrays[0].dtype
     flat = arrays[0].size // _ROW.channels, _ROW.channels
-    sections = BLOCK // _ROW.channels
     inputs = {f"in{i}": z.reshape(flat) for i, z in enumerate(arrays)}
     outputs = {f"out{i}": jax.ShapeDtypeStruct(flat, dtype) for i in range(results)}
 
     def body(refs):
-        column, first = jnp.int32(0), lax.axis_index("blocks") * sections
+        column, first = jnp.int32(0), lax.axis_index("blocks") * _SECTIONS
         given = [
             [rows.load(getattr(refs, f"{key}_gmem"), (first + n,), column, _ROW) for key in inputs]
-            for n in range(sections)
+            for n in range(_SECTIONS)
         ]
         for n, values in enumerate(given):
             found = compute(*(z.astype(jnp.float32) for z in values))
@@ -61,7 +60,7 @@ def _run(name, arrays, results, compute):
         inputs=inputs,
         outputs=outputs,
         scratch={},
-        grid={"blocks": flat[0] // sections},
+        grid={"blocks": flat[0] // _SECTIONS},
         threads=1,
     )
     return [z.reshape(shape) for z in found]
