@@ -1,4 +1,4 @@
-"""The kernels of the residual stream and of arbiters, as cross_compile.py compiles them."""
+"""Kernels of the stream, arbiters, products and the loss, as cross_compile.py compiles them."""
 
 import functools
 
@@ -11,7 +11,8 @@ def kernels(calls_of, capability):
             run.
         capability: of the GPU, (major, minor).
     """
-    for some in (residual_norm_kernels, gated_branches_kernels, linear_scan_kernels):
+    of_branches = residual_norm_kernels, gated_branches_kernels, linear_scan_kernels
+    for some in (*of_branches, loss_kernels, product_kernels):
         yield from some(calls_of, capability)
 
 
@@ -29,7 +30,7 @@ def residual_norm_kernels(calls_of, capability):
         score = branch, branch, array(16, 2048, 1), array(1)
         kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
         for kind, inputs in kinds.items():
-            options = (1e-6, 2) if kind == "normed" else (1e-6,)
+            options = (1e-6, 2) if kind in ("normed", "added") else (1e-6,)
             call = functools.partial(getattr(residual_norm, kind), *options)
             modules = calls_of(call, [array(*branch.shape), *inputs, array(width)], capability)
             for direction, module in zip(("forward", "backward"), modules, strict=True):
@@ -88,3 +89,43 @@ def linear_scan_kernels(calls_of, capability):
         scores, c, *of_state = inputs[0], array(B, T, C, dtype=jnp.bfloat16), *inputs[1:]
         scan = functools.partial(memory_scan.scan, resets=resets)
         yield from named("Memory scan", scan, [scores, c, *of_state], B, T, C)
+
+
+def loss_kernels(calls_of, capability):
+    """(name, serialised kernel) of the cross-entropy."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import softmax_loss
+
+    for vocabulary in (4096, 16384):
+        logits = jax.ShapeDtypeStruct((4096, vocabulary), jnp.float32)
+        targets = jax.ShapeDtypeStruct((4096,), jnp.int32)
+        call, inputs = softmax_loss.nats_and_gradients, [logits, targets]
+        (module,) = calls_of(call, inputs, capability, gradient=False)
+        yield f"Softmax and loss, {vocabulary} logits", module
+
+
+def product_kernels(calls_of, capability):
+    """(name, serialised kernel) of what is computed again for the product behind it."""
+    import jax
+    import jax.numpy as jnp
+
+    from gt_jax.kernels.elementwise import gated_norm, gelu_product, head_norm
+
+    tokens, array = (16, 2048), jax.ShapeDtypeStruct
+    narrow = lambda *shape: array(shape, jnp.bfloat16)
+    vector = lambda width: array((width,), jnp.float32)
+    gated = lambda y, z, scale, weights: gated_norm.gated_norm_projected(1e-5, y, z, scale, weights)
+    head = lambda y, g, s, b, weights: head_norm.gated_projected(y, g, s, b, 64e-5, weights)
+    y, z = narrow(*tokens, 1536), narrow(*tokens, 3352)
+    of_heads = narrow(*tokens, 12, 64), narrow(*tokens, 768), vector(768), vector(768)
+    kinds = {
+        "GELU": (gelu_product.gelu_product, [narrow(*tokens, 3072), narrow(3072, 768)]),
+        "gated norm": (gated, [y, z, vector(1536), narrow(1536, 768)]),
+        "head norm": (head, [*of_heads, narrow(768, 768)]),
+    }
+    for kind, (function, inputs) in kinds.items():
+        modules = calls_of(function, inputs, capability)
+        for direction, module in zip(("forward", "backward"), modules, strict=True):
+            yield f"Before a product, {kind}, {direction}", module

@@ -7,15 +7,21 @@ The gradient of a weighted sum is known but for the weight, so the pass that mak
 makes its gradients too: three products a chunk, none of them repeated in the backward pass.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from gt_jax.kernels.elementwise import softmax_loss
 
 # Logits of a chunk: 256 MiB of float32.
 _CHUNK = 2**26
 
 
-@jax.custom_vjp
-def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def head_cross_entropy(
+    x: jax.Array, head: jax.Array, targets: jax.Array, kernels: bool = False
+) -> jax.Array:
     """Summed cross-entropy of softmax(x head).
 
     Products, those of the gradient included, take operands in the dtype of x and accumulate in
@@ -25,6 +31,7 @@ def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax
         x: [N, D] in the computation dtype.
         head: [D, V] float32.
         targets: [N] int; below 0 they do not count, V or more make the sum NaN.
+        kernels: whether the gradient may take a Pallas kernel, where one runs.
 
     Returns:
         Nats, [] float32 (float64 for float64 x).
@@ -38,18 +45,18 @@ def head_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax
     return _over_chunks(step, jnp.zeros((), _wide(x)), x, targets, head.shape[1])[0]
 
 
-def _forward(x, head, targets):
+def _forward(x, head, targets, kernels):
     weights, wide = head.astype(x.dtype), _wide(x)
+    fused = kernels and not softmax_loss.unsupported(head.shape[1], x.dtype)
+    of_logits = softmax_loss.nats_and_gradients if fused else _nats_and_gradients
 
     def step(sums, chunk):
         (nats, d_head), (x, targets) = sums, chunk
-        logits = _logits(x, weights)
-        more, log_total, is_target = _nats(logits, targets)
-        d_logits = jnp.exp(logits - log_total) - is_target
-        d_logits = jnp.where(targets[:, None] >= 0, d_logits, 0).astype(x.dtype)  # [n, V]
+        more, d_logits = of_logits(_logits(x, weights), targets)
+        d_logits = d_logits.astype(x.dtype)  # [n, V]
         dx = jnp.matmul(d_logits, weights.T, preferred_element_type=wide)
         d_head += jnp.matmul(x.T, d_logits, preferred_element_type=wide)
-        return (nats + more, d_head), dx
+        return (nats + jnp.sum(more), d_head), dx
 
     sums = (jnp.zeros((), wide), jnp.zeros(head.shape, wide))
     (nats, d_head), dx = _over_chunks(step, sums, x, targets, head.shape[1])
@@ -57,7 +64,15 @@ def _forward(x, head, targets):
     return nats, (dx.reshape(-1, x.shape[1])[: len(x)], d_head, dtypes)
 
 
-def _backward(residuals, g):
+def _nats_and_gradients(logits, targets):
+    """As softmax_loss.nats_and_gradients: summed nats [], gradients in the dtype of logits."""
+    nats, log_total, is_target = _nats(logits, targets)
+    gradients = jnp.exp(logits - log_total) - is_target
+    return nats, jnp.where(targets[:, None] >= 0, gradients, 0)
+
+
+def _backward(kernels, residuals, g):
+    del kernels
     *grads, dtypes = residuals
     dx, d_head = ((g * grad).astype(like.dtype) for grad, like in zip(grads, dtypes))
     return dx, d_head, None

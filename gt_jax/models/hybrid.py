@@ -59,13 +59,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | stream.Sum,
         state: BlockState | TopicBlockState | None,
         segment_ids: jax.Array | None,
         rwkv_drop: float | jax.Array | None,
-    ) -> tuple[jax.Array, BlockState | TopicBlockState]:
+    ) -> tuple[jax.Array | stream.Sum, BlockState | TopicBlockState]:
         c = self.config
-        record(self, block_stream=x)
+        record(self, block_stream=stream.summed(x))
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         fusion = FUSIONS[c.fusion](c, name="fusion")
@@ -118,8 +118,8 @@ class Block(nn.Module):
             else:
                 x = x + update
         if c.feed_forward:
-            x = x + FeedForward(c, name="ffn")(n)
-        record(self, block_out=x)
+            x = stream.add_later(c, x, FeedForward(c, name="ffn")(n))
+        record(self, block_out=stream.summed(x))
         states = rwkv_state, mamba_state, fusion_state
         return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)
 

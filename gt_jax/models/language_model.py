@@ -15,12 +15,13 @@ from jax.nn import initializers
 
 from gt_jax.errors import InputError
 from gt_jax.kernels.elementwise import residual_norm
-from gt_jax.models import blocks, gpt2, hybrid, legacy, mamba2, rwkv6
+from gt_jax.models import blocks, gpt2, hybrid, legacy, mamba2, rwkv6, stream
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.cross_entropy import head_cross_entropy
 from gt_jax.models.fsdp import gathering
 from gt_jax.models.fusion import FUSIONS, check_gate
 from gt_jax.models.layers import (
+    ROUNDED,
     embedding_init,
     kernel_init,
     layer_norm,
@@ -39,7 +40,7 @@ Params = Mapping[str, Any]
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("recurrence", *residual_norm.KEPT),
+        jax.checkpoint_policies.save_only_these_names("recurrence", ROUNDED, *residual_norm.KEPT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -118,7 +119,8 @@ class LanguageModel(nn.Module):
             Loss; what else comes and what is raised is as for a call.
         """
         x, head, state = self._read(tokens, state, segment_ids, rwkv_drop)
-        return Loss(head_cross_entropy(x, head, targets.ravel()), state)
+        kernels = self.config.impl not in ("chunked", "reference")
+        return Loss(head_cross_entropy(x, head, targets.ravel(), kernels), state)
 
     @nn.compact
     def _read(self, tokens, state, segment_ids, rwkv_drop):
@@ -146,6 +148,8 @@ class LanguageModel(nn.Module):
             table = self.param("segment_embedding", initializers.zeros, shape)
             x = x + lookup(jnp.pad(table, ((1, 0), (0, 0))), role)
             role_state = (after,)
+        if block is hybrid.Block and c.feed_forward:
+            x = stream.begin(c, x)
         alike = int(block is rwkv6.Block)  # whose first one also normalises the embedding
         block = gathering(block, c)
         if c.remat != "none":
@@ -159,7 +163,9 @@ class LanguageModel(nn.Module):
             before = None if state is None else state[layer]
             x, after = apply_block(layer, x, before, segment_ids, rwkv_drop)
             states.append(after)
-        x = norm(c, "final_norm")(x).reshape(-1, c.dim)  # one axis of tokens, as in `project`
+        x = norm(c, "final_norm")(stream.summed(x)).reshape(
+            -1, c.dim
+        )  # one axis of tokens, as in `project`
         if c.tie_embeddings:
             head = embedding.embedding.T
         else:

@@ -8,14 +8,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
+from jax.typing import DTypeLike
 
 from gt_jax.errors import InputError
 from gt_jax.kernels import context_parallel
+from gt_jax.kernels.elementwise import gelu_product
 from gt_jax.kernels.segments import resets
 from gt_jax.models.config import ModelConfig
+from gt_jax.models.gelu import gelu
 
 normal = initializers.normal(0.02)
+
+ROUNDED = "rounded"  # name of kernels in the dtype of their product, for jax.checkpoint
 
 
 def symmetric_uniform(bound: float) -> Initializer:
@@ -78,8 +84,16 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Tokens are flattened to one axis for the backward pass: XLA's CPU backend transposes [B, T, D]
     element by element to get the kernel's gradient, which costs more than the product.
     """
-    y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+    y = x.reshape(-1, x.shape[-1]) @ rounded(kernel, x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def rounded(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A kernel in the dtype of a product, which model.remat=dots keeps for the backward pass.
+
+    It is 2 bytes a parameter; to round it again would take a small kernel of a GPU for each.
+    """
+    return checkpoint_name(kernel.astype(dtype), ROUNDED) if kernel.dtype != dtype else kernel
 
 
 def project_pair(rwkv: jax.Array, mamba: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -124,7 +138,7 @@ def apply_each(layers: Sequence[Dense], inputs: Sequence[jax.Array]) -> list[jax
         return [layer(x) for layer, x in zip(layers, inputs)]
     x = jnp.stack(inputs).reshape(len(layers), -1, shape[-1])
     kernels = jnp.stack([layer.kernel(shape[-1]) for layer in layers])
-    return list((x @ kernels.astype(x.dtype)).reshape(len(layers), *shape[:-1], -1))
+    return list((x @ rounded(kernels, x.dtype)).reshape(len(layers), *shape[:-1], -1))
 
 
 def rms_norm(config: ModelConfig, name: str) -> "RMSNorm":
@@ -191,46 +205,10 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = dense(c, 4 * c.dim, "up", kernel_init(c, normal))(x)  # [B, T, 4D]
-        return dense(c, c.dim, "down", output_init(c, self.down_init))(gelu(hidden))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x Phi(x), computed in float32.
-
-    Through erf it is twice as fast on CPUs as jax.nn.gelu through erfc. In bfloat16 it is good to
-    2e-7, far below the rounding of the result, with one exponential for value and slope: through
-    erf, arithmetic takes a GPU longer than reading and writing.
-    """
-    if x.dtype == jnp.bfloat16:
-        return _gelu_in_bfloat16(x)
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _gelu_in_bfloat16(x):
-    wide = x.astype(jnp.float32)
-    return (wide * _normal_distribution(wide)[0]).astype(x.dtype)
-
-
-def _gelu_backward(x, g):
-    wide = x.astype(jnp.float32)
-    below, density = _normal_distribution(wide)
-    return ((g.astype(jnp.float32) * (below + wide * density)).astype(x.dtype),)
-
-
-_gelu_in_bfloat16.defvjp(lambda x: (_gelu_in_bfloat16(x), x), _gelu_backward)
-
-
-def _normal_distribution(x):
-    """Phi(x) to 2e-7 (Abramowitz and Stegun 1964, 7.1.26) and its slope, of float32 x."""
-    power = jnp.exp(-0.5 * x * x)
-    t = 1 / (1 + (0.3275911 * 0.5**0.5) * jnp.abs(x))
-    series = jnp.zeros_like(x)
-    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series = t * (series + factor)
-    tail = 0.5 * series * power
-    return jnp.where(x >= 0, 1 - tail, tail), power * (2 * jnp.pi) ** -0.5
+        down = dense(c, c.dim, "down", output_init(c, self.down_init))
+        if c.remat != "none" and gelu_product.fits(c.impl, hidden):
+            return gelu_product.gelu_product(hidden, rounded(down.kernel(4 * c.dim), hidden.dtype))
+        return down(gelu(hidden))
 
 
 def per_row(param: jax.Array, rows: int) -> jax.Array:

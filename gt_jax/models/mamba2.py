@@ -25,6 +25,7 @@ from gt_jax.models.layers import (
     kernel_init,
     project,
     recurrence,
+    rounded,
 )
 from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
@@ -115,9 +116,13 @@ class Mamba2(nn.Module):
                 y, ssm = starts.add_to_ssd(y, ssm, start, log_w, C, segment_ids, c.impl)
                 y = y.astype(values.dtype)
         y = y.reshape(batch, T, E)
-        y = norm.of_projection(y, projected) if fused else norm(y, z)
         official_out = fan_in_uniform(c.layers**-0.5)
-        y = dense(c, c.dim, "out_proj", branch_output_init(c, official_out))(y)
+        out_proj = dense(c, c.dim, "out_proj", branch_output_init(c, official_out))
+        if fused and c.remat != "none":
+            weights = rounded(out_proj.kernel(E), y.dtype)
+            y = norm.of_projection_projected(y, projected, weights)
+        else:
+            y = out_proj(norm.of_projection(y, projected) if fused else norm(y, z))
         return y, MambaState(ssm, tail)
 
 

@@ -153,6 +153,13 @@ class GatedNorm(nn.Module):
         scale = self.scale(y.shape[-1]).astype(jnp.float32)
         return gated_norm.gated_norm(self.epsilon, y, projected, scale)
 
+    def of_projection_projected(
+        self, y: jax.Array, projected: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """`of_projection` @ weights; the backward pass does not keep what is multiplied."""
+        scale = self.scale(y.shape[-1]).astype(jnp.float32)
+        return gated_norm.gated_norm_projected(self.epsilon, y, projected, scale, weights)
+
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         scale = self.scale(y.shape[-1])
         if self.groups == 1:

@@ -33,6 +33,7 @@ from gt_jax.models.layers import (
     previous_token,
     project,
     recurrence,
+    rounded,
     symmetric_uniform,
 )
 
@@ -120,8 +121,12 @@ class TimeMix(nn.Module):
             if start is not None and segment_ids is not None:
                 y, wkv = starts.add_to_wkv6(y, wkv, start, r, log_w, segment_ids, c.impl)
         y = y if bonus is None else y + bonus
-        y = HeadNorm(c, self.layer, name="ln_x")(y, g)  # [B, T, D]
-        y = dense(c, D, "output", branch_output_init(c, initializers.zeros))(y)
+        norm = HeadNorm(c, self.layer, name="ln_x")
+        output = dense(c, D, "output", branch_output_init(c, initializers.zeros))
+        if c.remat != "none" and head_norm.fits(c.impl, y, g):
+            y = norm.projected(y, g, rounded(output.kernel(D), y.dtype))
+        else:
+            y = output(norm(y, g))  # [B, T, D]
         return y, TimeMixState(wkv, inputs_after(x[:, -1]))
 
     def _shifted_inputs(self, x, state, segment_ids):
@@ -178,11 +183,20 @@ class HeadNorm(nn.Module):
     layer: int
 
     @nn.compact
+    def parameters(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """scale [H V] and bias [H V]."""
+        start = initializers.constant(((1 + self.layer) / self.config.layers) ** 0.7)
+        scale = self.param("scale", start, (width,))
+        return scale, self.param("bias", initializers.zeros, (width,))
+
+    def projected(self, y: jax.Array, g: jax.Array, weights: jax.Array) -> jax.Array:
+        """The norm @ weights [H V, D]; the backward pass does not keep what is multiplied."""
+        scale, bias = self.parameters(g.shape[-1])
+        return head_norm.gated_projected(y, g, scale, bias, _HEAD_EPSILON, weights)
+
     def __call__(self, y: jax.Array, g: jax.Array) -> jax.Array:
         B, T, H, V = y.shape
-        scale_at_start = initializers.constant(((1 + self.layer) / self.config.layers) ** 0.7)
-        scale = self.param("scale", scale_at_start, (H * V,))
-        bias = self.param("bias", initializers.zeros, (H * V,))
+        scale, bias = self.parameters(H * V)
         if head_norm.fits(self.config.impl, y, g):
             return head_norm.gated(y, g, scale, bias, _HEAD_EPSILON)
         y = y.astype(jnp.float32)

@@ -4,7 +4,10 @@ The kernels (gt_jax/kernels/elementwise/residual_norm.py) run where those of the
 single token takes the plain form, and so does a small step.
 """
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import gated_branches, residual_norm
 from gt_jax.models.config import ModelConfig
@@ -16,22 +19,52 @@ from gt_jax.models.layers import rms_norm
 LEAST_NUMBERS = 2**20
 
 
+class Sum(NamedTuple):
+    """A stream that has yet to be added up, in the kernel of the next norm."""
+
+    x: jax.Array  # [B, T, D] float32
+    branch: jax.Array  # [B, T, D]
+
+
+def begin(config: ModelConfig, x: jax.Array) -> jax.Array | Sum:
+    """The stream [B, T, D] as blocks that end with `add_later` take it, the first one as others.
+
+    Blocks that take the same are traced once.
+    """
+    return add_later(config, x, jnp.zeros(x.shape, config.dtype))
+
+
+def add_later(config: ModelConfig, x: jax.Array | Sum, branch: jax.Array) -> jax.Array | Sum:
+    """x + branch [B, T, D]; where kernels take the stream, a Sum for the next norm to add."""
+    x = summed(x)
+    if takes_kernels(config, x) and branch.dtype in ("bfloat16", "float32"):
+        return Sum(x, branch)
+    return x + branch
+
+
+def summed(x: jax.Array | Sum) -> jax.Array:
+    """The stream itself [B, T, D]."""
+    return x.x + x.branch if isinstance(x, Sum) else x
+
+
 def normed(
-    config: ModelConfig, name: str, x: jax.Array, readers: int = 1
+    config: ModelConfig, name: str, x: jax.Array | Sum, readers: int = 1
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The RMSNorm `name` of the stream, once for each of its readers.
 
     Args:
         config: the model's.
         name: of the norm's parameters.
-        x: [B, T, D] float32.
+        x: [B, T, D] float32, or such a Sum.
         readers: how many mixers read the result; their gradients add up in one kernel.
 
     Returns:
-        x, to be used in place of x from here on, and `readers` times the norm [B, T, D] in the
-        computation dtype.
+        The stream [B, T, D], to be used in place of x from here on, and `readers` times the norm
+        [B, T, D] in the computation dtype.
     """
     norm = rms_norm(config, name)
+    if isinstance(x, Sum):
+        return residual_norm.added(norm.epsilon, readers, *x, norm.weight(x.x.shape[-1]))
     if takes_kernels(config, x):
         return residual_norm.normed(norm.epsilon, readers, x, norm.weight(x.shape[-1]))
     return x, [norm(x)] * readers
@@ -41,11 +74,8 @@ def add_and_norm(
     config: ModelConfig, name: str, x: jax.Array, branch: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """x + branch [B, T, D], and its RMSNorm `name` in the computation dtype; as `normed`."""
-    norm = rms_norm(config, name)
-    if takes_kernels(config, x) and branch.dtype in ("bfloat16", "float32"):
-        return residual_norm.added(norm.epsilon, x, branch, norm.weight(x.shape[-1]))
-    x = x + branch
-    return x, norm(x)
+    x, (n,) = normed(config, name, add_later(config, x, branch))
+    return x, n
 
 
 def takes_kernels(config: ModelConfig, x: jax.Array, is_gated: bool = False) -> bool:

@@ -283,12 +283,16 @@ def gate_moments(sown: Any) -> jax.Array | None:
         names = [str(getattr(key, "key", "")) for key in path]
         if "gate" in names:
             block = next(name for name in names if name.startswith("blocks_"))
-            variance = jnp.float32(jnp.nan)
-            if leaf.ndim == 3:
-                variance = jnp.var(jnp.mean(leaf, axis=-1, dtype=jnp.float32))
-            mean = jnp.mean(leaf, dtype=jnp.float32)
-            gates[int(block.removeprefix("blocks_"))] = jnp.stack([mean, variance])
-    return jnp.stack([gates[layer] for layer in sorted(gates)], axis=1) if gates else None
+            gates[int(block.removeprefix("blocks_"))] = leaf
+    if not gates:
+        return None
+    # All blocks at once: of each block alone they are four small kernels on a GPU.
+    over_channels = [jnp.mean(gates[layer], axis=-1, dtype=jnp.float32) for layer in sorted(gates)]
+    of_tokens = jnp.stack(over_channels)  # [layers, B, T], or [layers] of gates that never change
+    axes = tuple(range(1, of_tokens.ndim))
+    means = jnp.mean(of_tokens, axis=axes)
+    variances = jnp.var(of_tokens, axis=axes) if axes else jnp.full_like(means, jnp.nan)
+    return jnp.stack([means, variances])
 
 
 def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Calls of what joins branches and scans sequences, as lowered.py compares them."""
+"""Calls of what joins branches, scans sequences and takes losses, as lowered.py compares them."""
 
 import functools
 
@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from gt_jax.kernels.elementwise import (
     gated_branches,
     gated_scan,
+    gelu_product,
     linear_scan,
     memory_scan,
     normed_pair,
     residual_norm,
+    softmax_loss,
     weighted_norms,
 )
 
@@ -32,6 +34,11 @@ def variants():
     for B, T, C in SCANS:
         for name, function, inputs in _of_sequences(B, T, C):
             yield f"{name}-{B}x{T}x{C}", function, inputs
+    inputs = [_array(2, 2048, 1024, dtype=jnp.bfloat16), _array(1024, 64, dtype=jnp.bfloat16)]
+    yield "gelu_product", gelu_product.gelu_product, inputs
+    for vocabulary in (512, 16384):
+        inputs = [_array(64, vocabulary), _array(64, dtype=jnp.int32)]
+        yield f"softmax_loss-{vocabulary}", softmax_loss.nats_and_gradients, inputs
 
 
 def _array(*shape, dtype=jnp.float32):
@@ -44,7 +51,7 @@ def _of_branches(tokens, width):
     vector, one = _array(width), _array(1)
     pair = branch, branch
     yield "normed", functools.partial(residual_norm.normed, 1e-6, 2), [stream, vector]
-    added = functools.partial(residual_norm.added, 1e-6)
+    added = functools.partial(residual_norm.added, 1e-6, 2)
     yield "added", added, [stream, branch, vector]
     yield "added-float32", added, [stream, stream, vector]
     of_gate = _array(2 * width), one, vector

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from gt_jax.models.layers import RMSNorm, gelu, segment_index
+from gt_jax.models.gelu import gelu
+from gt_jax.models.layers import RMSNorm, segment_index
 from gt_jax.models.mamba2_layers import CausalConv, GatedNorm
 
 B, T, D, WIDTH = 2, 11, 8, 4

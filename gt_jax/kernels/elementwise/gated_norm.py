@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gt_jax.kernels.elementwise.projected import projected
 from gt_jax.kernels.pallas.devices import portable_unsupported
 
 
@@ -47,12 +48,34 @@ def gated_norm(epsilon: float, y: jax.Array, projected: jax.Array, scale: jax.Ar
     return out
 
 
-def _call(name, epsilon, *arrays):
+def gated_norm_projected(
+    epsilon: float, y: jax.Array, projection: jax.Array, scale: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """gated_norm @ weights; the backward pass computes the norm again, beside its gradient.
+
+    Args:
+        epsilon, y, projection, scale: as of `gated_norm`; `projection` is its `projected`.
+        weights: [E, D] bfloat16.
+
+    Returns:
+        [B, T, D] bfloat16.
+    """
+
+    def backward(y, projection, scale, d_out):
+        arrays = y, projection, scale, d_out
+        *gradients, d_scale, out = _call("backward", epsilon, *arrays, again=True)
+        return [out, *gradients, jnp.sum(d_scale, axis=0)]
+
+    product = projected(lambda *z: _call("forward", epsilon, *z)[0], backward)
+    return product(weights, y, projection, scale)
+
+
+def _call(name, epsilon, *arrays, **options):
     """A kernel of gated_norm_kernels.py, whose arrays begin with an axis of models."""
     from gt_jax.kernels.elementwise import gated_norm_kernels
     from gt_jax.kernels.pallas.launch import batched_as_rows
 
-    kernel = functools.partial(getattr(gated_norm_kernels, name), epsilon=epsilon)
+    kernel = functools.partial(getattr(gated_norm_kernels, name), epsilon=epsilon, **options)
     return [z[0] for z in batched_as_rows(kernel)(*(z[None] for z in arrays))]
 
 

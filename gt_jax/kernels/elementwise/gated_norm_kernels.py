@@ -121,16 +121,23 @@ def forward(y: jax.Array, projected: jax.Array, scale: jax.Array, *, epsilon: fl
     return [out.reshape(y.shape)]
 
 
-@lowered_once("epsilon")
+@lowered_once("epsilon", "again")
 def backward(
-    y: jax.Array, projected: jax.Array, scale: jax.Array, d_out: jax.Array, *, epsilon: float
+    y: jax.Array,
+    projected: jax.Array,
+    scale: jax.Array,
+    d_out: jax.Array,
+    *,
+    epsilon: float,
+    again: bool = False,
 ):
     """dy as y; d_projected as projected, of which only the columns of z are written; of the scale
-    [M, blocks, E] float32, to be summed over the blocks.
+    [M, blocks, E] float32, to be summed over the blocks; if `again`, what `forward` gives.
 
     Args:
         y, projected, scale, epsilon: as of `forward`.
         d_out: as y.
+        again: whether to compute the norm again.
     """
     models, tokens, width = _flat(y).shape
     grid = grid_for(width, tokens, TUNING.backward)
@@ -169,6 +176,9 @@ def backward(
                 share = rows.sigmoid(z)
                 silu = z * share
                 x, g = y * silu, g * inverse
+                if again:
+                    out = (x * (inverse * scales[i])).astype(jnp.bfloat16)
+                    rows.store(refs.out_gmem, at, c, out, row)
                 results.append(sums[i] + g * x)
                 dx = g * scales[i] - x * along
                 rows.store(refs.dy_gmem, at, c, (dx * silu).astype(jnp.bfloat16), row)
@@ -188,7 +198,8 @@ def backward(
                 total += rows.load(refs.sums, (jnp.int32(n),), c, row)
             rows.store(refs.sums_gmem, (m, block), c, total, row, own == 0)
 
-    dy, d_projected, sums = kernel(
+    narrow = jax.ShapeDtypeStruct((models, tokens, width), y.dtype)
+    dy, d_projected, sums, *out = kernel(
         body,
         name="gated_norm_backward",
         inputs={
@@ -198,9 +209,10 @@ def backward(
             "d_out": _flat(d_out),
         },
         outputs={
-            "dy": jax.ShapeDtypeStruct((models, tokens, width), y.dtype),
+            "dy": narrow,
             "d": jax.ShapeDtypeStruct(_flat(projected).shape, projected.dtype),
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, width), jnp.float32),
+            "out": narrow if again else None,
         },
         scratch={
             "sums": plgpu.SMEM((row.number, width), jnp.float32),
@@ -209,7 +221,8 @@ def backward(
         grid={"models": models, "tokens": grid.blocks},
         threads=1,
     )
-    return [dy.reshape(y.shape), d_projected.reshape(projected.shape), sums]
+    out = [z.reshape(y.shape) for z in out]
+    return [dy.reshape(y.shape), d_projected.reshape(projected.shape), sums, *out]
 
 
 def _flat(z):

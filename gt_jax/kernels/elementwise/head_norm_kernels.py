@@ -113,7 +113,7 @@ def gated(
     )
 
 
-@lowered_once("epsilon", "tuning")
+@lowered_once("epsilon", "tuning", "again")
 def gradients(
     y: jax.Array,
     g: jax.Array,
@@ -123,16 +123,18 @@ def gradients(
     *,
     epsilon: float,
     tuning: Tuning,
+    again: bool = False,
 ) -> list[jax.Array]:
     """Gradients of `gated`.
 
     Args:
         y, g, scale, bias, epsilon, tuning: as of `gated`.
         dout: like g.
+        again: whether to compute the norm again.
 
     Returns:
         dy [N, H V] and dg like g; sums over stretches of tokens, to be added over the first axis,
-        of dscale and of dbias: [S, H V] float32 each.
+        of dscale and of dbias: [S, H V] float32 each; if `again`, what `gated` gives.
     """
     N, H, V = y.shape
     walked = _divisor(N // ROWS, tuning.backward_tiles)
@@ -151,7 +153,10 @@ def gradients(
             # Read again for each tile, which takes fewer registers than to keep them.
             scale, bias = (_parameter(z, columns) for z in (refs.scale_gmem, refs.bias_gmem))
             q = _sigmoid(g)
-            dg = dout * (n * scale + bias) * (q * (1 + g * (1 - q)))
+            z = n * scale + bias
+            if again:
+                layout.store(refs.out_gmem.at[at], (z * g * q).astype(bf16))
+            dg = dout * z * (q * (1 + g * (1 - q)))
             layout.store(refs.dg_gmem.at[at], dg.astype(bf16))
             dz = dout * (g * q)
             dn = dz * scale
@@ -164,13 +169,14 @@ def gradients(
             layout.store(to.at[stretch, columns], layout.sum_of_rows(z))
 
     wide, sums = jax.ShapeDtypeStruct(g.shape, bf16), jax.ShapeDtypeStruct((stretches, H * V), f32)
-    dy, dg, *sums = kernel(
+    dy, dg, dscale, dbias, *out = kernel(
         body,
         name="head_norm_gradients",
         inputs={"y": y.reshape(N, H * V), "g": g, "scale": scale, "bias": bias, "dout": dout},
-        outputs={"dy": wide, "dg": wide, "dscale": sums, "dbias": sums},
+        outputs={"dy": wide, "dg": wide, "dscale": sums, "dbias": sums}
+        | {"out": wide if again else None},
         scratch={},
         grid={"tokens": stretches, "heads": H},
         threads=1,
     )
-    return [dy, dg, *(layout.in_order_of_products(z, 1) for z in sums)]
+    return [dy, dg, *(layout.in_order_of_products(z, 1) for z in (dscale, dbias)), *out]

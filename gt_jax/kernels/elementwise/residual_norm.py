@@ -71,34 +71,36 @@ def _normed_backward(epsilon, readers, residuals, cotangents):
 normed.defvjp(_normed_forward, _normed_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def added(
-    epsilon: float, x: jax.Array, branch: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    epsilon: float, readers: int, x: jax.Array, branch: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
     """The sum of a stream and a branch, and its norm.
 
     Args:
         epsilon: added to the mean of squares over the channels.
+        readers: as of `normed`.
         x: [B, T, D] float32.
         branch: [B, T, D] bfloat16 or float32.
         scale: [D] float32.
 
     Returns:
-        x + branch [B, T, D] float32 and its norm [B, T, D] bfloat16.
+        x + branch [B, T, D] float32 and `readers` times its norm [B, T, D] bfloat16.
     """
-    return _added_forward(epsilon, x, branch, scale)[0]
+    return _added_forward(epsilon, readers, x, branch, scale)[0]
 
 
-def _added_forward(epsilon, x, branch, scale):
-    u, n = _call("forward", x, branch, *[None] * 4, scale, epsilon=epsilon)
-    return (u, checkpoint_name(n, "added")), (x, branch, scale)
+def _added_forward(epsilon, readers, x, branch, scale):
+    arrays = _call("forward", x, branch, *[None] * 4, scale, epsilon=epsilon)
+    u, n = (checkpoint_name(z, "added") for z in arrays)
+    return (u, [n] * readers), (u, jnp.zeros((), branch.dtype), scale)
 
 
-def _added_backward(epsilon, residuals, cotangents):
-    x, branch, scale = residuals
+def _added_backward(epsilon, readers, residuals, cotangents):
+    u, like, scale = residuals
     du, dn = cotangents
-    narrow = branch.dtype == jnp.bfloat16
-    arrays = x, branch, *[None] * 4, scale, du, [dn], None
+    narrow = like.dtype == jnp.bfloat16
+    arrays = u, *[None] * 5, scale, du, dn, None
     dx, *d_branch, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=narrow)
     return dx, d_branch[0] if narrow else dx, jnp.sum(sums, axis=0)
 

@@ -176,8 +176,17 @@ def sums_over_row(values, row, scratch, turn):
         turn: int32 scalar that alternates between 0 and 1 from call to call, so that one barrier a
             call is enough.
     """
+    return _over_row(values, row, scratch, turn, jnp.sum, "addf")
+
+
+def largest_over_row(values, row, scratch, turn):
+    """As sums_over_row, the largest of each; NaN where there is one."""
+    return _over_row(values, row, scratch, turn, jnp.max, "maximumf")
+
+
+def _over_row(values, row, scratch, turn, interpreted, operation):
     if interpreting():
-        return [jnp.sum(x) for x in values]
+        return [interpreted(x) for x in values]
     kinds = (_layout(row.vector),) * len(values)
     result = [_scalar(jnp.float32)] * len(values)
 
@@ -187,7 +196,8 @@ def sums_over_row(values, row, scratch, turn):
         from jaxlib.mlir.dialects import arith
         from jaxlib.mlir.dialects import memref as memrefs
 
-        sums = [_sum_over_warp(x, row) for x in values]
+        join = getattr(arith, operation)
+        sums = [_over_warp(x, row, join) for x in values]
         if row.lanes > _WARP:
             index = lambda z: arith.index_cast(ir.IndexType.get(), z)
             thread = mgpu.utils.thread_idx()
@@ -201,53 +211,56 @@ def sums_over_row(values, row, scratch, turn):
             mgpu.utils.warpgroup_barrier()
             for i in range(len(sums)):
                 warps = [arith.addi(first, _constant(n)) for n in range(row.lanes // _WARP)]
-                sums[i] = _tree([memrefs.load(memref, at(i, n)) for n in warps])
+                sums[i] = _tree([memrefs.load(memref, at(i, n)) for n in warps], join)
         return [mgpu.FragmentedArray.splat(z, ()) for z in sums]
 
     return total(scratch, turn, *values)
 
 
 def sums_scratch(count: int):
-    """Shared memory for sums_over_row of `count` values."""
+    """Shared memory for sums_over_row or largest_over_row of `count` values."""
     return plgpu.SMEM((2, count, _THREADS // _WARP), jnp.float32)
 
 
-def _sum_over_warp(x, row):
-    from jaxlib.mlir.dialects import arith, vector
+def _over_warp(x, row, join):
+    from jaxlib.mlir.dialects import vector
 
     (z,) = x.registers.flat
     z = _tree(
-        [vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(row.vector)]
+        [vector.extract(z, dynamic_position=[], static_position=[n]) for n in range(row.vector)],
+        join,
     )
     distance = 1
     while distance < min(row.lanes, _WARP):
-        z = arith.addf(z, mgpu.utils.shfl_bfly(z, distance))
+        z = join(z, mgpu.utils.shfl_bfly(z, distance))
         distance *= 2
     return z
 
 
-def _tree(terms):
-    """The sum of a power of two of terms."""
-    from jaxlib.mlir.dialects import arith
-
+def _tree(terms, join):
+    """A power of two of terms, joined."""
     while len(terms) > 1:
-        terms = [arith.addf(a, b) for a, b in zip(terms[::2], terms[1::2])]
+        terms = [join(a, b) for a, b in zip(terms[::2], terms[1::2])]
     return terms[0]
 
 
 def sigmoid(x):
     """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
-    y = 1 + jnp.exp2(x * -1.4426950408889634)  # log2(e)
+    return reciprocal(1 + jnp.exp2(x * -1.4426950408889634))  # log2(e)
+
+
+def reciprocal(y):
+    """1 / y of a float32 value, right to about 2^-23."""
     if interpreting():
         return 1 / y
 
     @plgpu.inline_mgpu(
         arg_types=(_layout(_vector(y)),), return_type=_value(jnp.float32, _vector(y))
     )
-    def reciprocal(_, y):
+    def approximate(_, y):
         return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
 
-    return reciprocal(y)
+    return approximate(y)
 
 
 def zeros(row):
