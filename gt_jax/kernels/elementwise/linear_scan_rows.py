@@ -22,14 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
+from gt_jax.kernels.pallas import row_folds, rows, warps
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import divide, kernel
 from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes
-_SPAN = 4  # most tokens of a row in a tile: more of them spill
-_WARPGROUPS = 4  # most of a block: a multiprocessor then holds one, with 128 registers a thread
+_SPAN = 8  # most tokens of a row in a tile
+_WARPGROUPS = 2  # most of a block: a multiprocessor then holds one, with 255 registers a thread
 _LEAST_TILES = 2  # of a split
 _INTERPRETED = 4  # rows of a block in the interpreter
 
@@ -53,7 +53,7 @@ class Grid(NamedTuple):
     @property
     def group(self) -> int:
         """Rows of a group: those of a warp."""
-        return 2 if interpreting() else self.row.of_warp
+        return 2 if interpreting() else row_folds.of_warp(self.row)
 
     @property
     def groups(self) -> int:
@@ -67,8 +67,8 @@ class Grid(NamedTuple):
 
 
 def grid_for(batch: int, length: int, channels: int) -> Grid:
-    """Slabs as wide as give no multiprocessor more to do than narrower ones, 32 bytes of float32 or
-    more where that can be; splits of a sequence where blocks are too few nevertheless.
+    """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
+    float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
 
     Args:
         batch, length, channels: of the arrays; channels is a multiple of 4.
@@ -79,11 +79,12 @@ def grid_for(batch: int, length: int, channels: int) -> Grid:
     most = [  # channels of a multiprocessor
         row.channels * pl.cdiv(batch * channels // row.channels, running) for row in rows_of
     ]
-    row = next(row for row, n in zip(rows_of, most) if n <= 1.1 * min(most))
+    row = next(row for row, n in zip(rows_of, most) if n <= 1.25 * min(most))
     grid = Grid(row, 1, 1, 1, 1, channels // row.channels, length)
     while grid.span < _SPAN and grid.walked < length:
         grid = grid._replace(span=2 * grid.span)
-    while grid.warpgroups < _WARPGROUPS and grid.walked < length and not interpreting():
+    full = lambda grid: batch * grid.slabs * grid.warpgroups >= _WARPGROUPS * running
+    while grid.warpgroups < _WARPGROUPS and grid.walked < length and not full(grid):
         grid = grid._replace(warpgroups=2 * grid.warpgroups)
     tiles = pl.cdiv(length, grid.walked)
     chunks = tiles * LEAST_CHUNKS // _LEAST_TILES
@@ -207,15 +208,14 @@ class Place:
         state, total = carry, rows.zeros(grid.row) + 1
         for n in range(grid.groups):
             p, e = self._taken(refs.products, refs.ends, first + n)
-            earlier = n < group
-            state = rows.masked(p, earlier, 1) * state + rows.masked(e, earlier)
             carry, total = p * carry + e, p * total
+            state = row_folds.either(n + 1 == group, carry, state)
         return kept * state + before, carry, total
 
     def _fold_group(self, within, product, end):
         """Product and end of the rows of the group before this one, and of all up to this one."""
         if not interpreting():
-            return rows.fold_of_warp(product, end, self.grid.row)
+            return row_folds.fold_of_warp(product, end, self.grid.row)
         refs = self.refs
         self._put(refs.row_products, self.own, product)
         self._put(refs.row_ends, self.own, end)
@@ -240,7 +240,7 @@ class Place:
             plgpu.barrier_arrive(self.refs.barrier)
             plgpu.barrier_wait(self.refs.barrier)
         else:
-            rows.sync()
+            row_folds.sync()
 
 
 def run(

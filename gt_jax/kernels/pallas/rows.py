@@ -35,11 +35,6 @@ class Row(NamedTuple):
         return self.lanes * self.vector
 
     @property
-    def of_warp(self) -> int:
-        """How many rows a warp has, if it has whole ones."""
-        return _WARP // self.lanes
-
-    @property
     def number(self) -> int:
         """How many rows a block has."""
         return 1 if interpreting() else _THREADS // self.lanes
@@ -243,77 +238,13 @@ def _tree(terms):
     return terms[0]
 
 
-def fold_of_warp(product, end, row):
-    """Maps s -> product s + end of rows, one after the other; float32, for rows within a warp.
-
-    Returns:
-        Product and end of the rows of the warp before this one, 1 and 0 for the first; and of all
-        up to this one. Not for the interpreter.
-    """
-    kind = _layout(row.vector)
-    result = [_value(jnp.float32, row.vector)] * 4
-
-    @plgpu.inline_mgpu(arg_types=(kind, kind), return_type=result)
-    def fold(_, product, end):
-        from jaxlib.mlir.dialects import arith, vector
-
-        lane = arith.remui(mgpu.utils.thread_idx(), _constant(_WARP))
-        own = arith.divui(lane, _constant(row.lanes))
-        begun = lambda n: arith.cmpi(arith.CmpIPredicate.uge, own, _constant(n))
-        (p,), (e,) = product.registers.flat, end.registers.flat
-        distance = 1
-        while distance < row.of_warp:
-            earlier_p, earlier_e = (_of_row_before(z, distance * row.lanes) for z in (p, e))
-            e = arith.select(begun(distance), arith.addf(arith.mulf(p, earlier_e), e), e)
-            p = arith.select(begun(distance), arith.mulf(p, earlier_p), p)
-            distance *= 2
-        others = []
-        for z, first in ((p, 1), (e, 0)):
-            number = vector.broadcast(z.type, mgpu.utils.c(first, z.type.element_type))
-            others.append(arith.select(begun(1), _of_row_before(z, row.lanes), number))
-        return [_array(z, jnp.float32) for z in (*others, p, e)]
-
-    return fold(product, end)
-
-
-def _of_row_before(x, lanes):
-    """What the thread so many lanes before holds; for the first threads of a warp, their own."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import nvvm, vector
-
-    i32 = ir.IntegerType.get_signless(32)
-    everybody = mgpu.utils.c(0xFFFFFFFF, i32)
-    (count,) = ir.VectorType(x.type).shape
-    for n in range(count):
-        part = vector.extract(x, dynamic_position=[], static_position=[n])
-        part = nvvm.shfl_sync(everybody, part, _constant(lanes), _constant(0), nvvm.ShflKind.up)
-        x = vector.insert(part, x, dynamic_position=[], static_position=[n])
-    return x
-
-
-def sync():
-    """What any row wrote to shared memory before is there for all rows behind, of all warpgroups
-    of a block."""
-
-    @plgpu.inline_mgpu(arg_types=(), return_type=None)
-    def barrier(_):
-        from jaxlib.mlir.dialects import gpu
-
-        gpu.barrier()
-
-    barrier()
-
-
 def sigmoid(x):
     """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
     return _reciprocal(1 + jnp.exp2(x * -_LOG2_E))
 
 
 def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), each to about 2^-22 of itself, or 0 below 2^-126.
-
-    1 - sigmoid(x) would round to zero from x = 17 on.
-    """
+    """sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would round to zero from x = 17 on."""
     power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 126.0))  # of exp(-x), finite
     upper = _reciprocal(1 + power)
     return upper, power * upper
