@@ -170,7 +170,7 @@ class Place:
         return rows.load(ref, (self.sequence,), self.column, self.grid.row)
 
     def stays(self, token):
-        """Whether the state stays before the token, or None for sure: no segment starts."""
+        """Whether the state stays before the token, or None for sure: there is no reset."""
         resets = self.refs.resets_gmem
         return None if resets is None else resets[self.sequence, token[0]] == 0
 
@@ -249,16 +249,19 @@ def run(
     """The outputs of a kernel; see launch.kernel."""
     scratch = lambda number: plgpu.SMEM((number, grid.row.channels), jnp.float32)
     of_groups = scratch(2 * grid.groups)
-    interpreted = {}
-    if interpreting():
-        interpreted = dict.fromkeys(("row_products", "row_ends"), scratch(grid.number))
-        interpreted["barrier"] = plgpu.Barrier(num_arrivals=_INTERPRETED)
+    rows_of = scratch(grid.number) if interpreting() else None
     return kernel(
         body,
         name=name,
         inputs=inputs,
         outputs=outputs,
-        scratch={"products": of_groups, "ends": of_groups} | interpreted,
+        scratch={
+            "products": of_groups,
+            "ends": of_groups,
+            "row_products": rows_of,
+            "row_ends": rows_of,
+            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreting() else None,
+        },
         grid={"blocks": batch * grid.splits * grid.slabs},
         threads=_INTERPRETED if interpreting() else grid.warpgroups,
     )
