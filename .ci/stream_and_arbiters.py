@@ -27,7 +27,7 @@ def residual_norm_kernels(calls_of, capability):
     for width in (128, 768, 2048):
         branch = array(16, 2048, width, dtype=jnp.bfloat16)
         gate = branch, branch, array(2 * width), array(1)
-        score = branch, branch, array(16, 2048, 1), array(1)
+        score = branch, branch, array(16, 2048, 1), array(2)
         kinds = {"normed": (), "added": (branch,), "gated": gate, "blended": score}
         for kind, inputs in kinds.items():
             options = (1e-6, 2) if kind in ("normed", "added") else (1e-6,)
@@ -50,9 +50,9 @@ def gated_branches_kernels(calls_of, capability):
         vector, pair = array(width), (array(width),) * 2
         kinds = {
             "gated_sum": (gated_branches.gated_sum, [scores, pair, pair]),
-            "gated_blend": (gated_branches.gated_blend, [scores, pair, vector, array(1)]),
+            "gated_blend": (gated_branches.gated_blend, [scores, pair, vector, array(2)]),
             "normed_pair": (normed_pair.normed_pair, [pair]),
-            "weighted_norms": (weighted_norms.weighted_norms, [branch, pair, vector, array(1)]),
+            "weighted_norms": (weighted_norms.weighted_norms, [branch, pair, vector, array(2)]),
         }
         for kind, (function, inputs) in kinds.items():
             call = functools.partial(function, 1e-2)

@@ -172,15 +172,16 @@ def blend(
     bias: jax.Array,
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """g rwkv + (1 - g) mamba [B, T, D] float32 for g = sigmoid(score + bias), and the state.
+    """g rwkv + (1 - g) mamba [B, T, D] float32 for g = sigmoid(score + b_0 - b_1), and the state.
 
     Args:
         fusion: whose gate g is.
         branches: rwkv and mamba, [B, T, D].
         score: [B, T, 1] float32.
-        bias: [1] float32.
+        bias: [2] float32, b.
         state: of the fusion.
     """
-    of_rwkv, of_mamba = jax.nn.sigmoid(score + bias), jax.nn.sigmoid(-score - bias)
+    score = score + (bias[:1] - bias[1:])
+    of_rwkv, of_mamba = jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
     record(fusion, gate=of_rwkv)
     return of_rwkv * branches[0] + of_mamba * branches[1], state

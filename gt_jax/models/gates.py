@@ -69,7 +69,8 @@ def branch_weights(fusion: Configured, h: jax.Array) -> tuple[jax.Array, jax.Arr
         RWKV's and Mamba's, [B, T, 1] float32; they sum to one.
     """
     # A softmax over an axis of two is several small kernels on a GPU, a sigmoid part of another.
-    score = (h @ head_kernel(fusion, h.shape[-1]))[..., None] + head_bias(fusion)
+    bias = head_bias(fusion)
+    score = (h @ head_kernel(fusion, h.shape[-1]))[..., None] + (bias[:1] - bias[1:])
     return jax.nn.sigmoid(score), jax.nn.sigmoid(-score)
 
 
@@ -80,11 +81,10 @@ def head_kernel(fusion: Configured, width: int) -> jax.Array:
 
 
 def head_bias(fusion: Configured) -> jax.Array:
-    """b_0 - b_1 [1] float32 of the fusion's parameter head_bias b.
+    """The fusion's parameter head_bias b [2] float32, of which b_0 - b_1 counts.
 
-    b [2] starts at the logarithms of (share, 1 - share).
+    It starts at the logarithms of (share, 1 - share).
     """
     share = initial_share(fusion)
     log_shares = jnp.log(jnp.array([share, 1 - share]) / 0.5)  # zeros for one half
-    bias = fusion.param("head_bias", lambda key, shape: log_shares, (2,))
-    return bias[:1] - bias[1:]
+    return fusion.param("head_bias", lambda key, shape: log_shares, (2,))

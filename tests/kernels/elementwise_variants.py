@@ -48,7 +48,7 @@ def _array(*shape, dtype=jnp.float32):
 def _of_branches(tokens, width):
     branch, scores = (_array(*tokens, n * width, dtype=jnp.bfloat16) for n in (1, 2))
     stream, score = _array(*tokens, width), _array(*tokens, 1)
-    vector, one = _array(width), _array(1)
+    vector, one, two = _array(width), _array(1), _array(2)
     pair = branch, branch
     yield "normed", functools.partial(residual_norm.normed, 1e-6, 2), [stream, vector]
     added = functools.partial(residual_norm.added, 1e-6, 2)
@@ -57,15 +57,15 @@ def _of_branches(tokens, width):
     of_gate = _array(2 * width), one, vector
     yield "gated", functools.partial(residual_norm.gated, 1e-6), [stream, *pair, *of_gate]
     blended = functools.partial(residual_norm.blended, 1e-6)
-    yield "blended", blended, [stream, *pair, score, one, vector]
+    yield "blended", blended, [stream, *pair, score, two, vector]
     gated_sum = lambda a, b, z, p, q, s, t: gated_branches.gated_sum(1e-2, a, b, z, (p, q), (s, t))
     yield "gated_sum", gated_sum, [*pair, scores, *[vector] * 4]
     gated_blend = lambda a, b, z, s, t, *h: gated_branches.gated_blend(1e-2, a, b, z, (s, t), *h)
-    yield "gated_blend", gated_blend, [*pair, scores, *[vector] * 3, one]
+    yield "gated_blend", gated_blend, [*pair, scores, *[vector] * 3, two]
     normed = lambda a, b, s, t: normed_pair.normed_pair(1e-2, a, b, (s, t))
     yield "normed_pair", normed, [*pair, vector, vector]
     weighted = lambda a, b, n, s, t, *h: weighted_norms.weighted_norms(1e-2, a, b, n, (s, t), *h)
-    yield "weighted_norms", weighted, [*pair, branch, *[vector] * 3, one]
+    yield "weighted_norms", weighted, [*pair, branch, *[vector] * 3, two]
 
 
 def _of_sequences(B, T, C):

@@ -77,12 +77,12 @@ def gated_blend(
     head: jax.Array,
     bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """w a + (1 - w) b with one w = sigmoid(c . head + bias) a token, c as above without biases.
+    """w a + (1 - w) b with w = sigmoid(c . head + bias_a - bias_b), c as above without biases.
 
     Args:
         epsilon, a, b, scores, scales: as of `gated_sum`.
         head: [D] float32.
-        bias: [1] float32.
+        bias: [2] float32, bias_a and bias_b.
 
     Returns:
         The sum [B, T, D] bfloat16, and w [B, T, 1] float32.
@@ -103,8 +103,9 @@ def _blend_backward(epsilon, residuals, cotangents):
     da, db, d_scores, sums = _call("backward", *arrays, epsilon=epsilon)
     width, sums = a.shape[-1], jnp.sum(sums, axis=0)
     d_scales = sums[:width], sums[width : 2 * width]
-    d_head = sums[2 * width : 3 * width], sums[3 * width : 3 * width + 1]
-    return da, db, d_scores, d_scales, *d_head
+    slope = sums[3 * width]
+    d_head = sums[2 * width : 3 * width]
+    return da, db, d_scores, d_scales, d_head, jnp.stack([slope, -slope])
 
 
 gated_blend.defvjp(_blend_forward, _blend_backward)

@@ -51,7 +51,8 @@ class _Gated(Branches):
         """w."""
         score = sum((z * y for z, y in zip(c, head)), rows.zeros(self.row))
         (score,) = rows.sums_over_row([score], self.row, self.refs.score, turn)
-        return sigmoid_of_scalar(score + self.refs.head_bias_gmem[self.model, 0])
+        bias = self.refs.head_bias_gmem[self.model, 0] - self.refs.head_bias_gmem[self.model, 1]
+        return sigmoid_of_scalar(score + bias)
 
 
 def _inputs(a, b, scores, biases, scales, head):

@@ -65,9 +65,9 @@ def _forward(gates, head, state, resets):
 
 def _backward(residuals, cotangents):
     gates, head, s, state, resets = residuals
-    heads = jnp.broadcast_to(head, state.shape)
-    d_gates, d_state, d_head = _call("backward", resets, gates, heads, s, state, *cotangents)
-    return d_gates, jnp.sum(d_head, axis=(0, 1, 2)), d_state, None
+    given = gates, head[None], s, state
+    d_gates, d_state, d_head = _call("backward", resets, *given, *cotangents)
+    return d_gates, jnp.sum(d_head, axis=(0, 1)), d_state, None
 
 
 scan.defvjp(_forward, _backward)

@@ -10,56 +10,55 @@ The cotangent of s_t is d score_t head, and d head is the sum over tokens of d s
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels.elementwise.linear_scan_walks import gradients_of_tokens, states_of_tokens
+from gt_jax.kernels.elementwise.linear_scan_walks import (
+    Terms,
+    gradients_of_tokens,
+    states_of_tokens,
+)
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
-def _gates(place, token):
+def _given(place, token):
+    """Candidate and update, and whether the state stays."""
+    load = lambda offset: place.load(place.refs.gates_gmem, token, offset)
+    return load(0), load(place.channels), place.stays(token)
+
+
+def _given_backward(place, token):
+    """The same and d score."""
+    return *_given(place, token), place.refs.d_score_gmem[place.sequence, token[0]]
+
+
+def _gates(candidate, update):
     """z, 1 - z, g and its slope."""
-    load = lambda offset: place.load(place.refs.gates_gmem, token, offset).astype(jnp.float32)
-    candidate, update = load(0), load(place.channels)
+    candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
     below = jnp.minimum(rows.sigmoid(candidate), 0.5)  # one half from zero on
     slope = jnp.where(candidate >= 0, 1.0, below * (1 - below))
-    # 1 - sigmoid(x) would round to zero from x = 17 on.
-    z, keep = rows.sigmoid(update), rows.sigmoid(-update)
-    return z, keep, jnp.maximum(candidate, 0.0) + below, slope
+    return *rows.sigmoids(update), jnp.maximum(candidate, 0.0) + below, slope
 
 
-def _terms(place, token):
-    z, keep, value, _ = _gates(place, token)
-    return place.existing(token, place.kept(token, keep), z * value)
+def _terms(place, token, given):
+    candidate, update, stays = given
+    z, keep, value, _ = _gates(candidate, update)
+    return place.existing(token, rows.masked(keep, stays), z * value)
 
 
-def _terms_backward(place, token):
-    _, keep, *_ = _gates(place, token)
-    ds = _d_score(place, token[0]) * place.of_sequence(place.refs.head_gmem)
-    return place.existing(token, place.kept(token, keep), ds)
+def _terms_backward(place, token, given):
+    candidate, update, stays, d_score = given
+    _, keep, *_ = _gates(candidate, update)
+    return place.existing(token, rows.masked(keep, stays), d_score * place.parameter)
 
 
-def _gradients(place, token, dx, s, d_head):
-    refs, width = place.refs, place.channels
-    # Computed again, which takes fewer registers than to keep them.
-    z, keep, value, slope = _gates(place, token)
+def _gradients(place, token, given, dx, s):
+    candidate, update, stays, d_score = given
+    refs, s = place.refs, rows.masked(s, stays)
+    z, keep, value, slope = _gates(candidate, update)
+    of_head = (keep * s + z * value) * d_score
     dx = dx * z
-    d_update = dx * keep * (value - place.kept(token, s))
-    for offset, d in ((0, dx * slope), (width, d_update)):
+    for offset, d in ((0, dx * slope), (place.channels, dx * keep * (value - s))):
         place.store(refs.d_gates_gmem, token, d.astype(refs.d_gates_gmem.dtype), offset)
-    # The token before: s of this one is not there.
-    of_head = s * _d_score(place, jnp.maximum(token[0] - 1, 0))
-    return d_head + rows.masked(of_head, token[0] > 0)
-
-
-def _of_last_token(place):
-    """The last token's term of d head, in the first row of threads that walks."""
-    grid = place.grid
-    end = place.load(place.refs.s_gmem, (jnp.int32(grid.length - 1), None)).astype(jnp.float32)
-    is_last = (place.split == grid.splits - 1) & (place.own == 0)
-    return rows.masked(end * _d_score(place, jnp.int32(grid.length - 1)), is_last)
-
-
-def _d_score(place, token):
-    return place.refs.d_score_gmem[place.sequence, token]
+    return rows.masked(of_head, token[1])
 
 
 @lowered_once()
@@ -71,7 +70,8 @@ def forward(resets: jax.Array | None, gates: jax.Array, state: jax.Array) -> lis
         gates: [B, T, 2 C], [candidate | update], C a multiple of 4.
         state: [B, C] float32 before the first token.
     """
-    given = {"gates": gates, "resets": resets}, _terms, state, gates.shape[1], gates.dtype
+    terms = Terms(_given, _terms)
+    given = {"gates": gates, "resets": resets}, terms, state, gates.shape[1], gates.dtype
     return states_of_tokens("gated_scan_forward", *given)
 
 
@@ -85,16 +85,17 @@ def backward(
     d_score: jax.Array,
     d_last: jax.Array,
 ) -> list[jax.Array]:
-    """The gradients of gates, in their shape and dtype, and of the state; of head
-    [B, splits, rows, C] float32, to be added over all axes but the last.
+    """The gradients of gates, in their shape and dtype, and of the state; of head [B, splits, C]
+    float32, to be added over all axes but the last.
 
     Args:
         resets, gates, state: as of `forward`, which gave s.
-        head: [B, C] float32; the cotangent of s is d_score head.
+        head: [M, C] float32 of M models, B a multiple of M; the cotangent of s is d_score head.
         d_score: [B, T] float32.
         d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
-    inputs = {"gates": gates, "resets": resets, "head": head, "d_score": d_score}
-    given = inputs, _terms_backward, _gradients, s, state, d_last
-    outputs = {"d_gates": gates, "d_state": None, "totals": None}
-    return gradients_of_tokens("gated_scan_backward", *given, outputs, _of_last_token)
+    inputs = {"gates": gates, "resets": resets, "parameter": head, "d_score": d_score}
+    terms = Terms(_given_backward, _terms_backward)
+    given = inputs, terms, _gradients, s, state, d_last
+    outputs = {"d_gates": gates, "d_state": None, "total": None}
+    return gradients_of_tokens("gated_scan_backward", *given, outputs)

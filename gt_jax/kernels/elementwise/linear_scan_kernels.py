@@ -3,15 +3,22 @@
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels.elementwise.linear_scan_walks import gradients_of_tokens, states_of_tokens
+from gt_jax.kernels.elementwise.linear_scan_walks import (
+    Terms,
+    gradients_of_tokens,
+    states_of_tokens,
+)
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
-def _terms(place, token):
+def _given(place, token):
     return place.load(place.refs.decay_gmem, token), place.load(place.refs.x_gmem, token)
 
 
-def _gradients(place, token, dx, s, total):
+_TERMS = Terms(_given, lambda place, token, given: given)
+
+
+def _gradients(place, token, given, dx, s):
     place.store(place.refs.dx_gmem, token, dx)
     place.store(place.refs.d_decay_gmem, token, dx * s)
 
@@ -25,7 +32,7 @@ def forward(decay: jax.Array, x: jax.Array, state: jax.Array) -> list[jax.Array]
         state: [B, C] float32 before the first token.
     """
     inputs = {"decay": decay, "x": x}
-    return states_of_tokens("linear_scan_forward", inputs, _terms, state, x.shape[1])
+    return states_of_tokens("linear_scan_forward", inputs, _TERMS, state, x.shape[1])
 
 
 @lowered_once()
@@ -36,5 +43,5 @@ def backward(decay: jax.Array, ds: jax.Array, s: jax.Array, state: jax.Array) ->
         decay, state: as of `forward`, which gave s.
         ds: [B, T, C] float32, the cotangent of s.
     """
-    given = {"decay": decay, "x": ds}, _terms, _gradients, s, state, jnp.zeros_like(state)
+    given = {"decay": decay, "x": ds}, _TERMS, _gradients, s, state, jnp.zeros_like(state)
     return gradients_of_tokens("linear_scan_backward", *given, {"d_decay": decay, "dx": ds})

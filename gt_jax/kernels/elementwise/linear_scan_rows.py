@@ -1,15 +1,16 @@
 """How the kernels of linear scans divide their work, and what a row of threads does.
 
 A block of the grid owns a few channels of a sequence, or of a split of it, and walks its tokens in
-tiles. Each row of its threads (pallas/rows.py) takes the next `span` tokens of a tile and computes
+few tiles: each waits once for memory and once for all rows of threads. Each row (pallas/rows.py)
+takes the next `span` tokens of a tile and computes
 
     e_t = decay_t e_{t-1} + x_t from e = 0,   p = the product of their decays
 
 all rows at a time. A row starts from p s + e, folded over the rows before it, and computes its
 tokens again from there: s. The threads hold decay and x meanwhile. Folding takes two steps, over
-the rows of a group and over the groups before, of about the square root of the rows each.
+the rows of a warp, which exchange registers, and over the warps before.
 
-In the interpreter the rows of a block are the threads of the kernel.
+In the interpreter the rows of a block are the threads of the kernel, and two of them a group.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
+from gt_jax.kernels.pallas import row_folds, rows, warps
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import divide, kernel
 from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes
 _SPAN = 8  # most tokens of a row in a tile
-_LEAST_TILES = 4  # of a split
+_WARPGROUPS = 2  # most of a block: a multiprocessor then holds one, with 255 registers a thread
+_LEAST_TILES = 2  # of a split
 _INTERPRETED = 4  # rows of a block in the interpreter
 
 
@@ -36,6 +38,7 @@ class Grid(NamedTuple):
     """How a call's channels and tokens are divided."""
 
     row: rows.Row
+    warpgroups: int  # of a block
     span: int  # tokens of a row in a tile
     tiles: int  # of a split
     splits: int  # of a sequence
@@ -45,12 +48,17 @@ class Grid(NamedTuple):
     @property
     def number(self) -> int:
         """Rows of a block."""
-        return _INTERPRETED if interpreting() else self.row.number
+        return _INTERPRETED if interpreting() else self.warpgroups * self.row.number
 
     @property
     def group(self) -> int:
-        """Rows of a group."""
-        return 2 ** (self.number.bit_length() // 2)
+        """Rows of a group: those of a warp."""
+        return 2 if interpreting() else row_folds.of_warp(self.row)
+
+    @property
+    def groups(self) -> int:
+        """Of a block."""
+        return self.number // self.group
 
     @property
     def walked(self) -> int:
@@ -59,20 +67,25 @@ class Grid(NamedTuple):
 
 
 def grid_for(batch: int, length: int, channels: int) -> Grid:
-    """Slabs as wide as leave enough blocks to fill the GPU, 32 bytes or more where that can be;
-    splits of a sequence where blocks are too few nevertheless.
+    """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
+    float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
 
     Args:
         batch, length, channels: of the arrays; channels is a multiple of 4.
     """
-    running = warps.blocks_at_once()
+    running = pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)  # one a multiprocessor
     rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
     rows_of = rows_of or [rows.Row(1, _VECTOR)]
-    filling = [row for row in rows_of if batch * channels // row.channels >= running]
-    row = (filling or rows_of[-1:])[0]
-    grid = Grid(row, 1, 1, 1, channels // row.channels, length)
+    most = [  # channels of a multiprocessor
+        row.channels * pl.cdiv(batch * channels // row.channels, running) for row in rows_of
+    ]
+    row = next(row for row, n in zip(rows_of, most) if n <= 1.25 * min(most))
+    grid = Grid(row, 1, 1, 1, 1, channels // row.channels, length)
     while grid.span < _SPAN and grid.walked < length:
         grid = grid._replace(span=2 * grid.span)
+    full = lambda grid: batch * grid.slabs * grid.warpgroups >= _WARPGROUPS * running
+    while grid.warpgroups < _WARPGROUPS and grid.walked < length and not full(grid):
+        grid = grid._replace(warpgroups=2 * grid.warpgroups)
     tiles = pl.cdiv(length, grid.walked)
     chunks = tiles * LEAST_CHUNKS // _LEAST_TILES
     tiles = pl.cdiv(tiles, choose_splits(batch * grid.slabs, chunks, running=running))
@@ -81,15 +94,24 @@ def grid_for(batch: int, length: int, channels: int) -> Grid:
 
 
 class Place:
-    """What a row of threads works on, and how it does what all kernels do."""
+    """What a row of threads works on, and how it does what all kernels do.
 
-    def __init__(self, grid, refs, reverse):
+    `parameter` is what the row's channels have of an input of this name, [M, C] float32 of M models
+    whose sequences lie one after the other, or None.
+    """
+
+    def __init__(self, grid, refs, batch, reverse):
         self.grid, self.refs, self.reverse = grid, refs, reverse
         block, slab = divide(lax.axis_index("blocks"), grid.slabs)
         self.sequence, self.split = divide(block, grid.splits)
         self.column = slab * grid.row.channels
         self.channels = grid.slabs * grid.row.channels  # of a token
         self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
+        self.parameter = None
+        of_models = getattr(refs, "parameter_gmem", None)
+        if of_models is not None:
+            model, _ = divide(self.sequence, batch // of_models.shape[0])
+            self.parameter = rows.load(of_models, (model,), self.column, grid.row)
 
     def start(self):
         """The state before the split's first tile."""
@@ -111,20 +133,16 @@ class Place:
             tokens.append((token, inside))
         return tokens
 
-    def read(self, n, terms):
-        """`tokens` of tile n, their decays and their x, by terms(place, token) -> (decay, x)."""
-        tokens = self.tokens(n)
-        return tokens, *zip(*(terms(self, token) for token in tokens))
-
     def states_earlier(self, tokens, before):
-        """s of the token before each of `tokens`, of a walk from the end; `before` the first."""
+        """s of the token before each of `tokens`, of a walk from the end, as it lies in memory;
+        `before` the first."""
         refs = self.refs
-        load = lambda token, inside: self.load(refs.s_gmem, (token, inside)).astype(jnp.float32)
+        load = lambda token, inside: self.load(refs.s_gmem, (token, inside))
         earlier = [load(token - 1, inside) for token, inside in tokens[:-1]]
         token, inside = tokens[-1]  # the only one that may be the first of all
         later = token > 0 if inside is None else inside & (token > 0)
         s = load(jnp.maximum(token - 1, 0), later)
-        return [*earlier, s + rows.masked(before, token == 0)]
+        return [*earlier, s.astype(jnp.float32) + rows.masked(before, token == 0)]
 
     def load(self, ref, token, offset=0):
         """The row's channels of a token, from column `offset` of the array on."""
@@ -142,18 +160,19 @@ class Place:
         at = self.sequence, self.split
         rows.store(ref, at, self.column, value, self.grid.row, self.own == 0)
 
-    def store_of_row(self, ref, value):
-        """Writes [B, splits, rows, C], sums over the tokens of this row of threads."""
-        rows.store(ref, (self.sequence, self.split, self.own), self.column, value, self.grid.row)
+    def store_sum(self, ref, value, turn):
+        """Writes [B, splits, C], the sum over the rows of what each of them holds."""
+        zeros = rows.zeros(self.grid.row)
+        self.store_of_split(ref, self.fold([(zeros + 1, value)], zeros, turn)[1])
 
     def of_sequence(self, ref):
         """The row's channels of [B, C]."""
         return rows.load(ref, (self.sequence,), self.column, self.grid.row)
 
-    def kept(self, token, x):
-        """x, or zeros where the token starts a segment."""
+    def stays(self, token):
+        """Whether the state stays before the token, or None for sure: there is no reset."""
         resets = self.refs.resets_gmem
-        return x if resets is None else rows.masked(x, resets[self.sequence, token[0]] == 0)
+        return None if resets is None else resets[self.sequence, token[0]] == 0
 
     def existing(self, token, decay, x):
         """Decay and x of the token, ones and zeros where there is none: the state stays."""
@@ -162,42 +181,58 @@ class Place:
             return decay, x
         return rows.masked(decay, inside, 1), rows.masked(x, inside)
 
-    def fold(self, decays, xs, carry):
+    def fold(self, terms, carry, turn):
         """The state before the row's tokens and that after the tile, from `carry` before it; and
-        the product of the tile's decays."""
-        refs, grid, own = self.refs, self.grid, self.own
-        product, end = decays[0], decays[0] * xs[0] if self.reverse else xs[0]
-        for decay, x in zip(decays[1:], xs[1:]):
-            end = decay * (x + end) if self.reverse else decay * end + x
-            product = product * decay
-        self._put(refs.products, refs.ends, own, product, end)
-        self._sync()
-        first = own - lax.rem(own, jnp.int32(grid.group))
-        kept, before = rows.zeros(grid.row) + 1, rows.zeros(grid.row)  # by rows of the group
-        for n in range(grid.group - 1):
-            p, e = self._taken(refs.products, refs.ends, first + n, first + n < own)
-            kept, before = p * kept, p * before + e
-        last = own == first + (grid.group - 1)
-        group, _ = divide(own, grid.group)
-        product, end = product * kept, product * before + end
-        self._put(refs.group_products, refs.group_ends, group, product, end, last)
+        the product of the tile's decays.
+
+        Args:
+            terms: decay and x of each token of the row.
+            carry: the state.
+            turn: int32 scalar that alternates between 0 and 1 from call to call, so that one
+                barrier a call is enough.
+        """
+        refs, grid = self.refs, self.grid
+        product = end = None
+        for decay, x in terms:
+            if product is None:
+                product, end = decay, decay * x if self.reverse else x
+            else:
+                end = decay * (x + end) if self.reverse else decay * end + x
+                product = product * decay
+        group, within = divide(self.own, grid.group)
+        kept, before, product, end = self._fold_group(within, product, end)
+        first, last = turn * grid.groups, within == grid.group - 1
+        self._put(refs.products, first + group, product, last)
+        self._put(refs.ends, first + group, end, last)
         self._sync()
         state, total = carry, rows.zeros(grid.row) + 1
-        for n in range(grid.number // grid.group):
-            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), n < group)
-            state = p * state + e
-            p, e = self._taken(refs.group_products, refs.group_ends, jnp.int32(n), None)
+        for n in range(grid.groups):
+            p, e = self._taken(refs.products, refs.ends, first + n)
             carry, total = p * carry + e, p * total
+            state = row_folds.either(n + 1 == group, carry, state)
         return kept * state + before, carry, total
 
-    def _put(self, products, ends, at, product, end, keep=None):
-        for ref, z in ((products, product), (ends, end)):
-            rows.store(ref, (at,), jnp.int32(0), z, self.grid.row, keep)
+    def _fold_group(self, within, product, end):
+        """Product and end of the rows of the group before this one, and of all up to this one."""
+        if not interpreting():
+            return row_folds.fold_of_warp(product, end, self.grid.row)
+        refs = self.refs
+        self._put(refs.row_products, self.own, product)
+        self._put(refs.row_ends, self.own, end)
+        self._sync()
+        kept, before = rows.zeros(self.grid.row) + 1, rows.zeros(self.grid.row)
+        for n in range(self.grid.group - 1):
+            at = jnp.minimum(self.own - within + n, self.own)
+            p, e = self._taken(refs.row_products, refs.row_ends, at)
+            kept = rows.masked(p, n < within, 1) * kept
+            before = rows.masked(p, n < within, 1) * before + rows.masked(e, n < within)
+        return kept, before, product * kept, product * before + end
 
-    def _taken(self, products, ends, at, keep):
-        """Product and end of a row or group, or 1 and 0 where not `keep`."""
-        p, e = (rows.load(ref, (at,), jnp.int32(0), self.grid.row) for ref in (products, ends))
-        return (p, e) if keep is None else (rows.masked(p, keep, 1), rows.masked(e, keep))
+    def _put(self, ref, at, value, keep=None):
+        rows.store(ref, (at,), jnp.int32(0), value, self.grid.row, keep)
+
+    def _taken(self, products, ends, at):
+        return (rows.load(ref, (at,), jnp.int32(0), self.grid.row) for ref in (products, ends))
 
     def _sync(self):
         """What any row has put is there for all rows behind."""
@@ -205,28 +240,28 @@ class Place:
             plgpu.barrier_arrive(self.refs.barrier)
             plgpu.barrier_wait(self.refs.barrier)
         else:
-            warps.sync()
+            row_folds.sync()
 
 
 def run(
     grid: Grid, body: Callable, name: str, batch: int, inputs: dict, outputs: dict
 ) -> list[jax.Array]:
     """The outputs of a kernel; see launch.kernel."""
-    of_rows = plgpu.SMEM((grid.number, grid.row.channels), jnp.float32)
-    of_groups = plgpu.SMEM((grid.number // grid.group, grid.row.channels), jnp.float32)
-    interpreted = interpreting()
+    scratch = lambda number: plgpu.SMEM((number, grid.row.channels), jnp.float32)
+    of_groups = scratch(2 * grid.groups)
+    rows_of = scratch(grid.number) if interpreting() else None
     return kernel(
         body,
         name=name,
         inputs=inputs,
         outputs=outputs,
         scratch={
-            "products": of_rows,
-            "ends": of_rows,
-            "group_products": of_groups,
-            "group_ends": of_groups,
-            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreted else None,
+            "products": of_groups,
+            "ends": of_groups,
+            "row_products": rows_of,
+            "row_ends": rows_of,
+            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreting() else None,
         },
         grid={"blocks": batch * grid.splits * grid.slabs},
-        threads=_INTERPRETED if interpreted else 1,
+        threads=_INTERPRETED if interpreting() else grid.warpgroups,
     )

@@ -6,11 +6,12 @@ token t reads, and g the cotangent of s:
     u_t = decay_t u_{t+1} + decay_t g_t,   dx_t = g_t + u_{t+1},   d decay_t = dx_t s_{t-1}
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gt_jax.kernels.elementwise.linear_scan_rows import Grid, Place, grid_for, run
 from gt_jax.kernels.pallas import rows
@@ -18,15 +19,29 @@ from gt_jax.kernels.pallas.launch import loop
 from gt_jax.kernels.pallas.splits import states_of_splits
 
 
+class Terms(NamedTuple):
+    """What kernels read of a token, and decay and x (or the cotangent g) of it."""
+
+    given: Callable  # function of a Place and a token -> arrays as they lie in memory, and others
+    of_given: Callable  # function of a Place, a token and what is given of it -> decay and x
+
+    def of_tile(self, place: Place, n: jax.Array) -> tuple[list, list, Iterator]:
+        """The row's tokens of tile n, what is given of each, and decay and x of one after another,
+        so that those of few are held at a time."""
+        tokens = place.tokens(n)
+        given = [self.given(place, token) for token in tokens]
+        return tokens, given, (self.of_given(place, *z) for z in zip(tokens, given))
+
+
 def states_before(
-    grid: Grid, inputs: dict, terms: Callable, state: jax.Array, *, reverse: bool
+    grid: Grid, inputs: dict, terms: Terms, state: jax.Array, *, reverse: bool
 ) -> jax.Array:
     """What each split starts its walk with, [B, splits, C].
 
     Args:
         grid: of the call.
         inputs: of the kernel, of which `terms` reads.
-        terms: function of a Place and a token, as `Place.read` takes it.
+        terms: of a token.
         state: [B, C] before the first split; after the last if reverse.
         reverse: whether the walk is from the end.
     """
@@ -34,12 +49,11 @@ def states_before(
         return state[:, None]
 
     def body(refs):
-        place = Place(grid, refs, reverse)
+        place = Place(grid, refs, len(state), reverse)
 
         def step(n, carry):
             kept, end = carry
-            _, decays, xs = place.read(n, terms)
-            _, end, product = place.fold(decays, xs, end)
+            _, end, product = place.fold(terms.of_tile(place, n)[-1], end, lax.rem(n, jnp.int32(2)))
             return product * kept, end
 
         kept, end = loop(grid.tiles, step, (rows.zeros(grid.row) + 1, rows.zeros(grid.row)))
@@ -58,7 +72,7 @@ def states_before(
 def states_of_tokens(
     name: str,
     inputs: dict,
-    terms: Callable,
+    terms: Terms,
     state: jax.Array,
     length: int,
     dtype: jnp.dtype | None = None,
@@ -68,8 +82,7 @@ def states_of_tokens(
     Args:
         name: of the kernel.
         inputs: of the kernel, of which `terms` reads.
-        terms: function of a Place and a token, as `Place.read` takes it; if dtype is given, its
-            results are those of `Place.existing`.
+        terms: of a token; if dtype is given, results of `Place.existing`.
         state: [B, C] before the first token.
         length: T.
         dtype: of s; None for float32 and no state at the end.
@@ -79,12 +92,13 @@ def states_of_tokens(
     states = states_before(grid, inputs, terms, state, reverse=False)
 
     def body(refs):
-        place = Place(grid, refs, reverse=False)
+        place = Place(grid, refs, batch, reverse=False)
 
         def step(n, carry):
-            tokens, decays, xs = place.read(n, terms)
-            s, carry, _ = place.fold(decays, xs, carry)
-            for token, decay, x in zip(tokens, decays, xs):
+            tokens, _, found = terms.of_tile(place, n)
+            found = list(found)
+            s, carry, _ = place.fold(found, carry, lax.rem(n, jnp.int32(2)))
+            for token, (decay, x) in zip(tokens, found):
                 s = decay * s + x
                 place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
             return carry
@@ -102,57 +116,56 @@ def states_of_tokens(
 def gradients_of_tokens(
     name: str,
     inputs: dict,
-    terms: Callable,
+    terms: Terms,
     gradients: Callable,
     s: jax.Array,
     state: jax.Array,
     d_last: jax.Array,
     outputs: dict,
-    start: Callable[[Place], Any] = lambda place: None,
 ) -> list[jax.Array]:
     """The outputs of a kernel of this name that walks from the last token to the first.
 
     Args:
         name: of the kernel.
         inputs: of the kernel, of which `terms` and `gradients` read.
-        terms: function of a Place and a token, as `Place.read` takes it, -> decay and g.
-        gradients: function of a Place, a token, its dx, s of the token before in float32, and a
-            total of the row of threads. It writes outputs of the token and returns the next total.
+        terms: of a token, g for x.
+        gradients: function of a Place, a token, what is given of it, its dx and s of the token
+            before, both float32. It writes outputs of the token and returns what it adds to total.
         s: [B, T, C], what `states_of_tokens` gave.
         state, d_last: [B, C] float32, the state before the first token and the cotangent of that
             behind the last.
         outputs: name -> what has the shape and dtype of the output. None for "d_state", [B, C] the
-            gradient of state, and for "totals", [B, splits, rows, C] the last totals; float32 both.
-        start: function of a Place -> the first total.
+            gradient of state, and for "total", [B, splits, C] sums over tokens; float32 both.
     """
     grid = grid_for(*s.shape)
     states = states_before(grid, inputs, terms, d_last, reverse=True)
 
     def body(refs):
-        place = Place(grid, refs, reverse=True)
+        place = Place(grid, refs, len(s), reverse=True)
         before = place.of_sequence(refs.state_gmem)
 
         def step(n, carry):
             u, total = carry
-            tokens, decays, gs = place.read(n, terms)
+            tokens, given, found = terms.of_tile(place, n)
             earlier = place.states_earlier(tokens, before)
-            u, after, _ = place.fold(decays, gs, u)
-            for token, decay, g, s in zip(tokens, decays, gs, earlier):
+            u, after, _ = place.fold(found, u, lax.rem(n, jnp.int32(2)))
+            for token, z, s_before in zip(tokens, given, earlier):
+                decay, g = terms.of_given(place, token, z)  # again: few registers
                 dx = g + u
                 u = decay * dx
-                total = gradients(place, token, dx, s, total)
+                added = gradients(place, token, z, dx, s_before.astype(jnp.float32))
+                total = total if added is None else total + added
             return after, total
 
-        total = start(place)
+        total = rows.zeros(grid.row) if "total" in outputs else None
         u, total = loop(grid.tiles, step, (place.start(), total))
         if "d_state" in outputs:
             place.store_of_split(refs.d_state_gmem, u)
-        if "totals" in outputs:
-            place.store_of_row(refs.totals_gmem, total)
+        if "total" in outputs:
+            place.store_sum(refs.total_gmem, total, jnp.int32(grid.tiles % 2))
 
-    of_rows = jax.ShapeDtypeStruct((len(s), grid.splits, grid.number, state.shape[1]), jnp.float32)
-    own: dict[str, Any] = {"d_state": _of_splits(grid, state), "totals": of_rows}
-    like = {key: own.get(key, z) for key, z in outputs.items()}
+    of_splits = _of_splits(grid, state)
+    like = {key: of_splits if z is None else z for key, z in outputs.items()}
     like = {key: jax.ShapeDtypeStruct(z.shape, z.dtype) for key, z in like.items()}
     inputs = inputs | {"states": states, "s": s, "state": state}
     results = run(grid, body, name, len(s), inputs, like)

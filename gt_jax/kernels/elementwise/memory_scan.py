@@ -46,15 +46,15 @@ def scan(
 def _forward(scores, c, bias, state, resets):
     from gt_jax.kernels.pallas.launch import keep
 
-    biases = jnp.broadcast_to(bias, state.shape)
-    s, last = keep(_call("forward", resets, scores, c, biases, state))
-    return (s, last), (scores, c, biases, s, state, resets)
+    s, last = keep(_call("forward", resets, scores, c, bias[None], state))
+    return (s, last), (scores, c, bias, s, state, resets)
 
 
 def _backward(residuals, cotangents):
-    *arrays, resets = residuals
+    scores, c, bias, s, state, resets = residuals
+    arrays = scores, c, bias[None], s, state
     d_scores, dc, d_bias, d_state = _call("backward", resets, *arrays, *cotangents)
-    return d_scores, dc, jnp.sum(d_bias, axis=(0, 1, 2)), d_state, None
+    return d_scores, dc, jnp.sum(d_bias, axis=(0, 1)), d_state, None
 
 
 scan.defvjp(_forward, _backward)

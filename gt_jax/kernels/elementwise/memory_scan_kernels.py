@@ -9,46 +9,59 @@ With dx the gradient of (1 - a) i c, as in linear_scan_walks.py:
 import jax
 import jax.numpy as jnp
 
-from gt_jax.kernels.elementwise.linear_scan_walks import gradients_of_tokens, states_of_tokens
+from gt_jax.kernels.elementwise.linear_scan_walks import (
+    Terms,
+    gradients_of_tokens,
+    states_of_tokens,
+)
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
-def _gates(place, token):
-    """a, 1 - a, i and c."""
+def _given(place, token):
+    """Forget, read and c, and whether the state stays."""
     refs = place.refs
-    load = lambda *where: place.load(*where).astype(jnp.float32)
-    forget = load(refs.scores_gmem, token) + place.of_sequence(refs.bias_gmem)
-    read = rows.sigmoid(load(refs.scores_gmem, token, place.channels))
-    # 1 - sigmoid(x) would round to zero from x = 17 on.
-    return rows.sigmoid(forget), rows.sigmoid(-forget), read, load(refs.c_gmem, token)
+    scores = (
+        place.load(refs.scores_gmem, token),
+        place.load(refs.scores_gmem, token, place.channels),
+    )
+    return *scores, place.load(refs.c_gmem, token), place.stays(token)
 
 
-def _terms(place, token):
-    stays, takes, read, c = _gates(place, token)
-    return place.existing(token, place.kept(token, stays), takes * read * c)
+def _given_backward(place, token):
+    """The same and ds."""
+    return *_given(place, token), place.load(place.refs.ds_gmem, token)
 
 
-def _terms_backward(place, token):
-    refs = place.refs
-    forget = place.load(refs.scores_gmem, token).astype(jnp.float32)
-    stays = rows.sigmoid(forget + place.of_sequence(refs.bias_gmem))
-    ds = place.load(refs.ds_gmem, token).astype(jnp.float32)
-    return place.existing(token, place.kept(token, stays), ds)
+def _gates(place, forget, read):
+    """a, 1 - a and i."""
+    forget, read = forget.astype(jnp.float32), read.astype(jnp.float32)
+    return *rows.sigmoids(forget + place.parameter), rows.sigmoid(read)
 
 
-def _gradients(place, token, dx, s, d_bias):
-    refs, width = place.refs, place.channels
-    # Computed again, which takes fewer registers than to keep them.
-    stays, takes, read, c = _gates(place, token)
+def _terms(place, token, given):
+    forget, read, c, stays = given
+    kept, takes, read = _gates(place, forget, read)
+    x = takes * read * c.astype(jnp.float32)
+    return place.existing(token, rows.masked(kept, stays), x)
+
+
+def _terms_backward(place, token, given):
+    forget, read, _, stays, ds = given
+    kept, *_ = _gates(place, forget, read)
+    return place.existing(token, rows.masked(kept, stays), ds.astype(jnp.float32))
+
+
+def _gradients(place, token, given, dx, s):
+    forget, read, c, stays, _ = given
+    refs, c = place.refs, c.astype(jnp.float32)
+    kept, takes, read = _gates(place, forget, read)
     dx = dx * takes
-    d_forget = dx * stays * (place.kept(token, s) - read * c)
-    d_read, d_c = dx * c * read * (1 - read), dx * read
-    d_bias = d_bias + d_forget
-    for offset, d in ((0, d_forget), (width, d_read)):
+    d_forget = dx * kept * (rows.masked(s, stays) - read * c)
+    for offset, d in ((0, d_forget), (place.channels, dx * c * read * (1 - read))):
         place.store(refs.d_scores_gmem, token, d.astype(refs.d_scores_gmem.dtype), offset)
-    place.store(refs.dc_gmem, token, d_c.astype(refs.dc_gmem.dtype))
-    return d_bias
+    place.store(refs.dc_gmem, token, (dx * read).astype(refs.dc_gmem.dtype))
+    return d_forget
 
 
 @lowered_once()
@@ -61,11 +74,11 @@ def forward(
         resets: [B, T] int32, or None.
         scores: [B, T, 2 C], [forget | read], C a multiple of 4.
         c: [B, T, C] bfloat16 or float32.
-        bias: [B, C] float32.
+        bias: [M, C] float32 of M models, B a multiple of M.
         state: [B, C] float32 before the first token.
     """
-    inputs = {"scores": scores, "c": c, "bias": bias, "resets": resets}
-    given = inputs, _terms, state, c.shape[1], scores.dtype
+    inputs = {"scores": scores, "c": c, "parameter": bias, "resets": resets}
+    given = inputs, Terms(_given, _terms), state, c.shape[1], scores.dtype
     return states_of_tokens("memory_scan_forward", *given)
 
 
@@ -80,16 +93,16 @@ def backward(
     ds: jax.Array,
     d_last: jax.Array,
 ) -> list[jax.Array]:
-    """The gradients of scores and c, in their shape and dtype; of the bias, [B, splits, rows, C]
-    float32, to be added over all axes but the last; of the state.
+    """The gradients of scores and c, in their shape and dtype; of the bias, [B, splits, C] float32,
+    to be added over all axes but the last; of the state.
 
     Args:
         resets, scores, c, bias, state: as of `forward`, which gave s.
         ds: [B, T, C] in the dtype of s, its cotangent.
         d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
-    inputs = {"scores": scores, "c": c, "bias": bias, "resets": resets, "ds": ds}
-    given = inputs, _terms_backward, _gradients, s, state, d_last
-    outputs = {"d_scores": scores, "dc": c, "totals": None, "d_state": None}
-    zero = lambda place: rows.zeros(place.grid.row)
-    return gradients_of_tokens("memory_scan_backward", *given, outputs, zero)
+    inputs = {"scores": scores, "c": c, "parameter": bias, "resets": resets, "ds": ds}
+    terms = Terms(_given_backward, _terms_backward)
+    given = inputs, terms, _gradients, s, state, d_last
+    outputs = {"d_scores": scores, "dc": c, "total": None, "d_state": None}
+    return gradients_of_tokens("memory_scan_backward", *given, outputs)

@@ -162,11 +162,12 @@ def blended(
     bias: jax.Array,
     scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Like `gated`, for a gate g = sigmoid(score + bias) whose score was computed elsewhere.
+    """Like `gated`, for a gate g = sigmoid(score + bias_a - bias_b) of a score from elsewhere.
 
     Args:
-        epsilon, x, a, b, bias, scale: as of `gated`.
+        epsilon, x, a, b, scale: as of `gated`.
         score: [B, T, 1] float32.
+        bias: [2] float32, bias_a and bias_b, whose difference costs a kernel of its own outside.
 
     Returns:
         x + g a + (1 - g) b [B, T, D] float32 and its norm [B, T, D] bfloat16.
@@ -186,7 +187,8 @@ def _blended_backward(epsilon, arrays, cotangents):
     dx, da, db, d_score, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
     width, sums = dx.shape[-1], jnp.sum(sums, axis=0)
     d_score = d_score.reshape(*dx.shape[:-1], 1)
-    return dx, da, db, d_score, sums[width : width + 1], sums[:width]
+    slope = sums[width]
+    return dx, da, db, d_score, jnp.stack([slope, -slope]), sums[:width]
 
 
 blended.defvjp(_blended_forward, _blended_backward)

@@ -10,7 +10,7 @@ of u = x or x + branch. Of u = x + g a + (1 - g) b with g = sigmoid([a; b] kerne
     da = g total + s kernel_a;   db = (1 - g) total + s kernel_b
     d kernel = sum over tokens of s [a; b];   d bias = sum over tokens of s
 
-With g = sigmoid(score + bias) of a given score, s is its gradient and there is no kernel.
+With g = sigmoid(score + bias_a - bias_b) of a given score, s is its gradient; there is no kernel.
 """
 
 import jax
@@ -36,7 +36,8 @@ class _Stream(Tokens):
         """g of two branches; kernel_a and kernel_b, or None if the score of g is given."""
         refs = self.refs
         if score is not None:
-            return sigmoid_of_scalar(score + refs.bias_gmem[self.model, 0]), None
+            bias = refs.bias_gmem[self.model, 0] - refs.bias_gmem[self.model, 1]
+            return sigmoid_of_scalar(score + bias), None
         kernels = [self.parameter(refs.gate_gmem, n * self.width) for n in (0, 1)]
         score = rows.zeros(self.row)
         for z, weights in zip((a, b), kernels):
@@ -73,7 +74,7 @@ def forward(
         a: [M, B, T, D] bfloat16 or float32, a branch, or None.
         b: [M, B, T, D] bfloat16, the branch that a gate joins to a, or None.
         gate: [M, 2 D] float32, kernel_a and kernel_b, or None.
-        bias: [M, 1] float32, with b alone.
+        bias: [M, 1] float32, with b alone; [M, 2], bias_a and bias_b, with a score.
         score: [M, B T] float32, with b where there is no `gate`.
         scale: [M, D] float32.
         epsilon: added to the mean of squares.

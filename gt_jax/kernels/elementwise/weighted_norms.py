@@ -1,6 +1,6 @@
 """Two branches, each normalised, in a sum whose weights a third array decides token by token.
 
-    c = w RMSNorm(a) + (1 - w) RMSNorm(b),   w = sigmoid(n . head + bias)
+    c = w RMSNorm(a) + (1 - w) RMSNorm(b),   w = sigmoid(n . head + bias_a - bias_b)
 
 by Pallas kernels on NVIDIA GPUs. n is returned beside c, so that the gradient of its other uses is
 added in the kernel of c's gradients.
@@ -29,7 +29,7 @@ def weighted_norms(
         a, b, n: [B, T, D] bfloat16.
         scales: of a and of b, [D] float32 each.
         head: [D] float32.
-        bias: [1] float32.
+        bias: [2] float32, bias_a and bias_b.
 
     Returns:
         n itself, to be used in its place; c [B, T, D] bfloat16; w [B, T, 1] float32.
@@ -48,7 +48,8 @@ def _backward(epsilon, arrays, cotangents):
     da, db, dn, sums = _call("backward", *arrays, dn, dc, dw.reshape(-1), epsilon=epsilon)
     width, sums = da.shape[-1], jnp.sum(sums, axis=0)
     d_scales = sums[:width], sums[width : 2 * width]
-    return da, db, dn, d_scales, sums[2 * width : 3 * width], sums[3 * width : 3 * width + 1]
+    slope = sums[3 * width]
+    return da, db, dn, d_scales, sums[2 * width : 3 * width], jnp.stack([slope, -slope])
 
 
 weighted_norms.defvjp(_forward, _backward)

@@ -3,7 +3,7 @@
 With r and m the scaled norms of a and b, the cotangents dc, dw, and dn of n from elsewhere,
 
     s = w (1 - w) (dw + sum over channels of dc (r - m)),   dn grows by s head
-    d head = sum over tokens of s n,   d bias = sum over tokens of s
+    d head = sum over tokens of s n,   d bias_a = -d bias_b = sum over tokens of s
 
 and normed_branches.py has the gradients of norms with the cotangents w dc and (1 - w) dc.
 """
@@ -31,8 +31,9 @@ class _Weighted(Branches):
         heads = self.parameter(self.refs.head_gmem)
         score = sum((z * h for z, h in zip(n, heads)), rows.zeros(self.row))
         *inverses, score = self.inverses(branches, epsilon, turn, score)
-        weight = sigmoid_of_scalar(score + self.refs.bias_gmem[self.model, 0])
-        return inverses, [[z * r for z in x] for x, r in zip(branches, inverses)], weight
+        bias = self.refs.bias_gmem[self.model, 0] - self.refs.bias_gmem[self.model, 1]
+        normed = [[z * r for z in x] for x, r in zip(branches, inverses)]
+        return inverses, normed, sigmoid_of_scalar(score + bias)
 
 
 @lowered_once("epsilon")
@@ -52,7 +53,7 @@ def forward(
     Args:
         a, b, n: [M, B, T, D] bfloat16 of M models.
         scale_a, scale_b, head: [M, D] float32.
-        bias: [M, 1] float32.
+        bias: [M, 2] float32, bias_a and bias_b.
         epsilon: added to the mean of squares.
     """
     grid = grid_for(a, "forward", True)
@@ -105,7 +106,7 @@ def backward(
 
     Returns:
         da, db and the whole of dn, [M, B, T, D] bfloat16; sums over tokens, to be added over the
-        second axis, [M, blocks, S] float32: d scale_a, d scale_b, d head and copies of d bias.
+        second axis, [M, blocks, S] float32: d scale_a, d scale_b, d head and copies of d bias_a.
     """
     grid, width = grid_for(a, "backward", True), a.shape[-1]
 

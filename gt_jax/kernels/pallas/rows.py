@@ -21,6 +21,7 @@ from gt_jax.kernels.pallas.devices import interpreting
 _THREADS = 128  # of a block
 _WARP = 32
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_LOG2_E = 1.4426950408889634
 
 
 class Row(NamedTuple):
@@ -148,7 +149,9 @@ def _store_interpreted(targets, index, column, value, row, keep):
 
 
 def masked(x, keep, other=0):
-    """x where the bool scalar `keep` of the row is true, else the number `other`."""
+    """x where the bool scalar `keep` of the row is true, or None, else the number `other`."""
+    if keep is None:
+        return x
     if interpreting():
         return jnp.where(keep, x, other)
 
@@ -246,7 +249,14 @@ def _tree(terms, join):
 
 def sigmoid(x):
     """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
-    return reciprocal(1 + jnp.exp2(x * -1.4426950408889634))  # log2(e)
+    return reciprocal(1 + jnp.exp2(x * -_LOG2_E))
+
+
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would round to zero from x = 17 on."""
+    power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 126.0))  # of exp(-x), finite
+    upper = reciprocal(1 + power)
+    return upper, power * upper
 
 
 def reciprocal(y):

@@ -42,7 +42,7 @@ def straight_gate(x, a, b, kernel, bias, scale):
 
 
 def straight_blend(x, a, b, score, bias, scale):
-    g = jax.nn.sigmoid(score + bias)
+    g = jax.nn.sigmoid(score + bias[0] - bias[1])
     u = x + g * a + (1 - g) * b
     return u, norm(u, scale)
 
@@ -81,7 +81,7 @@ def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
             wide(dtype=branch),
             wide(dtype=branch),
             draw(*tokens, 1, dtype=jnp.float32),
-            draw(1, dtype=jnp.float32),
+            draw(2, dtype=jnp.float32),
         ),
     }[name]()
     of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
