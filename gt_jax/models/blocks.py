@@ -17,6 +17,8 @@ from jax.core import Tracer
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fsdp import is_cut
+from gt_jax.models.layers import is_launch_bound
+from gt_jax.models.rounding import rounded_together
 
 _apart = contextvars.ContextVar("apart", default=False)
 
@@ -57,20 +59,28 @@ def caller(
         return of_its_own
     recording = model.is_mutable_collection("activations")
 
+    @functools.cache
+    def params_of(few_numbers):
+        """Of all blocks; None for one without."""
+        names = (f"blocks_{layer}" for layer in range(config.layers))
+        params = [model.get_variable("params", name) for name in names]
+        return rounded_together(params, config.dtype) if few_numbers else params
+
     # New for every trace: one kept between traces would not see what a context has changed.
     @functools.partial(jax.jit, static_argnums=0)
     def one_block(module, params, *inputs):
         mutable = ["activations"] if recording else []
         return module.apply({"params": params}, *inputs, mutable=mutable)
 
-    def together(layer, *inputs):
+    def together(layer, x, *inputs):
         name = f"blocks_{layer}"
-        params = model.get_variable("params", name)
+        few_numbers = config.dtype == "bfloat16" and x.shape[1] > 1 and is_launch_bound(x)
+        params = params_of(few_numbers)[layer]
         if params is None:
-            return of_its_own(layer, *inputs)  # which says what is missing
+            return of_its_own(layer, x, *inputs)  # which says what is missing
         module = block(config, min(layer, alike), parent=None)
         with jax.named_scope(name):
-            results, recorded = one_block(module, params, *inputs)
+            results, recorded = one_block(module, params, x, *inputs)
         if "activations" in recorded:
             model.put_variable("activations", name, recorded["activations"])
         return results

@@ -4,7 +4,6 @@ Whichever it is, gradients come as `join` gives them, and a step that is not fin
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -175,33 +174,37 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
             lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps), mu, nu
         )
 
-        # What is not decayed moves by a slice of a vector: a third of the operations of a whole
-        # training step need not be lowered, and XLA makes the same program of the rest.
-        down = -rate
+        down = jnp.where(finite, -rate, 0)
+        directions = jax.tree.map(lambda x: jnp.where(finite, x, 0), _stored_once(directions))
 
-        def step(name, direction):
-            factor = factors.get(name, 1.0)
+        def update_of(path, direction, value):
+            if is_decayed(path, value):
+                direction = direction + optim.weight_decay * value
+            factor = factors.get(label(path), 1.0)
             if not (isinstance(factor, float) and factor == 1):
                 direction = factor * direction
-            return jnp.where(finite, down * direction, 0)
+            return down * direction
 
-        steps = {
-            name: jax.tree.map(functools.partial(step, name), arrays)
-            for name, arrays in directions.items()
-        }
-
-        def update_of(path, direction, moved, value):
-            if not is_decayed(path, value):
-                return moved
-            return step(label(path), direction + optim.weight_decay * value)
-
-        updates = jax.tree_util.tree_map_with_path(
-            update_of, split(directions, params), split(steps, params), params
-        )
+        updates = jax.tree_util.tree_map_with_path(update_of, split(directions, params), params)
         mu, nu = jax.tree.map(lambda x: x.astype(stored), (mu, nu))
         return updates, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stored_once(groups: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
+    """Arrays as `join` gives them, each vector of small leaves computed once on a GPU.
+
+    Where something is done to the whole vector before it is cut, XLA moves all parameters of one
+    shape in one kernel. It may choose to store what was done, and then moves each in a kernel of
+    its own, since kernels that read nothing but parts of a vector have nothing to share.
+    """
+    if jax.default_backend() != "gpu":
+        return groups
+    vectors = {name: arrays["joined"] for name, arrays in groups.items() if "joined" in arrays}
+    vectors = jax.lax.optimization_barrier(vectors)
+    joined = lambda name: {"joined": vectors[name]} if name in vectors else {}
+    return {name: arrays | joined(name) for name, arrays in groups.items()}
 
 
 class MuonState(NamedTuple):

@@ -1,0 +1,59 @@
+"""Weights of several blocks in the computation dtype, rounded by one kernel.
+
+A small step is bound by the number of its kernels, and each weight takes one to be rounded. Here
+they are rounded into one vector, whose parts products read where they lie.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Matrices that nothing but products in the computation dtype reads, by the last name of their path.
+# Some fusions read theirs in float32.
+_NAMES = ("kernel", "time_maa_w1", "time_decay_w1", "time_decay_w2")
+
+# Arrays that one kernel reads: XLA fuses at most 96 operands and results.
+_MOST = 88
+
+
+def rounded_together(blocks: list[Any], dtype: str) -> list[Any]:
+    """The parameters of blocks with their weights in `dtype`; gradients are float32, each rounded
+    once, as of weights that are rounded one by one.
+
+    Args:
+        blocks: trees of parameters, float32.
+        dtype: of products.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(blocks)
+    found = [leaf for _, leaf in leaves]
+    chosen = [n for n, (path, leaf) in enumerate(leaves) if _is_weight(path, leaf)]
+    for begin in range(0, len(chosen), _MOST):
+        places = chosen[begin : begin + _MOST]
+        for place, weight in zip(places, _rounded(dtype, [found[n] for n in places])):
+            found[place] = weight
+    return jax.tree.unflatten(structure, found)
+
+
+def _is_weight(path, leaf):
+    names = [entry.key for entry in path if hasattr(entry, "key")]
+    of_products = names[-1] in _NAMES and "fusion" not in names
+    return of_products and leaf.ndim == 2 and leaf.dtype == jnp.float32
+
+
+def _value(dtype, weights) -> list[jax.Array]:
+    # Without the barrier XLA would round in every reader instead.
+    joined = jnp.concatenate([weight.ravel().astype(dtype) for weight in weights])
+    joined = jax.lax.optimization_barrier(joined)
+    parts, start = [], 0
+    for weight in weights:
+        parts.append(joined[start : start + weight.size].reshape(weight.shape))
+        start += weight.size
+    return parts
+
+
+_rounded = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_rounded.defvjp(
+    lambda dtype, weights: (_value(dtype, weights), None),
+    lambda dtype, _, grads: ([grad.astype(jnp.float32) for grad in grads],),
+)
