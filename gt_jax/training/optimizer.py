@@ -170,12 +170,10 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
         nu = jax.tree.map(lambda old, g: moment(optim.b2, old, g * g), state.nu, updates)
         rate, count = jnp.asarray(schedule(state.count)), state.count + 1
         unbias_mu, unbias_nu = 1 - optim.b1**count, 1 - optim.b2**count
-        directions = jax.tree.map(
-            lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps), mu, nu
-        )
-
+        direction_of = lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps)
+        directions = _stored_once(jax.tree.map(direction_of, mu, nu))
         down = jnp.where(finite, -rate, 0)
-        directions = jax.tree.map(lambda x: jnp.where(finite, x, 0), _stored_once(directions))
+        directions = jax.tree.map(lambda x: jnp.where(finite, x, 0), directions)
 
         def update_of(path, direction, value):
             if is_decayed(path, value):
@@ -195,9 +193,8 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
 def _stored_once(groups: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
     """Arrays as `join` gives them, each vector of small leaves computed once on a GPU.
 
-    Where something is done to the whole vector before it is cut, XLA moves all parameters of one
-    shape in one kernel. It may choose to store what was done, and then moves each in a kernel of
-    its own, since kernels that read nothing but parts of a vector have nothing to share.
+    XLA moves all parameters of one shape in one kernel if that kernel does something to the whole
+    vector, and each in a kernel of its own if they only read parts of it.
     """
     if jax.default_backend() != "gpu":
         return groups
@@ -329,8 +326,8 @@ def split(groups: dict[str, dict[str, jax.Array]], like: Any) -> Any:
 
 
 def norms(groups: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Global norm of what bears each label, of a tree as `join` gives it: sums along rows come
-    first, as a sum of each array's own sum is three small kernels an array on a GPU."""
+    """Global norm of what bears each label, of a tree as `join` gives it."""
+    # Sums along rows first: a sum of each array's own sum is three small kernels an array on a GPU.
     rows = lambda x: jnp.sum(jnp.square(x), axis=-1).ravel()
     total = lambda arrays: jnp.sum(jnp.concatenate([rows(x) for x in arrays.values()]))
     return {name: jnp.sqrt(total(arrays)) for name, arrays in groups.items()}

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise.causal_conv_sizes import WIDTH, Sizes
-from gt_jax.kernels.pallas import rows, warps
+from gt_jax.kernels.pallas import row_functions, rows, warps
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 _TAPS = WIDTH - 1  # tokens before
@@ -105,7 +105,7 @@ def forward(projected: jax.Array, taps: jax.Array, seen: jax.Array | None, *, si
             for j in range(group):
                 marks = None if refs.seen_gmem is None else refs.seen_gmem[m, at + j]
                 y = _convolve(weights, window[j : j + WIDTH], marks)
-                y = (y * rows.sigmoid(y)).astype(jnp.bfloat16)
+                y = (y * row_functions.sigmoid(y)).astype(jnp.bfloat16)
                 rows.store(outputs, (m, at + j), column, y, row)
             return tuple(window[group:]), following
 
@@ -174,7 +174,7 @@ def backward(
         def slope(window, seen, dy):
             """g of the window's last token."""
             y = _convolve(weights, window, seen)
-            share = rows.sigmoid(y)
+            share = row_functions.sigmoid(y)
             return dy.astype(jnp.float32) * (share * (1 + y * (1 - share)))
 
         # The next row's first tokens; this row's last stand before them.

@@ -22,7 +22,7 @@ from gt_jax.kernels.elementwise.residual_norm_rows import (
     sigmoid_of_scalar,
     wide,
 )
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import row_functions, rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
 Pair = tuple[jax.Array, jax.Array]
@@ -44,7 +44,7 @@ class _Gated(Branches):
         for z, bias in zip(map(wide, scores), biases):
             if bias is not None:
                 z = [z + own for z, own in zip(z, self.parameter(bias))]
-            gates.append([rows.sigmoid(z) for z in z])
+            gates.append([row_functions.sigmoid(z) for z in z])
         return gates
 
     def weight(self, c, head, turn):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import rows, warps
+from gt_jax.kernels.pallas import row_functions, rows, warps
 from gt_jax.kernels.pallas.launch import kernel, loop, lowered_once
 
 
@@ -98,7 +98,7 @@ def forward(y: jax.Array, projected: jax.Array, scale: jax.Array, *, epsilon: fl
             xs = []
             for y, z in zip(*here):
                 z = z.astype(jnp.float32)
-                xs.append(y.astype(jnp.float32) * (z * rows.sigmoid(z)))
+                xs.append(y.astype(jnp.float32) * (z * row_functions.sigmoid(z)))
             squares = sum((x * x for x in xs), rows.zeros(row))
             (squares,) = rows.sums_over_row([squares], row, refs.sums, lax.rem(n, jnp.int32(2)))
             inverse = lax.rsqrt(squares * (1 / width) + epsilon)
@@ -162,7 +162,7 @@ def backward(
             squares = along = rows.zeros(row)
             for i, scale in enumerate(scales):
                 g, y, z = wide(i)
-                x = y * (z * rows.sigmoid(z))
+                x = y * (z * row_functions.sigmoid(z))
                 squares += x * x
                 along += g * x * scale
             squares, along = rows.sums_over_row(
@@ -173,7 +173,7 @@ def backward(
             results = []
             for i, c in enumerate(columns):
                 g, y, z = wide(i)
-                share = rows.sigmoid(z)
+                share = row_functions.sigmoid(z)
                 silu = z * share
                 x, g = y * silu, g * inverse
                 if again:

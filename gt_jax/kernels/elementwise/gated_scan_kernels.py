@@ -15,7 +15,7 @@ from gt_jax.kernels.elementwise.linear_scan_walks import (
     gradients_of_tokens,
     states_of_tokens,
 )
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import row_functions, rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
@@ -33,9 +33,9 @@ def _given_backward(place, token):
 def _gates(candidate, update):
     """z, 1 - z, g and its slope."""
     candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
-    below = jnp.minimum(rows.sigmoid(candidate), 0.5)  # one half from zero on
+    below = jnp.minimum(row_functions.sigmoid(candidate), 0.5)  # one half from zero on
     slope = jnp.where(candidate >= 0, 1.0, below * (1 - below))
-    return *rows.sigmoids(update), jnp.maximum(candidate, 0.0) + below, slope
+    return *row_functions.sigmoids(update), jnp.maximum(candidate, 0.0) + below, slope
 
 
 def _terms(place, token, given):

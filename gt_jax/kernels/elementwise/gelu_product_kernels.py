@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import row_functions, rows
 from gt_jax.kernels.pallas.launch import kernel, lowered_once
 
 _ROW = rows.Row(lanes=128, vector=8)
@@ -69,7 +69,7 @@ def _run(name, arrays, results, compute):
 def _normal_distribution(x):
     """Phi(x) and its slope, of float32 x."""
     power = jnp.exp2((-0.5 * math.log2(math.e)) * x * x)
-    t = rows.reciprocal(1 + (0.3275911 * 0.5**0.5) * jnp.abs(x))
+    t = row_functions.reciprocal(1 + (0.3275911 * 0.5**0.5) * jnp.abs(x))
     series = t * _SERIES[0]
     for factor in _SERIES[1:]:
         series = t * (series + factor)

@@ -14,7 +14,7 @@ from gt_jax.kernels.elementwise.linear_scan_walks import (
     gradients_of_tokens,
     states_of_tokens,
 )
-from gt_jax.kernels.pallas import rows
+from gt_jax.kernels.pallas import row_functions, rows
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
@@ -36,7 +36,7 @@ def _given_backward(place, token):
 def _gates(place, forget, read):
     """a, 1 - a and i."""
     forget, read = forget.astype(jnp.float32), read.astype(jnp.float32)
-    return *rows.sigmoids(forget + place.parameter), rows.sigmoid(read)
+    return *row_functions.sigmoids(forget + place.parameter), row_functions.sigmoid(read)
 
 
 def _terms(place, token, given):

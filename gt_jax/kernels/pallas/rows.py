@@ -21,7 +21,6 @@ from gt_jax.kernels.pallas.devices import interpreting
 _THREADS = 128  # of a block
 _WARP = 32
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_LOG2_E = 1.4426950408889634
 
 
 class Row(NamedTuple):
@@ -245,32 +244,6 @@ def _tree(terms, join):
     while len(terms) > 1:
         terms = [join(a, b) for a, b in zip(terms[::2], terms[1::2])]
     return terms[0]
-
-
-def sigmoid(x):
-    """1 / (1 + exp(-x)) of a float32 value, right to about 2^-22."""
-    return reciprocal(1 + jnp.exp2(x * -_LOG2_E))
-
-
-def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would round to zero from x = 17 on."""
-    power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 126.0))  # of exp(-x), finite
-    upper = reciprocal(1 + power)
-    return upper, power * upper
-
-
-def reciprocal(y):
-    """1 / y of a float32 value, right to about 2^-23."""
-    if interpreting():
-        return 1 / y
-
-    @plgpu.inline_mgpu(
-        arg_types=(_layout(_vector(y)),), return_type=_value(jnp.float32, _vector(y))
-    )
-    def approximate(_, y):
-        return y._pointwise(y._lift_fast_instr("rcp.approx.ftz.f32"))
-
-    return approximate(y)
 
 
 def zeros(row):
