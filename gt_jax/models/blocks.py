@@ -74,7 +74,9 @@ def caller(
 
     def together(layer, x, *inputs):
         name = f"blocks_{layer}"
-        few_numbers = config.dtype == "bfloat16" and x.shape[1] > 1 and is_launch_bound(x)
+        numbers, *_ = jax.tree.leaves(x)  # a stream.Sum is two arrays
+        few_numbers = config.dtype == "bfloat16" and numbers.shape[1] > 1
+        few_numbers = few_numbers and is_launch_bound(numbers)
         params = params_of(few_numbers)[layer]
         if params is None:
             return of_its_own(layer, x, *inputs)  # which says what is missing
