@@ -139,7 +139,11 @@ def _replaced(path: Path):
     """A file to write, which then takes the place of another: whoever reads finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f"{path.name}.{os.getpid()}")
-    yield written
+    try:
+        yield written
+    except BaseException:  # an interruption leaves no part of gigabytes behind
+        written.unlink(missing_ok=True)
+        raise
     os.replace(written, path)
 
 

@@ -55,7 +55,7 @@ def caller(
     """
     of_its_own = lambda layer, *inputs: block(config, layer, name=f"blocks_{layer}")(*inputs)
     # Sharing would change which collectives of cut parameters a step has.
-    if random or is_cut() or _apart.get() or not _is_staged() or _may_tell_apart(model):
+    if random or is_cut() or _apart.get() or not _is_staged() or are_shown(model):
         return of_its_own
     recording = model.is_mutable_collection("activations")
 
@@ -98,7 +98,7 @@ def intercepted() -> bool:
     return bool(getattr(flax_module, "_global_interceptor_stack", True))
 
 
-def _may_tell_apart(model: nn.Module) -> bool:
+def are_shown(model: nn.Module) -> bool:
     """Whether somebody looks into single blocks: makes, captures or intercepts what is theirs."""
     kept = map(model.is_mutable_collection, ("params", "intermediates"))
     recorded_before = model.has_variable("activations", "blocks_0")

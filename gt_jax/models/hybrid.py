@@ -66,6 +66,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array | stream.Sum, BlockState | TopicBlockState]:
         c = self.config
         record(self, block_stream=stream.summed(x))
+        leaves_sum = isinstance(x, stream.Sum)
         state = BlockState(None, None, None) if state is None else state
         rwkv_mixer, mamba_mixer = (self._mixer(name) for name in c.branch_names)
         fusion = FUSIONS[c.fusion](c, name="fusion")
@@ -118,7 +119,8 @@ class Block(nn.Module):
             else:
                 x = x + update
         if c.feed_forward:
-            x = stream.add_later(c, x, FeedForward(c, name="ffn")(n))
+            update = FeedForward(c, name="ffn")(n)
+            x = stream.add_later(c, x, update) if leaves_sum else x + update
         record(self, block_out=stream.summed(x))
         states = rwkv_state, mamba_state, fusion_state
         return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)

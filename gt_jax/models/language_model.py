@@ -148,7 +148,8 @@ class LanguageModel(nn.Module):
             table = self.param("segment_embedding", initializers.zeros, shape)
             x = x + lookup(jnp.pad(table, ((1, 0), (0, 0))), role)
             role_state = (after,)
-        if block is hybrid.Block and c.feed_forward:
+        # To whom blocks are shown, streams are arrays.
+        if block is hybrid.Block and c.feed_forward and not blocks.are_shown(self):
             x = stream.begin(c, x)
         alike = int(block is rwkv6.Block)  # whose first one also normalises the embedding
         block = gathering(block, c)
@@ -163,9 +164,8 @@ class LanguageModel(nn.Module):
             before = None if state is None else state[layer]
             x, after = apply_block(layer, x, before, segment_ids, rwkv_drop)
             states.append(after)
-        x = norm(c, "final_norm")(stream.summed(x)).reshape(
-            -1, c.dim
-        )  # one axis of tokens, as in `project`
+        x = norm(c, "final_norm")(stream.summed(x))
+        x = x.reshape(-1, c.dim)  # one axis of tokens, as in `project`
         if c.tie_embeddings:
             head = embedding.embedding.T
         else:

@@ -27,10 +27,13 @@ class Sum(NamedTuple):
 
 
 def begin(config: ModelConfig, x: jax.Array) -> jax.Array | Sum:
-    """The stream [B, T, D] as blocks that end with `add_later` take it, the first one as others.
+    """The stream [B, T, D] as the first block takes it: a Sum, where kernels take the stream.
 
-    Blocks that take the same are traced once.
+    A block leaves a Sum where it was given one. Blocks that take the same are traced once. Not with
+    model.remat=full, which keeps what blocks are given: a Sum is half as large again.
     """
+    if config.remat == "full":
+        return x
     return add_later(config, x, jnp.zeros(x.shape, config.dtype))
 
 

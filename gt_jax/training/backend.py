@@ -21,7 +21,8 @@ def prepare() -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     else:
-        threading.Thread(target=take_memory, name="memory", daemon=True).start()
+        # No daemon: a process that ends early, of a wrong setting, waits until JAX is at rest.
+        threading.Thread(target=take_memory, name="memory").start()
     # On GPUs, one kernel for all random numbers: XLA compiles another for each parameter otherwise,
     # which takes minutes for a model of 12 layers. The numbers are the same.
     jax.config.update("jax_threefry_gpu_kernel_lowering", True)

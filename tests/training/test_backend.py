@@ -29,6 +29,22 @@ def test_memory_of_devices_is_taken_in_a_thread_except_on_a_cpu(platform, begun,
     assert taken.wait(10 if begun else 0.2) == begun
 
 
+def test_a_process_that_ends_early_waits_for_its_devices(monkeypatch):
+    """Python cuts off daemons wherever they are; in JAX's C++ that can abort the process."""
+    begun, end, alone = threading.Event(), threading.Event(), []
+
+    def take():
+        alone.append(threading.current_thread().daemon)
+        begun.set()
+        end.wait(10)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(backend, "take_memory", take)
+    backend.prepare()
+    assert begun.wait(10) and alone == [False]
+    end.set()
+
+
 def test_every_device_of_the_process_gets_an_array(monkeypatch):
     found, put = [], jax.device_put
     monkeypatch.setattr(jax, "device_put", lambda x, device: found.append(device) or put(x, device))

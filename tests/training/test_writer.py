@@ -54,6 +54,17 @@ def test_everything_comes_back_to_the_bit(tmp_path, state):
     assert checkpoint.find(folder) == folder
 
 
+def test_what_is_saved_stays_when_the_next_step_overwrites_it(tmp_path, state):
+    given = jax.tree.map(jnp.copy, at(state, 7))
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+    with Writer(tmp_path, keep=2, keep_every=0) as writer:
+        writer.save(given, ABOUT, best_step=None)
+        jax.block_until_ready(overwrite(given))
+        writer.finish(best_step=None)
+    back = restore(checkpoint.find(tmp_path), state)
+    jax.tree.map(np.testing.assert_array_equal, back, at(state, 7))
+
+
 def test_the_latest_and_the_best_are_kept(tmp_path, state):
     save(tmp_path, state, [1, 2, 3, 4, 5], best_step=2)
     assert kept(tmp_path) == [2, 4, 5]

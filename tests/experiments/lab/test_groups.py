@@ -114,3 +114,13 @@ def test_other_runs_and_damaged_files_are_not_continued(trial, interrupt, tmp_pa
         again, lines = trial()
         assert not lines
         np.testing.assert_array_equal(again.nats, whole.nats)
+
+
+def test_writing_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
+    place = unfinished.Place(tmp_path / "state.unfinished")
+    place.save({"done": 1}, {"x": np.arange(3)})
+    with pytest.raises(TypeError):
+        place.save({"done": object()}, {"x": np.arange(4)})
+    assert states(tmp_path) == list(tmp_path.iterdir()) == [place.path]
+    about, arrays = place.load()
+    assert about == {"done": 1} and len(arrays["x"]) == 3

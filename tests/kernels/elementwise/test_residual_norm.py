@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.analysis.health import measure_health
 from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
@@ -279,3 +280,35 @@ def test_blocks_leave_their_sum_to_the_next_norm_and_record_it_as_without_kernel
     (with_kernels, count), (without, none) = recorded("portable"), recorded("chunked")
     assert (count, none) == (2 * sizes["layers"], 0)
     assert jax.tree.map(jnp.shape, with_kernels) == jax.tree.map(jnp.shape, without)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_who_looks_into_blocks_sees_arrays(remat, float32_parameters):
+    """Captured or intercepted, a block is given and gives the stream, not a sum that is to come."""
+    sizes = {"vocab_size": 8, "dim": 64, "heads": 1, "state_size": 64, "layers": 2}
+    config = make_config("gf", **sizes, dtype="bfloat16", impl="portable", remat=remat)
+    model, tokens = make_model(config), jnp.zeros((1, 64), jnp.int32)
+    shapes, seen = ((1, 64, 64),) * sizes["layers"], []
+
+    def look(call, args, kwargs, context):
+        if type(context.module).__name__.endswith("Block") and context.method_name == "__call__":
+            seen.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    with devices.simulated("lower"):
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        health = jax.eval_shape(functools.partial(measure_health, model), params, tokens)
+        assert health["stream_variance"].shape == (sizes["layers"],)
+        with nn.intercept_methods(look):
+            jax.eval_shape(model.apply, {"params": params}, tokens)
+    assert tuple(seen) == shapes
+
+
+def test_what_full_keeps_of_a_block_is_the_stream_and_no_sum(float32_parameters):
+    x = jnp.zeros((1, 64, 64))
+    of = lambda remat: make_config(
+        "gf", vocab_size=8, dim=64, heads=1, dtype="bfloat16", remat=remat
+    )
+    with devices.simulated("lower"):
+        assert isinstance(stream.begin(of("dots"), x), stream.Sum)
+        assert stream.begin(of("full"), x) is x
