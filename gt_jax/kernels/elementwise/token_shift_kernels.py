@@ -37,7 +37,7 @@ ROWS = 32  # tokens it takes at once: two blocks of a multiprocessor have room f
 class Tuning(NamedTuple):
     """How the work is cut."""
 
-    forward_blocks: int = 1536  # of the grid, at least, where there are channels enough
+    forward_blocks: int = 3072  # of the grid, at least, where there are channels enough
     sums_blocks: int = 264  # of the grid, that sum over tokens: two for each multiprocessor
     sums_tiles: int = 4  # of 32 tokens, that one of them walks at least
 

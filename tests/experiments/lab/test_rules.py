@@ -61,7 +61,8 @@ def test_original_branch_alone_makes_an_artefact():
     found = {"fusion": a_result(fair)}
     assert verdict_of("gf-hy", found).verdict == "undecided"
     found["fusion-legacy"] = a_result(pairs(losses(0.12), "3e-4"))
-    assert verdict_of("gf-hy", found).verdict == "artefact"
+    verdict = verdict_of("gf-hy", found)
+    assert verdict.verdict == "artefact" and verdict.because.startswith("gone with RWKV-6")
 
 
 @pytest.mark.parametrize(("gain", "said"), [(0.02, "in its direction: half of"), (0.05, "")])

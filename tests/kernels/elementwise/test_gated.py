@@ -65,10 +65,14 @@ def case():
 def test_interpreted_kernels_match_straight_formulas_in_float64(
     float64_in_every_thread, case, documents
 ):
-    inputs, cotangents = case
-    seen = None if documents is None else causal_conv.tokens_seen(jnp.asarray(documents, jnp.int32))
     with devices.simulated("interpret"):
-        ours = with_gradients(lambda *z: fused(*z, seen), inputs, cotangents)
+        assert_matches(*case, documents)
+
+
+def assert_matches(inputs, cotangents, documents):
+    """Kernels beside float64."""
+    seen = None if documents is None else causal_conv.tokens_seen(jnp.asarray(documents, jnp.int32))
+    ours = with_gradients(lambda *z: fused(*z, seen), inputs, cotangents)
     of = np.zeros(TOKENS, int) if documents is None else documents
     wide = jax.tree.map(lambda z: z.astype(jnp.float64), (inputs, cotangents))
     true = with_gradients(lambda *z: straight(*z, of), *wide)

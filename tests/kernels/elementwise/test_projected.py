@@ -61,6 +61,12 @@ NORMS = {"gated norm": gated_norms, "head norm": head_norms, "GELU": gelus}
 @too_old
 @pytest.mark.parametrize("name", NORMS)
 def test_product_and_gradients_are_those_of_the_norm_and_a_product(name):
+    with devices.simulated("interpret"):
+        assert_as_in_two_steps(name)
+
+
+def assert_as_in_two_steps(name, same_bits=True):
+    """Without `same_bits`, to a few roundings: on a GPU products are chosen by timing."""
     norm, together, arrays = NORMS[name]()
     arrays, cotangent = (draw(WIDTH, OUT), *arrays), draw(2, 16, OUT)
 
@@ -68,13 +74,15 @@ def test_product_and_gradients_are_those_of_the_norm_and_a_product(name):
         x = norm(*arrays)
         return (x.reshape(-1, WIDTH) @ weights).reshape(2, 16, OUT)
 
-    with devices.simulated("interpret"):
-        expected = with_gradients(apart, arrays, cotangent)
-        found = with_gradients(together, arrays, cotangent)
+    expected = with_gradients(apart, arrays, cotangent)
+    found = with_gradients(together, arrays, cotangent)
     if name == "gated norm":  # columns that are not of z stay unwritten
         expected, found = ((*z[:3], z[3][..., :WIDTH], *z[4:]) for z in (expected, found))
     for z, other in zip(found, expected, strict=True):
-        if name == "GELU":  # other arithmetic: a few numbers in a hundred round the other way
+        if not same_bits:
+            z, other = (np.asarray(y, np.float64) for y in (z, other))
+            assert np.linalg.norm(z - other) <= 4e-3 * np.linalg.norm(other)
+        elif name == "GELU":  # other arithmetic: a few numbers in a hundred round the other way
             differing = np.mean(np.asarray(z != other))
             assert differing < 0.02
             z, other = (np.asarray(y, np.float64) for y in (z, other))
@@ -85,15 +93,19 @@ def test_product_and_gradients_are_those_of_the_norm_and_a_product(name):
 
 @too_old
 def test_gelu_and_its_slope_are_right_to_their_rounding_in_both_tails():
+    with devices.simulated("interpret"):
+        assert_gelu_is_right()
+
+
+def assert_gelu_is_right():
     from gt_jax.kernels.elementwise import gelu_product_kernels
 
     x = jnp.linspace(-8, 8, gelu_product.BLOCK, dtype=jnp.bfloat16)
     wide = np.asarray(x, np.float64)
     below = np.array([0.5 * math.erfc(-z * 0.5**0.5) for z in wide])
     slope = below + wide * np.exp(-0.5 * wide**2) / (2 * np.pi) ** 0.5
-    with devices.simulated("interpret"):
-        (value,) = gelu_product_kernels.value(x)
-        again, found = gelu_product_kernels.gradients(x, jnp.ones_like(x))
+    (value,) = gelu_product_kernels.value(x)
+    again, found = gelu_product_kernels.gradients(x, jnp.ones_like(x))
     np.testing.assert_array_equal(value, again)
     np.testing.assert_allclose(np.asarray(value, np.float64), wide * below, rtol=2**-8, atol=1e-9)
     np.testing.assert_allclose(np.asarray(found, np.float64), slope, rtol=2**-8, atol=1e-6)
