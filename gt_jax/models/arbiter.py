@@ -19,6 +19,7 @@ from gt_jax.models.layers import (
     record,
     symmetric_uniform,
 )
+from gt_jax.models.rounding import side_by_side
 from gt_jax.models.scans import gated_scan, linear_scan
 
 
@@ -104,7 +105,7 @@ class MinGRU(nn.Module):
             pair = jnp.concatenate([norms[0](rwkv), norms[1](mamba)], axis=-1)
         names = ("candidate_kernel", "update_kernel")
         kernels = [self.param(name, fan_in_uniform(), (2 * D, hidden)) for name in names]
-        gates = project(pair, jnp.concatenate(kernels, axis=-1))
+        gates = project(pair, side_by_side(kernels, pair.dtype))
         head = head_kernel(self, hidden)
         score, state = gated_scan(gates, head, state, segment_ids, impl=c.impl)  # [B, T]
         return (rwkv, mamba), score[..., None], head_bias(self), state

@@ -27,6 +27,7 @@ from gt_jax.models.gates import (
     logit,
 )
 from gt_jax.models.layers import RMSNorm, fan_in_uniform, normal, output_init, project, record
+from gt_jax.models.rounding import side_by_side
 from gt_jax.models.scans import memory_scan
 
 
@@ -163,7 +164,7 @@ def project_each(x: jax.Array, kernels: Sequence[jax.Array], alone: bool = False
     as Pallas kernels, then waits for copies of them, and the gradient for a concatenation.
     """
     x = jax.lax.optimization_barrier(x) if alone else x
-    return project(x, jnp.concatenate(kernels, axis=-1))
+    return project(x, side_by_side(kernels, x.dtype))
 
 
 def gates_of(

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from gt_jax.kernels.elementwise import residual_norm
 from gt_jax.models import blocks, stream
-from gt_jax.models.arbiter import blend
 from gt_jax.models.carry import TopicState, reset_at, topic_shifts
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fusion import FUSIONS, Gate
@@ -106,9 +105,10 @@ class Block(nn.Module):
             branches, score, bias, fusion_state = given
             given = norm.epsilon, x, *branches, score, bias, norm.weight(c.dim)
             joined = residual_norm.blended(*given)
-            x, n = joined
-            fused, _ = blend(fusion, branches, score, bias, fusion_state)
-            record(self, fused=fused)  # computed if anybody uses it
+            x, n, gate = joined
+            record(fusion, gate=gate)
+            if self.is_mutable_collection("activations"):  # computed if anybody uses it
+                record(self, fused=Gate.join(gate, *branches))
         else:
             given = {"block_input": third[0]} if reads_input else {}
             fused, fusion_state = fusion(*branches, state.fusion, segment_ids, **given)

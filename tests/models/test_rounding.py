@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gt_jax.models import rounding
 from tests.models.small_models import jit, random_tokens, small_model
@@ -48,3 +49,28 @@ def test_a_model_computes_the_same_loss_with_weights_rounded_together():
     tokens = random_tokens(2, 9)
     logits = [jit(model.apply)({"params": p}, tokens).logits for p in (params, rounded)]
     np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_side_by_side_and_their_gradients_are_those_of_rounding_one_by_one(dtype):
+    kernels = tuple(jax.random.normal(jax.random.key(0), (3, 4, 6)))
+    one_by_one = lambda kernels, dtype: jnp.concatenate([k.astype(dtype) for k in kernels], axis=1)
+    x, g = jax.random.normal(jax.random.key(1), (2, 5, 18)).astype(dtype)
+
+    def run(join, kernels):
+        joined, pull_back = jax.vjp(lambda z: x[:, :4] @ join(z, dtype), kernels)
+        return join(kernels, dtype), joined, *pull_back(g)
+
+    found, expected = (
+        jit(functools.partial(run, join))(kernels) for join in (rounding.side_by_side, one_by_one)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [z.dtype for z in jax.tree.leaves(found)] == [z.dtype for z in jax.tree.leaves(expected)]
+
+
+def test_weights_side_by_side_are_one_matrix_that_no_product_joins():
+    kernels = [jnp.ones((4, 6))] * 2
+    join = functools.partial(rounding.side_by_side, dtype="bfloat16")
+    text = jit(lambda x, *k: x @ join(k)).lower(jnp.ones((3, 4), "bfloat16"), *kernels).as_text()
+    (barrier,) = [line for line in text.splitlines() if "optimization_barrier" in line]
+    assert "4x12xbf16" in barrier

@@ -20,9 +20,9 @@ from gt_jax.kernels.pallas.launch import lowered_once
 
 
 def _given(place, token):
-    """Candidate and update, and whether the state stays."""
+    """Candidate and update, and whether it is reset."""
     load = lambda offset: place.load(place.refs.gates_gmem, token, offset)
-    return load(0), load(place.channels), place.stays(token)
+    return load(0), load(place.channels), place.reset(token)
 
 
 def _given_backward(place, token):
@@ -39,20 +39,20 @@ def _gates(candidate, update):
 
 
 def _terms(place, token, given):
-    candidate, update, stays = given
+    candidate, update, reset = given
     z, keep, value, _ = _gates(candidate, update)
-    return place.existing(token, rows.masked(keep, stays), z * value)
+    return place.existing(token, place.unless_reset(keep, reset), z * value)
 
 
 def _terms_backward(place, token, given):
-    candidate, update, stays, d_score = given
+    candidate, update, reset, d_score = given
     _, keep, *_ = _gates(candidate, update)
-    return place.existing(token, rows.masked(keep, stays), d_score * place.parameter)
+    return place.existing(token, place.unless_reset(keep, reset), d_score * place.parameter)
 
 
 def _gradients(place, token, given, dx, s):
-    candidate, update, stays, d_score = given
-    refs, s = place.refs, rows.masked(s, stays)
+    candidate, update, reset, d_score = given
+    refs, s = place.refs, place.unless_reset(s, reset)
     z, keep, value, slope = _gates(candidate, update)
     of_head = (keep * s + z * value) * d_score
     dx = dx * z

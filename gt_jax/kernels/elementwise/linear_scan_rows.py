@@ -1,8 +1,8 @@
 """How the kernels of linear scans divide their work, and what a row of threads does.
 
 A block of the grid owns a few channels of a sequence, or of a split of it, and walks its tokens in
-few tiles: each waits once for memory and once for all rows of threads. Each row (pallas/rows.py)
-takes the next `span` tokens of a tile and computes
+few tiles: each waits once for all rows of threads, and the next is read meanwhile. Each row
+(pallas/rows.py) takes the next `span` tokens of a tile and computes
 
     e_t = decay_t e_{t-1} + x_t from e = 0,   p = the product of their decays
 
@@ -133,16 +133,20 @@ class Place:
             tokens.append((token, inside))
         return tokens
 
-    def states_earlier(self, tokens, before):
-        """s of the token before each of `tokens`, of a walk from the end, as it lies in memory;
-        `before` the first."""
-        refs = self.refs
-        load = lambda token, inside: self.load(refs.s_gmem, (token, inside))
-        earlier = [load(token - 1, inside) for token, inside in tokens[:-1]]
-        token, inside = tokens[-1]  # the only one that may be the first of all
+    def tokens_after(self, n):
+        """Of the tile after tile n, to read them ahead; after the last tile its own again."""
+        return self.tokens(jnp.minimum(n + 1, self.grid.tiles - 1))
+
+    def state_earlier(self, tokens, j, before):
+        """s of the token before tokens[j], of a tile that is walked from the end, as it lies in
+        memory; `before` the first."""
+        (token, inside), s = tokens[j], self.refs.s_gmem
+        if j < len(tokens) - 1:
+            return self.load(s, (token - 1, inside))
+        # The only one that may be the first of all.
         later = token > 0 if inside is None else inside & (token > 0)
-        s = load(jnp.maximum(token - 1, 0), later)
-        return [*earlier, s.astype(jnp.float32) + rows.masked(before, token == 0)]
+        s = self.load(s, (jnp.maximum(token - 1, 0), later))
+        return s.astype(jnp.float32) + rows.masked(before, token == 0)
 
     def load(self, ref, token, offset=0):
         """The row's channels of a token, from column `offset` of the array on."""
@@ -169,10 +173,14 @@ class Place:
         """The row's channels of [B, C]."""
         return rows.load(ref, (self.sequence,), self.column, self.grid.row)
 
-    def stays(self, token):
-        """Whether the state stays before the token, or None for sure: there is no reset."""
+    def reset(self, token):
+        """1 where the state is zero before the token, int32; None if it never is."""
         resets = self.refs.resets_gmem
-        return None if resets is None else resets[self.sequence, token[0]] == 0
+        return None if resets is None else resets[self.sequence, token[0]]
+
+    def unless_reset(self, value, reset):
+        """The value, or zeros where `reset` says that the state is zero."""
+        return value if reset is None else rows.masked(value, reset == 0)
 
     def existing(self, token, decay, x):
         """Decay and x of the token, ones and zeros where there is none: the state stays."""

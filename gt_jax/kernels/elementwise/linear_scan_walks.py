@@ -25,12 +25,13 @@ class Terms(NamedTuple):
     given: Callable  # function of a Place and a token -> arrays as they lie in memory, and others
     of_given: Callable  # function of a Place, a token and what is given of it -> decay and x
 
-    def of_tile(self, place: Place, n: jax.Array) -> tuple[list, list, Iterator]:
-        """The row's tokens of tile n, what is given of each, and decay and x of one after another,
-        so that those of few are held at a time."""
-        tokens = place.tokens(n)
-        given = [self.given(place, token) for token in tokens]
-        return tokens, given, (self.of_given(place, *z) for z in zip(tokens, given))
+    def given_of(self, place: Place, tokens: list) -> list:
+        """What is given of each token."""
+        return [self.given(place, token) for token in tokens]
+
+    def of_tokens(self, place: Place, tokens: list, given: list) -> Iterator:
+        """Decay and x of one token after another, so that those of few are held at a time."""
+        return (self.of_given(place, *z) for z in zip(tokens, given))
 
 
 def states_before(
@@ -53,7 +54,9 @@ def states_before(
 
         def step(n, carry):
             kept, end = carry
-            _, end, product = place.fold(terms.of_tile(place, n)[-1], end, lax.rem(n, jnp.int32(2)))
+            tokens = place.tokens(n)
+            found = terms.of_tokens(place, tokens, terms.given_of(place, tokens))
+            _, end, product = place.fold(found, end, lax.rem(n, jnp.int32(2)))
             return product * kept, end
 
         kept, end = loop(grid.tiles, step, (rows.zeros(grid.row) + 1, rows.zeros(grid.row)))
@@ -95,15 +98,18 @@ def states_of_tokens(
         place = Place(grid, refs, batch, reverse=False)
 
         def step(n, carry):
-            tokens, _, found = terms.of_tile(place, n)
-            found = list(found)
-            s, carry, _ = place.fold(found, carry, lax.rem(n, jnp.int32(2)))
+            s, given = carry
+            tokens = place.tokens(n)
+            found = list(terms.of_tokens(place, tokens, given))
+            given = terms.given_of(place, place.tokens_after(n))  # on their way from here on
+            s, after, _ = place.fold(found, s, lax.rem(n, jnp.int32(2)))
             for token, (decay, x) in zip(tokens, found):
                 s = decay * s + x
                 place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
-            return carry
+            return after, given
 
-        last = loop(grid.tiles, step, place.start())
+        first = terms.given_of(place, place.tokens(jnp.int32(0)))
+        last, _ = loop(grid.tiles, step, (place.start(), first))
         if dtype is not None:
             place.store_of_split(refs.last_gmem, last)
 
@@ -144,21 +150,28 @@ def gradients_of_tokens(
         place = Place(grid, refs, len(s), reverse=True)
         before = place.of_sequence(refs.state_gmem)
 
+        def read(tokens, j):
+            return terms.given(place, tokens[j]), place.state_earlier(tokens, j, before)
+
         def step(n, carry):
-            u, total = carry
-            tokens, given, found = terms.of_tile(place, n)
-            earlier = place.states_earlier(tokens, before)
+            u, total, values = carry
+            tokens, following = place.tokens(n), place.tokens_after(n)
+            found = terms.of_tokens(place, tokens, [given for given, _ in values])
             u, after, _ = place.fold(found, u, lax.rem(n, jnp.int32(2)))
-            for token, z, s_before in zip(tokens, given, earlier):
-                decay, g = terms.of_given(place, token, z)  # again: few registers
+            coming = []
+            for j, (token, (given, s_before)) in enumerate(zip(tokens, values)):
+                decay, g = terms.of_given(place, token, given)  # again: few registers
                 dx = g + u
                 u = decay * dx
-                added = gradients(place, token, z, dx, s_before.astype(jnp.float32))
+                added = gradients(place, token, given, dx, s_before.astype(jnp.float32))
                 total = total if added is None else total + added
-            return after, total
+                coming.append(read(following, j))  # into the registers of this one
+            return after, total, coming
 
         total = rows.zeros(grid.row) if "total" in outputs else None
-        u, total = loop(grid.tiles, step, (place.start(), total))
+        tokens = place.tokens(jnp.int32(0))
+        first = [read(tokens, j) for j in range(grid.span)]
+        u, total, _ = loop(grid.tiles, step, (place.start(), total, first))
         if "d_state" in outputs:
             place.store_of_split(refs.d_state_gmem, u)
         if "total" in outputs:

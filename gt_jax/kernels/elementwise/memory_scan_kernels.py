@@ -14,18 +14,18 @@ from gt_jax.kernels.elementwise.linear_scan_walks import (
     gradients_of_tokens,
     states_of_tokens,
 )
-from gt_jax.kernels.pallas import row_functions, rows
+from gt_jax.kernels.pallas import row_functions
 from gt_jax.kernels.pallas.launch import lowered_once
 
 
 def _given(place, token):
-    """Forget, read and c, and whether the state stays."""
+    """Forget, read and c, and whether it is reset."""
     refs = place.refs
     scores = (
         place.load(refs.scores_gmem, token),
         place.load(refs.scores_gmem, token, place.channels),
     )
-    return *scores, place.load(refs.c_gmem, token), place.stays(token)
+    return *scores, place.load(refs.c_gmem, token), place.reset(token)
 
 
 def _given_backward(place, token):
@@ -40,24 +40,24 @@ def _gates(place, forget, read):
 
 
 def _terms(place, token, given):
-    forget, read, c, stays = given
+    forget, read, c, reset = given
     kept, takes, read = _gates(place, forget, read)
     x = takes * read * c.astype(jnp.float32)
-    return place.existing(token, rows.masked(kept, stays), x)
+    return place.existing(token, place.unless_reset(kept, reset), x)
 
 
 def _terms_backward(place, token, given):
-    forget, read, _, stays, ds = given
+    forget, read, _, reset, ds = given
     kept, *_ = _gates(place, forget, read)
-    return place.existing(token, rows.masked(kept, stays), ds.astype(jnp.float32))
+    return place.existing(token, place.unless_reset(kept, reset), ds.astype(jnp.float32))
 
 
 def _gradients(place, token, given, dx, s):
-    forget, read, c, stays, _ = given
+    forget, read, c, reset, _ = given
     refs, c = place.refs, c.astype(jnp.float32)
     kept, takes, read = _gates(place, forget, read)
     dx = dx * takes
-    d_forget = dx * kept * (rows.masked(s, stays) - read * c)
+    d_forget = dx * kept * (place.unless_reset(s, reset) - read * c)
     for offset, d in ((0, d_forget), (place.channels, dx * c * read * (1 - read))):
         place.store(refs.d_scores_gmem, token, d.astype(refs.d_scores_gmem.dtype), offset)
     place.store(refs.dc_gmem, token, (dx * read).astype(refs.dc_gmem.dtype))

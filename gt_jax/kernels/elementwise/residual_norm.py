@@ -161,7 +161,7 @@ def blended(
     score: jax.Array,
     bias: jax.Array,
     scale: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `gated`, for a gate g = sigmoid(score + bias_a - bias_b) of a score from elsewhere.
 
     Args:
@@ -170,20 +170,20 @@ def blended(
         bias: [2] float32, bias_a and bias_b, whose difference costs a kernel of its own outside.
 
     Returns:
-        x + g a + (1 - g) b [B, T, D] float32 and its norm [B, T, D] bfloat16.
+        x + g a + (1 - g) b [B, T, D] float32, its norm [B, T, D] bfloat16, and g [B, T, 1] float32.
     """
     return _blended_forward(epsilon, x, a, b, score, bias, scale)[0]
 
 
 def _blended_forward(epsilon, x, a, b, score, bias, scale):
     arrays = x, a, b, None, bias, score.reshape(-1), scale
-    u, n = _call("forward", *arrays, epsilon=epsilon)
-    return (u, checkpoint_name(n, "blended")), arrays
+    u, n, g = _call("forward", *arrays, epsilon=epsilon)
+    return (u, checkpoint_name(n, "blended"), g.reshape(score.shape)), arrays
 
 
 def _blended_backward(epsilon, arrays, cotangents):
-    du, dn = cotangents
-    arrays = *arrays, du, [dn], None
+    du, dn, dg = cotangents
+    arrays = *arrays, du, [dn], dg.reshape(-1)
     dx, da, db, d_score, sums = _call("backward", *arrays, epsilon=epsilon, of_branch=False)
     width, sums = dx.shape[-1], jnp.sum(sums, axis=0)
     d_score = d_score.reshape(*dx.shape[:-1], 1)

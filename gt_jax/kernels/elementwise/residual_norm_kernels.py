@@ -67,7 +67,7 @@ def forward(
     epsilon: float,
 ) -> list[jax.Array]:
     """u unless it is x, and u / sqrt(mean(u^2) + epsilon) scale in bfloat16: [M, B, T, D] each;
-    if there is a kernel of a gate, g [M, B T] float32.
+    if there is b, g [M, B T] float32.
 
     Args:
         x: [M, B, T, D] float32 of M models.
@@ -114,7 +114,7 @@ def forward(
         {
             "u": None if a is None else x,
             "n": jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
-            "g": None if gate is None else of_gate,
+            "g": None if b is None else of_gate,
         },
         {
             "row_sums": rows.sums_scratch(1),
@@ -145,7 +145,7 @@ def backward(
         x, a, b, gate, bias, score, scale, epsilon: as of `forward`.
         du: [M, B, T, D] float32, cotangent of u.
         dn: arrays [M, B, T, D] bfloat16 whose sum is the cotangent of the norm.
-        dg: [M, B T] float32, cotangent of g, if there is a kernel of a gate.
+        dg: [M, B T] float32, cotangent of g, if there is b.
         of_branch: whether the gradient is wanted in bfloat16 as well, for a branch.
 
     Returns:
@@ -166,13 +166,10 @@ def backward(
             x = here.read(refs.x_gmem, token)
             given = refs.a_gmem, refs.b_gmem, refs.du_gmem, *cotangents
             a, b, du, *of_norm = (here.read(z, token, or_zeros=True) for z in given)
-            # Of a gate with a kernel, the cotangent; of one with a score, the score.
-            of_gate = refs.dg_gmem if learned else refs.score_gmem
-            of_gate = of_gate[token.at] if gated else None
-            return x, a, b, du, tuple(of_norm), of_gate
+            of_token = lambda ref: None if ref is None else ref[token.at]
+            return x, a, b, du, tuple(of_norm), of_token(refs.score_gmem), of_token(refs.dg_gmem)
 
-        def compute(token, sums, x, a, b, du, dn, of_gate):
-            score = None if learned else of_gate
+        def compute(token, sums, x, a, b, du, dn, score, dg):
             gate, kernels = here.gate(a, b, score, token.turn) if gated else (None, None)
             u = here.stream(x, a, b, gate)
             scales = here.parameter(refs.scale_gmem)  # again for each token: saves registers
@@ -194,7 +191,7 @@ def backward(
                 a, b = wide(a), wide(b)
                 slope = sum((t * (y - z) for t, y, z in zip(totals, a, b)), rows.zeros(row))
                 (slope,) = rows.sums_over_row([slope], row, refs.slopes, token.turn)
-                slope = (slope + of_gate if learned else slope) * gate * (1 - gate)
+                slope = (slope + dg) * gate * (1 - gate)
                 if not learned:
                     here.store_number(refs.d_score_gmem, token, slope)
             for i, t in enumerate(totals):

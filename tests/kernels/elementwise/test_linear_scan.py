@@ -105,18 +105,24 @@ def memory_in_float64(scores, c, bias, state, resets, ds, d_last):
 # Of an array's largest number: bfloat16 rounds what it holds, and the s that the rest is made of.
 NEAR = {"bfloat16": 2**-8, "float32": 2e-6}
 
+# dtype, blocks at a time, tokens
+CALLS = [("bfloat16", 8, 27), ("float32", 1, 27), ("float32", 1, 75)]
 
-@pytest.mark.parametrize("dtype, blocks", [("bfloat16", 8), ("float32", 1)])
+
+@pytest.mark.parametrize("dtype, blocks, length", CALLS)
 def test_interpreted_gates_match_a_mingru_in_float64(
-    float64_in_every_thread, gpu_of, dtype, blocks
+    float64_in_every_thread, gpu_of, dtype, blocks, length
 ):
-    """Two models under vmap, documents, shut and open gates; four splits, and none."""
+    """Two models under vmap, documents, shut and open gates; four splits, and none, of one tile
+    and of three."""
     gpu_of(blocks)
     rng = np.random.default_rng(0)
-    gates = rng.normal(size=(2, 1, 27, 8)) * rng.choice([1, 30], (2, 1, 27, 1), p=[0.9, 0.1])
+    gates = rng.normal(size=(2, 1, length, 8)) * rng.choice(
+        [1, 30], (2, 1, length, 1), p=[0.9, 0.1]
+    )
     gates = jnp.asarray(gates, dtype)
-    _, g, state, _ = (z[:, None] for z in case(2, 27, 4))
-    resets = jnp.asarray(rng.random((2, 1, 27)) < 0.2, jnp.int32).at[:, :, 0].set(0)
+    _, g, state, _ = (z[:, None] for z in case(2, length, 4))
+    resets = jnp.asarray(rng.random((2, 1, length)) < 0.2, jnp.int32).at[:, :, 0].set(0)
     head = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
 
     def run(gates, head, state, resets, *cotangents):
@@ -134,17 +140,17 @@ def test_interpreted_gates_match_a_mingru_in_float64(
             np.testing.assert_allclose(np.float64(z[model]), expected, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("dtype, blocks", [("bfloat16", 8), ("float32", 1)])
+@pytest.mark.parametrize("dtype, blocks, length", CALLS)
 def test_interpreted_memories_match_the_recurrence_in_float64(
-    float64_in_every_thread, gpu_of, dtype, blocks
+    float64_in_every_thread, gpu_of, dtype, blocks, length
 ):
-    """Documents, shut and open gates; four splits, and none."""
+    """Documents, shut and open gates; four splits, and none, of one tile and of three."""
     gpu_of(blocks)
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(1, 27, 8)) * rng.choice([1, 30], (1, 27, 1), p=[0.9, 0.1])
-    scores, c, ds = (jnp.asarray(z, dtype) for z in (scores, *rng.normal(size=(2, 1, 27, 4))))
+    scores = rng.normal(size=(1, length, 8)) * rng.choice([1, 30], (1, length, 1), p=[0.9, 0.1])
+    scores, c, ds = (jnp.asarray(z, dtype) for z in (scores, *rng.normal(size=(2, 1, length, 4))))
     bias, state, d_last = jnp.asarray(rng.normal(size=(3, 1, 4)), jnp.float32)
-    resets = jnp.asarray(rng.random((1, 27)) < 0.2, jnp.int32).at[:, 0].set(0)
+    resets = jnp.asarray(rng.random((1, length)) < 0.2, jnp.int32).at[:, 0].set(0)
     scan = lambda *z: memory_scan.scan(*z, resets)
     with devices.simulated("interpret"):
         run = jax.jit(lambda *z: jax.tree.leaves(with_gradients(scan, z[:4], z[4:])))

@@ -45,7 +45,7 @@ def straight_gate(x, a, b, kernel, bias, scale):
 def straight_blend(x, a, b, score, bias, scale):
     g = jax.nn.sigmoid(score + bias[0] - bias[1])
     u = x + g * a + (1 - g) * b
-    return u, norm(u, scale)
+    return u, norm(u, scale), g
 
 
 # name -> the fused function, and formulas in float64 that share nothing with it
@@ -87,7 +87,7 @@ def case(name, branch=jnp.bfloat16, tokens=(2, 5)):
     }[name]()
     of_norm = [wide(dtype=jnp.bfloat16) for _ in range(2)]
     cotangents = wide(dtype=jnp.float32), of_norm if name in ("normed", "added") else of_norm[0]
-    if name == "gated":
+    if name in ("gated", "blended"):
         cotangents = *cotangents, draw(*tokens, 1, dtype=jnp.float32)
     return (wide(dtype=jnp.float32), *arguments, scale), cotangents
 
