@@ -119,8 +119,8 @@ class Block(nn.Module):
             else:
                 x = x + update
         if c.feed_forward:
-            update = FeedForward(c, name="ffn")(n)
-            x = stream.add_later(c, x, update) if leaves_sum else x + update
+            x = stream.add_later(c, x, FeedForward(c, name="ffn")(n))
+            x = x if leaves_sum else stream.summed(x)
         record(self, block_out=stream.summed(x))
         states = rwkv_state, mamba_state, fusion_state
         return x, BlockState(*states) if topic is None else TopicBlockState(*states, topic)
