@@ -198,10 +198,9 @@ def _stored_once(groups: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str,
     """
     if jax.default_backend() != "gpu":
         return groups
-    vectors = {name: arrays["joined"] for name, arrays in groups.items() if "joined" in arrays}
-    vectors = jax.lax.optimization_barrier(vectors)
-    joined = lambda name: {"joined": vectors[name]} if name in vectors else {}
-    return {name: arrays | joined(name) for name, arrays in groups.items()}
+    only = lambda arrays: {key: x for key, x in arrays.items() if key == "joined"}
+    vectors = jax.lax.optimization_barrier({name: only(x) for name, x in groups.items()})
+    return {name: arrays | vectors[name] for name, arrays in groups.items()}
 
 
 class MuonState(NamedTuple):
@@ -325,11 +324,13 @@ def split(groups: dict[str, dict[str, jax.Array]], like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(take, like)
 
 
-def norms(groups: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Global norm of what bears each label, of a tree as `join` gives it."""
+def norms(groups: dict[str, dict[str, jax.Array]], are_cut: bool = False) -> dict[str, jax.Array]:
+    """Global norm of what bears each label, of a tree as `join` gives it; its arrays may be cut."""
+    if are_cut:  # between devices, which would gather the sums of their rows
+        return {name: optax.tree.norm(arrays) for name, arrays in groups.items()}
     # Sums along rows first: a sum of each array's own sum is three small kernels an array on a GPU.
     rows = lambda x: jnp.sum(jnp.square(x), axis=-1).ravel()
-    total = lambda arrays: jnp.sum(jnp.concatenate([rows(x) for x in arrays.values()]))
+    total = lambda arrays: jnp.sum(jnp.concatenate([*map(rows, arrays.values())]))
     return {name: jnp.sqrt(total(arrays)) for name, arrays in groups.items()}
 
 

@@ -184,7 +184,7 @@ def make_train_step(
     schedule: optax.Schedule,
     config: Config,
     axis_name: str | tuple[str, ...] | None = None,
-    spread: Callable = lambda gradients: gradients,
+    spread: Callable | None = None,
 ) -> Callable:
     """train_step(state, batch) -> (state, metrics).
 
@@ -205,12 +205,14 @@ def make_train_step(
         one, with gate_std [layers], its standard deviation over positions.
     """
 
-    gradients = spread(make_gradients(model, config, axis_name))
+    gradients = make_gradients(model, config, axis_name)
+    if spread is not None:
+        gradients = spread(gradients)
 
     def train_step(state: TrainState, batch):
         found = gradients(state.params, state.carry, batch, state.rng, state.step)
         grads = pace.scaled(optimizer.join(found.grads), config.optim)
-        norms = optimizer.norms(grads)
+        norms = optimizer.norms(grads, are_cut=spread is not None)
         grad_norm = optax.tree.norm(norms)
         grads = optimizer.clip(grads, grad_norm, config.optim.clip)
 
