@@ -172,8 +172,7 @@ def _adamw(optim: Optim, schedule: optax.Schedule) -> optax.GradientTransformati
         unbias_mu, unbias_nu = 1 - optim.b1**count, 1 - optim.b2**count
         direction_of = lambda m, n: m / unbias_mu / (jnp.sqrt(n / unbias_nu) + optim.eps)
         directions = _stored_once(jax.tree.map(direction_of, mu, nu))
-        down = jnp.where(finite, -rate, 0)
-        directions = jax.tree.map(lambda x: jnp.where(finite, x, 0), directions)
+        down, directions = jax.tree.map(lambda x: jnp.where(finite, x, 0), (-rate, directions))
 
         def update_of(path, direction, value):
             if is_decayed(path, value):
