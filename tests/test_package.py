@@ -150,7 +150,14 @@ def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(tmp_path, pr
     (tmp_path / "numpy.py").write_text(code)
     command = [sys.executable, "-m", f"gt_jax.{program}", "--help"]
     path = f"{tmp_path}{os.pathsep}{ROOT}"
+    # What is started in the background of a shell ignores Ctrl-C, and these tests may be.
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=heeded,
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
