@@ -21,6 +21,7 @@ from tests.kernels.elementwise import (
 pytestmark = pytest.mark.gpu
 
 TOKENS = (7, 200)  # not as many as any block walks
+case = test_gated.case
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +97,6 @@ def test_head_norm_matches_the_plain_form():
 @pytest.mark.parametrize("documents", [None, test_gated.DOCUMENTS], ids=["rows", "documents"])
 def test_convolution_and_gated_norm_match_straight_formulas(case, documents):
     test_gated.assert_matches(*case, documents)
-
-
-case = test_gated.case
 
 
 @pytest.mark.parametrize("name", test_projected.NORMS)
