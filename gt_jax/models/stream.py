@@ -32,9 +32,9 @@ def begin(config: ModelConfig, x: jax.Array) -> jax.Array | Sum:
     A block leaves a Sum where it was given one. Blocks that take the same are traced once. Not with
     model.remat=full, which keeps what blocks are given: a Sum is half as large again.
     """
-    if config.remat == "full":
+    if config.remat == "full" or not takes_kernels(config, x):
         return x
-    return add_later(config, x, jnp.zeros(x.shape, config.dtype))
+    return add_later(config, x, _nothing(config.dtype, x))
 
 
 def add_later(config: ModelConfig, x: jax.Array | Sum, branch: jax.Array) -> jax.Array | Sum:
@@ -97,6 +97,16 @@ def takes_branches(config: ModelConfig, rwkv: jax.Array, mamba: jax.Array) -> bo
         and _is_large(config, rwkv)
         and not gated_branches.unsupported(rwkv.shape[-1], config.dtype)
     )
+
+
+def _zeros(dtype, x) -> jax.Array:
+    return jnp.zeros(x.shape, dtype)
+
+
+# Zeros that have a gradient, which reaches nothing: as the first block's branch is differentiated
+# like those of the others, it is traced and lowered with them.
+_nothing = jax.custom_vjp(_zeros, nondiff_argnums=(0,))
+_nothing.defvjp(lambda dtype, x: (_zeros(dtype, x), None), lambda dtype, _, grad: (None,))
 
 
 def _is_large(config, x):

@@ -6,7 +6,6 @@ What all Pallas kernels do alike is in test_mosaic.py, how they do on a GPU in t
 import importlib
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from tests.kernels.accuracy import (
     values_and_gradients,
 )
 from tests.kernels.hopper_kernels import SSD, too_old
+from tests.kernels.runs import calls_of_kernels
 
 pytestmark = too_old
 # One function for all tests, so that the same shapes are compiled once.
@@ -114,14 +114,8 @@ def test_the_gradient_takes_little_more_memory_than_the_saved_states():
 
 def bytes_of_kernels(jaxpr):
     """Of all arrays that kernels make and do not write in place of others."""
-    size = 0
-    for equation in jaxpr.eqns:
-        inner = [z for z in equation.params.values() if isinstance(z, jax.extend.core.ClosedJaxpr)]
-        if equation.primitive.name == "mpmd_map":
-            size += sum(z.aval.size * z.aval.dtype.itemsize for z in equation.outvars)
-        else:
-            size += sum(bytes_of_kernels(z.jaxpr) for z in inner)
-    return size
+    made = [z.aval for call in calls_of_kernels(jaxpr) for z in call.outvars]
+    return sum(z.size * z.dtype.itemsize for z in made)
 
 
 def test_interpreted_gradients_under_vmap_equal_a_loop(float64_in_every_thread):

@@ -16,6 +16,7 @@ from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import hybrid, make_config, make_model, stream
 from gt_jax.models.config import ModelConfig
 from tests.kernels.hopper_kernels import too_old
+from tests.kernels.runs import runs_of_kernels
 
 pytestmark = too_old
 
@@ -194,20 +195,6 @@ def test_kernels_lower_for_gpus_that_are_not_there(capability, branch):
             assert f"residual_norm_{direction}_mosaic_gpu" in text, name
 
 
-def kernels(part, name):
-    """How many kernels of that name a jaxpr calls, whose innermost equation alone counts."""
-    count = 0
-    for equation in getattr(part, "jaxpr", part).eqns:
-        if name in str(equation.params):
-            inner = [z for z in jax.tree.leaves(list(equation.params.values())) if is_jaxpr(z)]
-            count += sum(kernels(z, name) for z in inner) or 1
-    return count
-
-
-def is_jaxpr(z):
-    return hasattr(getattr(z, "jaxpr", z), "eqns")
-
-
 def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
     def forward_passes(remat):
         sizes = {"vocab_size": 8, "dim": 64, "heads": 1, "state_size": 64, "layers": 1}
@@ -216,7 +203,8 @@ def test_dots_keeps_the_norms_that_full_computes_again(float32_parameters):
         loss = lambda params: model.apply({"params": params}, tokens, tokens, method="loss").nats
         with devices.simulated("lower"):
             params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-            return kernels(jax.make_jaxpr(jax.grad(loss))(params), "residual_norm_forward")
+            gradient = jax.make_jaxpr(jax.grad(loss))(params)
+        return runs_of_kernels(gradient)["residual_norm_forward"]
 
     none, dots, full = (forward_passes(remat) for remat in ("none", "dots", "full"))
     assert 0 < none == dots < full
@@ -242,7 +230,7 @@ def test_kernels_take_streams_and_branches_that_they_are_for():
         for dtype in ("bfloat16", "float32", "float16"):  # the last is added without a kernel
             apply = functools.partial(Stream(config).init_with_output, jax.random.key(0), x)
             jaxpr = jax.make_jaxpr(apply)(zeros(2, WIDTH, dtype))
-            assert kernels(jaxpr, "residual_norm_forward") == 2, dtype
+            assert runs_of_kernels(jaxpr)["residual_norm_forward"] == 2, dtype
 
 
 @pytest.mark.parametrize(
@@ -275,7 +263,7 @@ def test_blocks_leave_their_sum_to_the_next_norm_and_record_it_as_without_kernel
         with devices.simulated("lower"):
             jaxpr = jax.make_jaxpr(apply)(params)
             _, sown = jax.eval_shape(apply, params)
-        return sown["activations"], kernels(jaxpr, "residual_norm_forward")
+        return sown["activations"], runs_of_kernels(jaxpr)["residual_norm_forward"]
 
     (with_kernels, count), (without, none) = recorded("portable"), recorded("chunked")
     assert (count, none) == (2 * sizes["layers"], 0)
