@@ -21,7 +21,8 @@ def small_steps_as_large_ones(monkeypatch):
     monkeypatch.setattr(stream, "LEAST_NUMBERS", 0)
 
 
-def trace_gradient(layers, remat="none"):
+def trace(layers, remat="none", of=jax.grad):
+    """A program of the loss of a model, or of its gradient."""
     config = make_config(
         "gf", vocab_size=8, dim=64, heads=1, state_size=64, layers=layers, dtype="bfloat16",
         impl="mosaic", remat=remat,
@@ -34,7 +35,7 @@ def trace_gradient(layers, remat="none"):
 
     with devices.simulated("lower"):
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-        return jax.jit(jax.grad(loss)).trace(params)
+        return jax.jit(of(loss)).trace(params)
 
 
 def test_whoever_intercepts_calls_sees_those_of_the_fusion():
@@ -65,7 +66,7 @@ def test_whoever_intercepts_calls_sees_those_of_the_fusion():
 def test_layers_share_the_lowering_of_a_kernel():
     def kernels(layers):
         with devices.simulated("lower"):
-            lowered = trace_gradient(layers).lower(lowering_platforms=("cuda",))
+            lowered = trace(layers, of=lambda loss: loss).lower(lowering_platforms=("cuda",))
         return lowered.as_text().count("custom_call @mosaic_gpu")
 
     assert 0 < kernels(2) == kernels(3)
@@ -73,7 +74,7 @@ def test_layers_share_the_lowering_of_a_kernel():
 
 def test_only_full_remat_runs_the_kernels_forward_pass_again():
     none, dots, full = (
-        runs_of_kernels(trace_gradient(1, remat).jaxpr) for remat in ("none", "dots", "full")
+        runs_of_kernels(trace(1, remat).jaxpr) for remat in ("none", "dots", "full")
     )
     forward = [name for name in none if not name.endswith(("gradients", "backward", "_bfloat16"))]
     assert len(forward) == 8 and len(none) == 8 + 8

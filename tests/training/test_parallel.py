@@ -21,52 +21,46 @@ MODES = {
     4: ["jit", "pmap", "4 fsdp", "2 sequence", "2 fsdp 2 sequence", "muon 2 fsdp 2 sequence"],
     8: ["jit", "pmap", "8 fsdp", "2 sequence", "2 fsdp 2 sequence"],
 }
-CASES = [(devices, mode) for devices, modes in MODES.items() for mode in modes]
 
 
-@functools.cache
-def trained(devices):
+# One test for all modes of as many devices, so that one worker alone trains in them.
+@pytest.mark.parametrize("count", MODES)
+def test_devices_train_and_evaluate_like_one(count):
+    """With carried state, accumulation, branch dropout and every auxiliary loss; and with Muon.
+
+    Only the order of sums differs.
+    """
+    results = trained(count, *MODES[count], *(["balance"] if count == 4 else []))
+    for mode in MODES[count]:
+        rows, sums = results[mode]
+        alone = results["muon" if mode.startswith("muon") else ""]
+        for several, one in zip(rows, alone, strict=True):
+            assert several.keys() == one.keys()
+            for name in one:
+                # A gate that is constant has a deviation of rounding alone.
+                rounding = {"abs": 1e-6} if name == "gate_std" else {}
+                same = pytest.approx(one[name], rel=1e-4, **rounding)
+                assert several[name] == same, (mode, name)
+        if alone is results[""]:
+            assert sums == pytest.approx(results["jit"][1], rel=1e-4), mode
+    assert results["pmap"][1] == pytest.approx(results["jit"][1], rel=1e-5)
+    if "balance" in results:  # of whole rows, where devices share them
+        (value, slope), (expected, expected_slope) = results["balance"]
+        assert value == pytest.approx(expected, rel=1e-5)
+        np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-6)
+
+
+def trained(count, *modes):
     """What tests.training.spread measured on simulated devices."""
-    modes = [*MODES[devices], *(["balance"] if devices == 4 else [])]
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.spread", *modes],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("count, mode", CASES)
-def test_devices_train_like_one(count, mode):
-    """With carried state, accumulation, branch dropout and every auxiliary loss; and with Muon.
-
-    Only the order of sums differs.
-    """
-    rows, _ = trained(count)[mode]
-    alone = trained(count)["muon" if mode.startswith("muon") else ""]
-    for several, one in zip(rows, alone, strict=True):
-        assert several.keys() == one.keys()
-        for name in one:
-            # A gate that is constant has a deviation of rounding alone.
-            rounding = {"abs": 1e-6} if name == "gate_std" else {}
-            assert several[name] == pytest.approx(one[name], rel=1e-4, **rounding), name
-
-
-@pytest.mark.parametrize("count", MODES)
-def test_devices_evaluate_alike_in_every_mode(count):
-    sums = {mode: trained(count)[mode][1] for mode in MODES[count] if "muon" not in mode}
-    assert sums["jit"] == pytest.approx(sums["pmap"], rel=1e-5)
-    for mode in sums:
-        assert sums["jit"] == pytest.approx(sums[mode], rel=1e-4), mode
-
-
-def test_balance_is_of_whole_rows_where_devices_share_them():
-    (value, slope), (expected, expected_slope) = trained(4)["balance"]
-    assert value == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-6)
 
 
 def test_programs_compiled_ahead_compute_what_jit_does(toy, make_config, make_batch):

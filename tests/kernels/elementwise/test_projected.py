@@ -14,7 +14,7 @@ from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import make_config, make_model
 from gt_jax.models.gelu import gelu
-from tests.kernels.elementwise.test_residual_norm import kernels
+from tests.kernels.runs import runs_of_kernels
 from tests.kernels.hopper_kernels import too_old
 
 WIDTH, OUT = 128, 24
@@ -154,6 +154,6 @@ def test_backward_pass_of_a_model_runs_no_norm_kernel_again(name):
 
         with devices.simulated("lower"):
             params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-            return kernels(jax.make_jaxpr(jax.grad(loss))(params), name)
+            return runs_of_kernels(jax.make_jaxpr(jax.grad(loss))(params))[name]
 
     assert 0 < calls("none") == calls("dots")
