@@ -14,8 +14,8 @@ from gt_jax.kernels.pallas import devices
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import make_config, make_model
 from gt_jax.models.gelu import gelu
-from tests.kernels.runs import runs_of_kernels
 from tests.kernels.hopper_kernels import too_old
+from tests.kernels.runs import runs_of_kernels
 
 WIDTH, OUT = 128, 24
 
