@@ -4,6 +4,7 @@ Run by test_context_parallel.py in a process of its own, as devices are counted 
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -106,36 +107,31 @@ def segments_over_devices(length):
     return jnp.asarray(np.stack([ids, 0 * ids]))
 
 
-def portable_cases():
-    """Interpreted kernels: WKV6 in splits of devices and with segments, SSD without either."""
+def portable_errors(op):
+    """Of interpreted kernels: WKV6 in splits of devices and with segments, SSD without either."""
     from tests.kernels.hopper_kernels import SSD, WKV6  # an older JAX has not what these need
 
-    found = {}
-    splits.LEAST_CHUNKS, least = 1, splits.LEAST_CHUNKS
     with devices.simulated("interpret"):
-        found["wkv6 bfloat16 portable"] = kernel_errors(
+        if op == "ssd":
+            return kernel_errors(SSD, "portable", 2, length=140, heads=1)
+        splits.LEAST_CHUNKS = 1
+        return kernel_errors(
             WKV6, "portable", 4, segments_over_devices(100), batch=2, length=400, heads=1
         )
-        splits.LEAST_CHUNKS = least
-        found["ssd bfloat16 portable"] = kernel_errors(SSD, "portable", 2, length=140, heads=1)
-    return found
 
 
-def main():
-    found = {}
-    starts_at_borders = np.arange(LENGTH) // (LENGTH // DEVICES)
-    anywhere = cases.segments(1, LENGTH, mean_length=15)[0]
-    one = np.zeros(LENGTH, int)
-    ids = jnp.asarray(np.stack([starts_at_borders, anywhere, one]))
-    for op in (wkv6, ssd):
-        found |= recurrence_errors(op, ids)
-    with devices.simulated("lower"):
-        too_old = devices.portable_unsupported()
-    if not too_old:
-        found |= portable_cases()
+def main(op, impl):
+    if impl == "portable":
+        found = {f"{op} bfloat16 portable": portable_errors(op)}
+    else:
+        starts_at_borders = np.arange(LENGTH) // (LENGTH // DEVICES)
+        anywhere = cases.segments(1, LENGTH, mean_length=15)[0]
+        one = np.zeros(LENGTH, int)
+        ids = jnp.asarray(np.stack([starts_at_borders, anywhere, one]))
+        found = recurrence_errors({"wkv6": wkv6, "ssd": ssd}[op], ids)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    main()
+    main(*sys.argv[1:])

@@ -28,15 +28,14 @@ from tests.kernels.context_parallel_cases import (
 from tests.kernels.hopper_kernels import SSD, WKV6, each_kernel_and_dtype, too_old
 
 
-@pytest.fixture(scope="module")
-def found():
+def errors_of(op, impl):
     """Case -> errors by name of the array, of four simulated devices."""
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.context_parallel_cases"],
+        [sys.executable, "-m", "tests.kernels.context_parallel_cases", op, impl],
         env=env,
         capture_output=True,
         text=True,
@@ -47,18 +46,19 @@ def found():
 
 
 @pytest.mark.parametrize("op", ["wkv6", "ssd"])
-def test_devices_that_share_a_sequence_equal_the_definition(found, op):
+def test_devices_that_share_a_sequence_equal_the_definition(op):
     """Outputs, final state and every gradient, within the tolerance of one device."""
-    of_op = {case: errors for case, errors in found.items() if case.startswith(op)}
-    assert len(of_op) >= 6
-    for case, errors in of_op.items():
+    found = errors_of(op, "plain")
+    assert len(found) >= 6
+    for case, errors in found.items():
         assert_within_tolerance(errors, case.split()[1], case)
 
 
 @too_old
-@pytest.mark.parametrize("kernel", [WKV6, SSD], ids=lambda kernel: kernel.name)
-def test_interpreted_portable_kernels_of_devices_equal_the_definition(found, kernel):
-    assert_within_tolerance(found[f"{kernel.name} bfloat16 portable"], "bfloat16", kernel.name)
+@pytest.mark.parametrize("op", ["wkv6", "ssd"])
+def test_interpreted_portable_kernels_of_devices_equal_the_definition(op):
+    ((case, errors),) = errors_of(op, "portable").items()
+    assert_within_tolerance(errors, "bfloat16", case)
 
 
 def assert_within_tolerance(errors, dtype, case):
