@@ -3,6 +3,7 @@ import gc
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,6 @@ import pytest
 # Threads of JAX's CPU backend, read when it starts. The warpgroups of an interpreted kernel wait
 # for one another in threads of their own, and would wait forever if there were fewer.
 os.environ.setdefault("NPROC", "8")
-
-# Tests leave nothing in the user's cache of compiled programs.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 # Several test processes share a GPU: each takes of its memory what it needs, not three quarters,
 # and gives it back. With XLA's own pools, a test of 2^31 numbers left 17 other processes without.
@@ -29,7 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     if len(_gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_gpus[_first:] + _gpus[:_first])
 
-# All processes of a session, those that tests start included, share what XLA compiled.
+# All processes of a session, those that tests start included, share what XLA compiled, and leave
+# nothing in the user's cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="gt_jax-tests-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
@@ -53,6 +51,22 @@ if not Path("/dev/nvidiactl").exists():
 # Tracing makes objects by the million and few cycles: to look for those among all that a session
 # holds, again and again, takes a tenth of its time.
 gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(autouse=True)
+def leaves_compiling_quick():
+    """A test that turned XLA's optimizations on for all tests behind it doubled their time."""
+    yield
+    if _quick and "jax" in sys.modules:
+        assert sys.modules["jax"].config.values["jax_disable_most_optimizations"]
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    """Runs in this process draw none at their end, half of the time of a small one."""
+    from gt_jax import train
+
+    monkeypatch.setattr(train, "curve_of", lambda job: None)
 
 
 def pytest_collection_finish():

@@ -88,11 +88,12 @@ def loop(step, start, *arrays):
 def float64():
     """In the interpreter's own threads, too; compiled quickly, for each program runs once."""
     options = ("jax_enable_x64", "jax_disable_most_optimizations")
+    before = {option: jax.config.values[option] for option in options}
     for option in options:
         jax.config.update(option, True)
     yield
     for option in options:
-        jax.config.update(option, False)
+        jax.config.update(option, before[option])
 
 
 @pytest.mark.parametrize("impl, dtype", IMPLS)
