@@ -58,7 +58,15 @@ def leaves_compiling_quick():
     """A test that turned XLA's optimizations on for all tests behind it doubled their time."""
     yield
     if _quick and "jax" in sys.modules:
-        assert sys.modules["jax"].config.jax_disable_most_optimizations
+        assert sys.modules["jax"].config.values["jax_disable_most_optimizations"]
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    """Runs in this process draw none at their end, half of the time of a small one."""
+    from gt_jax import train
+
+    monkeypatch.setattr(train, "curve_of", lambda job: None)
 
 
 def pytest_collection_finish():

@@ -24,6 +24,8 @@ SMALL = [
     *("--config.train.sample_tokens=8", "--config.checkpoint.every=10", "--config.log.every=5"),
     *("--config.optim.warmup_steps=5", "--config.log.tensorboard=false"),
 ]
+# A model that is traced and compiled in a third of the time, for what holds of every model.
+PLAIN = ("--config.model.preset=gpt2", "--config.model.heads=2", "--config.train.sample_tokens=0")
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +114,15 @@ def test_resumed_run_equals_one_that_went_straight_through(
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_run_out_of_time_stops_after_a_step_and_continues(text, tmp_path, capsys):
+def test_run_out_of_time_stops_after_a_step_and_continues(text, tmp_path, capsys, no_curve):
     for step in (1, 2):
-        run_train(tmp_path, text, "--config.train.max_minutes=1e-6")
+        run_train(tmp_path, text, *PLAIN, "--config.train.max_minutes=1e-6")
         expected = f"stopped by train.max_minutes=1e-06 after step {step}; the same command"
         printed = capsys.readouterr().out
         assert expected in printed and "tokens/s" not in printed  # the only step compiles
         assert checkpoint.find(f"{tmp_path}@last").name == str(step)
-    run_train(tmp_path, text, "--config.train.steps=4", "--config.train.max_minutes=60")
+    more = ("--config.train.steps=4", "--config.train.max_minutes=60")
+    run_train(tmp_path, text, *PLAIN, *more)
     printed = capsys.readouterr().out
     assert "resuming at step 2" in printed and "step 4 after" in printed
 
@@ -156,7 +159,7 @@ def test_generate_continues_the_prompt(finished, capsys):
 
 def test_loaded_model_gives_logits_and_state(finished):
     model, params, tokenizer = gt_jax.load(finished)
-    output = model.apply({"params": params}, tokenizer.encode("to be")[None])
+    output = jax.jit(model.apply)({"params": params}, tokenizer.encode("to be")[None])
     assert output.logits.shape == (1, 5, tokenizer.vocab_size)
 
 
@@ -171,19 +174,23 @@ def test_model_runs_where_its_implementation_does_not(finished, tmp_path):
     assert gt_jax.load(tmp_path)[0].config.impl == "auto"
 
 
-def test_patience_ends_a_run_early(text, tmp_path, capsys):
+def test_patience_ends_a_run_early(text, tmp_path, capsys, no_curve):
     still = ["--config.optim.lr=1e-30", "--config.train.patience=2", "--config.train.eval_every=2"]
-    run_train(tmp_path, text, *still)
+    run_train(tmp_path, text, *PLAIN, *still)
     printed = capsys.readouterr().out
     assert "stopped early by train.patience=2" in printed and "at step 2, last" in printed
     assert checkpoint.find(f"{tmp_path}@last").name == "6"
 
 
-def test_run_that_stays_not_finite_ends_with_one_line(text, tmp_path, capsys):
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_run_that_stays_not_finite_ends_with_one_line(log_every, text, tmp_path, capsys):
+    """The limit holds between the lines of the log, too."""
     broken = ["--config.optim.lr=1e30", "--config.optim.clip=0", "--config.train.max_nonfinite=3"]
-    more = [*broken, "--config.log.every=1", "--config.optim.warmup_steps=0"]
-    error = train_error(text, tmp_path, capsys, *more)
+    broken += ["--config.optim.warmup_steps=0", f"--config.log.every={log_every}"]
+    broken += ["--config.train.eval_every=0", "--config.checkpoint.every=0"]
+    error = train_error(text, tmp_path, capsys, *PLAIN, *broken)
     assert "train.max_nonfinite=3" in error and "lower optim.lr" in error
+    assert re.search(r"the last [345] steps were not finite", error)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +308,14 @@ cli.run(main)
     assert (short.returncode, short.stderr) == (1, "error: no room\n")
 
 
-def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path, capsys):
+def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path, capsys, no_curve):
     """Same name, length and alphabet: only the hash of the tokens tells."""
-    copy, few = tmp_path / "text.txt", ("--config.train.steps=2", "--config.train.sample_tokens=0")
+    copy, few = tmp_path / "text.txt", (*PLAIN, "--config.train.steps=2")
     written = text.read_text()
     copy.write_text(written)
     run_train(tmp_path / "run", copy, *few)
     copy.write_text(written[::-1])
-    error = train_error(copy, tmp_path / "run", capsys, "--config.train.steps=3")
+    error = train_error(copy, tmp_path / "run", capsys, *few, "--config.train.steps=3")
     assert "is no longer the text" in error and "bring it back" in error
 
     # A checkpoint of before there were hashes is continued, and says that nothing was compared.
@@ -320,7 +327,9 @@ def test_resuming_with_another_text_of_the_same_length_is_refused(text, tmp_path
     assert "kept no hash of its text; not compared" in capsys.readouterr().out
 
 
-def test_nan_at_the_first_evaluation_does_not_stay_the_best(text, tmp_path, monkeypatch, capsys):
+def test_nan_at_the_first_evaluation_does_not_stay_the_best(
+    text, tmp_path, monkeypatch, capsys, no_curve
+):
     usual, calls = train.evaluate, []
 
     def first_is_nan(*args, **kwargs):
@@ -328,17 +337,7 @@ def test_nan_at_the_first_evaluation_does_not_stay_the_best(text, tmp_path, monk
         return calls[-1] | ({"validation_loss": float("nan")} if len(calls) == 1 else {})
 
     monkeypatch.setattr(train, "evaluate", first_is_nan)
-    run_train(tmp_path, text, "--config.train.steps=10", "--config.train.sample_tokens=0")
+    run_train(tmp_path, text, *PLAIN, "--config.train.steps=10")
     assert "best validation loss" in capsys.readouterr().out
     rows = metrics.read(tmp_path)
     assert rows[0]["validation_loss"] is None and rows[1]["validation_loss"] > 0
-
-
-def test_limit_of_steps_that_are_not_finite_holds_between_the_lines_of_the_log(
-    text, tmp_path, capsys
-):
-    broken = ["--config.optim.lr=1e30", "--config.optim.clip=0", "--config.train.max_nonfinite=3"]
-    more = [*broken, "--config.log.every=1000", "--config.optim.warmup_steps=0"]
-    more += ["--config.train.steps=1000", "--config.train.eval_every=0"]
-    error = train_error(text, tmp_path, capsys, *more, "--config.checkpoint.every=0")
-    assert re.search(r"the last [345] steps were not finite", error)

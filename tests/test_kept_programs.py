@@ -325,7 +325,7 @@ def arrays(workdir):
     return jax.tree.leaves(gt_jax.load(workdir / "checkpoints" / "3")[1])
 
 
-def test_runs_of_kept_programs_equal_one_that_traced_to_the_bit(begin, tmp_path, monkeypatch):
+def test_runs_of_kept_programs_equal_one_traced_to_the_bit(begin, tmp_path, monkeypatch, no_curve):
     config, sample = config_of(tmp_path), lambda run: (run / "samples.txt").read_text()
     train(config, tmp_path / "traced")
     # Tests share a process, in which one run imports what the next one would not yet have.

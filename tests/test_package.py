@@ -134,12 +134,15 @@ def test_what_the_newest_versions_are_tried_with_and_without_exists():
 
 
 def test_the_list_of_models_bears_a_closed_pipe_and_names_a_wrong_argument():
-    command = f"{sys.executable} -m gt_jax.models"
-    piped = subprocess.run(
-        ["bash", "-c", f"{command} | head -n 1"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert piped.stdout.startswith("preset") and piped.stderr == ""
-    wrong = subprocess.run([*command.split(), "--nope"], cwd=ROOT, capture_output=True, text=True)
+    """The list, of two models, is so long here that its reader leaves before its end."""
+    code = "from gt_jax.models import __main__ as listing; from itertools import islice; "
+    code += "table = list(islice(listing.rows(), 3)); "
+    code += "listing.rows = lambda: table * 9999; listing.main()"
+    command = f"set -o pipefail; {sys.executable} -c '{code}' | head -n 1"
+    piped = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert piped.stdout.startswith("preset") and (piped.returncode, piped.stderr) == (141, "")
+    command = [sys.executable, "-m", "gt_jax.models", "--nope"]
+    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
 
 

@@ -55,7 +55,10 @@ def test_rwkv_branch_reads_what_it_read(parents, tmp_path):
     model, params, _ = gt_jax.load(tmp_path / "c")
     parent, its_params, _ = gt_jax.load(parents["rwkv"])
     x = jax.random.normal(jax.random.key(0), (2, 8, 64))
-    apply = lambda config, block, x: TimeMix(config, 1).apply({"params": block["rwkv"]}, x)[0]
+
+    def apply(config, block, x):
+        return jax.jit(TimeMix(config, 1).apply)({"params": block["rwkv"]}, x)[0]
+
     block, its_block = params["blocks_1"], its_params["blocks_1"]
     want = apply(parent.config, its_block, x * its_block["mixer_norm"]["scale"])
     got = apply(model.config, block, x * block["mixer_norm"]["scale"])
@@ -89,7 +92,8 @@ def test_graft_keeps_what_its_parents_carry_and_their_segments(parents, tmp_path
 def test_gate_has_the_chosen_share_whatever_it_reads(parents, tmp_path, fusion):
     graft(**parents, target=tmp_path / "c", fusion=fusion, gate=0.2)
     model, params, _ = gt_jax.load(tmp_path / "c")
-    _, sown = model.apply({"params": params}, TOKENS, mutable=["activations"])
+    sow = jax.jit(lambda p: model.apply({"params": p}, TOKENS, mutable=["activations"])[1])
+    sown = sow(params)
     gates = [sown["activations"][f"blocks_{i}"]["fusion"]["gate"][0] for i in range(2)]
     np.testing.assert_allclose(np.concatenate([g.ravel() for g in gates]), 0.2, rtol=1e-6)
 

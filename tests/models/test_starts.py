@@ -88,7 +88,7 @@ def loop(step, start, *arrays):
 def float64():
     """In the interpreter's own threads, too; compiled quickly, for each program runs once."""
     options = ("jax_enable_x64", "jax_disable_most_optimizations")
-    before = {option: getattr(jax.config, option) for option in options}
+    before = {option: jax.config.values[option] for option in options}
     for option in options:
         jax.config.update(option, True)
     yield

@@ -6,6 +6,7 @@ the child's exit status as `os.waitstatus_to_exitcode` gives it.
 """
 
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import matplotlib.figure  # noqa: F401  once, not in every child
 import numpy as np
 
 import gt_jax.train as program
-from gt_jax import cli
+from gt_jax import cli, compilation
 from gt_jax.training import job, plot
 from gt_jax.training.writer import Writer
 
@@ -138,6 +139,9 @@ def main():
     for number in (signal.SIGTERM, signal.SIGHUP):  # whatever this process was told to ignore
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Children are the command: with --compile_cache=FOLDER, one takes the programs of another.
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(program.__name__)
+    compilation._WORTH_KEEPING_SECONDS = 0
     gc.set_threshold(50_000, 20, 50)
     gc.freeze()  # children neither search nor copy what is imported
     for line in sys.stdin:

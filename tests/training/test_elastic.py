@@ -35,7 +35,7 @@ def arguments(workdir, text, steps, **more):
     return ["train", "--config=tiny", f"--workdir={workdir}", *flags]
 
 
-def test_one_device_four_and_one_again_train_like_one(tmp_path):
+def test_one_device_four_and_one_again_train_like_one(tmp_path, no_curve):
     """Same data in the same order; parameters equal but for the order of sums."""
     text = tmp_path / "text.txt"
     text.write_text("Now is the winter of our discontent made glorious summer. " * 40)

@@ -154,7 +154,7 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, no_curve):
     """run(workdir, kill_at): a run whose loss is 50 too large on text with a Z in it."""
     text = "to be or not to be, that is the question.\n" * 40
     (tmp_path / "text.txt").write_text(text[:200] + "Z" * 24 + text[224:])

@@ -233,9 +233,9 @@ def test_gradients_are_those_of_the_merged_matrices(toy, make_config, make_batch
             shape = branch["kernel"][lora.B].shape
             branch["kernel"][lora.B] = jnp.asarray(drawn.normal(size=shape), jnp.float32)
     batch = make_batch(0)
-    found = make_gradients(toy, config)(params, None, batch, state.rng, 0).grads
+    found = jax.jit(make_gradients(toy, config))(params, None, batch, state.rng, 0).grads
     everything = dataclasses.replace(config, train=dataclasses.replace(config.train, tune="none"))
-    of_merged = make_gradients(toy, everything)
+    of_merged = jax.jit(make_gradients(toy, everything))
     expected = of_merged(lora.merged(params), None, batch, state.rng, 0).grads
     assert len(jax.tree.leaves(found)) == 8 and found["head"]["kernel"] is None
     adapters = flat(params[lora.KEY])

@@ -58,7 +58,7 @@ def flat(params):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def test_only_the_states_change_in_a_run_and_after_it_resumes(stored, tmp_path, capsys):
+def test_only_the_states_change_in_a_run_and_after_it_resumes(stored, tmp_path, capsys, no_curve):
     train(config_of(stored, **{"train.steps": 2}), tmp_path / "run")
     assert "tune:   state, 512 parameters; all others stay as they are" in capsys.readouterr().out
     train(config_of(stored), tmp_path / "run")
