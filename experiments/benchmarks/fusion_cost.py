@@ -21,6 +21,7 @@ from experiments.lab.timing import Trainer, spread
 from gt_jax.errors import InputError
 from gt_jax.models import FUSIONS, count_parameters
 from gt_jax.training import backend
+from gt_jax.training.model import make_model_config
 
 NAME, BASE = "GF-MH", "gf"  # what others are compared with, and its fusion
 VOCAB = 65
@@ -44,7 +45,9 @@ def main(argv=None):
     if options.at_once < 1:
         raise InputError(f"--at_once={options.at_once} must be 1 or more")
     wanted = {name: changes(options, name) for name in [BASE, *others]}
-    config, *_ = (lab.make_config(fields) for fields in wanted.values())  # checks all
+    config, *_ = configs = [lab.make_config(fields) for fields in wanted.values()]
+    for each in configs:  # what cannot be is said before a process starts
+        make_model_config(each, VOCAB)
     # The processes share the device's memory: none may take most of it beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows = {}

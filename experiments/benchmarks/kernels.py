@@ -196,8 +196,7 @@ def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, chec
     known = exact(op, one_head(*sets[0], shape)) if check and short else {}
     for who, (function, same) in functions.items():
         try:
-            with lowered_for(OLDEST) if who == OLDEST_PORTABLE else contextlib.nullcontext():
-                jax.clear_caches()  # which do not tell architectures apart
+            with oldest() if who == OLDEST_PORTABLE else contextlib.nullcontext():
                 row, arrays = measure(function, sets, effort)
                 if same and check and not short:
                     row["halves"] = errors_of_halves(op, who, sets[0][0])
@@ -207,6 +206,15 @@ def benchmark(op, shape, functions, bandwidth, effort, dtype="bfloat16", *, chec
             row = {"reason": f"{type(reason).__name__}: {reason}".split("\n")[0]}
         rows.append({"who": who} | row)
     return rows
+
+
+@contextlib.contextmanager
+def oldest():
+    """Within, kernels are lowered for the oldest GPU; caches do not tell architectures apart."""
+    jax.clear_caches()
+    with lowered_for(OLDEST):
+        yield
+    jax.clear_caches()
 
 
 def measure(function, sets, effort):

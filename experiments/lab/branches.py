@@ -4,6 +4,7 @@ A branch is replaced before the fusion (gt_jax/analysis/ablation.py), by zero or
 the text, in all blocks; gates, arbiters and norms then see what is left.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from gt_jax.analysis import (
     measure_health,
     output_means,
 )
+from gt_jax.config_hybrid import Debate
 from gt_jax.models import make_model
 from gt_jax.training.model import make_model_config
 from gt_jax.training.step import init_state, summed_loss
@@ -84,13 +86,19 @@ def collapsed(gate, deviation):
     return closed, ~closed & (deviation < thresholds.GATE_CONSTANT)
 
 
-def initial_params(arm, seeds):
+def initial_params(arm, seeds, *, quick=False):
     """The parameters that runs of an arm begin with, NumPy leaves [seeds, ...]."""
-    model = make_model(make_model_config(arm.config, arm.task.vocab_size))
-    state = functools.partial(init_state, model, optax.identity(), arm.config)
-    init = jax.jit(lambda seed: state(jax.random.key(seed)).params)
+    config = dataclasses.replace(arm.config, debate=Debate())
+    init = _initial(make_model_config(config, arm.task.vocab_size), config, quick)
     found = [jax.device_get(init(np.uint32(seed))) for seed in seeds]
     return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+@functools.cache  # designs that differ in their losses alone share it
+def _initial(model_config, config, quick):
+    """jitted: seed -> parameters that a run begins with."""
+    state = functools.partial(init_state, make_model(model_config), optax.identity(), config)
+    return lab.jit(quick)(lambda seed: state(jax.random.key(seed)).params)
 
 
 def measure(runs, arm, *, quick):
@@ -122,7 +130,7 @@ def measure(runs, arm, *, quick):
     seen = {name: np.stack([each[name] for each, _ in found]) for name in found[0][0]}
     lost = np.stack([values for _, values in found])  # [seeds, S]
     closed, constant = collapsed(seen["gate"], seen["gate_std"])
-    initial = initial_params(arm, [point["seed"] for point in runs.points])
+    initial = initial_params(arm, [point["seed"] for point in runs.points], quick=quick)
     tokens = held_out.inputs[0]
     untrained = [jax.device_get(spread(one(initial, i), tokens)) for i in range(len(runs.points))]
     measures = {

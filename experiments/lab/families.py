@@ -46,11 +46,23 @@ def match(family, target, *, vocab_size, length, counted="all"):
         one, two = size(family, dim, 1), size(family, dim, 2)  # each layer adds the same
         depth = max(1 - (one - wanted) // (two - one), 1)
         excess = (one + (depth - 1) * (two - one)) / wanted - 1
-        cost = 10 * max(excess - 0.03, 0) + abs(math.log2(depth / layers))
-        return cost, dim, depth
+        return 10 * max(excess - 0.03, 0) + abs(math.log2(depth / layers)), dim, depth
 
-    dims = range(WIDTH_STEP, 3 * target[0] + 1, WIDTH_STEP)
-    dim, layers = target if family == HYBRID else min(map(shape, dims))[1:]
+    def cheapest():
+        """Of all widths. A model is traced to be counted: from the hybrid's width on, wider and
+        then narrower, until the depth alone, which only falls or rises, costs more than the best.
+        """
+        best, middle = (math.inf,), target[0] // WIDTH_STEP * WIDTH_STEP or WIDTH_STEP
+        wider = range(middle, 3 * target[0] + 1, WIDTH_STEP)
+        narrower = range(middle - WIDTH_STEP, 0, -WIDTH_STEP)
+        for dims, sign in ((wider, 1), (narrower, -1)):
+            for dim in dims:
+                best = min(best, found := shape(dim))
+                if sign * math.log2(layers / found[-1]) > best[0]:
+                    break
+        return best
+
+    dim, layers = target if family == HYBRID else cheapest()[1:]
     changes = (FAMILIES | CONTROLS)[family] | {"model.dim": dim, "model.layers": layers}
     if family != "Mamba-2":
         changes["model.heads"] = dim // HEAD

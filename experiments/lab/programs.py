@@ -272,10 +272,11 @@ def _lower(program: Program, group: int) -> dict:
     """What a group of runs is made of: "init", "measure", and steps to advance by number."""
     init, advance, measure = functions(program)
     seeds, values, of_run, data = inputs_of(program, slice(0, group), group)
-    states = jax.eval_shape(init, seeds, values)
+    traced = jax.jit(init).trace(seeds, values)
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
     batch = next(program.task.batches(0))
     lowered = {
-        "init": jax.jit(init).lower(seeds, values),
+        "init": traced.lower(),
         "measure": jax.jit(measure).lower(states.params, stacked(program.task.held_out)),
     }
     advance = jax.jit(advance, donate_argnums=0)

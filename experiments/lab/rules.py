@@ -12,6 +12,7 @@ value_of(a Measure of lab/measures.py), which raises NotMeasured for what is not
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -268,18 +269,19 @@ def judge_attractor(value_of):
     return Verdict("undecided", ours, because, "more seeds, or rates that agree")
 
 
+@functools.cache  # to count a model's parameters is to trace it
+def _sizes(name, **changes):
+    """Parameters of a preset, and those in its blocks."""
+    parts = count_parameters(make_config(name, vocab_size=16000, **changes))
+    ends = sum(parts.get(part, 0) for part in ("embedding", "positions", "head"))
+    return parts["total"], parts["total"] - ends
+
+
 def judge_size(value_of):
     """Judge of what GPT-2 has more parameters in; counts them, and measures nothing."""
     del value_of  # a matter of arithmetic
-    counts = {}
-    for name, changes in (
-        ("gf-mh", {"branch": "legacy", "init": "normal"}),
-        ("gpt2", {}),
-    ):
-        parts = count_parameters(make_config(name, vocab_size=16000, **changes))
-        ends = sum(parts.get(part, 0) for part in ("embedding", "positions", "head"))
-        counts[name] = parts["total"], parts["total"] - ends
-    (ours, our_blocks), (theirs, their_blocks) = counts["gf-mh"], counts["gpt2"]
+    ours, our_blocks = _sizes("gf-mh", branch="legacy", init="normal")
+    theirs, their_blocks = _sizes("gpt2")
     text = (
         f"{ours:,} against {theirs:,} in all ({ours / theirs - 1:+.1%}), but {our_blocks:,} "
         f"against {their_blocks:,} in the blocks ({our_blocks / their_blocks - 1:+.1%})"

@@ -23,6 +23,7 @@ the default optimizer:
 """
 
 import dataclasses
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,10 +154,10 @@ def of_trained(model, params, train, held_out):
     """G0, G1, G3.5, G4 and the naive baseline."""
     shape = {"batch_size": ROWS, "seq_len": LENGTH}
     batches = evaluation_batches(held_out, **shape)
-    batch, apply = batches[0], jit(model.apply)
+    batch, apply = batches[0], applied(model)
     output = apply({"params": params}, batch.inputs)
     slow = make_model(dataclasses.replace(model.config, impl="reference"))
-    reference = jit(slow.apply)({"params": params}, batch.inputs).logits
+    reference = applied(slow)({"params": params}, batch.inputs).logits
     apart = float(jnp.std(output.logits - reference) / jnp.std(reference))
     whole = output.logits.shape == (*batch.inputs.shape, model.config.vocab_size)
     finite = float(jnp.mean(jnp.isfinite(output.logits))) if whole else 0.0
@@ -167,8 +168,7 @@ def of_trained(model, params, train, held_out):
     yield Gate("G1", "share of finite logits", finite, (1, 1), (1, 1))
     yield Gate("G3.5", "cosine of memories 64 tokens apart", cosine, (-1, 0.95), (-1, 0.99))
     yield Gate("G4", "gradient norms, RWKV / Mamba", ratio, (0.3, 3), (0.1, 10))
-    eval_step = jit(make_eval_step(model))
-    loss = evaluate(eval_step, params, batches)["validation_loss"]
+    loss = evaluate(evaluated(model), params, batches)["validation_loss"]
     single, pairs = counted(train, held_out, model.config.vocab_size)
     about = f"held-out loss (pairs {pairs:.3f}, single tokens {single:.3f})"
     yield Gate("naive baseline", about, loss, (0, pairs), (0, single))
@@ -178,20 +178,20 @@ def of_untrained(model, train, seed):
     """G2, G3 and overfit."""
     batches = make_batches(train, order="windows", batch_size=ROWS, seq_len=LENGTH, seed=seed)
     steps = [next(batches) for _ in range(STEPS)]
-    params = jit(model.init)(jax.random.key(seed), steps[0].inputs)["params"]
-    log_p = jax.nn.log_softmax(jit(model.apply)({"params": params}, steps[0].inputs).logits)
+    start, learn = learner(model)
+    params = start(jax.random.key(seed)).params
+    log_p = jax.nn.log_softmax(applied(model)({"params": params}, steps[0].inputs).logits)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_p[:, -1]) * log_p[:, -1], axis=-1))
     share = float(entropy) / math.log(model.config.vocab_size)
     yield Gate(
         "G2", "an untrained model's entropy / ln vocabulary", share, (0.9, 1.001), (0.5, 1.001)
     )
-    learn = learner(model, seed)
-    metrics = learn(steps)
+    metrics = learn(steps, seed)
     fall = float(metrics["loss"][:10].mean() - metrics["loss"][-10:].mean())
     yield Gate("G3", f"fall of the loss in {STEPS} steps", fall, (0.1, INF), (0, INF))
     norm = float(metrics["grad_norm"].mean())
     yield Gate("G3", "mean gradient norm", norm, (0.5, 1.5), (0, 5))
-    last = float(learn(steps[:1] * OVERFIT_STEPS)["loss"][-1])
+    last = float(learn(steps[:1] * OVERFIT_STEPS, seed)["loss"][-1])
     yield Gate("overfit", f"loss on a batch seen {OVERFIT_STEPS} times", last, (0, 0.1), (0, 0.5))
 
 
@@ -200,8 +200,25 @@ def jit(function):
     return lab.jit(compile_fast=False)(function)
 
 
-def learner(model, seed):
-    """learn(batches) -> metrics [steps] of the trainer's own step over them, from new weights.
+# Programs are made once for a model: all checkpoints given are of one, with other weights.
+
+
+@functools.cache
+def applied(model):
+    """Its forward pass."""
+    return jit(model.apply)
+
+
+@functools.cache
+def evaluated(model):
+    """Its evaluation step."""
+    return jit(make_eval_step(model))
+
+
+@functools.cache
+def learner(model):
+    """start(key) -> new TrainState, and learn(batches, seed) -> metrics [steps] of the trainer's
+    own step over them, from new weights.
 
     One program takes STEPS of them; the length of the run is an argument of it.
     """
@@ -211,21 +228,21 @@ def learner(model, seed):
         schedule = make_schedule(config.optim, steps)
         return make_optimizer(config.optim, schedule), schedule
 
-    init = jit(lambda key: init_state(model, parts(1)[0], config, key))
+    start = jit(lambda key: init_state(model, parts(1)[0], config, key))
 
     @jit
     def advance(state, batches, steps):
         return jax.lax.scan(make_train_step(model, *parts(steps), config), state, batches)
 
-    def learn(batches):
-        state, found = init(jax.random.key(seed)), []
-        for start in range(0, len(batches), STEPS):
-            some = stacked(batches[start : start + STEPS])
+    def learn(batches, seed):
+        state, found = start(jax.random.key(seed)), []
+        for first in range(0, len(batches), STEPS):
+            some = stacked(batches[first : first + STEPS])
             state, metrics = advance(state, some, len(batches))
             found.append(metrics)
         return jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(found))
 
-    return learn
+    return start, learn
 
 
 def frozen(apply, params, batches):
@@ -241,15 +258,21 @@ def frozen(apply, params, batches):
     return float(jnp.mean(jnp.stack(cosines))) if cosines else None
 
 
-def gradient_ratio(model, params, batch):
-    """Mean norm of the gradients of RWKV's tensors over that of Mamba's; None without both."""
+@functools.cache
+def gradients(model):
+    """(params, batch) -> those of the mean loss."""
 
-    def loss(params):
+    def loss(params, batch):
         logits = model.apply({"params": params}, batch.inputs).logits
         return summed_loss(logits, batch.targets) / jnp.sum(batch.targets >= 0)
 
+    return jit(jax.grad(loss))
+
+
+def gradient_ratio(model, params, batch):
+    """Mean norm of the gradients of RWKV's tensors over that of Mamba's; None without both."""
     norms = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(model)(params, batch)):
         norms.setdefault(optimizer.label(path), []).append(np.linalg.norm(leaf))
     if not {"rwkv", "mamba"} <= set(norms):
         return None

@@ -59,7 +59,7 @@ def main(argv=None):
         compile_fast=options.quick,
     )
 
-    start = lambda name: branches.initial_params(arms[name], options.seeds)
+    start = lambda name: branches.initial_params(arms[name], options.seeds, quick=options.quick)
     initial = dict(zip(names, side_by_side(start, names)))
 
     def look(job):

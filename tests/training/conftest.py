@@ -52,17 +52,18 @@ class ToyModel(nn.Module):
     """Same interface as gt_jax.models: tokens and state in, logits or loss and state out."""
 
     layers: int = 2
-    config: Any = ModelConfig(VOCAB)  # none of its choices matters here
+    config: Any = ModelConfig(VOCAB)  # nothing but its vocabulary matters here
 
     @nn.compact
     def __call__(self, tokens, state=None, *, segment_ids=None, rwkv_drop=None):
         state = self.init_state(tokens.shape[0]) if state is None else state
-        x = nn.Embed(VOCAB, DIM, name="embedding")(tokens)
+        vocab = self.config.vocab_size
+        x = nn.Embed(vocab, DIM, name="embedding")(tokens)
         after = []
         for layer in range(self.layers):
             x, h = Block(name=f"blocks_{layer}")(x, state[layer])
             after.append(h)
-        return Output(nn.Dense(VOCAB, use_bias=False, name="head")(x), tuple(after))
+        return Output(nn.Dense(vocab, use_bias=False, name="head")(x), tuple(after))
 
     def loss(self, tokens, targets, state=None, **options):
         output = self(tokens, state, **options)

@@ -1,5 +1,6 @@
 """The benchmark of generation runs anywhere, gives numbers, and says why where it has none."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,9 @@ def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys, monkeypat
     for name in ("torch", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    make_config = generation.make_config
+    one_block = lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, layers=1))
+    monkeypatch.setattr(generation, "make_config", lambda quick: one_block(make_config(quick)))
     out = tmp_path / "generation.json"
     generation.main(["--quick", "--peers", f"--out={out}"])
     printed = capsys.readouterr().out
@@ -26,9 +30,10 @@ def test_quick_benchmark_gives_numbers_or_the_reason(tmp_path, capsys, monkeypat
     assert results["prefill"]["prefill_seconds"] > 0 < results["prefill"]["forward_seconds"]
 
 
-def test_peer_is_as_large_and_generates():
+def test_peer_is_as_large_and_generates(monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    rows = generation.run_peer(25_000_000, [2], {"peer_tokens": 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several of torch's wait for one another, busily
+    rows = generation.run_peer(20_000_000, [2], {"peer_tokens": 3})
     assert len(rows) == 1 and rows[0]["tokens_per_second"] > 0, rows
-    assert abs(rows[0]["parameters"] - 25_000_000) < 2_500_000
+    assert abs(rows[0]["parameters"] - 20_000_000) < 2_000_000  # half a block

@@ -22,7 +22,7 @@ from experiments.benchmarks import parallel as benchmark
 from gt_jax.config import from_config_dict
 from gt_jax.config_files import load_config
 from gt_jax.training import parallel
-from tests.training import conftest as small
+from tests.training.conftest import ToyModel
 
 given = load_config("gf_mh_base")
 given.model.layers = 1
@@ -35,8 +35,7 @@ def held(fsdp):
     return benchmark.bytes_a_card((state.params, state.opt_state))
 
 whole, cut = held(1), held(2)
-small.VOCAB = 97
-timing.make_model = lambda config: small.ToyModel()
+timing.make_model = lambda config: ToyModel(config.layers, config)
 benchmark.main(sys.argv[1:])
 print(json.dumps([whole, cut]))
 """

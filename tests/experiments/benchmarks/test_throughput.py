@@ -1,6 +1,7 @@
 """Speeds are counted as tokens over seconds, and compared stretch by stretch."""
 
 import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import jax
 import pytest
@@ -52,7 +53,15 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert found["rate"]["values"] == [128, 64, 32] and found["cells"][-2] == 10 * 64 / 1e12
 
 
-def test_experiment_runs_and_answers_the_claim(tmp_path, monkeypatch):
+def first_here():
+    """ProcessPoolExecutor, the first of which is of this process: one Python less starts."""
+    pools = iter([ThreadPoolExecutor(1)])
+    return lambda *args: next(pools, None) or ProcessPoolExecutor(*args)
+
+
+def test_experiment_runs_and_answers_the_claim(tmp_path, monkeypatch, plain_hybrid):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # a process for each family
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", first_here())
     two = {family: families.FAMILIES[family] for family in ("GF-MH", "GPT-2")}  # to be quick
     monkeypatch.setattr(throughput, "FAMILIES", two)
     out = tmp_path / "throughput.json"

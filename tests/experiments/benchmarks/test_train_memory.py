@@ -9,7 +9,7 @@ import pytest
 from experiments.benchmarks import train_memory
 from experiments.lab import programs, timing
 from gt_jax.errors import InputError
-from tests.training import conftest as small
+from tests.training.conftest import ToyModel
 
 
 def options_of(**changes):
@@ -20,8 +20,7 @@ def options_of(**changes):
 
 @pytest.fixture
 def toys(monkeypatch):
-    monkeypatch.setattr(small, "VOCAB", 16384)
-    monkeypatch.setattr(timing, "make_model", lambda config: small.ToyModel())
+    monkeypatch.setattr(timing, "make_model", lambda config: ToyModel(config=config))
 
 
 def rows(path):
@@ -88,7 +87,7 @@ class OnDevice:
 
     def __init__(self, size, error=None):
         self.size, self.error = size, error
-        self.model = types.SimpleNamespace(config=small.ToyModel().config)
+        self.model = types.SimpleNamespace(config=ToyModel().config)
 
     def memory_stats(self):
         return {"bytes_limit": 2**20, "peak_bytes_in_use": 2**19}

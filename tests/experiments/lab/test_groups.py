@@ -12,10 +12,8 @@ from experiments.lab import unfinished
 
 STEPS = 7  # two in each stretch but the last
 SMALL = {
-    "model.preset": "gf",
-    "model.dim": 32,
+    "model.preset": "gf",  # a toy in its place
     "model.layers": 1,
-    "model.heads": 2,
     "train.batch_size": 2,
     "train.seq_len": 8,
     "train.steps": STEPS,
@@ -26,7 +24,7 @@ SMALL = {
 
 
 @pytest.fixture
-def trial(tmp_path, monkeypatch):
+def trial(tmp_path, monkeypatch, toys, compiled_once):
     """train() -> Runs and lines of where it continues; states are kept after every stretch."""
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be that is the question\n" * 20)

@@ -46,7 +46,8 @@ def test_works_are_measured_in_turn_in_processes_that_see_their_cards(capfd, mon
         for cards, (name, made) in enumerate(kinds.items(), 1)
     ]
     # The processes start before the clock does: on a busy machine that takes long.
-    started = {work.name: workers._process(work) for work in works}
+    started = {work.name: workers._process(work) for work in works if work.name != "bad"}
+    started["bad"] = ThreadPoolExecutor(1)  # an error is one wherever it is raised
     for future in [process.submit(prepare, "it") for process in started.values()]:
         future.result()
     monkeypatch.setattr(workers, "_process", lambda work: started[work.name])

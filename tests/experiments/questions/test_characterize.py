@@ -77,9 +77,12 @@ def test_settings_that_share_a_program_are_what_they_are_alone(tmp_path):
 
 
 def test_experiment_runs(tmp_path, monkeypatch):
-    two = {family: characterize.FAMILIES[family] for family in ("RWKV-6", "GPT")}  # to be quick
-    monkeypatch.setattr(characterize, "FAMILIES", two)
-    monkeypatch.setattr(characterize, "PROJECT", {f: characterize.PROJECT[f] for f in two})
+    # To be quick: two families, which are both a GPT but where the project's settings are tried.
+    gpt, rwkv = (characterize.FAMILIES[family] for family in ("GPT", "RWKV-6"))
+    project = {family: characterize.PROJECT[family] for family in ("GPT", "RWKV-6")}
+    project["RWKV-6"] = project["RWKV-6"]._replace(changes=rwkv | project["RWKV-6"].changes)
+    monkeypatch.setattr(characterize, "FAMILIES", {"RWKV-6": gpt, "GPT": gpt})
+    monkeypatch.setattr(characterize, "PROJECT", project)
     monkeypatch.setattr(characterize, "PAIRS", (("GPT", "RWKV-6"),))
     text, out = tmp_path / "text.txt", tmp_path / "characterize.json"
     text.write_text("to be or not to be that is the question\n" * 200)

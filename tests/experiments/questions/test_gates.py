@@ -53,6 +53,7 @@ def stored(tmp_path_factory):
 def test_untrained_models_fail_the_baseline_alone(stored, monkeypatch, capsys):
     monkeypatch.setattr(gates, "STEPS", 20)
     monkeypatch.setattr(gates, "OVERFIT_STEPS", 200)
+    monkeypatch.setattr(gates, "LENGTH", 16)
     model, out = str(stored / "model"), stored / "gates.json"
     flags = [f"--source={stored / 'text.txt'}", f"--out={out}"]
     assert gates.main(["--checkpoint", model, model, *flags]) == 1

@@ -29,6 +29,7 @@ def test_small_comparison_gives_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=after_the_first()))
     (tmp_path / "text.txt").write_text("to be or not to be that is the question\n" * 100)
     small = {"train.batch_size": 2, "train.seq_len": 16, "optim.warmup_steps": 1}
+    small["model.impl"] = "reference"  # compiles soonest
     monkeypatch.setattr(graft, "SIZE", {"model.dim": 32, "model.layers": 1})
     run_all = lambda tasks, jobs: [run(n, c | small, *rest) for n, c, *rest in tasks]
     monkeypatch.setattr(graft, "run_all", run_all)

@@ -6,7 +6,7 @@ from experiments.lab import results
 from experiments.questions import optimizers
 
 
-def test_comparison_runs(tmp_path, monkeypatch):
+def test_comparison_runs(tmp_path, monkeypatch, toys):
     text, out = tmp_path / "text.txt", tmp_path / "optimizers.json"
     text.write_text("to be or not to be that is the question\n" * 100)
     monkeypatch.setattr(optimizers, "FAMILIES", ("GF-MH",))  # to be quick

@@ -51,14 +51,28 @@ def found(small):
     return jax.device_get(jit(functools.partial(ablation.contributions, model))(params, batches))
 
 
-def loss_of(model, params, batches):
+@pytest.fixture(scope="module")
+def loss_of(small):
+    """Parameters -> their loss on the text."""
+    model, _, batches = small
     targets = batches.targets.reshape(6, -1)
 
     def loss(params):
         logits = model.apply({"params": params}, batches.inputs.reshape(6, -1)).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
-    return jit(loss)(params)
+    return jit(loss)
+
+
+@pytest.fixture(scope="module")
+def ablated(small, found):
+    """Name -> loss with what every ablation leaves; None -> that with nothing left."""
+    model, params, batches = small
+    names, keep, fill = ablation.every_ablation(model.config, found["mean"])
+    keep = np.concatenate([keep, 0 * keep[:1]])
+    fill = np.concatenate([fill, 0 * fill[:1]])
+    losses = jit(functools.partial(ablation.losses, model))(params, batches, keep, fill)
+    return dict(zip([*names, None], jax.device_get(losses), strict=True))
 
 
 def zeroed(params, *places):
@@ -69,44 +83,36 @@ def zeroed(params, *places):
     return params
 
 
-def test_ablations_are_as_if_branches_gave_nothing(small, found):
+def test_ablations_are_as_if_branches_gave_nothing(small, ablated, loss_of):
     """A gate that ignores the branches keeps its value when they give zeros."""
-    model, params, batches = small
+    model, params, _ = small
     c = model.config
-    names, keep, fill = ablation.every_ablation(c, found["mean"])
     wanted = [("nothing", "zero", "all"), ("Mamba", "zero", "block 1"), ("Mamba", "mean", "all")]
-    chosen = [names.index(name) for name in wanted]
-    nothing_left = np.zeros((1, 2, 3), np.float32)
-    keep = np.concatenate([keep[chosen], nothing_left])
-    fill = np.concatenate([fill[chosen], 0 * fill[:1]])
-    lost = jit(functools.partial(ablation.losses, model))(params, batches, keep, fill)
+    lost = [ablated[name] for name in (*wanted, None)]
 
-    np.testing.assert_allclose(lost[0], loss_of(model, params, batches), **CLOSE)
+    np.testing.assert_allclose(lost[0], loss_of(params), **CLOSE)
     without = zeroed(params, ("blocks_1", "mamba", "out_proj"))
-    np.testing.assert_allclose(lost[1], loss_of(model, without, batches), **CLOSE)
+    np.testing.assert_allclose(lost[1], loss_of(without), **CLOSE)
     assert len({float(loss) for loss in lost}) == 4
-    assert (("RWKV and its input", "zero", "all") in names) == (c.branch == "legacy")
+    assert (("RWKV and its input", "zero", "all") in ablated) == (c.branch == "legacy")
     # The legacy branch gives its input even so.
     if c.branch == "official":
         blocks = ("blocks_0", "blocks_1")
         places = [(b, *p) for b in blocks for p in (("rwkv", "output"), ("mamba", "out_proj"))]
         without = zeroed(params, *places)
-        np.testing.assert_allclose(lost[3], loss_of(model, without, batches), **CLOSE)
+        np.testing.assert_allclose(lost[3], loss_of(without), **CLOSE)
 
 
-def test_figures_before_the_fusion_are_the_old_ones_where_the_gate_does_not_answer(small, found):
+def test_figures_before_the_fusion_are_the_old_ones_where_the_gate_does_not_answer(small, ablated):
     """A constant gate cannot: what a gated sum loses without a part is what it loses without it."""
     model, params, batches = small
     means = jax.device_get(jit(functools.partial(output_means, model))(params, batches))
-    old = ablation.every_ablation(model.config, found["mean"])
-    new = ablations(model.config, means)
-    both = []
-    for measure, (names, keep, fill) in ((ablation.losses, old), (ablated_losses, new)):
-        losses = jit(functools.partial(measure, model))(params, batches, keep, fill)
-        both.append(dict(zip(names, jax.device_get(losses))))
-    assert len(both[1]) == 13
-    for name, loss in both[1].items():
-        np.testing.assert_allclose(loss, both[0][name], **CLOSE, err_msg=str(name))
+    names, keep, fill = ablations(model.config, means)
+    losses = jit(functools.partial(ablated_losses, model))(params, batches, keep, fill)
+    new = dict(zip(names, jax.device_get(losses)))
+    assert len(new) == 13
+    for name, loss in new.items():
+        np.testing.assert_allclose(loss, ablated[name], **CLOSE, err_msg=str(name))
 
 
 def test_contributions(small, found):
@@ -126,6 +132,7 @@ def test_contributions(small, found):
         assert same == (model.config.branch == "official")
 
 
+@pytest.mark.parametrize("small", ["official"], indirect=True)  # whose branch does not matter
 def test_gradient_norms(small):
     model, params, batches = small
     config = lab.make_config({"optim.clip": 1e9})
@@ -148,7 +155,8 @@ def test_experiment_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(paradox, "VARIANTS", {"official": paradox.VARIANTS["official"]})
     text, out = tmp_path / "text.txt", tmp_path / "paradox.json"
     text.write_text("to be or not to be that is the question\n" * 100)
-    paradox.main(["--quick", "--seeds=2", f"--source={text}", f"--out={out}"])
+    flags = ["--quick", "--seeds=2", "--impl=reference"]
+    paradox.main([*flags, f"--source={text}", f"--out={out}"])
     result = results.read(out)
     measures = result["measures"]
     assert out.with_suffix(".png").exists()

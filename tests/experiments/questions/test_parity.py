@@ -72,7 +72,7 @@ def test_controls_differ_from_the_hybrid_in_their_branches_alone():
         assert found.branches == branches and dataclasses.replace(found, **same) == hybrid
 
 
-def test_comparison_runs(text, tmp_path, monkeypatch):
+def test_comparison_runs(text, tmp_path, monkeypatch, plain_hybrid):
     two = {family: families.FAMILIES[family] for family in ("GF-MH", "GPT-2")}  # to be quick
     monkeypatch.setattr(parity, "FAMILIES", two)
     monkeypatch.setattr(parity, "CONTROLS", {})

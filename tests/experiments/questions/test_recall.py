@@ -99,7 +99,7 @@ def test_pairs_are_recalled(tmp_path):
     assert out.with_suffix(".png").exists()
 
 
-def test_needles_are_looked_for(tmp_path, monkeypatch):
+def test_needles_are_looked_for(tmp_path, monkeypatch, plain_hybrid):
     two = {family: families.FAMILIES[family] for family in ("GF-MH", "GPT-2")}  # to be quick
     monkeypatch.setattr(needle, "FAMILIES", two)
     text, out = tmp_path / "text.txt", tmp_path / "needle.json"
@@ -115,8 +115,9 @@ def test_needles_are_looked_for(tmp_path, monkeypatch):
 def test_a_value_is_found_if_all_of_it_is_right():
     """A model that answers the token it reads, in texts whose values are the key's last token."""
     config = make_model_config(lab.make_config({"model.preset": "gpt2", "model.dim": 32}), 32)
-    params = make_model(config).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
-    params = jax.tree.map(np.zeros_like, jax.device_get(params))
+    init = functools.partial(make_model(config).init, tokens=np.zeros((1, 8), np.int32))
+    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params["embedding"]["embedding"][:] = np.eye(32)
     params["final_norm"]["scale"][:] = 1
     runs = lab.Runs(

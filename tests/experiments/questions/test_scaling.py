@@ -20,14 +20,15 @@ def test_fit_finds_the_law_that_made_the_losses():
     np.testing.assert_allclose(scaling.fit(FLOPS[:-1], losses[:-1]), constants, rtol=1e-3)
 
 
-def test_bootstrap_holds_the_truth_and_widens_with_the_seeds():
+def test_bootstrap_holds_the_truth_and_widens_with_the_seeds(monkeypatch):
+    monkeypatch.setattr(scaling, "RESAMPLES", 200)
     rng = np.random.default_rng(0)
     truth = scaling.law(FLOPS / FLOPS[0], 1.2, 0.3, 1.1)
 
     def width(spread):
         losses = truth[:, None] + spread * rng.standard_normal((len(FLOPS), 5))
         resampled, failed = scaling.bootstrap(FLOPS, losses)
-        assert failed < 10
+        assert failed < 2
         found = scaling.interval(truth[-1], resampled["predicted"])
         assert found["low"] < truth[-1] < found["high"]
         return found["high"] - found["low"]
@@ -50,12 +51,11 @@ def test_prediction_counts_if_its_whole_interval_is_near(low, near):
     assert scaling.law_rows(measures, "x")[-1] == ["within 5%, interval and all", near]
 
 
-def test_experiment_runs(tmp_path, monkeypatch):
+def test_experiment_runs(tmp_path, monkeypatch, toys):
     monkeypatch.setattr(scaling, "RESAMPLES", 20)
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be that is the question\n" * 100)
     out = tmp_path / "scaling.json"
-    # A GPT compiles in a moment.
     scaling.main(["--quick", "--seeds=2", "--preset=gpt2", f"--source={text}", f"--out={out}"])
     result = results.read(out)
     assert result["name"] == "scaling-gpt2"

@@ -9,10 +9,10 @@ from experiments.questions import toys
 from gt_jax.errors import InputError
 
 
-def test_families_are_compared(tmp_path, monkeypatch):
-    two = {family: families.FAMILIES[family] for family in ("GF-MH", "Mamba-2")}  # to be quick
+def test_families_are_compared(tmp_path, monkeypatch, plain_hybrid):
+    two = {family: families.FAMILIES[family] for family in ("GF-MH", "GPT-2")}  # to be quick
     monkeypatch.setattr(toys, "FAMILIES", two)
-    monkeypatch.setattr(toys, "BRANCHES", ("Mamba-2",))
+    monkeypatch.setattr(toys, "BRANCHES", ("GPT-2",))
     out = tmp_path / "toys.json"
     toys.main(["--quick", "--seeds=2", "--tasks=Synergy", f"--out={out}"])
     result = results.read(out)
