@@ -22,9 +22,10 @@ from gt_jax.models import LanguageModel, fsdp
 from gt_jax.models.carry import start_documents
 from gt_jax.training import debate, lora, optimizer, pace, tuning
 
-# Tokens of a microbatch on a CPU, about. Its caches then hold what one operation leaves to the
-# next: a step of configs/gf_mh.py in 8 microbatches takes half the time of one in a single pass.
-_CPU_TOKENS = 512
+# Numbers of one activation, tokens x width, that a CPU works on at once, about: its caches then
+# hold what one operation leaves to the next. A step of configs/gf_mh.py in 8 parts takes 0.6 of the
+# time of one in a single pass. Of fewer tokens than these, adding up gradients would show.
+_CPU_NUMBERS, _CPU_TOKENS = 2**16, 512
 
 
 @flax.struct.dataclass
@@ -132,7 +133,7 @@ def make_gradients(
         tokens = over_devices(jax.lax.psum, jnp.sum(batch.targets >= 0))
         microbatches = config.optim.grad_accumulation
         if axis_name is None and drop is None:  # whose draws are of a microbatch
-            microbatches *= _cuts(batch.inputs.shape, microbatches)
+            microbatches *= _cuts(batch.inputs.shape, microbatches, model.config.dim)
 
         part = tuning.trained(params, config.train.tune)
 
@@ -315,15 +316,16 @@ def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.sum(losses, where=targets >= 0)
 
 
-def _cuts(shape: tuple[int, int], microbatches: int) -> int:
+def _cuts(shape: tuple[int, int], microbatches: int, width: int) -> int:
     """Into how many parts of whole rows to cut each microbatch of a batch [B, T]; 1 off CPUs.
 
-    Parts of equal size, as near to _CPU_TOKENS as these are.
+    Of all equal parts, those whose size is nearest to what a CPU works on at once.
     """
     rows, length = shape[0] // microbatches, shape[1]
     if jax.default_backend() != "cpu":
         return 1
-    distance = lambda parts: abs(math.log(rows // parts * length / _CPU_TOKENS))
+    tokens = max(_CPU_NUMBERS // width, _CPU_TOKENS)
+    distance = lambda parts: abs(math.log(rows // parts * length / tokens))
     return min((n for n in range(1, rows + 1) if rows % n == 0), key=distance)
 
 

@@ -66,15 +66,17 @@ def test_accumulation_gives_the_full_batch_step(build, make_batch, name):
     assert_close(cut_state.params, full_state.params, atol=2e-5)
 
 
-def test_cpu_cuts_a_batch_into_parts_of_whole_rows_near_its_number_of_tokens(monkeypatch):
-    tokens = step_module._CPU_TOKENS
-    cuts = {(64, tokens // 8): 8, (4, tokens // 8): 1, (6, 2 * tokens): 6, (67, tokens // 8): 67}
+def test_cpu_cuts_a_batch_into_parts_of_whole_rows_near_its_size(monkeypatch):
+    """Of 2^16 numbers, 512 tokens of width 128; no fewer tokens for wider models."""
+    cuts = {(64, 64, 128): 8, (64, 64, 32): 2, (64, 64, 1024): 8, (4, 64, 128): 1}
+    cuts |= {(6, 1024, 128): 6, (67, 64, 128): 67, (8, 6, 8): 1}
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        for shape, parts in cuts.items():
-            assert step_module._cuts(shape, 1) == (parts if platform == "cpu" else 1)
+        for (rows, length, width), parts in cuts.items():
+            found = step_module._cuts((rows, length), 1, width)
+            assert found == (parts if platform == "cpu" else 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert step_module._cuts((64, tokens // 8), 4) == 2  # of each of four, 16 rows
+    assert step_module._cuts((64, 64), 4, 128) == 2  # of each of four, 16 rows
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others take a batch in a single pass")
@@ -87,6 +89,7 @@ def test_step_in_parts_is_that_of_the_whole_batch(build, make_batch, monkeypatch
     fields["optim.grad_accumulation"] = accumulation
     results = {}
     for tokens in (batch.inputs.size, 2 * batch.inputs.shape[1]):
+        monkeypatch.setattr(step_module, "_CPU_NUMBERS", 1)
         monkeypatch.setattr(step_module, "_CPU_TOKENS", tokens)
         state, step = build(**fields)
         for _ in range(2):
@@ -101,6 +104,7 @@ def test_step_in_parts_is_that_of_the_whole_batch(build, make_batch, monkeypatch
 
 
 def test_branches_are_dropped_for_a_whole_batch(toy, make_config, make_batch, monkeypatch):
+    monkeypatch.setattr(step_module, "_CPU_NUMBERS", 1)
     monkeypatch.setattr(step_module, "_CPU_TOKENS", 1)
     config = make_config(**{"train.rwkv_dropout_start": 0.5})
     rows = []
