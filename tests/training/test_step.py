@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def test_branches_are_dropped_for_a_whole_batch(toy, make_config, make_batch, mo
     config = make_config(**{"train.rwkv_dropout_start": 0.5})
     rows = []
 
-    class Recording:
+    class Recording:  # of the rows of each call
         config = toy.config
 
         def apply(self, variables, tokens, *args, rwkv_drop, **options):
@@ -119,7 +120,8 @@ def test_branches_are_dropped_for_a_whole_batch(toy, make_config, make_batch, mo
     batch = make_batch(2)
     params = toy.init(jax.random.key(0), batch.inputs)["params"]
     key = jax.random.key_data(jax.random.key(1))
-    jax.eval_shape(step_module.make_gradients(Recording(), config), params, None, batch, key, 0)
+    model: Any = Recording()
+    jax.eval_shape(step_module.make_gradients(model, config), params, None, batch, key, 0)
     assert set(rows) == {len(batch.inputs)}
 
 
