@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from gt_jax.training import step as step_module
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.step import init_state, make_eval_step, make_train_step
 
@@ -63,6 +65,64 @@ def test_accumulation_gives_the_full_batch_step(build, make_batch, name):
     assert_close(cut, full, rtol=2e-5)
     # Adam divides by the gradient's size: rounding of a tiny gradient shows at the size of lr.
     assert_close(cut_state.params, full_state.params, atol=2e-5)
+
+
+def test_cpu_cuts_a_batch_into_parts_of_whole_rows_near_its_size(monkeypatch):
+    """Of 2^16 numbers, 512 tokens of width 128; no fewer tokens for wider models."""
+    cuts = {(64, 64, 128): 8, (64, 64, 32): 2, (64, 64, 1024): 8, (4, 64, 128): 1}
+    cuts |= {(6, 1024, 128): 6, (67, 64, 128): 67, (8, 6, 8): 1}
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        for (rows, length, width), parts in cuts.items():
+            found = step_module._cuts((rows, length), 1, width)
+            assert found == (parts if platform == "cpu" else 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert step_module._cuts((64, 64), 4, 128) == 2  # of each of four, 16 rows
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others take a batch in a single pass")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_in_parts_is_that_of_the_whole_batch(build, make_batch, monkeypatch, accumulation):
+    """With the carried state of its rows; parts hold different numbers of counted targets."""
+    batch = make_batch(1)._replace(resets=np.arange(8) >= 5)
+    batch.targets[::2, 2:] = -1
+    fields = {"train.carry_state": True, "data.order": "tracks"}
+    fields["optim.grad_accumulation"] = accumulation
+    results = {}
+    for tokens in (batch.inputs.size, 2 * batch.inputs.shape[1]):
+        monkeypatch.setattr(step_module, "_CPU_NUMBERS", 1)
+        monkeypatch.setattr(step_module, "_CPU_TOKENS", tokens)
+        state, step = build(**fields)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        results[tokens] = state, metrics
+        text = str(jax.make_jaxpr(step)(state, batch))
+        assert ("length=4" in text) == (tokens != batch.inputs.size)
+    (whole, of_whole), (parts, of_parts) = results.values()
+    assert_close(of_parts, of_whole, rtol=2e-5)
+    assert_close(parts.carry, whole.carry, rtol=1e-5, atol=1e-6)
+    assert_close(parts.params, whole.params, atol=2e-5)  # as above
+
+
+def test_branches_are_dropped_for_a_whole_batch(toy, make_config, make_batch, monkeypatch):
+    monkeypatch.setattr(step_module, "_CPU_NUMBERS", 1)
+    monkeypatch.setattr(step_module, "_CPU_TOKENS", 1)
+    config = make_config(**{"train.rwkv_dropout_start": 0.5})
+    rows = []
+
+    class Recording:  # of the rows of each call
+        config = toy.config
+
+        def apply(self, variables, tokens, *args, rwkv_drop, **options):
+            rows.append(tokens.shape[0])
+            return toy.apply(variables, tokens, *args, rwkv_drop=rwkv_drop, **options)
+
+    batch = make_batch(2)
+    params = toy.init(jax.random.key(0), batch.inputs)["params"]
+    key = jax.random.key_data(jax.random.key(1))
+    model: Any = Recording()
+    jax.eval_shape(step_module.make_gradients(model, config), params, None, batch, key, 0)
+    assert set(rows) == {len(batch.inputs)}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
