@@ -16,7 +16,6 @@ WORKDIR = {workdir!r}
 STEPS, MAX_MINUTES, INSTALL = 2, 1e-6, False
 SETTINGS = {{
     "model.dim": 32, "model.layers": 1, "model.heads": 1, "model.state_size": 16,
-    "model.impl": "reference",
     "train.batch_size": 8, "train.seq_len": 16, "train.eval_tokens": 512, "train.sample_tokens": 8,
 }}
 TESTS = "matches_reference_in_every_decay_regime and typical and float32"
