@@ -32,7 +32,6 @@ SMALL = {
     "model.dim": 32,
     "model.layers": 1,
     "model.heads": 2,
-    "model.impl": "reference",  # compiles soonest
     "train.batch_size": 2,
     "train.seq_len": 8,
     "train.steps": 4,
