@@ -24,7 +24,7 @@ from gt_jax.training import debate, lora, optimizer, pace, tuning
 
 # Numbers of one activation, tokens x width, that a CPU works on at once, about: its caches then
 # hold what one operation leaves to the next. On two cores a step of configs/gf_mh.py in 8 parts
-# takes 0.63 of the time of one in a single pass, and 202 MiB of temporaries instead of 1203 (JAX
+# takes 0.8 of the time of one in a single pass, and 202 MiB of temporaries instead of 1203 (JAX
 # 0.10.2). Of fewer tokens than these, adding up gradients would show.
 _CPU_NUMBERS, _CPU_TOKENS = 2**16, 512
 
