@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -69,3 +70,16 @@ class Serving:
         status, answer = self.post({"prompt": "abc", "max_tokens": 5, "temperature": 0} | fields)
         assert status == 200, answer
         return answer["choices"][0]["text"]
+
+
+def wait_for(condition, seconds=60):
+    """Return once a condition holds, or fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def none_left(worker):
+    """Wait until a worker knows no client: an answer arrives before the server has let it go."""
+    wait_for(lambda: not worker.clients)

@@ -93,7 +93,7 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
     for thread in threads:
         thread.join()
     assert texts == {seed: expected(gf, seed=seed).text for seed in range(7)}
-    assert not client.worker.clients
+    none_left(client.worker)
 
 
 def test_equal_prompts_without_a_seed_get_texts_of_their_own(client):
@@ -178,7 +178,7 @@ def test_request_that_takes_too_long_is_dropped(gf):
     slow = ask(hasty, max_tokens=10**8)
     assert slow.status_code == 504 and "not done after 0.2 seconds" in slow.text
     assert "not done after" in ask(hasty, max_tokens=10**8, stream=True).text
-    assert not hasty.worker.clients
+    none_left(hasty.worker)
     patient = client_of(gf, worker=hasty.worker)  # the one row is free again
     assert ask(patient).json()["choices"][0]["finish_reason"] == "length"
 
@@ -274,4 +274,4 @@ def test_request_that_fails_is_told_and_ends_nobody_else(gf, client, monkeypatch
     for seed in (1, 2, 3):
         text = answers[seed].json()["choices"][0]["text"]
         assert text == expected(gf, seed=seed, max_tokens=200).text
-    assert not client.worker.clients
+    none_left(client.worker)

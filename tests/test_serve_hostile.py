@@ -11,7 +11,7 @@ import pytest
 from gt_jax.data import tokenizer_from_dict
 from gt_jax.generation import Request, contexts, engine
 from tests.models.small_models import small_model
-from tests.serving import Serving
+from tests.serving import Serving, none_left, wait_for
 
 LETTERS = tokenizer_from_dict({"kind": "char", "alphabet": "abcdefghijklmnopq"})
 ENDLESS = 10**8
@@ -109,7 +109,8 @@ def test_hostile_bodies_are_refused_by_name_and_change_nothing(serving):
         if body.startswith(b'{"prompt": "abc", "'):
             assert error["param"], (body[:100], answer)
     assert serving.post(b" " * (2**20 + 1))[0] == 413
-    assert serving.text() == before and not serving.worker.clients
+    assert serving.text() == before
+    none_left(serving.worker)
 
 
 def closed_after(client, began):
@@ -168,7 +169,7 @@ def test_client_that_leaves_is_no_longer_computed(single, stream):
     wait_for(lambda: len(single.worker.clients) == 3)
     for client in clients:
         client.close()
-    wait_for(lambda: not single.worker.clients)
+    none_left(single.worker)
     assert single.text() == expected(single)  # in the one row
 
 
@@ -177,14 +178,7 @@ def test_request_without_end_is_cut_off(single):
     began = time.monotonic()
     seconds, data = closed_after(single.connect(raw_request(body)), began)
     assert WHOLE - 0.5 < seconds < LONGEST and data == b""
-    wait_for(lambda: not single.worker.clients)
-
-
-def wait_for(condition, seconds=LONGEST):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    none_left(single.worker)
 
 
 def test_long_prompt_does_not_hold_up_a_stream(serving, monkeypatch):
@@ -227,7 +221,7 @@ def test_200_clients_at_once_get_what_they_would_alone(serving):
     requests = [Request(LETTERS.encode("abc"), **fields(seed)) for seed in seeds]
     alone = serving.engine(requests)
     assert texts == {seed: completion.text for seed, completion in enumerate(alone)}
-    assert not serving.worker.clients
+    none_left(serving.worker)
 
 
 def test_openais_client_reads_answers_streams_and_errors(serving):
