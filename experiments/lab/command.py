@@ -90,11 +90,25 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if value is not None and value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
     options.began = began
+    if getattr(options, "out", None):  # else it would be found out once all has run
+        _check_can_be_written(options.out)
     if "seeds" in options:
         options.seeds = range(options.seeds)
     given = [] if argv is None else argv
     options.command = shlex.join(["python", "-m", "experiments", options.experiment, *given])
     return options
+
+
+def _check_can_be_written(path: Path) -> None:
+    reason = "is a folder" if path.is_dir() else ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            reason = "cannot be written"
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+    if reason:
+        raise InputError(f"--out={path} {reason}; name a file")
 
 
 def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:
