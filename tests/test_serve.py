@@ -12,6 +12,7 @@ from gt_jax.generation import Request, Worker, complete, engine
 from gt_jax.generation import worker as worker_module
 from gt_jax.server import app as app_module
 from tests.models.small_models import small_model
+from tests.serving import none_left
 
 pytest.importorskip("starlette.testclient", reason="serving needs starlette (and httpx to test it)")
 from starlette.testclient import TestClient
