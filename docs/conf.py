@@ -1,7 +1,10 @@
 """How Sphinx builds the pages: `sphinx-build -W -b html docs docs/_build`."""
 
+import re
 import sys
 from pathlib import Path
+
+from docutils import nodes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself, installed or not
 
@@ -46,5 +49,39 @@ def _code_blocks(app, what, name, obj, options, lines):
     lines[:] = shown
 
 
+def _field_docstrings(app, what, name, obj, options, lines):
+    """What a property or a field is, as it stands: napoleon takes words before a colon for a type.
+
+    Named tuples describe their fields in the class; Python's own words for them say nothing.
+    """
+    if what in ("attribute", "data", "property"):
+        lines[:] = [] if lines[:1] and lines[0].startswith("Alias for field") else ["", *lines]
+
+
+def _signature(app, what, name, obj, options, signature, returns):
+    """Flax gives every module two more fields, which are no setting of ours."""
+    return signature and re.sub(r", parent[:=].*(?=\))", "", signature), returns
+
+
+# Where a line must not end: in 1 024, 20 %, 5 ms and 1e-3.
+_SPACE_IN_NUMBER = re.compile(r"(?<=\d) (?=\d{3}\b|%|[kMG]?i?B\b|[mµ]?s\b)")
+
+_HYPHEN_IN_NUMBER = re.compile(r"(?<=\de)-(?=\d)")
+
+
+def _text(app, doctree):
+    """Numbers stay on one line, and RUN@last is no mail address."""
+    for link in list(doctree.findall(nodes.reference)):
+        if link.get("refuri", "").startswith("mailto:"):
+            link.replace_self(link.children)
+    for text in list(doctree.findall(nodes.Text)):
+        if not isinstance(text.parent, nodes.literal | nodes.literal_block):
+            whole = _HYPHEN_IN_NUMBER.sub("\u2011", _SPACE_IN_NUMBER.sub("\u00a0", text))
+            text.parent.replace(text, nodes.Text(whole))
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _code_blocks, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _field_docstrings, priority=400)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("doctree-read", _text)

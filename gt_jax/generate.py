@@ -112,12 +112,12 @@ def _speak(model, params, tokenizer, before, ids, *, echo="", show_speed, **sett
         context, written = jax.block_until_ready(prefill(model, params, ids, before)), []
         prefilled = time.perf_counter()
         deltas = start([Request(context, **settings)])
-        print(echo, end="", flush=True)
-        for delta in deltas:
+        for delta in deltas:  # compiling can say something, which must not end up in the text
             written += delta.tokens
-            print(delta.text, end="", flush=True)
+            print(echo + delta.text, end="", flush=True)
+            echo = ""
     ended = time.perf_counter()
-    print()
+    print(echo)
     if show_speed and prefilled is not None:
         known = before.length - len(before.waiting) if before else 0
         in_chunks = context.length - len(context.waiting) - known

@@ -1,8 +1,8 @@
-"""Answer OpenAI's API with a trained model, the requests of all clients in one batch.
+r"""Answer OpenAI's API with a trained model, the requests of all clients in one batch.
 
     pip install -e ".[serve]"
     python -m gt_jax.serve --checkpoint=runs/gf_mh
-    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "ROMEO:", "max_tokens": 100, "stream": true}'
 
 POST /v1/completions and, for models with a template of dialogues, /v1/chat/completions; GET

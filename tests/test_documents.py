@@ -27,11 +27,21 @@ QUOTED = {
 }
 
 
+def headings(page):
+    """Names that links have for a page's headings, as GitHub and Sphinx make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.S | re.M)
+    words = (heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.M))
+    return [re.sub(r"[^\w-]", "", heading) for heading in words]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXTS[page]):
         if not target.startswith(("http", "{")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, heading in re.findall(r"\]\(([^):]*)#([^)]+)\)", TEXTS[page]):
+        found = headings(page.parent / target if target else page)
+        assert heading in found, f"{page.name} links to {target}#{heading}; there are {found}"
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))

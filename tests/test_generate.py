@@ -2,6 +2,7 @@
 
 import builtins
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +67,28 @@ def test_prompt_and_reply_are_printed(run, small, capsys):
     [reply] = complete(small.model, small.params, [request], tokenizer=TOKENIZER, rows=1)
     assert printed.out == f"{PROMPT}{reply.text}\n"
     assert re.search(r"prefill: 64 tokens, \S+ tokens/s; decode: 27 tokens \(12 new\)", printed.err)
+
+
+def test_what_compiling_says_comes_before_the_prompt_and_not_into_the_text(
+    run, capsys, monkeypatch
+):
+    def stream(*args, **kwargs):
+        print("from the cache", file=sys.stderr)
+        yield from usual(*args, **kwargs)
+
+    run(f"--prompt={PROMPT}")
+    text = capsys.readouterr().out
+    usual = program.stream
+    monkeypatch.setattr(program, "stream", stream)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # one terminal
+    run(f"--prompt={PROMPT}")
+    assert capsys.readouterr().out.endswith(f"from the cache\n{text}")
+
+
+def test_the_prompt_is_printed_where_nothing_follows_it(run, capsys, monkeypatch):
+    monkeypatch.setattr(program, "stream", lambda *args, **kwargs: iter(()))
+    run(f"--prompt={PROMPT}")
+    assert capsys.readouterr().out == f"{PROMPT}\n"
 
 
 def test_text_continues_from_a_state_in_a_file(run, tmp_path, capsys):

@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +58,9 @@ def main(argv=None):
     parser.add_argument("--batches", nargs="+", type=int, help="instead of the usual ones")
     parser.add_argument("--peers", action="store_true", help="another library too")
     parser.add_argument("--quick", action="store_true", help="a small model, to try it out")
-    parser.add_argument(
-        "--out", type=Path, default=results.FOLDER / "generation.json", help="result to write"
-    )
+    command.add_out(parser, "generation")
     options = parser.parse_args(argv)
+    options.out = results.path_of(options)
     effort = QUICK if options.quick else FULL
     batches = sorted(options.batches or effort["batches"])
 

@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +90,9 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of the inputs")
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--quick", action="store_true", help="a few calls, to try it out")
-    parser.add_argument(
-        "--out", type=Path, default=results.FOLDER / "kernels.json", help="result to write"
-    )
+    command.add_out(parser, "kernels")
     options = parser.parse_args(argv)
+    options.out = results.path_of(options)
     if options.peers and options.dtype != "bfloat16":
         parser.error(f"--dtype={options.dtype}: the libraries of --peers are timed in bfloat16")
     effort = {"seconds": 0.2, "least_calls": 20, "repeats": 5}

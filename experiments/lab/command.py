@@ -72,9 +72,17 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--source", default="shakespeare", help="text, as data.source")
     parser.add_argument("--impl", default="auto", help="of the recurrences, as model.impl")
     parser.add_argument("--group", type=int, help="most runs side by side; default: all that fit")
-    about = f"result to write; default: experiments/results/{name}.json"
-    parser.add_argument("--out", type=Path, help=about)
+    add_out(parser, name)
     return parser
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add --out, the file of a result; see `results.path_of`."""
+    folder = "experiments/results"
+    about = (
+        f"result to write; default: {folder}/{name}.json, with --quick {folder}/quick/{name}.json"
+    )
+    parser.add_argument("--out", type=Path, help=about)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -98,7 +98,7 @@ def write(
     """Write a result and a PNG beside it, print its tables, and return what was written.
 
     Args:
-        options: from `parse`; options.out names the file; FOLDER/<name>.json if it is not set.
+        options: from `parse`; options.out names the file, else `path_of` does.
         settings: what the numbers were taken with, values plain.
         measures, tables, plots, notes: see the module's docstring.
         name: of the result, by which claims find it; the experiment's if None. An experiment that
@@ -140,8 +140,12 @@ def write(
 
 
 def path_of(options, name: str | None = None) -> Path:
-    """The file of a result: --out, or one in experiments/results/."""
-    return options.out or FOLDER / f"{name or options.experiment}.json"
+    """The file of a result: --out, or one in experiments/results/, or with --quick in quick/ there.
+
+    A trial must not take the place of what was measured.
+    """
+    folder = FOLDER / "quick" if options.quick else FOLDER
+    return options.out or folder / f"{name or options.experiment}.json"
 
 
 def origin() -> dict:

@@ -1,4 +1,4 @@
-"""Text from a trained model, for many prompts at once.
+r"""Text from a trained model, for many prompts at once.
 
     model, params, tokenizer = gt_jax.load("runs/gf_mh")
     request = Request(tokenizer.encode("ROMEO:"), max_tokens=200, top_p=0.9, stop=("\n\n",))

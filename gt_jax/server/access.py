@@ -53,9 +53,9 @@ def guard(app: Callable, api_key: str | None = None) -> Callable:
             return await app(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - began
-            about = scope.get("gt_jax.about", "")
+            about = " " + scope["gt_jax.about"] if "gt_jax.about" in scope else ""
             path = scope["path"][:100].encode("unicode_escape").decode()
-            log.info("%s %s %s %d %.3f s %s", name, scope["method"], path, status, seconds, about)
+            log.info("%s %s %s %d %.3f s%s", name, scope["method"], path, status, seconds, about)
 
     return guarded
 

@@ -101,7 +101,7 @@ def finite(value: float | None) -> float | None:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
-    """Text and bytes of one token between others; bytes that are no text as `bytes:\\xe2`."""
+    r"""Text and bytes of one token between others; bytes that are no text as `bytes:\xe2`."""
     if data := tokenizer.token_bytes(token):
         try:
             return data.decode(), data

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from gt_jax.training import hosts
 
@@ -71,10 +72,10 @@ class Display:
         self._steps = steps
         self._progress = None
         if sys.stdout.isatty() and hosts.is_first():
-            columns = (
+            columns = (  # of 80 characters the numbers take most; they wrap, and nothing is cut
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
+                BarColumn(bar_width=10),
+                TextColumn("{task.description}", table_column=Column(no_wrap=False)),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )

@@ -23,13 +23,14 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def hold(workdir: str | Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if need be.
+    """Hold the lock of a run's folder: made if need be, removed again if nothing was put there.
 
     Raises:
         InputError: another process holds it; the message names host, process and since when.
     """
-    path = Path(workdir) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(workdir)
+    path = folder / "lock"
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     file = _acquire(path)
     try:
         file.seek(0)
@@ -41,11 +42,18 @@ def hold(workdir: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # Still locked: nobody else can have taken it over.
         file.close()
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty
+                parent.rmdir()
 
 
 def _acquire(path: Path):
     while True:
-        file = path.open("a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            continue  # a run that left nothing has just removed the folder
         try:
             if fcntl is None:
                 raise OSError("no flock")

@@ -77,6 +77,20 @@ def test_display_says_compiling_and_for_how_long_until_the_program_is_there(
     assert found and int(found[1]) >= 41
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_terminal_shows_all_numbers_and_times_however_narrow_it_is(columns, monkeypatch):
+    numbers = "loss 2.5153  grad 10.318  lr 4.00e-03  1,477,312 tokens/s  memory 41.2 GiB"
+    program = Future()
+    program.set_result(print)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal(program))
+    with Display(start=0, steps=500) as display:
+        display.numbers(500, numbers)
+    *_, last = clean(sys.stdout.getvalue()).split("step 500/500")
+    assert "…" not in last and last.count("0:00:00") == 2  # elapsed, and remaining
+    assert set(numbers.split()) <= set(last.split())
+
+
 def test_display_raises_what_compiling_raised():
     program = Future()
     program.set_exception(ValueError("no such program"))

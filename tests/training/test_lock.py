@@ -15,7 +15,18 @@ def test_lock_names_its_holder_and_is_gone_afterwards(tmp_path):
             pass
     with lock.hold(tmp_path / "run"):
         pass
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_kept_if_something_is_in_them_or_they_were_there(tmp_path):
+    with pytest.raises(ValueError, match="early"), lock.hold(tmp_path / "a" / "b" / "run"):
+        (tmp_path / "a" / "config.json").touch()
+        raise ValueError("early")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
+    (tmp_path / "empty").mkdir()
+    with lock.hold(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").is_dir()
 
 
 @pytest.mark.parametrize("left", ["", "not JSON", "[1]", '{"host": "elsewhere", "pid": 1}'])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,14 @@ def options_of(*argv):
     parser = command.parser("what", DOC)
     parser.add_argument("--steps", type=int, default=500)
     return command.parse(parser, argv)
+
+
+def test_a_trial_does_not_take_the_place_of_what_was_measured():
+    folder = results.FOLDER
+    assert results.path_of(options_of()) == folder / "what.json"
+    assert results.path_of(options_of(), "other") == folder / "other.json"
+    assert results.path_of(options_of("--quick")) == folder / "quick" / "what.json"
+    assert results.path_of(options_of("--quick", "--out=a.json")) == Path("a.json")
 
 
 @pytest.fixture

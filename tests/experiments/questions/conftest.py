@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")  # plots of other folders are drawn whole
 def coarse():
     """Twice as fast: texts do not seek their places, which nothing here looks at."""
     save = Figure.savefig
