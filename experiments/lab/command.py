@@ -108,15 +108,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def _check_can_be_written(path: Path) -> None:
-    reason = "is a folder" if path.is_dir() else ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            reason = "cannot be written"
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror}"
-    if reason:
-        raise InputError(f"--out={path} {reason}; name a file")
+    """Raise InputError if not. Makes nothing: what follows may yet be refused."""
+    path = path.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if path.is_dir() or (there != path and not there.is_dir()) or not os.access(there, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"cannot be written, for {there}"
+        raise InputError(f"--out={path} {reason}; name another file")
 
 
 def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:

@@ -126,8 +126,10 @@ def test_wrong_flag_is_one_line(argv, message):
 def test_result_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, out):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=rf"^--out={tmp_path / out} .*; name a file$"):
+    with pytest.raises(InputError, match=rf"^--out={tmp_path / out} .*; name another file$"):
         options_of(f"--out={tmp_path / out}")
+    options_of(f"--out={tmp_path / 'new/what.json'}")
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_of_a_list():
