@@ -111,9 +111,15 @@ def _check_can_be_written(path: Path) -> None:
     """Raise InputError if not. Makes nothing: what follows may yet be refused."""
     path = path.absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
-    if path.is_dir() or (there != path and not there.is_dir()) or not os.access(there, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"cannot be written, for {there}"
-        raise InputError(f"--out={path} {reason}; name another file")
+    if path.is_dir():
+        reason = "is a folder"
+    elif there != path and not there.is_dir():
+        reason = f"cannot be written: {there} is no folder"
+    elif not os.access(there, os.W_OK):
+        reason = f"cannot be written: no right to write {there}"
+    else:
+        return
+    raise InputError(f"--out={path} {reason}; name another file")
 
 
 def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:
