@@ -34,7 +34,7 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     if path.parent in (Path(), Path("configs")):
-        own = folder() / path.with_suffix(".py").name
+        own = folder() / f"{path.stem}.py"
         if own.is_file():
             return own
     known = sorted(p.stem for p in folder().glob("*.py"))

@@ -57,6 +57,12 @@ def test_a_mistake_in_a_config_file_is_one_line_with_its_place(text, message, tm
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("name", ["", ".", "configs", "configs/."])
+def test_what_names_no_file_is_refused(name):
+    with pytest.raises(InputError, match=f"^--config={name} is not a file; by name there are"):
+        find_config(name)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(InputError, match=r"--config=gf_mg is not a file; did you mean 'gf_mh'\?"):
         load_config("gf_mg")

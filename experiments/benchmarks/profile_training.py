@@ -77,9 +77,8 @@ def print_costs(run, hlo, *, steps, top):
         layer = r"LanguageModel(\.\w+)?|blocks_\d+/"
         where = re.sub(rf"jit\(\w+\)/|{layer}|while/body/|closed_call/", "", where)
         origin[re.sub(r"\W", "_", name)] = where
-    devices = traces.planes(lambda: run(steps))
     total, count = collections.Counter(), collections.Counter()
-    for event in (event for plane in devices for line in plane.lines for event in line.events):
+    for event in traces.operations(lambda: run(steps)):
         name = re.sub(r"\W", "_", event.name)
         kind = re.sub(r"_\d+$", "", name)
         key = f"{kind}: {origin[name]}" if name in origin else kind

@@ -98,11 +98,28 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if value is not None and value < 1:
             raise InputError(f"--{name}={value} must be at least 1")
     options.began = began
+    if getattr(options, "out", None):  # else it would be found out once all has run
+        _check_can_be_written(options.out)
     if "seeds" in options:
         options.seeds = range(options.seeds)
     given = [] if argv is None else argv
     options.command = shlex.join(["python", "-m", "experiments", options.experiment, *given])
     return options
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Raise InputError if not. Makes nothing: what follows may yet be refused."""
+    path = path.absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if path.is_dir():
+        reason = "is a folder"
+    elif there != path and not there.is_dir():
+        reason = f"cannot be written: {there} is no folder"
+    elif not os.access(there, os.W_OK):
+        reason = f"cannot be written: no right to write {there}"
+    else:
+        return
+    raise InputError(f"--out={path} {reason}; name another file")
 
 
 def common(options: argparse.Namespace, *, evaluations: int | None = None) -> dict:

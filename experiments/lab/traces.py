@@ -13,6 +13,8 @@ COLLECTIVE = re.compile(
     re.IGNORECASE,
 )
 COPY = re.compile(r"mem(cpy|set)", re.IGNORECASE)
+# Names of operations that take as long as those in them, on a CPU.
+HOLDS_OTHERS = re.compile(r"(while|conditional|call)(\.\d+)?$")
 
 
 def planes(run):
@@ -23,6 +25,25 @@ def planes(run):
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         found = list(jax.profiler.ProfileData.from_file(path).planes)
     return [plane for plane in found if plane.name.startswith("/device:")] or found
+
+
+def operations(run):
+    """Events of what devices did in run().
+
+    Without devices, of the operations of compiled programs: the trace of a host also holds its
+    Python, threads that wait, and loops beside what is in them.
+    """
+    found = []
+    for plane in planes(run):
+        events = (event for line in plane.lines for event in line.events)
+        if not plane.name.startswith("/device:"):
+            events = (event for event in events if _is_operation(event))
+        found += events
+    return found
+
+
+def _is_operation(event):
+    return "hlo_op" in dict(event.stats) and not HOLDS_OTHERS.match(event.name)
 
 
 def kernels(run):

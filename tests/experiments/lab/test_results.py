@@ -122,6 +122,16 @@ def test_wrong_flag_is_one_line(argv, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("out", ["folder", "file/what.json"])
+def test_result_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, out):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=rf"^--out={tmp_path / out} .*; name another file$"):
+        options_of(f"--out={tmp_path / out}")
+    options_of(f"--out={tmp_path / 'new/what.json'}")
+    assert not (tmp_path / "new").exists()
+
+
 def test_names_of_a_list():
     assert command.one_of({"GF": 1, "HY": 2}, "hy,GF", "--only") == ["HY", "GF"]
     with pytest.raises(InputError, match="--only=xx must be of GF, HY"):
