@@ -37,7 +37,8 @@ class MappedTokens(Sequence[np.ndarray]):
     def __init__(self, spans: Sequence[Span], parts: Sequence[tuple[int, int, float]] = ()):
         self._spans = [span for span in spans if span.stop > span.start]
         lengths = [span.stop - span.start for span in self._spans]
-        self._offsets = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+        self._first_tokens = np.cumsum([0, *lengths], dtype=np.int64)  # of each span, and the end
+        self._offsets = self._first_tokens.tolist()
         self.size = self._offsets[-1]
         self.parts = tuple(parts) or ((0, self.size, 1.0),)
         # Of each span: the number of its first end among its shard's, the ends before it in the
@@ -132,7 +133,20 @@ class MappedTokens(Sequence[np.ndarray]):
         """
         tokens = np.empty((len(starts), length), np.int32)
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
-        for row, start in enumerate(starts.tolist()):
+        last_span = len(self._spans) - 1
+        span_of = np.clip(self._first_tokens[1:].searchsorted(starts, "right"), 0, last_span)
+        behind = self._first_tokens[span_of + 1]
+        within = (starts >= self._first_tokens[0]) & (starts + length <= behind)
+        by_span = {}
+        for row, i in zip(np.flatnonzero(within).tolist(), span_of[within].tolist()):
+            by_span.setdefault(i, []).append(row)
+        for i, rows in by_span.items():
+            span = self._spans[i]
+            self._note_mapped(len(rows), length)
+            places = starts[rows] + (span.start - self._offsets[i])
+            span.shard.read_rows(places, tokens, begins, rows)
+        for row in np.flatnonzero(~within).tolist():
+            start = int(starts[row])
             if start >= 0 and start + length <= self.size:
                 self._copy(start, tokens[row], begins[row])
                 continue
@@ -149,10 +163,7 @@ class MappedTokens(Sequence[np.ndarray]):
 
         A document that begins with the row itself may have no mark.
         """
-        self._mapped += tokens.nbytes + _READ_AHEAD
-        if self._mapped > _RELEASE_AFTER:
-            self._mapped = 0
-            release()
+        self._note_mapped(1, len(tokens))
         i, at = bisect_right(self._offsets, start) - 1, 0
         while at < len(tokens):
             span = self._spans[i]
@@ -166,6 +177,13 @@ class MappedTokens(Sequence[np.ndarray]):
             if self._ended[i] and at < len(tokens):
                 begins[at] = 1
             i += 1
+
+    def _note_mapped(self, rows, length):
+        """Keep count of what reads map, and unmap it in time."""
+        self._mapped += rows * (4 * length + _READ_AHEAD)
+        if self._mapped > _RELEASE_AFTER:
+            self._mapped = 0
+            release()
 
     def _end(self, i: int) -> int:
         """Where document i ends in the stream."""
