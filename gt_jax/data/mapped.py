@@ -37,8 +37,7 @@ class MappedTokens(Sequence[np.ndarray]):
     def __init__(self, spans: Sequence[Span], parts: Sequence[tuple[int, int, float]] = ()):
         self._spans = [span for span in spans if span.stop > span.start]
         lengths = [span.stop - span.start for span in self._spans]
-        self._first_tokens = np.cumsum([0, *lengths], dtype=np.int64)  # of each span, and the end
-        self._offsets = self._first_tokens.tolist()
+        self._offsets = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
         self.size = self._offsets[-1]
         self.parts = tuple(parts) or ((0, self.size, 1.0),)
         # Of each span: the number of its first end among its shard's, the ends before it in the
@@ -133,20 +132,12 @@ class MappedTokens(Sequence[np.ndarray]):
         """
         tokens = np.empty((len(starts), length), np.int32)
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
-        last_span = len(self._spans) - 1
-        span_of = np.clip(self._first_tokens[1:].searchsorted(starts, "right"), 0, last_span)
-        behind = self._first_tokens[span_of + 1]
-        within = (starts >= self._first_tokens[0]) & (starts + length <= behind)
-        by_span = {}
-        for row, i in zip(np.flatnonzero(within).tolist(), span_of[within].tolist()):
-            by_span.setdefault(i, []).append(row)
-        for i, rows in by_span.items():
-            span = self._spans[i]
-            self._note_mapped(len(rows), length)
-            places = starts[rows] + (span.start - self._offsets[i])
-            span.shard.read_rows(places, tokens, begins, rows)
-        for row in np.flatnonzero(~within).tolist():
-            start = int(starts[row])
+        whole = {}  # span -> its rows
+        for row, start in enumerate(starts.tolist()):
+            i = bisect_right(self._offsets, start) - 1
+            if 0 <= i < len(self._spans) and start + length <= self._offsets[i + 1]:
+                whole.setdefault(i, []).append(row)
+                continue
             if start >= 0 and start + length <= self.size:
                 self._copy(start, tokens[row], begins[row])
                 continue
@@ -156,6 +147,11 @@ class MappedTokens(Sequence[np.ndarray]):
             self._copy(first, own, own_begins)
             tokens[row] = own[inside - first]
             begins[row, 1:] = own_begins[inside - first][1:] * (np.diff(inside) > 0)
+        for i, rows in whole.items():
+            span = self._spans[i]
+            self._note_mapped(len(rows), length)
+            places = starts[rows] + (span.start - self._offsets[i])
+            span.shard.read_rows(places, tokens, begins, rows)
         return tokens, begins.cumsum(axis=1, dtype=np.int32)
 
     def _copy(self, start, tokens, begins):
