@@ -132,7 +132,12 @@ class MappedTokens(Sequence[np.ndarray]):
         """
         tokens = np.empty((len(starts), length), np.int32)
         begins = np.zeros((len(starts), length), np.int32)  # 1 where a document begins
+        whole = {}  # span -> its rows
         for row, start in enumerate(starts.tolist()):
+            i = bisect_right(self._offsets, start) - 1
+            if 0 <= i < len(self._spans) and start + length <= self._offsets[i + 1]:
+                whole.setdefault(i, []).append(row)
+                continue
             if start >= 0 and start + length <= self.size:
                 self._copy(start, tokens[row], begins[row])
                 continue
@@ -142,6 +147,11 @@ class MappedTokens(Sequence[np.ndarray]):
             self._copy(first, own, own_begins)
             tokens[row] = own[inside - first]
             begins[row, 1:] = own_begins[inside - first][1:] * (np.diff(inside) > 0)
+        for i, rows in whole.items():
+            span = self._spans[i]
+            self._note_mapped(len(rows), length)
+            places = starts[rows] + (span.start - self._offsets[i])
+            span.shard.read_rows(places, tokens, begins, rows)
         return tokens, begins.cumsum(axis=1, dtype=np.int32)
 
     def _copy(self, start, tokens, begins):
@@ -149,10 +159,7 @@ class MappedTokens(Sequence[np.ndarray]):
 
         A document that begins with the row itself may have no mark.
         """
-        self._mapped += tokens.nbytes + _READ_AHEAD
-        if self._mapped > _RELEASE_AFTER:
-            self._mapped = 0
-            release()
+        self._note_mapped(1, len(tokens))
         i, at = bisect_right(self._offsets, start) - 1, 0
         while at < len(tokens):
             span = self._spans[i]
@@ -166,6 +173,13 @@ class MappedTokens(Sequence[np.ndarray]):
             if self._ended[i] and at < len(tokens):
                 begins[at] = 1
             i += 1
+
+    def _note_mapped(self, rows, length):
+        """Keep count of what reads map, and unmap it in time."""
+        self._mapped += rows * (4 * length + _READ_AHEAD)
+        if self._mapped > _RELEASE_AFTER:
+            self._mapped = 0
+            release()
 
     def _end(self, i: int) -> int:
         """Where document i ends in the stream."""

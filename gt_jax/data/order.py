@@ -12,6 +12,7 @@ import numpy as np
 from gt_jax.errors import InputError
 
 _SLOTS = 10_000  # rows in which every source of a mixture has its share
+_ROWS_AT_ONCE = 1 << 12  # whose places are computed together: NumPy takes as long for a few
 _ROUNDS = 6
 
 
@@ -78,6 +79,8 @@ class MixedWindows:
         self._quotas = quotas([weight for *_, weight in parts])
         self._pattern = functools.lru_cache(maxsize=4)(self._make_pattern)
         self._keys = functools.lru_cache(maxsize=4 * len(parts))(self._make_keys)
+        self._at_once = max(_ROWS_AT_ONCE // batch_size, 1)
+        self._starts_at_once = functools.lru_cache(maxsize=2)(self._make_starts)
 
     def epoch(self, epoch: int) -> "_Epoch":
         """The batches from number epoch * n on, where n batches have as many rows as all sources
@@ -85,10 +88,16 @@ class MixedWindows:
         return _Epoch(self.starts, epoch * self._batches, self._batches)
 
     def starts(self, step: int) -> np.ndarray:
-        """[B] int64, where the rows of batch number `step` begin."""
-        rows = step * self._batch_size + np.arange(self._batch_size)
+        """[B] int64, where the rows of batch number `step` begin; not to be written to."""
+        part, place = divmod(step, self._at_once)
+        return self._starts_at_once(part)[place]
+
+    def _make_starts(self, part):
+        """[batches, B], where the rows of so many batches begin."""
+        shape = self._at_once, self._batch_size
+        rows = part * self._at_once * self._batch_size + np.arange(shape[0] * shape[1])
         source, number = self._sources(rows)
-        starts = np.empty(self._batch_size, np.int64)
+        starts = np.empty(len(rows), np.int64)
         for k in np.unique(source).tolist():
             first, windows = self._parts[k][0], self._windows[k]
             epoch, index = np.divmod(number, windows)
@@ -96,7 +105,8 @@ class MixedWindows:
                 own = (source == k) & (epoch == e)
                 phase, keys = self._keys(k, e)
                 starts[own] = first + phase + self._seq_len * permute(index[own], windows, keys)
-        return starts
+        starts.flags.writeable = False
+        return starts.reshape(shape)
 
     def _sources(self, rows):
         """The source [B] of each row, and how many rows before it had that source [B]."""

@@ -17,7 +17,7 @@ import mmap
 import os
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,6 +157,27 @@ class Shard:
         if first == self.ends or ends[first] >= stop:
             return ids[start:stop], ends[:0]
         return ids[start:stop], ends[first : ends.searchsorted(stop)]
+
+    def read_rows(
+        self, starts: np.ndarray, tokens: np.ndarray, begins: np.ndarray, rows: Sequence[int]
+    ) -> None:
+        """Write ids to `rows` [n] of tokens [B, length], which begin at `starts` [n] and end here.
+
+        begins [B, length] becomes 1 where a document of the shard begins.
+
+        Raises:
+            InputError: their bytes are not those that were written.
+        """
+        length, at = tokens.shape[1], starts.tolist()
+        for start in at:
+            self._check(start * self._itemsize, (start + length) * self._itemsize)
+        ends, ids = self._checked_ends(), _views(self)[0]
+        for row, start in zip(rows, at):
+            tokens[row] = ids[start : start + length]
+        firsts, lasts = ends.searchsorted((starts, starts + length)).tolist()
+        for row, start, first, last in zip(rows, at, firsts, lasts):
+            if last > first:
+                begins[row, ends[first:last] - start] = 1
 
     def ends_until(self, position: int) -> int:
         """How many documents end at or before a position."""

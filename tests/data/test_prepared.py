@@ -23,7 +23,7 @@ from gt_jax.data import (
     sources,
 )
 from gt_jax.data.mapped import MappedTokens
-from gt_jax.data.order import permute, quotas
+from gt_jax.data.order import MixedWindows, permute, quotas
 from gt_jax.data.preparing import prepare
 from gt_jax.data.streams import MappedStream, Stream
 from gt_jax.errors import InputError
@@ -129,6 +129,20 @@ def test_every_epoch_reads_every_window_once_in_another_order(both):
         assert (np.diff(epoch) == 10).all()
     assert len({int(epoch[0]) for epoch in epochs}) > 1
     assert not np.array_equal(starts[:windows], starts[windows : 2 * windows])
+
+
+def test_the_order_of_rows_does_not_depend_on_how_many_are_in_a_batch():
+    """Places are computed many batches at a time; their end falls elsewhere for each size."""
+    parts = [(0, 5000, 0.75), (5000, 900, 0.25)]
+
+    def rows(size):
+        windows = MixedWindows(parts, size, 3, 5)
+        return np.concatenate([windows.starts(n) for n in range(30_000 // size)])
+
+    one_by_one = rows(1)
+    for size in (7, 64, 4096, 30_000):
+        at_once = rows(size)
+        np.testing.assert_array_equal(at_once, one_by_one[: len(at_once)])
 
 
 def test_a_step_is_found_from_its_position_alone_and_by_rows_of_each_host(both):
