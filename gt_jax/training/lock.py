@@ -53,6 +53,8 @@ def _acquire(path: Path):
         try:
             file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
+            if path.parent.exists():
+                raise
             continue  # a run that left nothing has just removed the folder
         try:
             if fcntl is None:

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,25 @@ def test_folders_are_kept_if_something_is_in_them_or_they_were_there(tmp_path):
     with lock.hold(tmp_path / "empty"):
         pass
     assert (tmp_path / "empty").is_dir()
+
+
+def test_a_folder_that_another_run_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    opened = Path.open
+
+    def open_late(path, *args, **options):
+        monkeypatch.setattr(Path, "open", opened)
+        path.parent.rmdir()
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_late)
+    with lock.hold(tmp_path / "run"):
+        assert (tmp_path / "run" / "lock").is_file()
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "nowhere" / "lock")
+    with pytest.raises(FileNotFoundError), lock.hold(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("left", ["", "not JSON", "[1]", '{"host": "elsewhere", "pid": 1}'])
