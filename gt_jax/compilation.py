@@ -1,16 +1,14 @@
 """How programs are compiled: options of XLA with their reasons, a cache on disk, threads."""
 
 import contextlib
-import functools
 import gc
 import itertools
 import os
-import re
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,23 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from gt_jax import kept_programs
+from gt_jax import kept_programs, kernel_programs
 from gt_jax.errors import InputError
+from gt_jax.kernels.pallas import early
 
 # XLA's options on a GPU, by kind of program.
 #
-# Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
-# the first step, and train no faster (H100, configs/gf_mh_base.py).
-TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+# Training: XLA would compile each fusion in several ways and time them, a sixth of
+# the seconds to the first step, and train no faster (H100, configs/gf_mh_base.py). It would do the
+# same with each product as a Triton kernel of many sizes, beside the ones of cuBLAS: 14 of 94
+# seconds of a whole command, and 96.5 ms a step instead of 96.7 (H200, gf_mh_base).
+TRAINING = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
+# What runs for a short time, and the laboratory: nothing is tried out on the device while programs
+# compile, neither kernels of cuBLAS. That is most of compiling, and waits for what runs meanwhile.
+UNTIMED = TRAINING | {"xla_gpu_autotune_level": 0}
 # Several devices: many exchanges may be under way. XLA's own limit is one: each sum of gradients
 # waits for the one before, and the backward pass for each; with more they start as gradients come
 # and end after the backward pass. 128 is more than a step of 16 blocks has. Two H200, gf_mh_350m
@@ -33,21 +40,15 @@ TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 SEVERAL = TRAINING | {"xla_gpu_experimental_parallel_collective_overlap_limit": 128}
 # A small step, which kernels' starts bind: kernels of both branches run side by side. What runs at
 # once shares no memory. H200, gf_mh: at 64 x 64 tokens 2.76 ms instead of 4.12, temporaries 779 MiB
-# instead of 407; at 8 x 2048 9.19 ms instead of 7.99.
-SMALL_TRAINING = TRAINING | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# instead of 407; at 8 x 2048 9.19 ms instead of 7.99. Chosen untimed, products are of 831
+# kernels a step and not 897, as fewer sums are cut in parts; gf_mh_base takes 2 % longer so.
+SMALL_TRAINING = UNTIMED | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _SMALL = 2**20  # numbers of one activation, tokens x width; these two have 0.5 and 2.1 million
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
 # it sums, since summing the parts takes longer than is saved.
 DECODING = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_experimental_force_split_k": 1,
-}
-# The laboratory: nothing is tried out on the device while programs compile. That was most of
-# compiling, and waits for the program that runs meanwhile.
-LABORATORY = {
-    "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 
 # Compiled programs kept on disk; the least recently used go first.
@@ -61,11 +62,6 @@ _LOADING_SECONDS = 1.0
 
 # What JAX tells when a program comes from its cache.
 _HIT = "/jax/compilation_cache/cache_hits"
-
-# What a Pallas kernel for a GPU is in a lowered program, and how its numbers' types are written.
-_KERNEL = "mosaic_gpu_v2"
-_TENSOR = re.compile(r"tensor<((?:\d+x)*)(bf|f|i|ui)(8|16|32|64)>")
-_TYPES = {"bf": "bfloat", "f": "float", "i": "int", "ui": "uint"}
 
 _folder: Path | None = None  # of `use_cache`
 
@@ -107,6 +103,9 @@ def use_cache(folder: str = "auto") -> Path | None:
     """
     global _folder
     _folder = None
+    # Where a kernel was traced from would be part of it: the same kernel of a training step and of
+    # an evaluation would be two, and the program around it another after a line moved.
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
@@ -165,9 +164,12 @@ def compile_side_by_side(
         step = compiled["step"].result()  # waits for this one alone
 
     Args:
-        programs: name -> a function that lowers; the one that takes longest first. Tracing and
-            lowering are Python, so they take turns in this order; XLA compiles outside of Python,
-            each program in a thread of its own, and each of its Pallas kernels in another.
+        programs: name -> a function that lowers; the one that is needed first and takes longest is
+            first. Tracing and lowering are Python, so they take turns in this order; XLA compiles
+            outside of Python, each program in a thread of its own, and each of its Pallas kernels
+            in another, on one GPU those of the first program from when each is lowered. While XLA
+            compiles kernels, it compiles nothing else, so that other programs with kernels wait
+            for the first.
         kept: name -> a program as an earlier process compiled it, which is not even lowered, or
             where to keep it. The others are lowered once all of these are found or not: until then
             they would take Python from the process that needs these first.
@@ -178,10 +180,20 @@ def compile_side_by_side(
     tracing = ThreadPoolExecutor(1, "lower")
     compiling = ThreadPoolExecutor(max(len(programs), 1), "compile")
     kernels = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
-    begun, kept = set(), kept or {}  # hashes of kernels that compile
+    results, kept = {name: Future() for name in programs}, kept or {}
+    first = next(iter(results.values()), Future())
+    begun = set()  # hashes of kernels
+
+    def compile_new(found, result, seconds):
+        """Those of the kernels found that are new, if `result` is not there in `seconds`."""
+        loaded = time.monotonic() + seconds
+        for kernel in found:
+            if kernel is not None and kernel.hash not in begun:
+                begun.add(kernel.hash)
+                kernels.submit(_compile_unless, result, loaded, kernel)
 
     def start(name, lower):
-        result, place = Future(), kept.get(name)
+        result, place = results[name], kept.get(name)
 
         def settle(work, then=lambda _: None):
             try:
@@ -190,32 +202,47 @@ def compile_side_by_side(
                 result.set_exception(error)
 
         def compile_(lowered):
-            new = {name: x for name, x in _kernels_of(lowered).items() if name not in begun}
-            begun.update(new)
-            if place:
-                calls = _calls_of(lowered)  # before compiling, which may change the module
-                keep = functools.partial(kept_programs.compile_and_keep, place, lowered, calls)
-                compiling.submit(settle, lambda: keep(result.set_result))
-            else:
-                compiling.submit(settle, lowered.compile, result.set_result)
-            loaded = time.monotonic() + _LOADING_SECONDS
-            for program, arguments in new.values():
-                kernels.submit(_compile_unless, result, loaded, program, arguments)
+            found = _kernels_of(lowered)
+            calls = kernel_programs.calls_of(lowered) if place else set()  # compiling may change it
+
+            def compile_in_turn():
+                if found and result is not first:
+                    wait([first])
+                compile_new(found, result, _LOADING_SECONDS)
+                if place:
+                    kept_programs.compile_and_keep(place, lowered, calls, result.set_result)
+                else:
+                    result.set_result(lowered.compile())
+
+            compiling.submit(settle, compile_in_turn)
 
         def lower_unless(program):
             if program is not None:
                 jax.monitoring.record_event(_HIT)  # JAX's cache has it as well
                 result.set_result(program)
                 return
-            tracing.submit(settle, lambda: kept_programs.traced(without_collector, lower), compile_)
+            tracing.submit(
+                settle, lambda: kept_programs.traced(without_collector, lower_), compile_
+            )
+
+        def lower_():
+            if result is not first or jax.default_backend() != "gpu" or jax.device_count() > 1:
+                return lower()
+            try:
+                with early.telling(lambda call: compile_new(_kernels_of(call), result, 0)):
+                    return lower()
+            except Exception as error:  # of this JAX, or of the program, which raises it again
+                _say_slower(error)
+                return lower()
 
         if place:
             place.program.add_done_callback(lambda program: lower_unless(program.result()))
         else:
             _when_done([place.program for place in kept.values()], lambda: lower_unless(None))
-        return result
 
-    return {name: start(name, lower) for name, lower in programs.items()}
+    for name, lower in programs.items():
+        start(name, lower)
+    return results
 
 
 def _when_done(futures: Sequence[Future], call: Callable[[], None]) -> None:
@@ -232,80 +259,25 @@ def _when_done(futures: Sequence[Future], call: Callable[[], None]) -> None:
         call()
 
 
-def _kernels_of(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
-    """`kernel_programs`, or none of them: only time is lost where a JAX writes them otherwise."""
+def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel | None]:
+    """Of a lowered program or of a call in it; none where a JAX writes them otherwise.
+
+    Only time is lost then.
+    """
     try:
-        return kernel_programs(lowered)
+        if isinstance(lowered, jax.stages.Lowered):
+            return kernel_programs.of_program(lowered)
+        return [kernel_programs.of_call(lowered)]
     except Exception as error:
         _say_slower(error)
-        return {}
+        return []
 
 
 def _say_slower(error: BaseException) -> None:
     warnings.warn(f"kernels compile one after another: {error!r}", stacklevel=2)
 
 
-def kernel_programs(lowered: jax.stages.Lowered) -> dict[bytes, tuple[Any, list]]:
-    """Each Pallas kernel of a lowered program as a program of its own, the largest first.
-
-    XLA compiles the kernels of a program one after another, which takes half of its thread's time
-    (configs/gf_mh.py), but those of several programs side by side. A process keeps what it has
-    compiled: the large program finds the kernels that small ones brought in meanwhile.
-
-    Returns:
-        The kernel's hash -> a jitted function, and the shapes of its arguments.
-    """
-    found = {}
-    for call in _calls(lowered):
-        if _KERNEL not in str(call.attributes["call_target_name"]):
-            continue
-        shapes = [[_shape(x.type) for x in values] for values in (call.operands, call.results)]
-        if None in (*shapes[0], *shapes[1]):
-            continue
-        config = {entry.name: entry.attr for entry in call.attributes["mhlo.backend_config"]}
-        config = {name: getattr(x, "value_bytes", None) or x.value for name, x in config.items()}
-        found[config["kernel_hash"]] = _jitted_kernel(shapes[1], config), shapes[0], config
-    by_size = sorted(found.items(), key=lambda item: -len(item[1][2]["module"]))
-    return {name: (program, arguments) for name, (program, arguments, _) in by_size}
-
-
-def _jitted_kernel(results: list, config: dict) -> Any:
-    call = jax.ffi.ffi_call(_KERNEL, results)
-    return jax.jit(lambda *arguments: call(*arguments, **config))
-
-
-def _calls_of(lowered: jax.stages.Lowered) -> set[str]:
-    """The names of what a lowered program calls outside of XLA."""
-    return {call.attributes["call_target_name"].value for call in _calls(lowered)}
-
-
-def _calls(lowered: jax.stages.Lowered) -> Iterator[Any]:
-    module = lowered.compiler_ir()
-    assert module is not None  # JAX lowers to MLIR alone
-    for operation in _operations(module.operation):
-        if operation.name == "stablehlo.custom_call":
-            yield operation
-
-
-def _operations(parent: Any) -> Iterator[Any]:
-    """All operations inside an MLIR operation."""
-    for region in parent.regions:
-        for block in region:
-            for operation in block:
-                yield operation
-                yield from _operations(operation)
-
-
-def _shape(tensor: Any) -> jax.ShapeDtypeStruct | None:
-    """Of an MLIR type, None if it is not an array of common numbers."""
-    known = _TENSOR.fullmatch(str(tensor))
-    if known is None:
-        return None
-    sizes, kind, bits = known.groups()
-    return jax.ShapeDtypeStruct(tuple(map(int, sizes.split("x")[:-1])), _TYPES[kind] + bits)
-
-
-def _compile_unless(ready: Future, loaded: float, program: Any, arguments: list) -> None:
+def _compile_unless(ready: Future, loaded: float, kernel: kernel_programs.Kernel) -> None:
     """Compile a kernel, unless the program around it is `ready`, from disk, by the time `loaded`.
 
     If that fails, the program around it most often does too, and says why.
@@ -314,7 +286,7 @@ def _compile_unless(ready: Future, loaded: float, program: Any, arguments: list)
     if ready.done():
         return
     try:
-        program.lower(*arguments).compile()
+        kernel.program.lower(*kernel.arguments).compile()
     except Exception as error:
         if ready.exception() is None:  # once it is ready
             _say_slower(error)

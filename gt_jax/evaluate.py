@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from gt_jax import checkpoint, cli, stored
+from gt_jax import checkpoint, cli, compilation, stored
 from gt_jax.data import Corpus, count_tokens, encode_corpus, evaluation_batches, load_held_out
 from gt_jax.data.base import Tokenizer
 from gt_jax.errors import InputError
@@ -53,7 +53,9 @@ def _as_trained(model, params, documents, train):
         carry=train.carry_state,
     )
     carry = model.init_state(train.batch_size) if train.carry_state else None
-    measured = evaluate(jax.jit(make_eval_step(model)), params, batches, carry=carry)
+    options = compilation.options(compilation.UNTIMED)
+    step = jax.jit(make_eval_step(model), compiler_options=options)
+    measured = evaluate(step, params, batches, carry=carry)
     start = "learned" if model.config.learned_states else "zero"
     how = f"windows of {train.seq_len}, each from the {start} state"
     if train.carry_state:

@@ -111,8 +111,7 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
         step = None
         while step is None:
             try:
-                make_state = functools.partial(first_state, job, folder, about)
-                step = _loop(job, make_state, progress, start, stop, writer, speed, began)
+                step = _loop(job, folder, about, progress, stop, writer, speed, began)
             except Spike as spike:
                 found = spike.with_traceback(None)  # which holds the state of before
             if step is None:
@@ -128,13 +127,14 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
     return progress
 
 
-def _loop(job: Job, make_state, progress, start, stop, writer, speed, began) -> int:
-    """Train from step `start` until the last one or a stop. Returns the steps done.
+def _loop(job: Job, folder, about, progress, stop, writer, speed, began) -> int:
+    """Train from the step of a checkpoint, or from 0, until the last one or a stop.
 
     A step is evaluated, saved, then sampled. What a run that was stopped or killed left undone of
-    these at `start` is done first.
+    these at the step that it begins from is done first. Returns the steps done.
     """
     config, steps = job.config, job.config.train.steps
+    start = int(folder.name) if folder is not None else 0
     numbers = next((row for row in read_metrics(job.folder) if row["step"] == start), {})
     carry, row = None, None
     if config.train.carry_state:
@@ -170,8 +170,10 @@ def _loop(job: Job, make_state, progress, start, stop, writer, speed, began) -> 
             saved=writer.steps,
             say=display.line,
         )
-        state = make_state()  # before anything is cut off behind `start`
-        feed = prefetch(job.batches, job.mesh, config.parallel.mode)
+        send = functools.partial(prefetch, job.batches, job.mesh, config.parallel.mode)
+        feed = send() if about is None else None  # it compiles, which waits for others later on
+        state = first_state(job, folder, about)  # before anything is cut off behind `start`
+        feed = feed or send()
         metrics = stack.enter_context(contextlib.closing(_open_metrics(job, start)))
         samples = Samples(job.folder, start=start)
         report = functools.partial(_report, job, speed, metrics, watch.Alarm(config))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gt_jax import compilation, kept_programs
+from gt_jax import compilation, kept_programs, kernel_programs
 from gt_jax.errors import InputError
 from gt_jax.kernels.elementwise import gated_norm
 from gt_jax.kernels.pallas import devices
@@ -22,6 +22,7 @@ SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_include_full_tracebacks_in_locations",
 )
 
 
@@ -135,37 +136,63 @@ def compiled(monkeypatch):
 
     def kernel(name):
         made = SimpleNamespace(compile=lambda: (seen.append(name), begun.release()))
-        return SimpleNamespace(lower=lambda: made), []
+        return SimpleNamespace(hash=name, program=SimpleNamespace(lower=lambda: made), arguments=[])
 
     begun = threading.Semaphore(0)
-    of = lambda lowered: {name: kernel(name) for name in lowered.names}
-    monkeypatch.setattr(compilation, "kernel_programs", of)
-    return SimpleNamespace(names=seen, begun=begun)
+    of = lambda lowered: [kernel(name) for name in lowered.names]
+    monkeypatch.setattr(compilation, "_kernels_of", of)
+    return SimpleNamespace(names=seen, begun=begun, kernel=kernel)
 
 
 def test_each_kernel_compiles_once_beside_the_programs_that_hold_it(compiled, monkeypatch):
     monkeypatch.setattr(compilation, "_LOADING_SECONDS", 0)
 
-    def compile_():  # is done when all three kernels are
-        for _ in range(3):
+    def compile_(new):  # is done when that many kernels are
+        for _ in range(new):
             assert compiled.begun.acquire(timeout=120)
 
-    ends = threading.Event()
-    train = SimpleNamespace(names="ab", compile=compile_)
-    evaluate = SimpleNamespace(names="bc", compile=lambda: ends.wait(120))
+    train = SimpleNamespace(names="abc", compile=lambda: compile_(3))
+    evaluate = SimpleNamespace(names="bcd", compile=lambda: compile_(1))
     found = compilation.compile_side_by_side({"train": lambda: train, "evaluate": lambda: evaluate})
-    found["train"].result()
-    ends.set()
-    assert sorted(compiled.names) == ["a", "b", "c"]
+    for program in found.values():
+        program.result()
+    assert sorted(compiled.names) == ["a", "b", "c", "d"]
+
+
+def test_programs_with_kernels_wait_for_the_first_and_others_do_not(compiled):
+    ends, order = threading.Event(), []
+
+    def lowered(name, names, compile_=lambda: None):
+        return lambda: SimpleNamespace(
+            names=names, compile=lambda: (compile_(), order.append(name))
+        )
+
+    programs = {
+        "train": lowered("train", "a", lambda: ends.wait(120)),
+        "evaluate": lowered("evaluate", "b"),
+        "init": lowered("init", "", ends.set),
+    }
+    for program in compilation.compile_side_by_side(programs).values():
+        program.result(timeout=120)
+    assert order == ["init", "train", "evaluate"]
+
+
+def test_programs_with_kernels_compile_where_the_first_fails(compiled):
+    def fail():
+        raise ValueError("no such program")
+
+    evaluate = SimpleNamespace(names="b", compile=lambda: "compiled")
+    found = compilation.compile_side_by_side({"train": fail, "evaluate": lambda: evaluate})
+    assert found["evaluate"].result(timeout=120) == "compiled"
 
 
 def test_kernels_of_a_program_that_is_on_disk_are_not_compiled(compiled):
     ready = Future()
     ready.set_result(None)
-    kernel = compilation.kernel_programs(SimpleNamespace(names="a"))["a"]
-    compilation._compile_unless(ready, 0.0, *kernel)
+    kernel = compiled.kernel("a")
+    compilation._compile_unless(ready, 0.0, kernel)
     assert not compiled.names
-    compilation._compile_unless(Future(), 0.0, *kernel)
+    compilation._compile_unless(Future(), 0.0, kernel)
     assert compiled.names == ["a"]
 
 
@@ -175,7 +202,7 @@ def test_a_program_whose_kernels_are_not_found_is_compiled_nevertheless(monkeypa
     def search(lowered):
         raise KeyError("kernel_hash")
 
-    monkeypatch.setattr(compilation, "kernel_programs", search)
+    monkeypatch.setattr(kernel_programs, "of_call", search)
     lowered = SimpleNamespace(compile=lambda: "compiled")
     with pytest.warns(UserWarning, match="one after another: KeyError.'kernel_hash'"):
         found = compilation.compile_side_by_side({"train": lambda: lowered})["train"].result()
@@ -191,10 +218,11 @@ def test_a_kernel_that_fails_alone_is_told_unless_its_program_says_so():
             threading.Timer(0.05, end).start()
             raise ValueError("no such target")
 
-        kernel = SimpleNamespace(lower=lambda fail=fail: SimpleNamespace(compile=fail)), []
+        program = SimpleNamespace(lower=lambda fail=fail: SimpleNamespace(compile=fail))
+        kernel = SimpleNamespace(program=program, arguments=[])
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            compilation._compile_unless(ready, 0.0, *kernel)
+            compilation._compile_unless(ready, 0.0, kernel)
         assert [str(w.message) for w in told] == count * [
             "kernels compile one after another: ValueError('no such target')"
         ]
@@ -218,12 +246,12 @@ def test_a_kernel_alone_is_the_one_inside_a_program():
             lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
         text = [line for line in lowered.as_text().splitlines() if "mosaic_gpu" in line]
         parts = [line[line.index("mhlo.backend_config") :] for line in text]
-        return compilation.kernel_programs(lowered), parts
+        return kernel_programs.of_program(lowered), parts
 
     found, whole = calls(jax.jit(two), *shapes, jax.ShapeDtypeStruct((128,), jnp.float32))
     assert found
-    for program, arguments in found.values():
-        _, [alone] = calls(program, *arguments)
+    for kernel in found:
+        _, [alone] = calls(kernel.program, *kernel.arguments)
         assert any(
             alone.split("operand_layouts")[0] == x.split("operand_layouts")[0] for x in whole
         )

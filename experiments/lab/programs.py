@@ -144,7 +144,7 @@ def has_gate(model_config: ModelConfig) -> bool:
 def compiler_options(compile_fast: bool) -> dict:
     """For the compiler; compile_fast is for tiny jobs."""
     options = COMPILE_FAST if compile_fast else {}
-    return options | (compilation.options(compilation.LABORATORY) or {})
+    return options | (compilation.options(compilation.UNTIMED) or {})
 
 
 def _with_terms(config: Config, sweep: Mapping[str, Sequence]) -> Config:

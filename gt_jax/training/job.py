@@ -226,8 +226,11 @@ def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, k
     sharding = parallel.state_sharding(mesh, shapes)
     activation = config.train.batch_size * config.train.seq_len * model.config.dim
     train_step = parallel.compile_train_step(make_step, mesh, mode, shapes, activation=activation)
-    make_state = jax.jit(make_state, out_shardings=sharding)
-    restart = jax.jit(functools.partial(start_from, tx=tx, config=config), out_shardings=sharding)
+    once = functools.partial(
+        jax.jit, out_shardings=sharding, compiler_options=compilation.options(compilation.UNTIMED)
+    )
+    make_state = once(make_state)
+    restart = once(functools.partial(start_from, tx=tx, config=config))
     eval_step = make_eval_step(model)
     if mode != "jit":
         return {

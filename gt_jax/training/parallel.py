@@ -184,7 +184,7 @@ def shapes_on(shardings: Any, tree: Any) -> Any:
 
 def _jit_eval_step(eval_step, mesh: Mesh):
     if mesh.size == 1:
-        return jax.jit(eval_step)
+        return jax.jit(eval_step, compiler_options=compilation.options(compilation.UNTIMED))
     rows = P(_row_axes(mesh))
 
     def whole_batch(params, batch, carry):

@@ -227,9 +227,8 @@ def backward(
         *_, sums = loop(span // group, step, carry)
         _write_sums(refs, grid, m, column, sums)
 
-    rest = jax.new_ref(flat(d_projected))
     channels = sizes.channels
-    (d_taps,) = kernel(
+    d_taps, rest = kernel(
         body,
         name="causal_conv_backward",
         inputs={
@@ -239,8 +238,8 @@ def backward(
             "d_values": flat(d_values),
             "dB": flat(dB),
             "dC": flat(dC),
-            "d": rest,
         },
+        updates={"d": flat(d_projected)},
         outputs={
             "sums": jax.ShapeDtypeStruct((models, grid.blocks, WIDTH + 1, channels), jnp.float32)
         },
@@ -250,7 +249,7 @@ def backward(
         grid=_axes(models, grid, sizes),
         threads=1,
     )
-    return jax.freeze(rest).reshape(projected.shape), d_taps
+    return rest.reshape(projected.shape), d_taps
 
 
 def _axes(models, grid, sizes):

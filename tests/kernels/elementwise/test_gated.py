@@ -51,9 +51,14 @@ def with_gradients(function, inputs, cotangents):
 
 @pytest.fixture(scope="module")
 def case():
+    return make_case(*TOKENS)
+
+
+def make_case(rows, length):
+    """(inputs, cotangents) of that many tokens."""
     rng = np.random.default_rng(0)
     wide = [SIZES.padded_width, SIZES.inner, SIZES.state, SIZES.state, SIZES.heads, SIZES.inner]
-    p, y, *rest = (jnp.asarray(rng.normal(size=(*TOKENS, w)), jnp.bfloat16) for w in wide)
+    p, y, *rest = (jnp.asarray(rng.normal(size=(rows, length, w)), jnp.bfloat16) for w in wide)
     cotangents = (y[::-1], *rest)
     weight = rng.normal(size=(SIZES.channels, 4))
     parameters = weight, rng.normal(size=SIZES.channels), 1 + rng.normal(size=SIZES.inner) / 4
@@ -73,7 +78,7 @@ def assert_matches(inputs, cotangents, documents):
     """Kernels beside float64."""
     seen = None if documents is None else causal_conv.tokens_seen(jnp.asarray(documents, jnp.int32))
     ours = with_gradients(lambda *z: fused(*z, seen), inputs, cotangents)
-    of = np.zeros(TOKENS, int) if documents is None else documents
+    of = np.zeros(inputs[0].shape[:2], int) if documents is None else documents
     wide = jax.tree.map(lambda z: z.astype(jnp.float64), (inputs, cotangents))
     true = with_gradients(lambda *z: straight(*z, of), *wide)
     for name, z, expected in zip(NAMES, ours, true, strict=True):
