@@ -61,6 +61,7 @@ def main(argv=None):
     command.add_out(parser, "generation")
     options = parser.parse_args(argv)
     options.out = results.path_of(options)
+    command.check_can_be_written(options.out)  # else it would be found out once all has run
     effort = QUICK if options.quick else FULL
     batches = sorted(options.batches or effort["batches"])
 

@@ -93,6 +93,7 @@ def main(argv=None):
     command.add_out(parser, "kernels")
     options = parser.parse_args(argv)
     options.out = results.path_of(options)
+    command.check_can_be_written(options.out)  # else it would be found out once all has run
     if options.peers and options.dtype != "bfloat16":
         parser.error(f"--dtype={options.dtype}: the libraries of --peers are timed in bfloat16")
     effort = {"seconds": 0.2, "least_calls": 20, "repeats": 5}

@@ -99,7 +99,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             raise InputError(f"--{name}={value} must be at least 1")
     options.began = began
     if getattr(options, "out", None):  # else it would be found out once all has run
-        _check_can_be_written(options.out)
+        check_can_be_written(options.out)
     if "seeds" in options:
         options.seeds = range(options.seeds)
     given = [] if argv is None else argv
@@ -107,7 +107,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return options
 
 
-def _check_can_be_written(path: Path) -> None:
+def check_can_be_written(path: Path) -> None:
     """Raise InputError if not. Makes nothing: what follows may yet be refused."""
     path = path.absolute()
     there = next(each for each in (path, *path.parents) if each.exists())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.benchmarks import generation, kernels
 from experiments.lab import command, formats, results
 from experiments.lab.statistics import estimate
 from gt_jax.errors import InputError
@@ -129,6 +130,13 @@ def test_result_that_cannot_be_written_is_refused_before_anything_runs(tmp_path,
     with pytest.raises(InputError, match=rf"^--out={tmp_path / out} .*; name another file$"):
         options_of(f"--out={tmp_path / out}")
     options_of(f"--out={tmp_path / 'new/what.json'}")
+
+
+@pytest.mark.parametrize("benchmark", [generation, kernels])
+def test_benchmarks_refuse_a_result_that_cannot_be_written(tmp_path, benchmark):
+    """Before they have measured for minutes."""
+    with pytest.raises(InputError, match=rf"^--out={tmp_path} .*; name another file$"):
+        benchmark.main(["--quick", f"--out={tmp_path}"])
     assert not (tmp_path / "new").exists()
 
 
