@@ -2,7 +2,7 @@
 
 A block of the grid walks tokens that lie as far apart as all blocks together are long. A row of its
 threads (pallas/rows.py) holds all channels of a token, reads them once, and reads the next token
-while it computes this one. Registers hold no more; the token behind it is on its way to the
+while it computes this one. Registers hold no more: the one after it is meanwhile brought to the
 second-level cache.
 """
 
@@ -149,12 +149,11 @@ class Tokens:
             return following, compute(self._token(n), sums, *values)
 
         first = read(self._token(jnp.int32(0)))
+        self._bring_nearer(read, jnp.int32(1))
         return loop(self.grid.steps, step, (first, sums))[1]
 
     def _bring_nearer(self, read, n):
         """What `read` reads of the token of step n, if there is one."""
-        if self.grid.steps < 3:
-            return
 
         @pl.when(n < self.grid.steps)
         def _():
