@@ -78,17 +78,14 @@ def _is_weight(path, leaf):
 
 def _pairs(leaves):
     """Places of matrices that lie side by side."""
-    places = {_names(path): n for n, (path, _) in enumerate(leaves)}
-    pairs = []
-    for (*parents, name), n in places.items():
-        other = places.get((*parents, _BESIDE.get(name)))
-        if "fusion" in parents and other is not None:
-            pairs.append((n, other))
-    return pairs
+    places = {_names(path): n for n, (path, leaf) in enumerate(leaves) if leaf.dtype == jnp.float32}
+    others = {n: (*names[:-1], _BESIDE.get(names[-1], "")) for names, n in places.items()}
+    return [(n, places[names]) for n, names in others.items() if names in places]
 
 
 def _names(path):
-    return tuple(getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)
+    """Numbers of blocks and names, as text."""
+    return tuple(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def _value(dtype, weights) -> list[list[jax.Array]]:

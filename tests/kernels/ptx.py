@@ -205,7 +205,7 @@ class _Machine:
     def _mov(self, options, operands, mask):
         target, source = operands
         pair = lambda z: [y.strip() for y in z.strip("{}").split(",")]
-        size = arithmetic.WIDTH.get(options[0][1:])  # None of a predicate
+        size = arithmetic.WIDTH.get(options[0][1:], 0)  # of no predicate
         if target[0] == "{":
             parts = pair(target)
             value = self.value(source, f"u{size}").view(f"u{size // len(parts)}")

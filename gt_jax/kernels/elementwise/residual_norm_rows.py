@@ -2,8 +2,8 @@
 
 A block of the grid walks tokens that lie as far apart as all blocks together are long. A row of its
 threads (pallas/rows.py) holds all channels of a token, reads them once, and reads the next token
-while it computes this one. Registers hold no more: the one after it is meanwhile brought to the
-second-level cache.
+while it computes this one. Registers hold no more: where threads hold few channels, the one after
+it is meanwhile brought to the second-level cache.
 """
 
 import math
@@ -37,6 +37,8 @@ TUNING = {
     ("backward", True): Tuning(12, 2 * MULTIPROCESSORS),
 }
 _MOST_CHANNELS = {False: 24, True: 16}  # of a thread, which has 255 registers
+# Threads with more channels read enough at a time, and have no registers for addresses.
+_FEW_CHANNELS = 12
 
 
 class Grid(NamedTuple):
@@ -154,6 +156,8 @@ class Tokens:
 
     def _bring_nearer(self, read, n):
         """What `read` reads of the token of step n, if there is one."""
+        if self.grid.sections * self.row.vector > _FEW_CHANNELS:
+            return
 
         @pl.when(n < self.grid.steps)
         def _():
@@ -177,7 +181,8 @@ class Tokens:
             return None
         if self.is_ahead:
             whole = rows.Row(self.row.lanes, self.row.vector * self.grid.sections)
-            return row_ahead.fetch(ref, *token.at, 1, jnp.int32(first), whole)
+            model, at = token.at
+            return row_ahead.fetch(ref, model, at, 1, jnp.int32(first), whole)
         keep = token.exists if or_zeros else None
         load = lambda c: rows.load(ref, token.at, c + first, self.row, keep)
         return tuple(load(c) for c in self.columns)
