@@ -16,8 +16,16 @@ from jax.typing import DTypeLike
 from gt_jax.models.layers import ROUNDED
 
 # Matrices that nothing but products in the computation dtype reads, by the last name of their path.
-# Some fusions read theirs in float32.
+# Some fusions read others of theirs in float32.
 _NAMES = ("kernel", "time_maa_w1", "time_decay_w1", "time_decay_w2")
+_OF_FUSIONS = ("output_kernel",)
+
+# Those that one product of a fusion reads side by side; they lie so in the vector.
+_BESIDE = {
+    "candidate_kernel": "update_kernel",
+    "rwkv_kernel": "mamba_kernel",
+    "decay_kernel": "input_kernel",
+}
 
 # Arrays that one kernel reads: XLA fuses at most 96 operands and results.
 _MOST = 88
@@ -33,11 +41,16 @@ def rounded_together(blocks: list[Any], dtype: str) -> list[Any]:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(blocks)
     found = [leaf for _, leaf in leaves]
-    chosen = [n for n, (path, leaf) in enumerate(leaves) if _is_weight(path, leaf)]
-    for begin in range(0, len(chosen), _MOST):
-        places = chosen[begin : begin + _MOST]
-        for place, weight in zip(places, _rounded(dtype, [found[n] for n in places])):
-            found[place] = weight
+    chosen = [(n,) for n, (path, leaf) in enumerate(leaves) if _is_weight(path, leaf)]
+    chosen += _pairs(leaves)
+    while chosen:
+        places = [chosen.pop(0)]
+        while chosen and sum(map(len, [*places, chosen[0]])) <= _MOST:
+            places.append(chosen.pop(0))
+        weights = _rounded(dtype, [[found[n] for n in beside] for beside in places])
+        for beside, together in zip(places, weights):
+            for place, weight in zip(beside, together):
+                found[place] = weight
     return jax.tree.unflatten(structure, found)
 
 
@@ -49,32 +62,49 @@ def side_by_side(kernels: Sequence[jax.Array], dtype: DTypeLike) -> jax.Array:
 
     Args:
         kernels: of one dtype, as their gradients.
-        dtype: of the product; as `rounded` of layers.py, model.remat=dots keeps the result.
+        dtype: of the product; as `rounded` of layers.py, model.remat=dots keeps the result. Kernels
+            that have it lie side by side already, see `rounded_together`.
     """
+    if kernels[0].dtype == dtype:
+        return jnp.concatenate(kernels, axis=-1)
     return checkpoint_name(_joined(dtype, kernels[0].dtype, tuple(kernels)), ROUNDED)
 
 
 def _is_weight(path, leaf):
-    names = [entry.key for entry in path if hasattr(entry, "key")]
-    of_products = names[-1] in _NAMES and "fusion" not in names
+    names = _names(path)
+    of_products = names[-1] in (_OF_FUSIONS if "fusion" in names else _NAMES)
     return of_products and leaf.ndim == 2 and leaf.dtype == jnp.float32
 
 
-def _value(dtype, weights) -> list[jax.Array]:
+def _pairs(leaves):
+    """Places of matrices that lie side by side."""
+    places = {_names(path): n for n, (path, leaf) in enumerate(leaves) if leaf.dtype == jnp.float32}
+    others = {n: (*names[:-1], _BESIDE.get(names[-1], "")) for names, n in places.items()}
+    return [(n, places[names]) for n, names in others.items() if names in places]
+
+
+def _names(path):
+    """Numbers of blocks and names, as text."""
+    return tuple(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def _value(dtype, weights) -> list[list[jax.Array]]:
     # Without the barrier XLA would round in every reader instead.
-    joined = jnp.concatenate([weight.ravel().astype(dtype) for weight in weights])
+    wide = [jnp.concatenate(beside, axis=-1) for beside in weights]
+    joined = jnp.concatenate([z.ravel().astype(dtype) for z in wide])
     joined = jax.lax.optimization_barrier(joined)
     parts, start = [], 0
-    for weight in weights:
-        parts.append(joined[start : start + weight.size].reshape(weight.shape))
-        start += weight.size
+    for beside, z in zip(weights, wide):
+        whole = joined[start : start + z.size].reshape(z.shape)
+        parts.append(jnp.split(whole, len(beside), axis=-1))
+        start += z.size
     return parts
 
 
 _rounded = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _rounded.defvjp(
     lambda dtype, weights: (_value(dtype, weights), None),
-    lambda dtype, _, grads: ([grad.astype(jnp.float32) for grad in grads],),
+    lambda dtype, _, grads: (jax.tree.map(lambda grad: grad.astype(jnp.float32), grads),),
 )
 
 
