@@ -193,9 +193,6 @@ class _Machine:
     def _fence(self, options, operands, mask):
         pass
 
-    def _prefetch(self, options, operands, mask):
-        self._ld([options[0], "b8"], ["", operands[0]], mask)  # of what may be read
-
     def _elect(self, options, operands, mask):
         lane, elected = operands[0].split("|")
         first = mask & (self.thread % WARP == 0)
@@ -205,18 +202,19 @@ class _Machine:
     def _mov(self, options, operands, mask):
         target, source = operands
         pair = lambda z: [y.strip() for y in z.strip("{}").split(",")]
-        size = arithmetic.WIDTH.get(options[0][1:], 0)  # of no predicate
         if target[0] == "{":
             parts = pair(target)
+            size = arithmetic.WIDTH[options[0][1:]]
             value = self.value(source, f"u{size}").view(f"u{size // len(parts)}")
             for n, part in enumerate(parts):
                 self.put(part, value.reshape(-1, len(parts))[:, n], mask)
         elif source[0] == "{":
+            size = arithmetic.WIDTH[options[0][1:]]
             parts = pair(source)
             values = [self.value(z, f"u{size // len(parts)}") for z in parts]
             self.put(target, np.stack(values, 1).reshape(-1).view(f"u{size}"), mask)
         else:
-            dtype = bool if options[0] == "pred" else f"u{size}"
+            dtype = bool if options[0] == "pred" else f"u{arithmetic.WIDTH[options[0][1:]]}"
             self.put(target, self.value(source, dtype), mask)
 
     def _cvta(self, options, operands, mask):
@@ -233,8 +231,9 @@ class _Machine:
             elif source == "bf16":
                 found = arithmetic.from_bfloat16(self.value(operands[1], "u2"))
             else:
-                source, to = arithmetic.dtype_of(source), arithmetic.dtype_of(to)
-                found = self.value(operands[1], source).astype(to)
+                found = self.value(operands[1], arithmetic.dtype_of(source)).astype(
+                    arithmetic.dtype_of(to)
+                )
         self.put(operands[0], found, mask)
 
     def _setp(self, options, operands, mask):
@@ -280,10 +279,11 @@ class _Machine:
             return
         targets, size, places = self._place(options, operands[0], operands[1], mask)
         memory = self.memory if options[0] == "global" else self.shared
-        if options[0] == "shared":
+        if options[0] == "global":
+            if not self.readable[places].all():
+                raise Fault("a read outside the inputs")
+        else:
             self._check_read(places, mask)
-        elif not self.readable[places].all():
-            raise Fault("a read outside the inputs")
         found = memory[places].reshape(len(places), len(targets), size)
         for n, target in enumerate(targets):
             value = np.full((len(self.thread), size), 0xFF, np.uint8)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import row_ahead, row_folds, rows, warps
+from gt_jax.kernels.pallas import row_folds, rows, warps
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import divide, kernel
 from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits
@@ -31,7 +31,6 @@ _VECTOR = 4  # neighbouring channels of a thread: 16 bytes
 _SPAN = 8  # most tokens of a row in a tile
 _WARPGROUPS = 2  # most of a block: a multiprocessor then holds one, with 255 registers a thread
 _LEAST_TILES = 2  # of a split
-_AHEAD = 2  # tiles between what is computed and what is brought nearer
 _INTERPRETED = 4  # rows of a block in the interpreter
 
 
@@ -250,34 +249,6 @@ class Place:
             plgpu.barrier_wait(self.refs.barrier)
         else:
             row_folds.sync()
-
-
-class Ahead(Place):
-    """A Place of tiles to come: what is read of their tokens is brought nearer, and not given.
-
-    Registers do not hold more than a tile, and the assembler puts off reading the next one until
-    this one is computed; by then it is in the second-level cache.
-    """
-
-    def begin(self, given):
-        """Reads what given(place, token) reads of the tiles between the first and `go_on`'s."""
-        for n in range(1, min(_AHEAD, self.grid.tiles)):
-            self._read(jnp.int32(n), given)
-
-    def go_on(self, n, given):
-        """The same of the tile that is computed _AHEAD tiles after tile n, if there is one."""
-        later = n + _AHEAD
-        if self.grid.tiles > _AHEAD:
-            pl.when(later < self.grid.tiles)(lambda: self._read(later, given))
-
-    def _read(self, n, given):
-        tokens = self.tokens(n)
-        given(self, tokens[-1] if self.reverse else tokens[0])
-
-    def load(self, ref, token, offset=0):
-        """All tokens of the row in a tile, from this one on."""
-        column = self.column + offset
-        row_ahead.fetch(ref, self.sequence, token[0], self.grid.span, column, self.grid.row)
 
 
 def run(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.elementwise.linear_scan_rows import Ahead, Grid, Place, grid_for, run
+from gt_jax.kernels.elementwise.linear_scan_rows import Grid, Place, grid_for, run
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop
 from gt_jax.kernels.pallas.splits import states_of_splits
@@ -96,12 +96,10 @@ def states_of_tokens(
 
     def body(refs):
         place = Place(grid, refs, batch, reverse=False)
-        ahead = Ahead(grid, refs, batch, reverse=False)
 
         def step(n, carry):
             s, given = carry
             tokens = place.tokens(n)
-            ahead.go_on(n, terms.given)
             found = list(terms.of_tokens(place, tokens, given))
             given = terms.given_of(place, place.tokens_after(n))  # on their way from here on
             s, after, _ = place.fold(found, s, lax.rem(n, jnp.int32(2)))
@@ -111,7 +109,6 @@ def states_of_tokens(
             return after, given
 
         first = terms.given_of(place, place.tokens(jnp.int32(0)))
-        ahead.begin(terms.given)
         last, _ = loop(grid.tiles, step, (place.start(), first))
         if dtype is not None:
             place.store_of_split(refs.last_gmem, last)
@@ -151,20 +148,14 @@ def gradients_of_tokens(
 
     def body(refs):
         place = Place(grid, refs, len(s), reverse=True)
-        ahead = Ahead(grid, refs, len(s), reverse=True)
         before = place.of_sequence(refs.state_gmem)
 
         def read(tokens, j):
             return terms.given(place, tokens[j]), place.state_earlier(tokens, j, before)
 
-        def given_and_s(place, token):
-            terms.given(place, token)
-            place.load(refs.s_gmem, token)
-
         def step(n, carry):
             u, total, values = carry
             tokens, following = place.tokens(n), place.tokens_after(n)
-            ahead.go_on(n, given_and_s)
             found = terms.of_tokens(place, tokens, [given for given, _ in values])
             u, after, _ = place.fold(found, u, lax.rem(n, jnp.int32(2)))
             coming = []
@@ -180,7 +171,6 @@ def gradients_of_tokens(
         total = rows.zeros(grid.row) if "total" in outputs else None
         tokens = place.tokens(jnp.int32(0))
         first = [read(tokens, j) for j in range(grid.span)]
-        ahead.begin(given_and_s)
         u, total, _ = loop(grid.tiles, step, (place.start(), total, first))
         if "d_state" in outputs:
             place.store_of_split(refs.d_state_gmem, u)

@@ -2,8 +2,7 @@
 
 A block of the grid walks tokens that lie as far apart as all blocks together are long. A row of its
 threads (pallas/rows.py) holds all channels of a token, reads them once, and reads the next token
-while it computes this one. Registers hold no more: where threads hold few channels, the one after
-it is meanwhile brought to the second-level cache.
+while it computes this one.
 """
 
 import math
@@ -16,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import row_ahead, row_numbers, rows, warps
+from gt_jax.kernels.pallas import row_numbers, rows, warps
 from gt_jax.kernels.pallas.launch import MULTIPROCESSORS, kernel, loop
 
 _VECTOR = 4  # neighbouring channels of a thread: 16 bytes of float32
@@ -37,8 +36,6 @@ TUNING = {
     ("backward", True): Tuning(12, 2 * MULTIPROCESSORS),
 }
 _MOST_CHANNELS = {False: 24, True: 16}  # of a thread, which has 255 registers
-# Threads with more channels read enough at a time, and have no registers for addresses.
-_FEW_CHANNELS = 12
 
 
 class Grid(NamedTuple):
@@ -117,7 +114,6 @@ class Tokens:
         self.width = grid.sections * grid.row.channels
         self.first = lax.axis_index("tokens") * grid.row.number + rows.own_row(grid.row)
         self.model = lax.axis_index("models")
-        self.is_ahead = False  # whether `read` brings nearer what it would give
 
     def walk(self, read: Callable, compute: Callable):
         """compute(token, *read(token)) for all tokens of the row.
@@ -146,24 +142,11 @@ class Tokens:
     def _walk(self, read, compute, sums):
         def step(n, carry):
             values, sums = carry
-            self._bring_nearer(read, n + 2)
             following = read(self._token(jnp.minimum(n + 1, self.grid.steps - 1)))
             return following, compute(self._token(n), sums, *values)
 
         first = read(self._token(jnp.int32(0)))
-        self._bring_nearer(read, jnp.int32(1))
         return loop(self.grid.steps, step, (first, sums))[1]
-
-    def _bring_nearer(self, read, n):
-        """What `read` reads of the token of step n, if there is one."""
-        if self.grid.sections * self.row.vector > _FEW_CHANNELS:
-            return
-
-        @pl.when(n < self.grid.steps)
-        def _():
-            self.is_ahead = True
-            read(self._token(n))
-            self.is_ahead = False
 
     def _token(self, n):
         """The token that the row takes at step n."""
@@ -179,10 +162,6 @@ class Tokens:
         """
         if ref is None:
             return None
-        if self.is_ahead:
-            whole = rows.Row(self.row.lanes, self.row.vector * self.grid.sections)
-            model, at = token.at
-            return row_ahead.fetch(ref, model, at, 1, jnp.int32(first), whole)
         keep = token.exists if or_zeros else None
         load = lambda c: rows.load(ref, token.at, c + first, self.row, keep)
         return tuple(load(c) for c in self.columns)
