@@ -22,10 +22,10 @@ from gt_jax.kernels.pallas import early
 
 # XLA's options on a GPU, by kind of program.
 #
-# Training: XLA would compile each fusion in several ways and time them, a sixth of
-# the seconds to the first step, and train no faster (H100, configs/gf_mh_base.py). It would do the
-# same with each product as a Triton kernel of many sizes, beside the ones of cuBLAS: 14 of 94
-# seconds of a whole command, and 96.5 ms a step instead of 96.7 (H200, gf_mh_base).
+# Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
+# the first step, and train no faster (H100, configs/gf_mh_base.py). It would do the same with each
+# product as a Triton kernel of many sizes, beside those of cuBLAS: 14 of 94 seconds to measure
+# gf_mh_base, which takes 96.5 ms a step so and 96.7 otherwise (H200).
 TRAINING = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_experimental_enable_fusion_autotuner": False,
@@ -40,8 +40,9 @@ UNTIMED = TRAINING | {"xla_gpu_autotune_level": 0}
 SEVERAL = TRAINING | {"xla_gpu_experimental_parallel_collective_overlap_limit": 128}
 # A small step, which kernels' starts bind: kernels of both branches run side by side. What runs at
 # once shares no memory. H200, gf_mh: at 64 x 64 tokens 2.76 ms instead of 4.12, temporaries 779 MiB
-# instead of 407; at 8 x 2048 9.19 ms instead of 7.99. Chosen untimed, products are of 831
-# kernels a step and not 897, as fewer sums are cut in parts; gf_mh_base takes 2 % longer so.
+# instead of 407; at 8 x 2048 9.19 ms instead of 7.99. With products that are untimed it has 831
+# kernels and not 897, as fewer sums are cut in parts; gf_mh_base takes 2 % longer so. With
+# cuBLAS's workspaces of what runs at once, gf_mh takes 2.9 GiB.
 SMALL_TRAINING = UNTIMED | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _SMALL = 2**20  # numbers of one activation, tokens x width; these two have 0.5 and 2.1 million
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
