@@ -6,7 +6,7 @@
 # times a tap each, which read the input four times where they are not fused.
 # XLA for CPUs computes the grouped convolution by a loop of its own: on 64 x 64 tokens of 512 channels in float32, on two
 # cores, it took 81 times as long in 0.10.2 and 56 times as long in 0.12.0.1 (25 times on another day).
-# Why one looks: ported models use the grouped convolution, and on a CPU it becomes most of a training step.
+# Why one looks: Mamba in PyTorch is written with a grouped convolution, and whoever ports it takes over the call.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
