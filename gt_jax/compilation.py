@@ -222,9 +222,8 @@ def compile_side_by_side(
                 jax.monitoring.record_event(_HIT)  # JAX's cache has it as well
                 result.set_result(program)
                 return
-            tracing.submit(
-                settle, lambda: kept_programs.traced(without_collector, lower_), compile_
-            )
+            trace = lambda: kept_programs.traced(without_collector, lower_)
+            settle(lambda: tracing.submit(settle, trace, compile_))  # refused once Python ends
 
         def lower_():
             if result is not first or jax.default_backend() != "gpu" or jax.device_count() > 1:
@@ -233,8 +232,9 @@ def compile_side_by_side(
                 with early.telling(lambda call: compile_new(_kernels_of(call), result, 0)):
                     return lower()
             except Exception as error:  # of this JAX, or of the program, which raises it again
+                lowered = lower()
                 _say_slower(error)
-                return lower()
+                return lowered
 
         if place:
             place.program.add_done_callback(lambda program: lower_unless(program.result()))

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from gt_jax import compilation, kept_programs, kernel_programs
 from gt_jax.errors import InputError
 from gt_jax.kernels.elementwise import gated_norm
-from gt_jax.kernels.pallas import devices
+from gt_jax.kernels.pallas import devices, early
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -175,6 +175,40 @@ def test_programs_with_kernels_wait_for_the_first_and_others_do_not(compiled):
     for program in compilation.compile_side_by_side(programs).values():
         program.result(timeout=120)
     assert order == ["init", "train", "evaluate"]
+
+
+def test_an_error_of_the_program_is_told_once_and_one_of_telling_is_a_warning(monkeypatch):
+    """As on a GPU, where the first program tells of its kernels."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def fail(only_while_telling):
+        if early.told() or not only_while_telling:
+            raise ValueError("no such program")
+        return SimpleNamespace(names="", compile=lambda: "compiled")
+
+    monkeypatch.setattr(compilation, "_kernels_of", lambda lowered: [])
+    compile_ = lambda only: compilation.compile_side_by_side({"train": lambda: fail(only)})["train"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="no such program"):
+            compile_(False).result(timeout=120)
+    with pytest.warns(UserWarning, match="no such program"):
+        assert compile_(True).result(timeout=120) == "compiled"
+
+
+def test_a_program_that_is_found_missing_when_python_ends_is_given_up(monkeypatch):
+    """Else what waits for the first program would wait for ever."""
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    place = kept_programs.Kept(Path("train"), Future())
+    found = compilation.compile_side_by_side({"train": lambda: None}, {"train": place})
+    monkeypatch.setattr(compilation.ThreadPoolExecutor, "submit", refuse)
+    place.program.set_result(None)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        found["train"].result(timeout=120)
 
 
 def test_programs_with_kernels_compile_where_the_first_fails(compiled):

@@ -84,6 +84,7 @@ class MinGRU(nn.Module):
     """
 
     config: ModelConfig
+    only_in_products = (("candidate_kernel", "update_kernel"),)
 
     @nn.compact
     def score(

@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from gt_jax.models.config import ModelConfig
 from gt_jax.models.fsdp import is_cut
+from gt_jax.models.fusion import FUSIONS
 from gt_jax.models.layers import is_launch_bound
 from gt_jax.models.rounding import rounded_together
 
@@ -64,7 +65,8 @@ def caller(
         """Of all blocks; None for one without."""
         names = (f"blocks_{layer}" for layer in range(config.layers))
         params = [model.get_variable("params", name) for name in names]
-        return rounded_together(params, config.dtype) if few_numbers else params
+        of_fusion = getattr(FUSIONS[config.fusion], "only_in_products", ())
+        return rounded_together(params, config.dtype, of_fusion) if few_numbers else params
 
     # New for every trace: one kept between traces would not see what a context has changed.
     @functools.partial(jax.jit, static_argnums=0)

@@ -9,6 +9,8 @@ branch records that weight as "gate" and starts it at initial_share(self). Its c
     default_share    RWKV's share where model.gate_init is None: 0.5 if not said, None for no gate
     reads_input      True: it is also called with block_input=, the block's normalised input
     branch_epsilon   of its branch_norm where model.branch_epsilon is None: 1e-2 if not said
+    only_in_products names of matrices, in tuples, that nothing but products in model.dtype reads,
+                     those of a tuple side by side, of one shape: small steps round all at once
     score            a method, as MinGRU's, of one that is `blend` of what it gives: a kernel may
                      then join the branches, add them to the stream and take the next norm
 

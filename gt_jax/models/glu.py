@@ -41,6 +41,7 @@ class GLU(nn.Module):
 
     config: ModelConfig
     reads_input = True
+    only_in_products = ("rwkv_kernel", "mamba_kernel"), ("output_kernel",)
 
     @nn.compact
     def __call__(
@@ -82,6 +83,7 @@ class ParallelFusion(nn.Module):
 
     config: ModelConfig
     reads_input = True
+    only_in_products = ("rwkv_kernel", "mamba_kernel"), ("output_kernel",)
 
     @nn.compact
     def __call__(
@@ -123,6 +125,7 @@ class ParallelScan(nn.Module):
 
     config: ModelConfig
     reads_input = True
+    only_in_products = ("decay_kernel", "input_kernel"), ("output_kernel",)
 
     @nn.compact
     def __call__(

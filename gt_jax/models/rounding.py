@@ -16,33 +16,34 @@ from jax.typing import DTypeLike
 from gt_jax.models.layers import ROUNDED
 
 # Matrices that nothing but products in the computation dtype reads, by the last name of their path.
-# Some fusions read others of theirs in float32.
+# A fusion may read its own in float32: it says which it does not.
 _NAMES = ("kernel", "time_maa_w1", "time_decay_w1", "time_decay_w2")
-_OF_FUSIONS = ("output_kernel",)
-
-# Those that one product of a fusion reads side by side; they lie so in the vector.
-_BESIDE = {
-    "candidate_kernel": "update_kernel",
-    "rwkv_kernel": "mamba_kernel",
-    "decay_kernel": "input_kernel",
-}
 
 # Arrays that one kernel reads: XLA fuses at most 96 operands and results.
 _MOST = 88
 
 
-def rounded_together(blocks: list[Any], dtype: str) -> list[Any]:
+def rounded_together(
+    blocks: list[Any], dtype: str, of_fusion: Sequence[tuple[str, ...]] = ()
+) -> list[Any]:
     """The parameters of blocks with their weights in `dtype`; gradients are float32, each rounded
     once, as of weights that are rounded one by one.
 
     Args:
         blocks: trees of parameters, float32.
         dtype: of products.
+        of_fusion: `only_in_products` of the fusion, see gt_jax/models/fusion.py.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(blocks)
     found = [leaf for _, leaf in leaves]
-    chosen = [(n,) for n, (path, leaf) in enumerate(leaves) if _is_weight(path, leaf)]
-    chosen += _pairs(leaves)
+    wide = [leaf.ndim == 2 and leaf.dtype == jnp.float32 for leaf in found]
+    places = {_names(path): n for n, (path, _) in enumerate(leaves) if wide[n]}
+    chosen = [(n,) for z, n in places.items() if z[-1] in _NAMES and "fusion" not in z]
+    fusions = dict.fromkeys(names[:-1] for names in places if names[-2:-1] == ("fusion",))
+    beside = [[(*z, name) for name in names] for z in fusions for names in of_fusion]
+    chosen += [
+        tuple(places[z] for z in names) for names in beside if all(z in places for z in names)
+    ]
     while chosen:
         places = [chosen.pop(0)]
         while chosen and sum(map(len, [*places, chosen[0]])) <= _MOST:
@@ -68,19 +69,6 @@ def side_by_side(kernels: Sequence[jax.Array], dtype: DTypeLike) -> jax.Array:
     if kernels[0].dtype == dtype:
         return jnp.concatenate(kernels, axis=-1)
     return checkpoint_name(_joined(dtype, kernels[0].dtype, tuple(kernels)), ROUNDED)
-
-
-def _is_weight(path, leaf):
-    names = _names(path)
-    of_products = names[-1] in (_OF_FUSIONS if "fusion" in names else _NAMES)
-    return of_products and leaf.ndim == 2 and leaf.dtype == jnp.float32
-
-
-def _pairs(leaves):
-    """Places of matrices that lie side by side."""
-    places = {_names(path): n for n, (path, leaf) in enumerate(leaves) if leaf.dtype == jnp.float32}
-    others = {n: (*names[:-1], _BESIDE.get(names[-1], "")) for names, n in places.items()}
-    return [(n, places[names]) for n, names in others.items() if names in places]
 
 
 def _names(path):

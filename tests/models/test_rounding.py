@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.models import rounding
+from gt_jax.models import FUSIONS, rounding
 from tests.models.small_models import jit, random_tokens, small_model
 
 
@@ -34,6 +34,11 @@ def one_by_one(blocks, fusion="gf"):
     return jax.tree_util.tree_map_with_path(rounded, blocks)
 
 
+def rounded_together(blocks, fusion):
+    of_fusion = getattr(FUSIONS[fusion], "only_in_products", ())
+    return rounding.rounded_together(blocks, "bfloat16", of_fusion)
+
+
 @pytest.mark.parametrize("fusion", OF_FUSIONS)
 def test_weights_and_their_gradients_are_those_of_rounding_one_by_one(monkeypatch, fusion):
     monkeypatch.setattr(rounding, "_MOST", 7)  # several vectors, the last one not full
@@ -43,7 +48,7 @@ def test_weights_and_their_gradients_are_those_of_rounding_one_by_one(monkeypatc
         leaves = jax.tree.leaves(rounded(params))
         return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in leaves)
 
-    together = functools.partial(rounding.rounded_together, dtype="bfloat16")
+    together = functools.partial(rounded_together, fusion=fusion)
     jax.tree.map(np.testing.assert_array_equal, jit(together)(params), one_by_one(params, fusion))
     apart = functools.partial(one_by_one, fusion=fusion)
     found, expected = (jit(jax.grad(functools.partial(loss, f)))(params) for f in (together, apart))
@@ -55,7 +60,7 @@ def test_weights_and_their_gradients_are_those_of_rounding_one_by_one(monkeypatc
 def test_a_model_computes_the_same_loss_with_weights_rounded_together(fusion):
     given = {"fusion": fusion, "layers": 2, "impl": "chunked", "dtype": "bfloat16"}
     model, params = small_model("gf", **given)[:2]
-    blocks = rounding.rounded_together(blocks_of(params), "bfloat16")
+    blocks = rounded_together(blocks_of(params), fusion)
     rounded = params | {f"blocks_{layer}": block for layer, block in enumerate(blocks)}
     tokens = random_tokens(2, 9)
     logits = [jit(model.apply)({"params": p}, tokens).logits for p in (params, rounded)]
@@ -92,9 +97,19 @@ def test_weights_rounded_together_lie_side_by_side_already():
     kernels = {"candidate_kernel": jnp.ones((4, 6)), "update_kernel": jnp.ones((4, 6))}
 
     def product(x, kernels):
-        (block,) = rounding.rounded_together([{"fusion": kernels}], "bfloat16")
+        (block,) = rounded_together([{"fusion": kernels}], "mingru")
         return x @ rounding.side_by_side(list(block["fusion"].values()), "bfloat16")
 
     text = jit(product).lower(jnp.ones((3, 4), "bfloat16"), kernels).as_text()
     (barrier,) = [line for line in text.splitlines() if "optimization_barrier" in line]
     assert "48xbf16" in barrier
+
+
+def test_a_fusion_that_says_nothing_is_given_its_parameters_as_they_are():
+    """One that a user adds may read what has these names in float32, in any shapes."""
+    shapes = {"output_kernel": (4, 4), "rwkv_kernel": (4, 8), "mamba_kernel": (4, 4)}
+    fusion = {name: jnp.full(shape, 1 / 3) for name, shape in shapes.items()}
+    blocks = [{"fusion": fusion, "out": {"kernel": jnp.full((4, 4), 1 / 3)}}]
+    (found,) = rounding.rounded_together(blocks, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, found["fusion"], fusion)
+    assert found["out"]["kernel"].dtype == jnp.bfloat16
