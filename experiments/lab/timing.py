@@ -160,8 +160,9 @@ def copy_bandwidth(effort):
 
 
 def spread(values):
-    """Median and range in the form of an estimate."""
-    found = {"mean": statistics.median(values), "low": min(values), "high": max(values)}
+    """Median and range in the form of an estimate; one value has no range."""
+    low, high = (min(values), max(values)) if len(values) > 1 else (None, None)
+    found = {"mean": statistics.median(values), "low": low, "high": high}
     return found | {"n": len(values), "values": values}
 
 

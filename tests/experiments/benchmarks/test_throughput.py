@@ -31,6 +31,8 @@ class FullGpu:
 def test_median_and_range_are_those_of_the_stretches():
     rate = throughput.spread([30.0, 10.0, 25.0])
     assert (rate["mean"], rate["low"], rate["high"], rate["n"]) == (25.0, 10.0, 30.0, 3)
+    one = throughput.spread([25.0])
+    assert (one["mean"], one["low"], one["high"]) == (25.0, None, None)
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
