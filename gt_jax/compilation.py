@@ -31,7 +31,7 @@ TRAINING = {
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 # What runs for a short time, and the laboratory: nothing is tried out on the device while programs
-# compile, neither kernels of cuBLAS. That is most of compiling, and waits for what runs meanwhile.
+# compile, not even kernels of cuBLAS. That is most of compiling, and waits for what runs meanwhile.
 UNTIMED = TRAINING | {"xla_gpu_autotune_level": 0}
 # Several devices: many exchanges may be under way. XLA's own limit is one: each sum of gradients
 # waits for the one before, and the backward pass for each; with more they start as gradients come

@@ -116,8 +116,7 @@ def _train(config: Config, workdir: Path, own: Path, mesh, stop: Stop | None, be
                 found = spike.with_traceback(None)  # which holds the state of before
             if step is None:
                 folder, about, progress = rewind(config, workdir, writer, progress, found)
-                start = int(folder.name)
-                speed.rewind(start)
+                speed.rewind(int(folder.name))
         curve = curve_of(job)  # while the last checkpoint is written
         writer.finish(best_step=progress.best_step)
     keep_curve(job, curve)

@@ -183,8 +183,9 @@ def shapes_on(shardings: Any, tree: Any) -> Any:
 
 
 def _jit_eval_step(eval_step, mesh: Mesh):
+    options = compilation.options(compilation.UNTIMED)
     if mesh.size == 1:
-        return jax.jit(eval_step, compiler_options=compilation.options(compilation.UNTIMED))
+        return jax.jit(eval_step, compiler_options=options)
     rows = P(_row_axes(mesh))
 
     def whole_batch(params, batch, carry):
@@ -195,7 +196,8 @@ def _jit_eval_step(eval_step, mesh: Mesh):
         specs = (_param_specs(params, mesh), _batch_specs(batch, mesh), rows)
         return _by_device(whole_batch, mesh, specs, (P(), rows))(params, batch, carry)
 
-    return jax.jit(spread, out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, rows)))
+    shardings = NamedSharding(mesh, P()), NamedSharding(mesh, rows)
+    return jax.jit(spread, out_shardings=shardings, compiler_options=options)
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
