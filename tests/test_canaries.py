@@ -122,7 +122,8 @@ def test_program_prints_a_table_and_writes_json(loaded, tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = [f"--checkpoint={tmp_path / 'model'}", f"--json={path}", "--items=4"]
     __main__.main(["canaries", "--suite=tiny", *arguments])
-    printed = capsys.readouterr().out
+    printed, beside = capsys.readouterr()
+    assert "canary 2 of 2: C1b3, after 3 sentences\n" in beside  # a suite can take minutes
     result = json.loads(path.read_text())
     assert list(result["canaries"]) == ["C1a", "C1b3"] and list(result["categories"]) == ["C1"]
     assert result["passed"] is False and result["reason"] in printed

@@ -90,6 +90,7 @@ def run(
     suite: str,
     items: int = 20,
     batch_size: int = 8,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Score a model.
 
@@ -99,6 +100,7 @@ def run(
         suite: a key of SUITES.
         items: prompts per canary, spread over its paraphrases; the same ones for every model.
         batch_size: prompts read side by side.
+        say: gets a line before each canary, as a suite can take minutes.
 
     Returns:
         What JSON can hold: suite, parameters, items, state {S0 to S4: {about, passed, found}},
@@ -110,8 +112,9 @@ def run(
     """
     state = check_state(model, params)
     canaries = {}
-    for name in SUITES[suite]:
+    for number, name in enumerate(SUITES[suite], 1):
         canary = CANARIES[name]
+        say(f"canary {number} of {len(SUITES[suite])}: {name}, {canary.about}")
         prompts = make_items(name, items, tokenizer)
         right, said = _measure(model, params, tokenizer, prompts, batch_size, canary.said)
         canaries[name] = {

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         suite=flags.suite,
         items=flags.items,
         batch_size=flags.batch_size,
+        say=cli.note,
     )
     print(describe(result))
     if flags.json:
