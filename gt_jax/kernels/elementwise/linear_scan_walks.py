@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.elementwise.linear_scan_rows import Grid, Place, grid_for, run
+from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_for
+from gt_jax.kernels.elementwise.linear_scan_rows import Place, run
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop
 from gt_jax.kernels.pallas.splits import states_of_splits
