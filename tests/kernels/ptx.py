@@ -203,6 +203,22 @@ class _Machine:
 
     _barrier = _fence  # arriving at a cluster's; all are there when they wait
 
+    def _cp(self, options, operands, mask):
+        """Copies to shared memory, which arrive when they are waited for."""
+        if options[1] == "commit_group":
+            self.shared.commit(mask)
+            return
+        if options[1] == "wait_group":
+            self.shared.wait(mask, int(operands[0]))
+            return
+        target, source, size = operands
+        numbers = ",".join("x" * (int(size) // 4))
+        *_, places = self._place(["global", "b32"], numbers, source, mask)
+        if not self.readable[places].all():
+            raise Fault("a copy from outside the inputs")
+        *_, to = self._place(["shared", "b32"], numbers, target, mask)
+        self.shared.start_copy(to, self.thread[mask], self.memory[places])
+
     def _mapa(self, options, operands, mask):
         target, address, block = operands
         block = self.value(block, "u4").astype(np.uint64) + np.uint64(1)
@@ -272,19 +288,9 @@ class _Machine:
         target, source, by, clamp, members = operands
         if int(members, 0) % 2**32 != 2**32 - 1 or "|" in target:
             raise NotImplementedError("a shuffle of some threads, or one that tells who took part")
-        lane, by, clamp = self.thread % WARP, int(by, 0) % WARP, int(clamp, 0)
-        segment, bound = clamp >> 8 & 31, clamp & 31
-        last = lane & segment | bound & ~segment
-        if options[1] == "up":
-            other, inside = lane - by, lane - by >= last
-        elif options[1] == "down":
-            other, inside = lane + by, lane + by <= last
-        elif options[1] == "bfly":
-            other, inside = lane ^ by, (lane ^ by) <= last
-        else:
-            other = lane & segment | by & ~segment
-            inside = other <= last
-        place = self.thread - lane + np.where(inside, other, lane)
+        lane = self.thread % WARP
+        other = arithmetic.lane_of_shuffle(options[1], lane, int(by, 0) % WARP, int(clamp, 0))
+        place = self.thread - lane + other
         self.put(target, self.value(source, "u4")[place], mask)
 
     def _ld(self, options, operands, mask):

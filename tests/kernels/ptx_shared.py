@@ -19,6 +19,7 @@ class SharedMemory:
         words = blocks * size // 4
         self.written, self.writer = np.full(words, -1), np.full(words, -1)
         self.last_read, self.reader = np.full(words, -1), np.full((2, words), -1)
+        self.copies, self.groups = [], np.zeros(blocks * threads, int)  # on their way; of a thread
         self.written_from_afar, self.read_in = np.full(words, -1), np.full(words, -1)
 
     def after_barrier(self, of_clusters: bool):
@@ -67,6 +68,28 @@ class SharedMemory:
         if far:
             self.written_from_afar[words] = self.era
         self.bytes[places] = values
+
+
+    def start_copy(self, places: np.ndarray, threads: np.ndarray, values: np.ndarray):
+        """As write, but nothing is there before `wait`."""
+        self.write(places, threads, values, far=False)
+        self.written[_words(places, threads)[0]] = -1
+        self.copies.append((places, threads, values, self.groups[threads]))
+
+    def commit(self, mask: np.ndarray):
+        """What threads of the mask started since their last call is a group."""
+        self.groups[mask] += 1
+
+    def wait(self, mask: np.ndarray, left: int):
+        """Copies of these threads arrive, but for those of their last `left` groups."""
+        copies, self.copies = self.copies, []
+        for copy in copies:
+            threads, groups = copy[1], copy[3]
+            there = mask[threads] & (groups < self.groups[threads] - left)
+            if there.any():
+                self.write(*(z[there] for z in copy[:3]), far=False)
+            if not there.all():
+                self.copies.append(tuple(z[~there] for z in copy))
 
 
 def _words(places, threads):

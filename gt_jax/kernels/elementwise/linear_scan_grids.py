@@ -14,6 +14,11 @@ _WARPGROUPS = 2  # most of a block: a multiprocessor then holds one, with 255 re
 _LEAST_TILES = 2  # of a split
 INTERPRETED = 4  # rows of a block in the interpreter
 
+# Of blocks in clusters
+_LANES = 8, 4  # threads of a row: 64 bytes of bfloat16, or the 32 that memory is read by
+_CLUSTERED = 4  # warpgroups: a multiprocessor holds one block, with 128 registers a thread
+ROOM = 208 * 1024  # bytes for copies of tiles, of a block's 227 KiB
+
 
 class Grid(NamedTuple):
     """How a call's channels and tokens are divided."""
@@ -26,6 +31,7 @@ class Grid(NamedTuple):
     slabs: int  # of a token's channels
     length: int  # tokens of a sequence
     cluster: int = 1  # blocks that walk a split together, each its part of a tile
+    copied: bool = False  # whether tiles are read ahead as linear_scan_copies.py does it
 
     @property
     def number(self) -> int:
@@ -48,14 +54,48 @@ class Grid(NamedTuple):
         return self.tiles * self.cluster * self.number * self.span
 
 
-def grid_for(batch: int, length: int, channels: int) -> Grid:
-    """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
-    float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
+def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
+    """How a call is divided on the GPU that is there: by clusters of blocks where they fill it.
 
     Args:
         batch, length, channels: of the arrays; channels is a multiple of 4.
+        read: bytes of a token's inputs for each channel.
     """
     running = pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)  # one a multiprocessor
+    grid = clustered(batch, length, channels, read, running) if clusters.available() else None
+    return grid or _of_single_blocks(batch, length, channels, running)
+
+
+def clustered(batch: int, length: int, channels: int, read: int, running: int) -> Grid | None:
+    """Clusters as large as fill no more than `running` multiprocessors, of blocks with wide slabs.
+
+    A slab of 8 channels is half of the 32 bytes that memory is read by, and two blocks read all of
+    it. None where half of the multiprocessors or more would have nothing to do, or nobody to share
+    a sequence with, and where rows would have a token each.
+    """
+    lanes = next((n for n in _LANES if channels % (n * _VECTOR) == 0), None)
+    if lanes is None:
+        return None
+    row = rows.Row(lanes, _VECTOR)
+    grid = Grid(row, _CLUSTERED, 1, 1, 1, channels // row.channels, length, copied=True)
+    blocks = batch * grid.slabs
+    fits = lambda n: n * blocks <= running and 2 * n * grid.number <= length
+    sizes = [n for n in (2, 4, 8) if n <= clusters.LARGEST and fits(n)]
+    if not sizes or 2 * sizes[-1] * blocks <= running:
+        return None
+    grid = grid._replace(cluster=sizes[-1])
+    of_token = 128 * _CLUSTERED * _VECTOR * read  # bytes, for a token of each row
+    spans = [n for n in (2, 4, 8) if n * of_token <= ROOM]
+    whole = next((n for n in spans if grid._replace(span=n).walked >= length), None)
+    span = whole or max([n for n in spans if 2 * n * of_token <= ROOM], default=1)
+    grid = grid._replace(span=span)
+    return grid._replace(tiles=pl.cdiv(length, grid.walked))
+
+
+def _of_single_blocks(batch, length, channels, running):
+    """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
+    float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
+    """
     rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
     rows_of = rows_of or [rows.Row(1, _VECTOR)]
     most = [  # channels of a multiprocessor

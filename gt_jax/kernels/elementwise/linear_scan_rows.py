@@ -14,6 +14,7 @@ In the interpreter the rows of a block are the threads of the kernel, and two of
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Place:
         self.channels = grid.slabs * grid.row.channels  # of a token
         self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
         self.rank = None if grid.cluster == 1 else clusters.rank()
+        self.stash = None  # see linear_scan_copies.py
         self.parameter = None
         of_models = getattr(refs, "parameter_gmem", None)
         if of_models is not None:
@@ -76,21 +78,30 @@ class Place:
     def state_earlier(self, tokens, j, before):
         """s of the token before tokens[j], of a tile that is walked from the end, as it lies in
         memory; `before` the first."""
-        (token, inside), s = tokens[j], self.refs.s_gmem
+        token, inside = tokens[j]
         if j < len(tokens) - 1:
-            return self.load(s, (token - 1, inside))
+            return self.load("s", (token - 1, inside))
         # The only one that may be the first of all.
         later = token > 0 if inside is None else inside & (token > 0)
-        s = self.load(s, (jnp.maximum(token - 1, 0), later))
+        s = self.load("s", (jnp.maximum(token - 1, 0), later))
         return s.astype(jnp.float32) + rows.masked(before, token == 0)
 
-    def load(self, ref, token, offset=0):
-        """The row's channels of a token, from column `offset` of the array on."""
-        token, inside = token
-        return rows.load(ref, (self.sequence, token), self.column + offset, self.grid.row, inside)
+    def load(self, name, token, offset=0):
+        """The row's channels of a token, from column `offset` of the input of this name on."""
+        ref, (token, inside) = getattr(self.refs, f"{name}_gmem"), token
+        at = ref, (self.sequence, token), self.column + offset, self.grid.row
+        if self.stash is None:
+            return rows.load(*at, inside)
+        x = self.stash.channels(name, offset // self.channels, *at)
+        return rows.masked(x, inside)
+
+    def number(self, name, token):
+        """A scalar of the token, [B, T] of 32 bits."""
+        ref, at = getattr(self.refs, f"{name}_gmem"), (self.sequence, token[0])
+        return ref[at] if self.stash is None else self.stash.number(name, ref, at)
 
     def store(self, ref, token, value, offset=0):
-        """Writes what `load` would read."""
+        """Writes the row's channels of a token, from column `offset` of the array on."""
         token, inside = token
         at = self.sequence, token
         rows.store(ref, at, self.column + offset, value, self.grid.row, inside)
@@ -112,8 +123,7 @@ class Place:
 
     def reset(self, token):
         """1 where the state is zero before the token, int32; None if it never is."""
-        resets = self.refs.resets_gmem
-        return None if resets is None else resets[self.sequence, token[0]]
+        return None if self.refs.resets_gmem is None else self.number("resets", token)
 
     def unless_reset(self, value, reset):
         """The value, or zeros where `reset` says that the state is zero."""
@@ -163,8 +173,7 @@ class Place:
     def _fold_cluster(self, group, first, carry, turn):
         """The state before the row's group and that after the cluster, from `carry` before it.
 
-        The first warp folds the groups, writes over them what is before each, and tells all blocks
-        of the cluster what the whole block is.
+        The first warp folds the groups and tells all blocks of the cluster what the whole block is.
         """
         refs, grid = self.refs, self.grid
         together = row_folds.of_warp(grid.row)
@@ -174,19 +183,17 @@ class Place:
         def _():
             of_groups, product, end = [], rows.zeros(grid.row) + 1, rows.zeros(grid.row)
             for n in range(each):
-                of_groups.append((product, end))
                 at, exists = self.own * each + n, None
                 if each * together > grid.groups:
                     at, exists = jnp.minimum(at, grid.groups - 1), at < grid.groups
+                of_groups.append((first + at, exists, product, end))
                 p, e = self._taken(refs.products, refs.ends, first + at)
                 p, e = rows.masked(p, exists, 1), rows.masked(e, exists)
                 product, end = p * product, p * end + e
             kept, before, product, end = row_folds.fold_of_warp(product, end, grid.row)
-            for n, (p, e) in enumerate(of_groups):
-                at = self.own * each + n
-                exists = None if each * together == grid.groups else at < grid.groups
-                self._put(refs.products, first + at, p * kept, exists)
-                self._put(refs.ends, first + at, p * before + e, exists)
+            for at, exists, p, e in of_groups:
+                self._put(refs.products_before, at, p * kept, exists)
+                self._put(refs.ends_before, at, p * before + e, exists)
             at, last = turn * grid.cluster + self.rank, self.own == together - 1
             for block in range(grid.cluster):
                 clusters.push(refs.block_products, at, product, grid.row, block, last)
@@ -198,7 +205,7 @@ class Place:
             p, e = self._taken(refs.block_products, refs.block_ends, turn * grid.cluster + n)
             carry = p * carry + e
             state = row_folds.either(n + 1 == self.rank, carry, state)
-        p, e = self._taken(refs.products, refs.ends, first + group)
+        p, e = self._taken(refs.products_before, refs.ends_before, first + group)
         return p * state + e, carry
 
     def _fold_group(self, within, product, end):
@@ -233,12 +240,20 @@ class Place:
 
 
 def run(
-    grid: Grid, body: Callable, name: str, batch: int, inputs: dict, outputs: dict
+    grid: Grid,
+    body: Callable,
+    name: str,
+    batch: int,
+    inputs: dict,
+    outputs: dict,
+    stash: Any = None,
 ) -> list[jax.Array]:
-    """The outputs of a kernel; see launch.kernel."""
+    """The outputs of a kernel; see launch.kernel. `stash` is what linear_scan_copies.py needs."""
     scratch = lambda number: plgpu.SMEM((number, grid.row.channels), jnp.float32)
     of_groups = scratch(2 * grid.groups)
-    of_blocks = None if grid.cluster == 1 else scratch(2 * grid.cluster)
+    of_blocks, before = None, None
+    if grid.cluster > 1:
+        of_blocks, before = scratch(2 * grid.cluster), of_groups
     rows_of = scratch(grid.number) if interpreting() else None
     return kernel(
         body,
@@ -248,8 +263,11 @@ def run(
         scratch={
             "products": of_groups,
             "ends": of_groups,
+            "products_before": before,
+            "ends_before": before,
             "block_products": of_blocks,
             "block_ends": of_blocks,
+            "stash": stash,
             "row_products": rows_of,
             "row_ends": rows_of,
             "barrier": plgpu.Barrier(num_arrivals=INTERPRETED) if interpreting() else None,

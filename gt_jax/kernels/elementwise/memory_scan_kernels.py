@@ -22,15 +22,15 @@ def _given(place, token):
     """Forget, read and c, and whether it is reset."""
     refs = place.refs
     scores = (
-        place.load(refs.scores_gmem, token),
-        place.load(refs.scores_gmem, token, place.channels),
+        place.load("scores", token),
+        place.load("scores", token, place.channels),
     )
-    return *scores, place.load(refs.c_gmem, token), place.reset(token)
+    return *scores, place.load("c", token), place.reset(token)
 
 
 def _given_backward(place, token):
     """The same and ds."""
-    return *_given(place, token), place.load(place.refs.ds_gmem, token)
+    return *_given(place, token), place.load("ds", token)
 
 
 def _gates(place, forget, read):
