@@ -55,7 +55,7 @@ class Grid(NamedTuple):
 
 
 def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
-    """How a call is divided on the GPU that is there: by clusters of blocks where they fill it.
+    """How a call is divided on the GPU that is there: in clusters where they fill it.
 
     Args:
         batch, length, channels: of the arrays; channels is a multiple of 4.
@@ -63,15 +63,16 @@ def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
     """
     running = pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)  # one a multiprocessor
     grid = clustered(batch, length, channels, read, running) if clusters.available() else None
-    return grid or _of_single_blocks(batch, length, channels, running)
+    return grid or of_single_blocks(batch, length, channels, running)
 
 
 def clustered(batch: int, length: int, channels: int, read: int, running: int) -> Grid | None:
-    """Clusters as large as fill no more than `running` multiprocessors, of blocks with wide slabs.
+    """Clusters as large as occupy no more than `running` multiprocessors, of blocks whose slabs are
+    wide and whose tiles are copied ahead.
 
-    A slab of 8 channels is half of the 32 bytes that memory is read by, and two blocks read all of
-    it. None where half of the multiprocessors or more would have nothing to do, or nobody to share
-    a sequence with, and where rows would have a token each.
+    With fewer channels a block reads a part of what memory gives it, and others read it again. None
+    where half of the multiprocessors or more would have nothing to do, and where a row would have
+    one token.
     """
     lanes = next((n for n in _LANES if channels % (n * _VECTOR) == 0), None)
     if lanes is None:
@@ -80,19 +81,19 @@ def clustered(batch: int, length: int, channels: int, read: int, running: int) -
     grid = Grid(row, _CLUSTERED, 1, 1, 1, channels // row.channels, length, copied=True)
     blocks = batch * grid.slabs
     fits = lambda n: n * blocks <= running and 2 * n * grid.number <= length
-    sizes = [n for n in (2, 4, 8) if n <= clusters.LARGEST and fits(n)]
-    if not sizes or 2 * sizes[-1] * blocks <= running:
+    cluster = max(filter(fits, clusters.SIZES), default=0)
+    if 2 * cluster * blocks <= running:
         return None
-    grid = grid._replace(cluster=sizes[-1])
+    grid = grid._replace(cluster=cluster)
     of_token = 128 * _CLUSTERED * _VECTOR * read  # bytes, for a token of each row
     spans = [n for n in (2, 4, 8) if n * of_token <= ROOM]
-    whole = next((n for n in spans if grid._replace(span=n).walked >= length), None)
-    span = whole or max([n for n in spans if 2 * n * of_token <= ROOM], default=1)
-    grid = grid._replace(span=span)
+    whole = (n for n in spans if grid._replace(span=n).walked >= length)
+    two = (n for n in spans[::-1] if 2 * n * of_token <= ROOM)
+    grid = grid._replace(span=next(whole, next(two, 1)))
     return grid._replace(tiles=pl.cdiv(length, grid.walked))
 
 
-def _of_single_blocks(batch, length, channels, running):
+def of_single_blocks(batch, length, channels, running):
     """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
     float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
     """

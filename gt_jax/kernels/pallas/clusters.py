@@ -13,7 +13,7 @@ from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.devices import interpreting
 
 AXIS = "cluster"
-LARGEST = 8  # blocks that every such GPU takes
+SIZES = 1, 2, 4, 8  # blocks; every such GPU takes them
 
 
 def available() -> bool:

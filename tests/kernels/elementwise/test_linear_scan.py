@@ -17,10 +17,10 @@ pytestmark = too_old
 @pytest.fixture
 def gpu_of(monkeypatch):
     """A function that makes the GPU one that so many blocks fill, and tiles short."""
-    from gt_jax.kernels.elementwise import linear_scan_rows
+    from gt_jax.kernels.elementwise import linear_scan_grids
 
-    monkeypatch.setattr(linear_scan_rows, "_SPAN", 2)
-    monkeypatch.setattr(linear_scan_rows, "_LEAST_TILES", 1)
+    monkeypatch.setattr(linear_scan_grids, "_SPAN", 2)
+    monkeypatch.setattr(linear_scan_grids, "_LEAST_TILES", 1)
     jax.clear_caches()  # kernels of a shape are lowered once
     return lambda blocks: monkeypatch.setattr(warps, "blocks_at_once", lambda: blocks)
 

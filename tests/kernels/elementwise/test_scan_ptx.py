@@ -38,6 +38,13 @@ CALLS = [
     ((1, 4100, 8), 132, "float32"),
     ((2, 150, 128), 4, "float32"),
     ((2, 17, 12), 132, "float32"),
+    # Tiles are copied ahead: of single blocks, of clusters of 2 in one tile and in many, as far as
+    # shared memory has room; of clusters of 4.
+    ((2, 900, 32), 3, "float32"),
+    ((1, 1000, 16), 3, "float32"),
+    ((2, 1500, 32), 4, "float32"),
+    ((2, 1300, 64), 8, "bfloat16"),
+    ((2, 1200, 32), 8, "bfloat16"),
 ]
 
 
@@ -147,15 +154,28 @@ BROKEN = {
     "one buffer for all tiles": (r"shl\.b32 \t(%r\d+), %r\d+, 6;", r"mov.b32 \t\1, 0;", "barrier"),
     "reading too far ahead": (r"min\.u32 (.*), 1299;", r"min.u32 \1, 2047;", "outside"),
 }
+# The same in clusters of two blocks
+BROKEN_CLUSTERS = {
+    "no barrier of a cluster": (
+        r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", "", "barrier"
+    ),
+    "a barrier of a block in its place": (
+        r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", "bar.sync 0;",
+        "cluster's barrier",
+    ),
+    "telling itself twice": (r"(mapa.*), 1;", r"\1, 0;", "never written"),
+    "not waiting for copies": (r"(wait_group) \t?\d+;", r"\1 7;", "never written"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("what", [*BROKEN, *BROKEN_CLUSTERS])
 def test_what_is_broken_is_seen(launcher, monkeypatch, what):
     """Of the code itself, so that a right result above means something."""
     from gt_jax.kernels.elementwise import linear_scan_kernels as kernels
 
-    monkeypatch.setattr(warps, "blocks_at_once", lambda: 132 * warps.BLOCKS_AT_ONCE)
-    pattern, other, message = BROKEN[what]
+    running, shape = (132, (2, 1300, 16)) if what in BROKEN else (4, (2, 1500, 32))
+    monkeypatch.setattr(warps, "blocks_at_once", lambda: running * warps.BLOCKS_AT_ONCE)
+    pattern, other, message = (BROKEN | BROKEN_CLUSTERS)[what]
 
     def change(text):
         changed, count = re.subn(pattern, other, text)
@@ -163,7 +183,7 @@ def test_what_is_broken_is_seen(launcher, monkeypatch, what):
         return changed
 
     launcher.change = change
-    decay, x, state, g = lasting_case((2, 1300, 16))
+    decay, x, state, g = lasting_case(shape)
     run = lambda: emulated.call(kernels.forward, decay, x, state)
     if message:
         with pytest.raises(ptx.Fault, match=message):
