@@ -69,7 +69,6 @@ class SharedMemory:
             self.written_from_afar[words] = self.era
         self.bytes[places] = values
 
-
     def start_copy(self, places: np.ndarray, threads: np.ndarray, values: np.ndarray):
         """As write, but nothing is there before `wait`."""
         self.write(places, threads, values, far=False)

@@ -1,10 +1,9 @@
-"""How the kernels of linear scans read ahead: tiles are copied to shared memory while others compute.
+"""How kernels of linear scans read ahead: tiles go to shared memory while others are computed.
 
 The assembler puts off loads of the next tile until the tile is computed, or they occupy registers;
 copies (pallas/row_copies.py) do neither, and what is computed twice reads its inputs twice.
 """
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise.linear_scan_grids import ROOM
 from gt_jax.kernels.pallas import row_copies, rows
-
 
 
 def bytes_read(inputs: dict, channels: int) -> int:
@@ -51,7 +49,7 @@ class Stash:
     def scratch(self):
         """The shared memory."""
         size = self.stages * self.grid.span * self.token
-        return plgpu.SMEM((math.ceil(size / 4),), jnp.float32)
+        return plgpu.SMEM((size // 4,), jnp.float32)
 
     def begin(self, place, read: Callable):
         """Starts to copy the first tiles. read(tokens, j) reads what is needed of tokens[j]."""

@@ -1,4 +1,4 @@
-"""How the kernels of linear scans divide channels and tokens among blocks; see linear_scan_rows.py."""
+"""How kernels of linear scans divide channels and tokens among blocks; see linear_scan_rows.py."""
 
 from typing import NamedTuple
 

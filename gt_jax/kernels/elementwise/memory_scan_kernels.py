@@ -20,12 +20,9 @@ from gt_jax.kernels.pallas.launch import lowered_once
 
 def _given(place, token):
     """Forget, read and c, and whether it is reset."""
-    refs = place.refs
-    scores = (
-        place.load("scores", token),
-        place.load("scores", token, place.channels),
-    )
-    return *scores, place.load("c", token), place.reset(token)
+    forget = place.load("scores", token)
+    read = place.load("scores", token, place.channels)
+    return forget, read, place.load("c", token), place.reset(token)
 
 
 def _given_backward(place, token):
