@@ -10,6 +10,10 @@ all rows at a time. A row starts from p s + e, folded over the rows before it, a
 tokens again from there: s. The threads hold decay and x meanwhile. Folding takes two steps, over
 the rows of a warp, which exchange registers, and over the warps before.
 
+In a cluster (linear_scan_grids.py) blocks own the same channels, and each takes its part of a tile.
+Each tells the others the product and e of its part, and a third step is over the blocks before.
+Tiles are then not read into registers ahead but copied to shared memory (linear_scan_copies.py).
+
 In the interpreter the rows of a block are the threads of the kernel, and two of them a group.
 """
 
