@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gt_jax.kernels.elementwise.linear_scan_grids import ROOM
 from gt_jax.kernels.pallas import row_copies, rows
+from gt_jax.kernels.pallas.launch import loop
 
 
 def bytes_read(inputs: dict, channels: int) -> int:
@@ -51,35 +52,35 @@ class Stash:
         size = self.stages * self.grid.span * self.token
         return plgpu.SMEM((size // 4,), jnp.float32)
 
-    def begin(self, place, read: Callable):
-        """Starts to copy the first tiles. read(tokens, j) reads what is needed of tokens[j]."""
+    def walk(self, place, read: Callable, step: Callable, carry):
+        """carry after step(n, tokens, values, carry) of every tile n, whose tokens are `tokens`.
+
+        read(tokens, j) reads through the place what the step needs of tokens[j], and values(j) are
+        its results. The place's refs have the scratch as `stash`.
+        """
         self.place, self.read_of_token = place, read
         for n in range(self.stages):
             self._start(jnp.int32(n))
+            row_copies.commit()
 
-    def arrive(self, n, tokens):
-        """Reads scalars of the tokens of tile n, and waits for the rest of it."""
-        for j in range(self.grid.span):
-            self._through("scalars", n, tokens, j)
-        row_copies.wait(self.stages - 1)
+        def one(n, carry):
+            tokens = place.tokens(n)
+            for j in range(self.grid.span):
+                self._through("scalars", n, tokens, j)  # while copies arrive
+            row_copies.wait(self.stages - 1)
+            carry = step(n, tokens, lambda j: self._through("read", n, tokens, j), carry)
+            if self.stages < self.grid.tiles:
+                following = n + self.stages
+                pl.when(following < self.grid.tiles)(lambda: self._start(following))
+            row_copies.commit()
+            return carry
 
-    def read(self, n, tokens, j):
-        """read(tokens, j) of tile n."""
-        return self._through("read", n, tokens, j)
+        return loop(self.grid.tiles, one, carry)
 
-    def leave(self, n):
-        """Starts to copy a tile in place of tile n, which is not read any more."""
-        following = n + self.stages
-        if self.stages < self.grid.tiles:
-            pl.when(following < self.grid.tiles)(lambda: self._start(following, commit=False))
-        row_copies.commit()
-
-    def _start(self, n, commit=True):
+    def _start(self, n):
         tokens = self.place.tokens(n)
         for j in range(self.grid.span):
             self._through("start", n, tokens, j)
-        if commit:
-            row_copies.commit()
 
     def _through(self, doing, n, tokens, j):
         stage = lax.rem(n, jnp.int32(self.stages)) if self.stages > 1 else 0

@@ -252,7 +252,7 @@ def run(
     outputs: dict,
     stash: Any = None,
 ) -> list[jax.Array]:
-    """The outputs of a kernel; see launch.kernel. `stash` is what linear_scan_copies.py needs."""
+    """The outputs of a kernel; see launch.kernel. `stash` is of linear_scan_copies.py, or None."""
     scratch = lambda number: plgpu.SMEM((number, grid.row.channels), jnp.float32)
     of_groups = scratch(2 * grid.groups)
     of_blocks, before = None, None
@@ -271,7 +271,7 @@ def run(
             "ends_before": before,
             "block_products": of_blocks,
             "block_ends": of_blocks,
-            "stash": stash,
+            "stash": stash and stash.scratch(),
             "row_products": rows_of,
             "row_ends": rows_of,
             "barrier": plgpu.Barrier(num_arrivals=INTERPRETED) if interpreting() else None,
