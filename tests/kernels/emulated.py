@@ -49,7 +49,8 @@ class Launcher:
         (module,) = self.tools.calls_of(call, shapes, CAPABILITY, gradient=False)
         text, shared, order = self._compiled(module)
         self.names.append(name)
-        size = math.prod(grid.values()), 128 * options["threads"]
+        blocks = math.prod(grid.values()) * options.get("cluster", 1)
+        size = blocks, 128 * options["threads"]
         return ptx.execute(self.change(text), [*given.values()], results, *size, shared, order)
 
     def _compiled(self, module):

@@ -14,13 +14,10 @@ import re
 import numpy as np
 
 from tests.kernels import ptx_arithmetic as arithmetic
+from tests.kernels.ptx_shared import Fault, SharedMemory
 
 WARP = 32
 _GUARD = 256  # bytes between arrays, which nobody may touch
-
-
-class Fault(Exception):
-    """The kernel did what no kernel may do."""
 
 
 def execute(
@@ -44,7 +41,7 @@ def execute(
 
 class _Machine:
     def __init__(self, text, arrays, outputs, blocks, threads, shared, order):
-        self.threads, self.blocks, self.epoch = threads, blocks, 0
+        self.threads, self.blocks = threads, blocks
         self.thread = np.arange(blocks * threads)
         self.everybody = np.ones(len(self.thread), bool)
         self.outputs, sizes = outputs, [np.asarray(z).nbytes for z in arrays]
@@ -62,14 +59,13 @@ class _Machine:
                 self.readable[place] = True
             else:
                 self.writes[place] = 0
-        self.sizes, self.shared_size = sizes, shared
-        self.shared = np.full(blocks * shared, 0xFF, np.uint8)
-        words = blocks * shared // 4
-        self.written, self.writer = np.full(words, -1), np.full(words, -1)
-        self.read, self.reader = np.full(words, -1), np.full((2, words), -1)
+        self.sizes, self.shared = sizes, SharedMemory(blocks, threads, shared)
+        cluster = re.search(r"\.reqnctapercluster (\d+)", text)
+        self.cluster = int(cluster[1]) if cluster else 1
         self.registers = {
             "%tid.x": (self.thread % threads).astype(np.uint32),
             "%ctaid.x": (self.thread // threads).astype(np.uint32),
+            "%cluster_ctaid.x": (self.thread // threads % self.cluster).astype(np.uint32),
         }
         self._parse(text, order)
 
@@ -97,7 +93,7 @@ class _Machine:
             if not groups and shuffling:
                 raise Fault("a shuffle without some threads of a warp")
             if not groups:
-                groups, waiting = self._released(waiting), {}
+                groups, waiting = self._released(waiting)
             at = min(groups)
             mask = groups.pop(at)
             guard, name, operands = self.code[at]
@@ -116,7 +112,7 @@ class _Machine:
                 following = [(self.labels[operands[0]], active), (at + 1, mask & ~active)]
             elif kind == "ret":
                 following = [(at + 1, mask & ~active)]
-            elif kind == "bar":
+            elif kind == "bar" or name.startswith("barrier.cluster.wait"):
                 if guard:
                     raise Fault("a barrier for some threads")
                 waiting[at], following = mask | waiting.get(at, False), []
@@ -131,11 +127,23 @@ class _Machine:
         return self._results()
 
     def _released(self, waiting):
-        self.epoch += 1
-        for of_block in (mask.reshape(self.blocks, self.threads) for mask in waiting.values()):
-            if (of_block.any(1) != of_block.all(1)).any():
+        """The threads that go on behind barriers, and those that still wait."""
+        released, rest = {}, {}
+        for at, mask in waiting.items():
+            name = self.code[at][1]
+            together = self.threads * (1 if name.startswith("bar.") else self.cluster)
+            there = mask.reshape(-1, self.threads)
+            if (there.any(1) != there.all(1)).any():
                 raise Fault("threads of a block wait at different barriers")
-        return {at + 1: mask for at, mask in waiting.items()}
+            whole = np.repeat(mask.reshape(-1, together).all(1), together)
+            if whole.any():
+                released[at + 1] = whole
+            if (mask & ~whole).any():
+                rest[at] = mask & ~whole
+        if not released:
+            raise Fault("blocks of a cluster wait at different barriers")
+        self.shared.after_barrier(any(self.code[at - 1][1] != "bar.sync" for at in released))
+        return released, rest
 
     def _results(self):
         results = []
@@ -192,6 +200,29 @@ class _Machine:
 
     def _fence(self, options, operands, mask):
         pass
+
+    _barrier = _fence  # arriving at a cluster's; all are there when they wait
+
+    def _cp(self, options, operands, mask):
+        """Copies to shared memory, which arrive when they are waited for."""
+        if options[1] == "commit_group":
+            self.shared.commit(mask)
+            return
+        if options[1] == "wait_group":
+            self.shared.wait(mask, int(operands[0]))
+            return
+        target, source, size = operands
+        numbers = ",".join("x" * (int(size) // 4))
+        *_, places = self._place(["global", "b32"], numbers, source, mask)
+        if not self.readable[places].all():
+            raise Fault("a copy from outside the inputs")
+        *_, to = self._place(["shared", "b32"], numbers, target, mask)
+        self.shared.start_copy(to, self.thread[mask], self.memory[places])
+
+    def _mapa(self, options, operands, mask):
+        target, address, block = operands
+        block = self.value(block, "u4").astype(np.uint64) + np.uint64(1)
+        self.put(target, self.value(address, "u8") | block << np.uint64(32), mask)
 
     def _elect(self, options, operands, mask):
         lane, elected = operands[0].split("|")
@@ -257,19 +288,9 @@ class _Machine:
         target, source, by, clamp, members = operands
         if int(members, 0) % 2**32 != 2**32 - 1 or "|" in target:
             raise NotImplementedError("a shuffle of some threads, or one that tells who took part")
-        lane, by, clamp = self.thread % WARP, int(by, 0) % WARP, int(clamp, 0)
-        segment, bound = clamp >> 8 & 31, clamp & 31
-        last = lane & segment | bound & ~segment
-        if options[1] == "up":
-            other, inside = lane - by, lane - by >= last
-        elif options[1] == "down":
-            other, inside = lane + by, lane + by <= last
-        elif options[1] == "bfly":
-            other, inside = lane ^ by, (lane ^ by) <= last
-        else:
-            other = lane & segment | by & ~segment
-            inside = other <= last
-        place = self.thread - lane + np.where(inside, other, lane)
+        lane = self.thread % WARP
+        other = arithmetic.lane_of_shuffle(options[1], lane, int(by, 0) % WARP, int(clamp, 0))
+        place = self.thread - lane + other
         self.put(target, self.value(source, "u4")[place], mask)
 
     def _ld(self, options, operands, mask):
@@ -278,13 +299,13 @@ class _Machine:
             self.put(operands[0], np.full(len(self.thread), address, np.uint64), mask)
             return
         targets, size, places = self._place(options, operands[0], operands[1], mask)
-        memory = self.memory if options[0] == "global" else self.shared
         if options[0] == "global":
             if not self.readable[places].all():
                 raise Fault("a read outside the inputs")
+            found = self.memory[places]
         else:
-            self._check_read(places, mask)
-        found = memory[places].reshape(len(places), len(targets), size)
+            found = self.shared.read(places, self.thread[mask])
+        found = found.reshape(len(places), len(targets), size)
         for n, target in enumerate(targets):
             value = np.full((len(self.thread), size), 0xFF, np.uint8)
             value[mask] = found[:, n]
@@ -301,12 +322,12 @@ class _Machine:
                 raise Fault("an output is written twice")
             self.memory[places] = np.concatenate(values, 1)
         else:
-            self._check_write(places, mask)
-            self.shared[places] = np.concatenate(values, 1)
+            far = options[0] == "shared::cluster"
+            self.shared.write(places, self.thread[mask], np.concatenate(values, 1), far)
 
     def _place(self, options, registers, address, mask):
         """The registers of an access, their size, and the bytes of each thread of the mask."""
-        if options[0] not in ("global", "shared"):
+        if options[0] not in ("global", "shared", "shared::cluster"):
             raise NotImplementedError(f"memory {options[0]}")
         registers = [z.strip() for z in registers.strip("{}").split(",")]
         size = arithmetic.WIDTH[options[-1].lstrip("bufs")]
@@ -315,36 +336,12 @@ class _Machine:
         length = size * len(registers)
         if (where % length).any():
             raise Fault("an address that is not aligned")
-        limit = len(self.memory) if options[0] == "global" else self.shared_size
+        block = self.thread[mask] // self.threads
+        if options[0] == "shared::cluster":
+            block, where = block - block % self.cluster + (where >> 32) - 1, where & 2**32 - 1
+        limit = len(self.memory) if options[0] == "global" else self.shared.size
         if (where < 0).any() or (where + length > limit).any():
             raise Fault(f"an address outside {options[0]} memory")
-        if options[0] == "shared":
-            where = where + self.thread[mask] // self.threads * self.shared_size
+        if options[0] != "global":
+            where = where + block * self.shared.size
         return registers, size, where[:, None] + np.arange(length)
-
-    def _words(self, places, mask):
-        words = places[:, ::4] // 4
-        return words, np.broadcast_to(self.thread[mask][:, None], words.shape)
-
-    def _check_read(self, places, mask):
-        words, who = self._words(places, mask)
-        if ((self.written[words] == self.epoch) & (self.writer[words] != who)).any():
-            raise Fault("shared memory is read without a barrier after it was written")
-        if (self.written[words] < 0).any():
-            raise Fault("shared memory is read that was never written")
-        before = np.unique(words[self.read[words] != self.epoch])
-        self.reader[0, before], self.reader[1, before] = len(self.thread), -1
-        self.read[words] = self.epoch
-        np.minimum.at(self.reader[0], words, who)
-        np.maximum.at(self.reader[1], words, who)
-
-    def _check_write(self, places, mask):
-        words, who = self._words(places, mask)
-        if len(np.unique(words)) != words.size:
-            raise Fault("two threads write the same shared memory")
-        if ((self.written[words] == self.epoch) & (self.writer[words] != who)).any():
-            raise Fault("shared memory is written twice without a barrier between")
-        others = (self.reader[0, words] != who) | (self.reader[1, words] != who)
-        if ((self.read[words] == self.epoch) & others).any():
-            raise Fault("shared memory is written without a barrier after it was read")
-        self.written[words], self.writer[words] = self.epoch, who

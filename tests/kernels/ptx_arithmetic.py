@@ -22,6 +22,22 @@ def to_bfloat16(x):
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
+def lane_of_shuffle(kind, lane, by, clamp):
+    """The lane of a warp whose number each lane gets."""
+    segment, bound = clamp >> 8 & 31, clamp & 31
+    last = lane & segment | bound & ~segment
+    if kind == "up":
+        other, inside = lane - by, lane - by >= last
+    elif kind == "down":
+        other, inside = lane + by, lane + by <= last
+    elif kind == "bfly":
+        other, inside = lane ^ by, (lane ^ by) <= last
+    else:
+        other = lane & segment | by & ~segment
+        inside = other <= last
+    return np.where(inside, other, lane)
+
+
 def _flushed(x):
     """Without subnormal numbers."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)

@@ -21,13 +21,13 @@ from gt_jax.kernels.pallas.launch import lowered_once
 
 def _given(place, token):
     """Candidate and update, and whether it is reset."""
-    load = lambda offset: place.load(place.refs.gates_gmem, token, offset)
+    load = lambda offset: place.load("gates", token, offset)
     return load(0), load(place.channels), place.reset(token)
 
 
 def _given_backward(place, token):
     """The same and d score."""
-    return *_given(place, token), place.refs.d_score_gmem[place.sequence, token[0]]
+    return *_given(place, token), place.number("d_score", token)
 
 
 def _gates(candidate, update):

@@ -12,7 +12,7 @@ from gt_jax.kernels.pallas.launch import lowered_once
 
 
 def _given(place, token):
-    return place.load(place.refs.decay_gmem, token), place.load(place.refs.x_gmem, token)
+    return place.load("decay", token), place.load("x", token)
 
 
 _TERMS = Terms(_given, lambda place, token, given: given)

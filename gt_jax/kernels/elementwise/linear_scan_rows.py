@@ -10,11 +10,15 @@ all rows at a time. A row starts from p s + e, folded over the rows before it, a
 tokens again from there: s. The threads hold decay and x meanwhile. Folding takes two steps, over
 the rows of a warp, which exchange registers, and over the warps before.
 
+In a cluster (linear_scan_grids.py) blocks own the same channels, and each takes its part of a tile.
+Each tells the others the product and e of its part, and a third step is over the blocks before.
+Tiles are then not read into registers ahead but copied to shared memory (linear_scan_copies.py).
+
 In the interpreter the rows of a block are the threads of the kernel, and two of them a group.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,75 +26,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import row_folds, rows, warps
+from gt_jax.kernels.elementwise.linear_scan_grids import INTERPRETED, Grid
+from gt_jax.kernels.pallas import clusters, row_folds, rows
 from gt_jax.kernels.pallas.devices import interpreting
 from gt_jax.kernels.pallas.launch import divide, kernel
-from gt_jax.kernels.pallas.splits import LEAST_CHUNKS, choose_splits
-
-_VECTOR = 4  # neighbouring channels of a thread: 16 bytes
-_SPAN = 8  # most tokens of a row in a tile
-_WARPGROUPS = 2  # most of a block: a multiprocessor then holds one, with 255 registers a thread
-_LEAST_TILES = 2  # of a split
-_INTERPRETED = 4  # rows of a block in the interpreter
-
-
-class Grid(NamedTuple):
-    """How a call's channels and tokens are divided."""
-
-    row: rows.Row
-    warpgroups: int  # of a block
-    span: int  # tokens of a row in a tile
-    tiles: int  # of a split
-    splits: int  # of a sequence
-    slabs: int  # of a token's channels
-    length: int  # tokens of a sequence
-
-    @property
-    def number(self) -> int:
-        """Rows of a block."""
-        return _INTERPRETED if interpreting() else self.warpgroups * self.row.number
-
-    @property
-    def group(self) -> int:
-        """Rows of a group: those of a warp."""
-        return 2 if interpreting() else row_folds.of_warp(self.row)
-
-    @property
-    def groups(self) -> int:
-        """Of a block."""
-        return self.number // self.group
-
-    @property
-    def walked(self) -> int:
-        """Tokens of a split; the last may have fewer."""
-        return self.tiles * self.number * self.span
-
-
-def grid_for(batch: int, length: int, channels: int) -> Grid:
-    """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
-    float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
-
-    Args:
-        batch, length, channels: of the arrays; channels is a multiple of 4.
-    """
-    running = pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)  # one a multiprocessor
-    rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
-    rows_of = rows_of or [rows.Row(1, _VECTOR)]
-    most = [  # channels of a multiprocessor
-        row.channels * pl.cdiv(batch * channels // row.channels, running) for row in rows_of
-    ]
-    row = next(row for row, n in zip(rows_of, most) if n <= 1.25 * min(most))
-    grid = Grid(row, 1, 1, 1, 1, channels // row.channels, length)
-    while grid.span < _SPAN and grid.walked < length:
-        grid = grid._replace(span=2 * grid.span)
-    full = lambda grid: batch * grid.slabs * grid.warpgroups >= _WARPGROUPS * running
-    while grid.warpgroups < _WARPGROUPS and grid.walked < length and not full(grid):
-        grid = grid._replace(warpgroups=2 * grid.warpgroups)
-    tiles = pl.cdiv(length, grid.walked)
-    chunks = tiles * LEAST_CHUNKS // _LEAST_TILES
-    tiles = pl.cdiv(tiles, choose_splits(batch * grid.slabs, chunks, running=running))
-    grid = grid._replace(tiles=tiles)
-    return grid._replace(splits=pl.cdiv(length, grid.walked))
 
 
 class Place:
@@ -107,6 +46,8 @@ class Place:
         self.column = slab * grid.row.channels
         self.channels = grid.slabs * grid.row.channels  # of a token
         self.own = lax.axis_index("wg") if interpreting() else rows.own_row(grid.row)
+        self.rank = None if grid.cluster == 1 else clusters.rank()
+        self.stash = None  # see linear_scan_copies.py
         self.parameter = None
         of_models = getattr(refs, "parameter_gmem", None)
         if of_models is not None:
@@ -124,6 +65,7 @@ class Place:
         for sure."""
         grid = self.grid
         tokens = []
+        n = n if self.rank is None else n * grid.cluster + self.rank
         for j in range(grid.span):
             token = (n * grid.number + self.own) * grid.span + j
             token = grid.walked - 1 - token if self.reverse else token
@@ -140,21 +82,30 @@ class Place:
     def state_earlier(self, tokens, j, before):
         """s of the token before tokens[j], of a tile that is walked from the end, as it lies in
         memory; `before` the first."""
-        (token, inside), s = tokens[j], self.refs.s_gmem
+        token, inside = tokens[j]
         if j < len(tokens) - 1:
-            return self.load(s, (token - 1, inside))
+            return self.load("s", (token - 1, inside))
         # The only one that may be the first of all.
         later = token > 0 if inside is None else inside & (token > 0)
-        s = self.load(s, (jnp.maximum(token - 1, 0), later))
+        s = self.load("s", (jnp.maximum(token - 1, 0), later))
         return s.astype(jnp.float32) + rows.masked(before, token == 0)
 
-    def load(self, ref, token, offset=0):
-        """The row's channels of a token, from column `offset` of the array on."""
-        token, inside = token
-        return rows.load(ref, (self.sequence, token), self.column + offset, self.grid.row, inside)
+    def load(self, name, token, offset=0):
+        """The row's channels of a token, from column `offset` of the input of this name on."""
+        ref, (token, inside) = getattr(self.refs, f"{name}_gmem"), token
+        at = ref, (self.sequence, token), self.column + offset, self.grid.row
+        if self.stash is None:
+            return rows.load(*at, inside)
+        x = self.stash.channels(name, offset // self.channels, *at)
+        return rows.masked(x, inside)
+
+    def number(self, name, token):
+        """A scalar of the token, [B, T] of 32 bits."""
+        ref, at = getattr(self.refs, f"{name}_gmem"), (self.sequence, token[0])
+        return ref[at] if self.stash is None else self.stash.number(name, ref, at)
 
     def store(self, ref, token, value, offset=0):
-        """Writes what `load` would read."""
+        """Writes the row's channels of a token, from column `offset` of the array on."""
         token, inside = token
         at = self.sequence, token
         rows.store(ref, at, self.column + offset, value, self.grid.row, inside)
@@ -162,7 +113,8 @@ class Place:
     def store_of_split(self, ref, value):
         """Writes [B, splits, C], of which all rows hold the same."""
         at = self.sequence, self.split
-        rows.store(ref, at, self.column, value, self.grid.row, self.own == 0)
+        first = self.own == 0 if self.rank is None else (self.own == 0) & (self.rank == 0)
+        rows.store(ref, at, self.column, value, self.grid.row, first)
 
     def store_sum(self, ref, value, turn):
         """Writes [B, splits, C], the sum over the rows of what each of them holds."""
@@ -175,8 +127,7 @@ class Place:
 
     def reset(self, token):
         """1 where the state is zero before the token, int32; None if it never is."""
-        resets = self.refs.resets_gmem
-        return None if resets is None else resets[self.sequence, token[0]]
+        return None if self.refs.resets_gmem is None else self.number("resets", token)
 
     def unless_reset(self, value, reset):
         """The value, or zeros where `reset` says that the state is zero."""
@@ -213,12 +164,53 @@ class Place:
         self._put(refs.products, first + group, product, last)
         self._put(refs.ends, first + group, end, last)
         self._sync()
+        if self.rank is not None:
+            state, carry = self._fold_cluster(group, first, carry, turn)
+            return kept * state + before, carry, None
         state, total = carry, rows.zeros(grid.row) + 1
         for n in range(grid.groups):
             p, e = self._taken(refs.products, refs.ends, first + n)
             carry, total = p * carry + e, p * total
             state = row_folds.either(n + 1 == group, carry, state)
         return kept * state + before, carry, total
+
+    def _fold_cluster(self, group, first, carry, turn):
+        """The state before the row's group and that after the cluster, from `carry` before it.
+
+        The first warp folds the groups and tells all blocks of the cluster what the whole block is.
+        """
+        refs, grid = self.refs, self.grid
+        together = row_folds.of_warp(grid.row)
+        each = pl.cdiv(grid.groups, together)  # groups that a row of the first warp folds
+
+        @pl.when(self.own < together)
+        def _():
+            of_groups, product, end = [], rows.zeros(grid.row) + 1, rows.zeros(grid.row)
+            for n in range(each):
+                at, exists = self.own * each + n, None
+                if each * together > grid.groups:
+                    at, exists = jnp.minimum(at, grid.groups - 1), at < grid.groups
+                of_groups.append((first + at, exists, product, end))
+                p, e = self._taken(refs.products, refs.ends, first + at)
+                p, e = rows.masked(p, exists, 1), rows.masked(e, exists)
+                product, end = p * product, p * end + e
+            kept, before, product, end = row_folds.fold_of_warp(product, end, grid.row)
+            for at, exists, p, e in of_groups:
+                self._put(refs.products_before, at, p * kept, exists)
+                self._put(refs.ends_before, at, p * before + e, exists)
+            at, last = turn * grid.cluster + self.rank, self.own == together - 1
+            for block in range(grid.cluster):
+                clusters.push(refs.block_products, at, product, grid.row, block, last)
+                clusters.push(refs.block_ends, at, end, grid.row, block, last)
+
+        clusters.sync()
+        state = carry
+        for n in range(grid.cluster):
+            p, e = self._taken(refs.block_products, refs.block_ends, turn * grid.cluster + n)
+            carry = p * carry + e
+            state = row_folds.either(n + 1 == self.rank, carry, state)
+        p, e = self._taken(refs.products_before, refs.ends_before, first + group)
+        return p * state + e, carry
 
     def _fold_group(self, within, product, end):
         """Product and end of the rows of the group before this one, and of all up to this one."""
@@ -252,11 +244,20 @@ class Place:
 
 
 def run(
-    grid: Grid, body: Callable, name: str, batch: int, inputs: dict, outputs: dict
+    grid: Grid,
+    body: Callable,
+    name: str,
+    batch: int,
+    inputs: dict,
+    outputs: dict,
+    stash: Any = None,
 ) -> list[jax.Array]:
-    """The outputs of a kernel; see launch.kernel."""
+    """The outputs of a kernel; see launch.kernel. `stash` is of linear_scan_copies.py, or None."""
     scratch = lambda number: plgpu.SMEM((number, grid.row.channels), jnp.float32)
     of_groups = scratch(2 * grid.groups)
+    of_blocks, before = None, None
+    if grid.cluster > 1:
+        of_blocks, before = scratch(2 * grid.cluster), of_groups
     rows_of = scratch(grid.number) if interpreting() else None
     return kernel(
         body,
@@ -266,10 +267,16 @@ def run(
         scratch={
             "products": of_groups,
             "ends": of_groups,
+            "products_before": before,
+            "ends_before": before,
+            "block_products": of_blocks,
+            "block_ends": of_blocks,
+            "stash": stash and stash.scratch(),
             "row_products": rows_of,
             "row_ends": rows_of,
-            "barrier": plgpu.Barrier(num_arrivals=_INTERPRETED) if interpreting() else None,
+            "barrier": plgpu.Barrier(num_arrivals=INTERPRETED) if interpreting() else None,
         },
         grid={"blocks": batch * grid.splits * grid.slabs},
-        threads=_INTERPRETED if interpreting() else grid.warpgroups,
+        threads=INTERPRETED if interpreting() else grid.warpgroups,
+        cluster=grid.cluster,
     )

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.elementwise.linear_scan_rows import Grid, Place, grid_for, run
+from gt_jax.kernels.elementwise.linear_scan_copies import Stash, bytes_read
+from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_for
+from gt_jax.kernels.elementwise.linear_scan_rows import Place, run
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop
 from gt_jax.kernels.pallas.splits import states_of_splits
@@ -91,31 +93,43 @@ def states_of_tokens(
         dtype: of s; None for float32 and no state at the end.
     """
     batch, channels = state.shape
-    grid = grid_for(batch, length, channels)
+    grid = grid_for(batch, length, channels, bytes_read(inputs, channels))
     states = states_before(grid, inputs, terms, state, reverse=False)
+    stash = Stash(grid, inputs, channels) if grid.copied else None
 
     def body(refs):
         place = Place(grid, refs, batch, reverse=False)
 
-        def step(n, carry):
-            s, given = carry
-            tokens = place.tokens(n)
-            found = list(terms.of_tokens(place, tokens, given))
-            given = terms.given_of(place, place.tokens_after(n))  # on their way from here on
+        def compute(n, tokens, values, s, ahead=lambda: None):
+            """The state after tile n, and what `ahead` gives, which reads while rows fold."""
+            found = list(terms.of_tokens(place, tokens, values))
+            coming = ahead()
             s, after, _ = place.fold(found, s, lax.rem(n, jnp.int32(2)))
             for token, (decay, x) in zip(tokens, found):
                 s = decay * s + x
                 place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
-            return after, given
+            return after, coming
 
-        first = terms.given_of(place, place.tokens(jnp.int32(0)))
-        last, _ = loop(grid.tiles, step, (place.start(), first))
+        def step(n, carry):
+            s, values = carry
+            ahead = lambda: terms.given_of(place, place.tokens_after(n))
+            return compute(n, place.tokens(n), values, s, ahead)
+
+        def step_copied(n, tokens, values, s):
+            return compute(n, tokens, [values(j) for j in range(grid.span)], s)[0]
+
+        if stash is None:
+            first = terms.given_of(place, place.tokens(jnp.int32(0)))
+            last, _ = loop(grid.tiles, step, (place.start(), first))
+        else:
+            given = lambda tokens, j: terms.given(place, tokens[j])
+            last = stash.walk(place, given, step_copied, place.start())
         if dtype is not None:
             place.store_of_split(refs.last_gmem, last)
 
     like = jax.ShapeDtypeStruct((batch, length, channels), dtype or jnp.float32)
     outputs = {"s": like, "last": None if dtype is None else _of_splits(grid, state)}
-    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs)
+    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs, stash)
     return [s, *(z[:, -1] for z in last)]
 
 
@@ -143,35 +157,48 @@ def gradients_of_tokens(
         outputs: name -> what has the shape and dtype of the output. None for "d_state", [B, C] the
             gradient of state, and for "total", [B, splits, C] sums over tokens; float32 both.
     """
-    grid = grid_for(*s.shape)
+    batch, length, channels = s.shape
+    of_tokens = inputs | {"s": s}
+    grid = grid_for(batch, length, channels, bytes_read(of_tokens, channels))
     states = states_before(grid, inputs, terms, d_last, reverse=True)
+    stash = Stash(grid, of_tokens, channels) if grid.copied else None
 
     def body(refs):
-        place = Place(grid, refs, len(s), reverse=True)
+        place = Place(grid, refs, batch, reverse=True)
         before = place.of_sequence(refs.state_gmem)
 
         def read(tokens, j):
             return terms.given(place, tokens[j]), place.state_earlier(tokens, j, before)
 
-        def step(n, carry):
-            u, total, values = carry
-            tokens, following = place.tokens(n), place.tokens_after(n)
-            found = terms.of_tokens(place, tokens, [given for given, _ in values])
+        def compute(n, tokens, values, carry, coming=lambda j: None):
+            """Tile n, of which values(j) is what was read of tokens[j]; coming(j) reads ahead."""
+            u, total = carry
+            found = (terms.of_given(place, tokens[j], values(j)[0]) for j in range(grid.span))
             u, after, _ = place.fold(found, u, lax.rem(n, jnp.int32(2)))
-            coming = []
-            for j, (token, (given, s_before)) in enumerate(zip(tokens, values)):
+            ahead = []
+            for j, token in enumerate(tokens):
+                given, s_before = values(j)
                 decay, g = terms.of_given(place, token, given)  # again: few registers
                 dx = g + u
                 u = decay * dx
                 added = gradients(place, token, given, dx, s_before.astype(jnp.float32))
                 total = total if added is None else total + added
-                coming.append(read(following, j))  # into the registers of this one
-            return after, total, coming
+                ahead.append(coming(j))  # into the registers of this one
+            return (after, total), ahead
 
-        total = rows.zeros(grid.row) if "total" in outputs else None
-        tokens = place.tokens(jnp.int32(0))
-        first = [read(tokens, j) for j in range(grid.span)]
-        u, total, _ = loop(grid.tiles, step, (place.start(), total, first))
+        def step(n, carry):
+            values, following = carry[1], place.tokens_after(n)
+            coming = lambda j: read(following, j)
+            return compute(n, place.tokens(n), lambda j: values[j], carry[0], coming)
+
+        carry = place.start(), rows.zeros(grid.row) if "total" in outputs else None
+        if stash is None:
+            tokens = place.tokens(jnp.int32(0))
+            first = [read(tokens, j) for j in range(grid.span)]
+            (u, total), _ = loop(grid.tiles, step, (carry, first))
+        else:
+            step_copied = lambda *given: compute(*given)[0]
+            u, total = stash.walk(place, read, step_copied, carry)
         if "d_state" in outputs:
             place.store_of_split(refs.d_state_gmem, u)
         if "total" in outputs:
@@ -180,8 +207,8 @@ def gradients_of_tokens(
     of_splits = _of_splits(grid, state)
     like = {key: of_splits if z is None else z for key, z in outputs.items()}
     like = {key: jax.ShapeDtypeStruct(z.shape, z.dtype) for key, z in like.items()}
-    inputs = inputs | {"states": states, "s": s, "state": state}
-    results = run(grid, body, name, len(s), inputs, like)
+    inputs = of_tokens | {"states": states, "state": state}
+    results = run(grid, body, name, batch, inputs, like, stash)
     return [z[:, 0] if key == "d_state" else z for key, z in zip(like, results)]
 
 

@@ -20,17 +20,14 @@ from gt_jax.kernels.pallas.launch import lowered_once
 
 def _given(place, token):
     """Forget, read and c, and whether it is reset."""
-    refs = place.refs
-    scores = (
-        place.load(refs.scores_gmem, token),
-        place.load(refs.scores_gmem, token, place.channels),
-    )
-    return *scores, place.load(refs.c_gmem, token), place.reset(token)
+    forget = place.load("scores", token)
+    read = place.load("scores", token, place.channels)
+    return forget, read, place.load("c", token), place.reset(token)
 
 
 def _given_backward(place, token):
     """The same and ds."""
-    return *_given(place, token), place.load(place.refs.ds_gmem, token)
+    return *_given(place, token), place.load("ds", token)
 
 
 def _gates(place, forget, read):

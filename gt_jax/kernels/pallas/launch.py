@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gt_jax.kernels.pallas import early
+from gt_jax.kernels.pallas import clusters, early
 from gt_jax.kernels.pallas.devices import interpreting, simulation
 
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
@@ -34,6 +34,7 @@ def kernel(
     grid: dict[str, int],
     threads: int,
     updates: dict | None = None,
+    cluster: int = 1,
 ) -> list[jax.Array]:
     """Runs body(refs) on every block of a grid; the body orders its own shared memory accesses.
 
@@ -48,6 +49,7 @@ def kernel(
         threads: warpgroups of a block; their axis is "wg".
         updates: name -> array that the kernel overwrites in place, where XLA needs it for nothing
             else: what reads it must run before, which only a dependency ensures.
+        cluster: blocks for each of the grid, on the axis clusters.AXIS; see clusters.py.
 
     Returns:
         The outputs that are not None, in order, and then the updated arrays.
@@ -73,6 +75,8 @@ def kernel(
         scratch_types=given(scratch),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=() if cluster == 1 else (cluster,),
+        cluster_names=() if cluster == 1 else (clusters.AXIS,),
         num_threads=threads,
         thread_name="wg",
         kernel_name=name,

@@ -16,7 +16,8 @@ def sigmoid(x):
 
 def sigmoids(x):
     """sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would round to zero from x = 17 on."""
-    power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 126.0))  # of exp(-x), finite
+    # exp(-x), finite, and its reciprocal normal even if rounded down: others are taken for zero.
+    power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 125.0))
     upper = reciprocal(1 + power)
     return upper, power * upper
 

@@ -9,6 +9,17 @@ from gt_jax.kernels.elementwise import gated_scan, linear_scan, memory_scan
 from gt_jax.kernels.pallas import devices, warps
 from gt_jax.kernels.pallas.architectures import lowered_for
 from gt_jax.models import FUSIONS, ModelConfig, scans
+from tests.kernels.elementwise.linear_scan_cases import (
+    NEAR_LASTING,
+    case,
+    check,
+    gated_in_float64,
+    in_float64,
+    lasting_case,
+    memory_in_float64,
+    resets_of,
+    scores_of,
+)
 from tests.kernels.hopper_kernels import too_old
 
 pytestmark = too_old
@@ -17,34 +28,12 @@ pytestmark = too_old
 @pytest.fixture
 def gpu_of(monkeypatch):
     """A function that makes the GPU one that so many blocks fill, and tiles short."""
-    from gt_jax.kernels.elementwise import linear_scan_rows
+    from gt_jax.kernels.elementwise import linear_scan_grids
 
-    monkeypatch.setattr(linear_scan_rows, "_SPAN", 2)
-    monkeypatch.setattr(linear_scan_rows, "_LEAST_TILES", 1)
+    monkeypatch.setattr(linear_scan_grids, "_SPAN", 2)
+    monkeypatch.setattr(linear_scan_grids, "_LEAST_TILES", 1)
     jax.clear_caches()  # kernels of a shape are lowered once
     return lambda blocks: monkeypatch.setattr(warps, "blocks_at_once", lambda: blocks)
-
-
-def case(B, T, C, seed=0):
-    """Decay with exact zeros and ones among it, x, a state, and the cotangent of s; float32."""
-    rng = np.random.default_rng(seed)
-    decay = rng.choice([0, 1, 0.5, 0.999], (B, T, C), p=[0.03, 0.2, 0.27, 0.5])
-    x, g = rng.normal(size=(2, B, T, C))
-    return [jnp.asarray(z, jnp.float32) for z in (decay, x, rng.normal(size=(B, C)), g)]
-
-
-def in_float64(decay, x, state, g):
-    """s and the gradients of decay, x and the state, one token at a time."""
-    decay, x, state, g = (np.float64(z) for z in (decay, x, state, g))
-    s, after = np.empty_like(x), state
-    for t in range(x.shape[1]):
-        after = s[:, t] = decay[:, t] * after + x[:, t]
-    before = np.concatenate([state[:, None], s[:, :-1]], axis=1)
-    dx, u = np.empty_like(x), np.zeros_like(state)
-    for t in reversed(range(x.shape[1])):
-        dx[:, t] = g[:, t] + u
-        u = decay[:, t] * dx[:, t]
-    return s, dx * before, dx, u
 
 
 def with_gradients(scan, arrays, g):
@@ -69,37 +58,6 @@ def test_interpreted_kernels_match_the_recurrence_in_float64(
         assert z.dtype == jnp.float32
         np.testing.assert_array_equal(z, repeated)
         np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-
-
-def gated_in_float64(gates, head, state, resets, d_score, d_last):
-    """s . head and the last s of a minGRU, and the gradients of gates, head and state."""
-    candidate, update = np.split(np.float64(gates), 2, axis=-1)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    z, below, stays = sigmoid(update), sigmoid(candidate), 1 - np.float64(resets)[..., None]
-    value = np.where(candidate >= 0, candidate + 0.5, below)
-    head = np.float64(head)
-    g = np.float64(d_score)[..., None] * head
-    g[:, -1] += d_last
-    s, d_decay, dx, du = in_float64((1 - z) * stays, z * value, state, g)
-    d_update = (dx * value - d_decay * stays) * z * (1 - z)
-    d_candidate = dx * z * np.where(candidate >= 0, 1, below * (1 - below))
-    d_head = np.einsum("bt,btc->c", np.float64(d_score), s)
-    return s @ head, s[:, -1], np.concatenate([d_candidate, d_update], axis=-1), d_head, du
-
-
-def memory_in_float64(scores, c, bias, state, resets, ds, d_last):
-    """s, the last s, and the gradients of scores, c, bias and state of a ParallelScan's memory."""
-    scores, c, ds, d_last = (np.float64(z) for z in (scores, c, ds, d_last))
-    forget, read = np.split(scores, 2, axis=-1)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))
-    a, i, stays = sigmoid(forget + bias), sigmoid(read), 1 - np.float64(resets)[..., None]
-    g = ds.copy()
-    g[:, -1] += d_last
-    s, d_decay, dx, du = in_float64(a * stays, (1 - a) * i * c, state, g)
-    d_forget = (d_decay * stays - dx * i * c) * a * (1 - a)
-    d_read = dx * (1 - a) * c * i * (1 - i)
-    d_scores = np.concatenate([d_forget, d_read], axis=-1)
-    return s, s[:, -1], d_scores, dx * (1 - a) * i, d_forget.sum((0, 1)), du
 
 
 # Of an array's largest number: bfloat16 rounds what it holds, and the s that the rest is made of.
@@ -246,6 +204,36 @@ def test_memories_match_the_recurrence_in_float64(shape, dtype):
         np.testing.assert_array_equal(z, repeated)
         error = NEAR[dtype] * np.abs(expected).max()
         np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
+
+
+# Wide slabs in clusters of 2 and 4 blocks on an H200, narrow ones, and splits. In more tokens the
+# rounding of decays that are nearly 1 adds up to more.
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(8, 700, 192), (8, 700, 128), (300, 500, 40), (1, 700, 8)], ids=str
+)
+def test_states_that_last_match_float64(shape):
+    if reason := devices.portable_unsupported():
+        pytest.skip(reason)
+    B, T, C = shape
+    near, resets = NEAR_LASTING["float32"], resets_of(B, T)
+    arrays = lasting_case(shape)
+    check(jax.jit(kernels)(*arrays), in_float64(*arrays), near)
+
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    c, ds, d_score, bias = draw(B, T, C), draw(B, T, C), draw(B, T), draw(C)
+    state, d_last = draw(B, C), draw(B, C)
+    gates, scores = scores_of(shape, "float32", C, -1), scores_of(shape, "float32", 0, 1)
+    for scan, recurrence, inputs, cotangents in (
+        (gated_scan.scan, gated_in_float64, (gates, bias, state), (d_score, d_last)),
+        (memory_scan.scan, memory_in_float64, (scores, c, bias, state), (ds, d_last)),
+    ):
+        run = jax.jit(
+            lambda inputs, g, scan=scan: with_gradients(lambda *z: scan(*z, resets), inputs, g)
+        )
+        found = jax.tree.leaves(run(inputs, cotangents))
+        check(found, recurrence(*inputs, resets, *cotangents), near)
 
 
 @pytest.fixture

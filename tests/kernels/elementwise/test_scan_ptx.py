@@ -15,11 +15,18 @@ import pytest
 
 from gt_jax.kernels.pallas import warps
 from tests.kernels import emulated, ptx
-from tests.kernels.elementwise.test_linear_scan import (
+from tests.kernels.elementwise.linear_scan_cases import (
+    NEAR_LASTING as NEAR,
+)
+from tests.kernels.elementwise.linear_scan_cases import (
     case,
+    check,
     gated_in_float64,
     in_float64,
+    lasting_case,
     memory_in_float64,
+    resets_of,
+    scores_of,
 )
 from tests.kernels.hopper_kernels import too_old
 
@@ -27,9 +34,6 @@ pytestmark = [
     too_old,
     pytest.mark.skipif(not emulated.WHEELS, reason="GT_JAX_CUDA_WHEELS names no folder"),
 ]
-# Of an array's largest number. bfloat16 rounds what it holds; some states outlive 1000 tokens.
-NEAR = {"bfloat16": 2**-8, "float32": 1e-5}
-
 # (B, T, C), multiprocessors, dtype: rows of 2 threads and two tiles, three slabs of channels, two
 # splits of three tiles, rows of 32 threads, one short tile.
 CALLS = [
@@ -38,6 +42,13 @@ CALLS = [
     ((1, 4100, 8), 132, "float32"),
     ((2, 150, 128), 4, "float32"),
     ((2, 17, 12), 132, "float32"),
+    # Tiles are copied ahead: of single blocks, of clusters of 2 in one tile and in many, as far as
+    # shared memory has room; of clusters of 4.
+    ((2, 900, 32), 3, "float32"),
+    ((1, 1000, 16), 3, "float32"),
+    ((2, 1500, 32), 4, "float32"),
+    ((2, 1300, 64), 8, "bfloat16"),
+    ((2, 1200, 32), 8, "bfloat16"),
 ]
 
 
@@ -57,37 +68,6 @@ def drawn(request, monkeypatch):
     shape, running, dtype = request.param
     monkeypatch.setattr(warps, "blocks_at_once", lambda: running * warps.BLOCKS_AT_ONCE)
     return shape, dtype
-
-
-def scores_of(shape, dtype, first, sign):
-    """[B, T, 2 C] scores of gates. From `first` on, C are those that keep the state where they are
-    of this sign; every other one of them keeps it long."""
-    B, T, C = shape
-    rng = np.random.default_rng(0)
-    largest = 30 if dtype == "float32" else 1  # rounding s would be a large part of its neighbours
-    scores = rng.normal(size=(B, T, 2 * C)) * rng.choice([1, largest], (B, T, 1), p=[0.9, 0.1])
-    lasting = sign * (6 + rng.normal(size=(B, T, C // 2)) ** 2)
-    scores[..., first + 1 : first + C : 2] = lasting
-    return jnp.asarray(scores, dtype)
-
-
-def resets_of(B, T):
-    rng = np.random.default_rng(2)
-    return jnp.asarray(rng.random((B, T)) < 2 / T, jnp.int32).at[:, 0].set(0)
-
-
-def check(found, wanted, near):
-    for z, expected in zip(found, wanted, strict=True):
-        error = near * np.abs(expected).max()
-        np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
-
-
-def lasting_case(shape):
-    """`case`, of which every other channel keeps its state long."""
-    decay, *others = case(*shape)
-    rng = np.random.default_rng(1)
-    slow = 1 - 0.004 * rng.random(shape) * (rng.random(shape) < 0.5)
-    return [jnp.where(np.arange(shape[2]) % 2, jnp.float32(slow), decay), *others]
 
 
 def test_linear_scans_match_the_recurrence_in_float64(launcher, drawn):
@@ -147,15 +127,28 @@ BROKEN = {
     "one buffer for all tiles": (r"shl\.b32 \t(%r\d+), %r\d+, 6;", r"mov.b32 \t\1, 0;", "barrier"),
     "reading too far ahead": (r"min\.u32 (.*), 1299;", r"min.u32 \1, 2047;", "outside"),
 }
+# The same in clusters of two blocks
+BROKEN_CLUSTERS = {
+    "no barrier of a cluster": (
+        r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", "", "barrier"
+    ),
+    "a barrier of a block in its place": (
+        r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;", "bar.sync 0;",
+        "cluster's barrier",
+    ),
+    "telling itself twice": (r"(mapa.*), 1;", r"\1, 0;", "never written"),
+    "not waiting for copies": (r"(wait_group) \t?\d+;", r"\1 7;", "never written"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("what", [*BROKEN, *BROKEN_CLUSTERS])
 def test_what_is_broken_is_seen(launcher, monkeypatch, what):
     """Of the code itself, so that a right result above means something."""
     from gt_jax.kernels.elementwise import linear_scan_kernels as kernels
 
-    monkeypatch.setattr(warps, "blocks_at_once", lambda: 132 * warps.BLOCKS_AT_ONCE)
-    pattern, other, message = BROKEN[what]
+    running, shape = (132, (2, 1300, 16)) if what in BROKEN else (4, (2, 1500, 32))
+    monkeypatch.setattr(warps, "blocks_at_once", lambda: running * warps.BLOCKS_AT_ONCE)
+    pattern, other, message = (BROKEN | BROKEN_CLUSTERS)[what]
 
     def change(text):
         changed, count = re.subn(pattern, other, text)
@@ -163,7 +156,7 @@ def test_what_is_broken_is_seen(launcher, monkeypatch, what):
         return changed
 
     launcher.change = change
-    decay, x, state, g = lasting_case((2, 1300, 16))
+    decay, x, state, g = lasting_case(shape)
     run = lambda: emulated.call(kernels.forward, decay, x, state)
     if message:
         with pytest.raises(ptx.Fault, match=message):
