@@ -51,6 +51,8 @@ DECODING = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_experimental_force_split_k": 1,
 }
+# A sample while training: its few hundred tokens take less time than trying products does.
+SAMPLE = DECODING | UNTIMED
 
 # Compiled programs kept on disk; the least recently used go first.
 _CACHE_BYTES = 2 * 2**30
@@ -168,9 +170,9 @@ def compile_side_by_side(
         programs: name -> a function that lowers; the one that is needed first and takes longest is
             first. Tracing and lowering are Python, so they take turns in this order; XLA compiles
             outside of Python, each program in a thread of its own, and each of its Pallas kernels
-            in another, on one GPU those of the first program from when each is lowered. While XLA
-            compiles kernels, it compiles nothing else, so that other programs with kernels wait
-            for the first.
+            in another, on one GPU from when each is lowered. While XLA compiles kernels, it
+            compiles nothing else, so that other programs wait for the first where they have
+            kernels that have not begun by then.
         kept: name -> a program as an earlier process compiled it, which is not even lowered, or
             where to keep it. The others are lowered once all of these are found or not: until then
             they would take Python from the process that needs these first.
@@ -189,7 +191,7 @@ def compile_side_by_side(
         """Those of the kernels found that are new, if `result` is not there in `seconds`."""
         loaded = time.monotonic() + seconds
         for kernel in found:
-            if kernel is not None and kernel.hash not in begun:
+            if kernel.hash not in begun:
                 begun.add(kernel.hash)
                 kernels.submit(_compile_unless, result, loaded, kernel)
 
@@ -207,7 +209,7 @@ def compile_side_by_side(
             calls = kernel_programs.calls_of(lowered) if place else set()  # compiling may change it
 
             def compile_in_turn():
-                if found and result is not first:
+                if result is not first and any(kernel.hash not in begun for kernel in found):
                     wait([first])
                 compile_new(found, result, _LOADING_SECONDS)
                 if place:
@@ -226,7 +228,7 @@ def compile_side_by_side(
             settle(lambda: tracing.submit(settle, trace, compile_))  # refused once Python ends
 
         def lower_():
-            if result is not first or jax.default_backend() != "gpu" or jax.device_count() > 1:
+            if jax.default_backend() != "gpu" or jax.device_count() > 1:
                 return lower()
             try:
                 with early.telling(lambda call: compile_new(_kernels_of(call), result, 0)):
@@ -260,7 +262,7 @@ def _when_done(futures: Sequence[Future], call: Callable[[], None]) -> None:
         call()
 
 
-def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel | None]:
+def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel]:
     """Of a lowered program or of a call in it; none where a JAX writes them otherwise.
 
     Only time is lost then.
@@ -268,7 +270,8 @@ def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel | None]:
     try:
         if isinstance(lowered, jax.stages.Lowered):
             return kernel_programs.of_program(lowered)
-        return [kernel_programs.of_call(lowered)]
+        kernel = kernel_programs.of_call(lowered)
+        return [] if kernel is None else [kernel]
     except Exception as error:
         _say_slower(error)
         return []

@@ -1,6 +1,7 @@
 """A sample by two programs, which are compiled or kept before there are parameters for it.
 
-What `generate` does for one prompt, the tokens too; its five programs serve any number of requests.
+What `generate` does for one prompt, the tokens too, but for rounding on a GPU: nothing is tried out
+there to compile these. Its five programs serve any number of requests.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from gt_jax import compilation
 from gt_jax.finite import check_computed
 from gt_jax.generation.contexts import PREFILL_CHUNKS, Context, prefill, start_state
 from gt_jax.generation.requests import Request, check_request
@@ -50,10 +52,10 @@ def lower_ahead(
         return model, params, one_slot(Request(prompt), _context(model, prompt, state))
 
     def burst(params):
-        begun = _placed(_begin.eval_shape(*arguments(params)), _device(params))
+        begun = _placed(_begin().eval_shape(*arguments(params)), _device(params))
         return lower_advance(model, *begun, narrows=False)
 
-    return {"begin": lambda params: _begin.lower(*arguments(params)), "burst": burst}
+    return {"begin": lambda params: _begin().lower(*arguments(params)), "burst": burst}
 
 
 def sample(
@@ -98,8 +100,13 @@ def _drawn(model, params, request, programs) -> Iterator[int]:
         yield from tokens[drew].tolist()
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _begin(model, params, one):
+@functools.cache
+def _begin():
+    options = compilation.options(compilation.UNTIMED)
+    return jax.jit(_begun, static_argnames="model", compiler_options=options)
+
+
+def _begun(model, params, one):
     """Weights for decoding, and slots with the one that a sample needs."""
     rows = rows_of_batch(1)
     if one.state is None:

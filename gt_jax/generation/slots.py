@@ -128,13 +128,16 @@ def advance(
 
 
 def lower_advance(model: LanguageModel, weights: Any, slots: Any, *, narrows: bool) -> Any:
-    """The jax.stages.Lowered of `advance` without likeliest tokens, for arrays or their shapes."""
-    return _advance().lower(model, weights, slots, narrows=narrows, top=0)
+    """The jax.stages.Lowered of `advance` without likeliest tokens, for arrays or their shapes.
+
+    It is compiled as a sample's: with nothing tried out on the device.
+    """
+    return _advance(sample=True).lower(model, weights, slots, narrows=narrows, top=0)
 
 
 @functools.cache
-def _advance():
-    options = compilation.options(compilation.DECODING)
+def _advance(sample=False):
+    options = compilation.options(compilation.SAMPLE if sample else compilation.DECODING)
     arguments = {"static_argnames": ("model", "narrows", "top"), "donate_argnames": "slots"}
     return jax.jit(_burst, compiler_options=options, **arguments)
 

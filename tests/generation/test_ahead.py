@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gt_jax import compilation
 from gt_jax.errors import InputError
-from gt_jax.generation import generate, lower_ahead, prefill, sample
+from gt_jax.generation import ahead, generate, lower_ahead, prefill, sample, slots
 from gt_jax.models import make_model
 from gt_jax.training.parallel import make_mesh
 from tests.models.small_models import small_model
@@ -45,11 +46,11 @@ def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind, leng
     prompt = np.arange(length, dtype=np.int32) % 23
     programs = {}
 
-    def ahead():
+    def compile_ahead():
         for name, lower in lower_ahead(model, prompt).items():
             programs[name] = lower(shapes).compile()
 
-    thread = threading.Thread(target=ahead)
+    thread = threading.Thread(target=compile_ahead)
     thread.start()
     thread.join()
     params = init(key)
@@ -64,6 +65,23 @@ def test_a_sample_traces_and_compiles_nothing_that_was_compiled_ahead(kind, leng
     assert _events == []
     assert len(drawn) == 35
     assert drawn == list(generate(model, params, prompt, max_tokens=35, seed=3))
+
+
+def test_nothing_is_tried_out_on_a_gpu_to_compile_a_sample(monkeypatch):
+    """It takes seconds more than the sample; what is served may be for hours, and is tried out."""
+    asked, compilers = [], (ahead._begin, slots._advance)
+    monkeypatch.setattr(compilation, "options", asked.append)
+    try:
+        for compiler in compilers:
+            compiler.cache_clear()
+        ahead._begin()
+        slots._advance(sample=True)
+        assert all(compilation.UNTIMED.items() <= options.items() for options in asked)
+        slots._advance()
+        assert len(asked) == 3 and asked[-1] == compilation.DECODING
+    finally:
+        for compiler in compilers:
+            compiler.cache_clear()
 
 
 def test_a_sample_refuses_what_generate_refuses():

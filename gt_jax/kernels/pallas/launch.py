@@ -7,6 +7,7 @@ warpgroups may take one at the same time.
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -16,11 +17,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from gt_jax.kernels.pallas import clusters, early
 from gt_jax.kernels.pallas.devices import interpreting, simulation
 
 CHUNK = 64  # tokens a warpgroup works on at once: the rows of one wgmma tile
+# JAX 0.11 counts the kernels that it lowers and writes into each, and so into its hash, a name with
+# its number, for files about it that XLA writes if asked. One kernel in two programs was two.
+_NUMBERED = jax.__version_info__ < (0, 12) and not any(
+    variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ
+)
 MULTIPROCESSORS = 132  # of an H100 or H200; a block of the grid occupies one
 
 
@@ -62,6 +69,8 @@ def kernel(
     given = lambda entries: [z for z in entries.values() if z is not None]
 
     def call(*refs):
+        if _NUMBERED and not interpreting():
+            _without_number(name)
         body(SimpleNamespace(**absent, **dict(zip(names, refs, strict=True))))
 
     interpret = False
@@ -90,6 +99,17 @@ def kernel(
     if early.told() and not updates:
         return early.call(run, given(inputs))
     return [*run(*given(inputs | updates)), *map(jax.freeze, updates.values())]
+
+
+def _without_number(name: str) -> None:
+    """Name the kernel that is traced here, so that JAX does not: it is the same in all programs."""
+
+    @plgpu.inline_mgpu()
+    def named(context):
+        attributes = context.module.operation.attributes
+        attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+    named()
 
 
 def lowered_once(*static: str) -> Callable:
