@@ -6,7 +6,8 @@ longer run needs more of it: --config.data.source=FOLDER. Moments in bfloat16 sa
 
     python -m gt_jax.train --config=configs/gf_mh_1b.py
 
-Expected: not measured yet. The speed of a microbatch on random tokens:
+Expected: the loss is not measured; docs/results.md has speed and memory of a microbatch, under
+"Training speed". The speed of a microbatch on random tokens:
 
     python -m experiments profile_training --config=configs/gf_mh_1b.py
     ... --timed_steps=10 --config.train.batch_size=16 --config.optim.grad_accumulation=1

@@ -6,8 +6,8 @@ from TensorFlow Datasets on first use; any other takes --config.data.source=FOLD
 
     python -m gt_jax.train --config=configs/gf_mh_350m.py
 
-Expected: on an H200, 168 000 tokens/s in microbatches of 16 x 2048; the loss is not measured. The
-speed of a microbatch on random tokens:
+Expected: the loss is not measured; docs/results.md has speed and memory with half a microbatch's
+rows, under "Training speed". The speed of a microbatch on random tokens:
 
     python -m experiments profile_training --config=configs/gf_mh_350m.py
     ... --timed_steps=10 --config.train.batch_size=32 --config.optim.grad_accumulation=1

@@ -5,8 +5,9 @@ longer text.
 
     python -m gt_jax.train --config=configs/gf_mh_base.py --config.data.source=FOLDER
 
-Expected: 320 000 tokens/s on an H200, so 34 minutes for the 20 000 steps; the loss depends on
-the text and is not measured. Its speed on random tokens:
+Expected: the speed and memory that docs/results.md has under "Training speed"; at that speed, the
+20 000 steps take about half an hour of an H200. The loss depends on the text and is not measured.
+Its speed on random tokens:
 
     python -m experiments profile_training --config=configs/gf_mh_base.py --timed_steps=20
 """

@@ -12,8 +12,8 @@ Every fusion of gt_jax.models.FUSIONS but those of questions/fusion.py, beside G
             what is asked for: a fusion that normalises its inputs cannot see it
     text    width 128 and 8 blocks on characters for 2000 steps, each at the best of three rates
 
-On one H200 some 12 minutes at 5 seeds, estimated from the time of `fusion`. The search has trained
-all of these but GRU: --parts takes them from its results, --only=gru trains the rest.
+The search has trained all of these but GRU: --parts takes them from its results, --only=gru trains
+the rest. experiments/results/arbiters.json has the `seconds` of all parts together.
 """
 
 import functools

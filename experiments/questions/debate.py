@@ -6,8 +6,9 @@ GF-MH and the twin-debate block of width 128 and 8 blocks, plain and with auxili
 published diversity and arbiter losses, the repaired ones (gt_jax/training/debate.py), a task loss
 of each branch, more entropy or, as the original's pilot had it, less, a balance of the branches,
 and the repaired ones faded out in the middle third of the run. 2000 steps on characters, each at
-the best of three rates. On one H200 some 16 minutes at 5 seeds, estimated from the time of
-`fusion`: run it in two parts of --only and join them with --parts.
+the best of three rates. Run it in parts of --only and join them with --parts;
+experiments/results/debate.json has the `seconds` of all parts together, of `residual` and `search`
+as well.
 """
 
 from experiments.lab import command, designs

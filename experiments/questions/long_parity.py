@@ -3,12 +3,13 @@
     python -m experiments long_parity --source=PREPARED --seeds=3
     python -m experiments long_parity --source=PREPARED --seeds=3 --steps=5000
 
-GF-MH (width 192, 8 blocks: 8 million parameters without its embedding) and a GPT-2 with at least as
-many, embeddings counted. PREPARED is a folder of `python -m gt_jax.prepare`, with a byte-level BPE
-of 16,384 ids for example. The original planned 50,000 steps and never took them; of 32 x 128 tokens
-they are 205 million. First one seed of each family trains for a tenth of the steps at every rate.
-The rate with the lowest loss on the first half of the validation text then trains every seed in
-full. Losses are of the second half. A twentieth of the steps warms up.
+GF-MH (width 192, 8 blocks: 6.5 million parameters without its embedding, 7.9 million with the
+original's RWKV branch) and a GPT-2 with at least as many, embeddings counted. PREPARED is a folder
+of `python -m gt_jax.prepare`, with a byte-level BPE of 16,384 ids for example. The original planned
+50,000 steps and never took them; of 32 x 128 tokens they are 205 million. First one seed of each
+family trains for a tenth of the steps at every rate. The rate with the lowest loss on the first
+half of the validation text then trains every seed in full. Losses are of the second half. A
+twentieth of the steps warms up.
 
 The trained GF-MH then reads some tokens of the validation text twice, from the 64 tokens before
 them and from the 512. GPT-2 has 128 positions.

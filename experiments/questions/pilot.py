@@ -13,8 +13,8 @@ GF-MH, GF and hybrids of two branches of one kind, each at the best of three rat
 
 Variance growth is reported beside that of the initial weights, entropy and the largest probability
 as they are: an entropy above 5 nats, which the original wanted, is above ln(vocabulary) here.
-On one H200 some 4 minutes a design at 5 seeds and three rates, estimated from the time of `search`;
---rates takes a rate that is known, --only and --parts run it in parts.
+docs/results.md says how long a design takes. --rates takes a rate that is known, --only and --parts
+run it in parts.
 """
 
 import numpy as np

@@ -4,8 +4,8 @@
     python -m experiments presets tiny gpt2 --steps=20
     python -m experiments presets --seeds=3 --out=now.json --against=then.json
 
-Every run is the trainer's own. The large ones, gf_mh_8m and gf_mh_base to gf_mh_1b, take hours or
-days and have to be asked for.
+Every run is the trainer's own. The large ones, gf_mh_8m and gf_mh_base to gf_mh_1b, take half an
+hour to two days of an H200 and have to be asked for.
 Prints, and writes to --out, each run's last validation loss in nats per character, its speed while
 the other jobs ran beside it (evaluation and compilation left out), and its seconds in all.
 

@@ -5,8 +5,8 @@
 GF-MH and a minGRU arbiter of width 128 and 8 blocks, with no residual path, Mamba's (h = n + M(n))
 or both branches', and the twin-debate block: minGRU, Mamba's path, the update normalised, no
 feed-forward. All read the same batches of characters for 2000 steps, each at the best of three
-rates. On one H200 some 10 minutes at 5 seeds, estimated from the time of `fusion`: where a command
-may take less, run parts with --only, each into its own --out, and join them with --parts.
+rates. Where a command may not take that long, run parts with --only, each into its own --out, and
+join them with --parts; experiments/results/residual.json has the `seconds` of all together.
 """
 
 from experiments.lab import command, designs

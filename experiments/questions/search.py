@@ -8,9 +8,9 @@ characters for 2000 steps, at each of three rates, GF-MH too. The first half of 
 chooses a design's rate, and the designs that `pilot` runs longer; the second half is reported.
 Differences from GF-MH are Holm-corrected over all designs of the list, chosen or not.
 
-On one H200 some 13 minutes at 3 seeds, a minute a design. Where a command may
-take less, run parts of the list with --only, each into its own --out, and join them with
---parts part1.json part2.json.
+Where a command may not take that long, run parts of the list with --only, each into its own --out,
+and join them with --parts part1.json part2.json; experiments/results/search.json has the `seconds`
+of all together.
 """
 
 from experiments.lab import command, designs
