@@ -51,8 +51,6 @@ DECODING = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_experimental_force_split_k": 1,
 }
-# A sample while training: its few hundred tokens take less time than trying products does.
-SAMPLE = DECODING | UNTIMED
 
 # Compiled programs kept on disk; the least recently used go first.
 _CACHE_BYTES = 2 * 2**30
@@ -170,9 +168,9 @@ def compile_side_by_side(
         programs: name -> a function that lowers; the one that is needed first and takes longest is
             first. Tracing and lowering are Python, so they take turns in this order; XLA compiles
             outside of Python, each program in a thread of its own, and each of its Pallas kernels
-            in another, on one GPU from when each is lowered. While XLA compiles kernels, it
-            compiles nothing else, so that other programs wait for the first where they have
-            kernels that have not begun by then.
+            in another, on one GPU those of the first program from when each is lowered. While XLA
+            compiles kernels, it compiles nothing else, so that other programs with kernels wait
+            for the first.
         kept: name -> a program as an earlier process compiled it, which is not even lowered, or
             where to keep it. The others are lowered once all of these are found or not: until then
             they would take Python from the process that needs these first.
@@ -191,7 +189,7 @@ def compile_side_by_side(
         """Those of the kernels found that are new, if `result` is not there in `seconds`."""
         loaded = time.monotonic() + seconds
         for kernel in found:
-            if kernel.hash not in begun:
+            if kernel is not None and kernel.hash not in begun:
                 begun.add(kernel.hash)
                 kernels.submit(_compile_unless, result, loaded, kernel)
 
@@ -209,7 +207,7 @@ def compile_side_by_side(
             calls = kernel_programs.calls_of(lowered) if place else set()  # compiling may change it
 
             def compile_in_turn():
-                if result is not first and any(kernel.hash not in begun for kernel in found):
+                if found and result is not first:
                     wait([first])
                 compile_new(found, result, _LOADING_SECONDS)
                 if place:
@@ -228,7 +226,7 @@ def compile_side_by_side(
             settle(lambda: tracing.submit(settle, trace, compile_))  # refused once Python ends
 
         def lower_():
-            if jax.default_backend() != "gpu" or jax.device_count() > 1:
+            if result is not first or jax.default_backend() != "gpu" or jax.device_count() > 1:
                 return lower()
             try:
                 with early.telling(lambda call: compile_new(_kernels_of(call), result, 0)):
@@ -262,7 +260,7 @@ def _when_done(futures: Sequence[Future], call: Callable[[], None]) -> None:
         call()
 
 
-def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel]:
+def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel | None]:
     """Of a lowered program or of a call in it; none where a JAX writes them otherwise.
 
     Only time is lost then.
@@ -270,8 +268,7 @@ def _kernels_of(lowered: Any) -> Sequence[kernel_programs.Kernel]:
     try:
         if isinstance(lowered, jax.stages.Lowered):
             return kernel_programs.of_program(lowered)
-        kernel = kernel_programs.of_call(lowered)
-        return [] if kernel is None else [kernel]
+        return [kernel_programs.of_call(lowered)]
     except Exception as error:
         _say_slower(error)
         return []

@@ -177,40 +177,10 @@ def test_programs_with_kernels_wait_for_the_first_and_others_do_not(compiled):
     assert order == ["init", "train", "evaluate"]
 
 
-@pytest.fixture
-def one_gpu(monkeypatch):
+def test_an_error_of_the_program_is_told_once_and_one_of_telling_is_a_warning(monkeypatch):
+    """As on a GPU, where the first program tells of its kernels."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-def test_a_program_waits_for_no_other_if_its_kernels_compile_already(compiled, one_gpu):
-    """On one GPU, where those that a program and the first have in common are told of once."""
-    ends = threading.Event()
-
-    def lowered(names, compile_):
-        def lower():
-            for name in names:
-                early._tell.get()(SimpleNamespace(names=name))  # as a kernel is lowered
-            return SimpleNamespace(names=names, compile=compile_)
-
-        return lower
-
-    def end():
-        for _ in "abc":
-            assert compiled.begun.acquire(timeout=120)
-        ends.set()
-
-    programs = {
-        "train": lowered("ab", lambda: ends.wait(120)),
-        "evaluate": lowered("bc", end),
-    }
-    compiling = compilation.compile_side_by_side(programs)
-    assert all(compiling[name].result(timeout=120) is not False for name in programs)
-    assert sorted(compiled.names) == ["a", "b", "c"]
-
-
-def test_an_error_of_the_program_is_told_once_and_one_of_telling_is_a_warning(monkeypatch, one_gpu):
-    """As on a GPU, where programs tell of their kernels."""
 
     def fail(only_while_telling):
         if early.told() or not only_while_telling:

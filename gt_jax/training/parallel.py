@@ -131,7 +131,7 @@ def lower_programs(
     carry: Any,
     sample: Mapping[str, Callable],
 ) -> dict[str, Callable]:
-    """What a run compiles: the longest first, then what has kernels, which compile beside its own.
+    """What a run compiles: the longest first, then what the first step needs besides.
 
     Args:
         make_state: jitted, seed [] uint32 -> TrainState.
@@ -143,8 +143,8 @@ def lower_programs(
         sample: name -> (shapes of the parameters to evaluate) -> a program of a sample, lowered.
 
     Returns:
-        "train": train_step(state, batch), "evaluate": eval_step(params, batch, carry) with what
-        `put_batch` returns, "init": make_state(seed), and those of a sample: functions that lower
+        "train": train_step(state, batch), "init": make_state(seed), "evaluate": eval_step(params,
+        batch, carry) with what `put_batch` returns, and those of a sample: functions that lower
         them.
     """
     seed = jax.ShapeDtypeStruct((), np.uint32)
@@ -166,8 +166,8 @@ def lower_programs(
     of_sample = lambda lower: lambda: lower(states()[1])
     return {
         "train": lambda: train_step.lower(states()[0], training),
-        "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
         "init": lambda: make_state.lower(seed),
+        "evaluate": lambda: evaluate.lower(states()[1], held_out, carry),
     } | {name: of_sample(lower) for name, lower in sample.items()}
 
 
