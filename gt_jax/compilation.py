@@ -22,14 +22,14 @@ from gt_jax.kernels.pallas import early
 
 # XLA's options on a GPU, by kind of program.
 #
-# Training: XLA would compile each fusion in several ways and time them, a sixth of the seconds to
-# the first step, and train no faster (H100, configs/gf_mh_base.py). It would do the same with each
-# product as a Triton kernel of many sizes, beside those of cuBLAS: 14 of 94 seconds to measure
-# gf_mh_base, which takes 96.5 ms a step so and 96.7 otherwise (H200).
-TRAINING = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-}
+# Training without kernels of ours: XLA would compile each fusion in several ways and time them, a
+# sixth of the seconds to the first step, and train no faster (H100, configs/gf_mh_base.py).
+PLAIN_TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+# Training with them: it would do the same with each product as a Triton kernel of many sizes,
+# beside those of cuBLAS: 14 of 94 seconds to measure gf_mh_base, which takes 96.5 ms a step so and
+# 96.7 otherwise (H200). The small products of chunked recurrences lose: gf_mh at 8 x 2048 made
+# 841 000 tokens/s with Triton's and 705 000 without, in two builds (H200).
+TRAINING = PLAIN_TRAINING | {"xla_gpu_enable_triton_gemm": False}
 # What runs for a short time, and the laboratory: nothing is tried out on the device while programs
 # compile, not even kernels of cuBLAS. That is most of compiling, and waits for what runs meanwhile.
 UNTIMED = TRAINING | {"xla_gpu_autotune_level": 0}
@@ -37,13 +37,13 @@ UNTIMED = TRAINING | {"xla_gpu_autotune_level": 0}
 # waits for the one before, and the backward pass for each; with more they start as gradients come
 # and end after the backward pass. 128 is more than a step of 16 blocks has. Two H200, gf_mh_350m
 # copied: 33.2 GiB a card instead of 39.9, 0.2 % of the time exposed instead of 2.2, as fast.
-SEVERAL = TRAINING | {"xla_gpu_experimental_parallel_collective_overlap_limit": 128}
+_OF_SEVERAL = {"xla_gpu_experimental_parallel_collective_overlap_limit": 128}
 # A small step, which kernels' starts bind: kernels of both branches run side by side. What runs at
 # once shares no memory. H200, gf_mh: at 64 x 64 tokens 2.76 ms instead of 4.12, temporaries 779 MiB
 # instead of 407; at 8 x 2048 9.19 ms instead of 7.99. With products that are untimed it has 831
 # kernels and not 897, as fewer sums are cut in parts; gf_mh_base takes 2 % longer so. With
 # cuBLAS's workspaces of what runs at once, gf_mh takes 2.9 GiB.
-SMALL_TRAINING = UNTIMED | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+_OF_SMALL = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _SMALL = 2**20  # numbers of one activation, tokens x width; these two have 0.5 and 2.1 million
 # Decoding: a step is hundreds of small kernels whatever the model. No product is cut along the axis
 # it sums, since summing the parts takes longer than is saved.
@@ -51,6 +51,8 @@ DECODING = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_experimental_force_split_k": 1,
 }
+# A sample while training: its few hundred tokens take less time than trying products does.
+SAMPLE = DECODING | UNTIMED
 
 # Compiled programs kept on disk; the least recently used go first.
 _CACHE_BYTES = 2 * 2**30
@@ -72,13 +74,19 @@ def options(on_gpu: dict) -> dict | None:
     return on_gpu if jax.default_backend() == "gpu" else None
 
 
-def training(activation: int) -> dict:
-    """The options of a training step on one GPU: TRAINING or SMALL_TRAINING.
+def training(activation: int, *, kernels: bool, devices: int) -> dict:
+    """The options of a training step on GPUs.
 
     Args:
         activation: numbers of one activation, tokens x width.
+        kernels: whether Pallas kernels compute the recurrences.
+        devices: on how many it runs.
     """
-    return SMALL_TRAINING if activation <= _SMALL else TRAINING
+    if devices > 1:
+        return (TRAINING if kernels else PLAIN_TRAINING) | _OF_SEVERAL
+    if activation <= _SMALL:
+        return (UNTIMED if kernels else PLAIN_TRAINING) | _OF_SMALL
+    return TRAINING if kernels else PLAIN_TRAINING
 
 
 def default_cache() -> Path:

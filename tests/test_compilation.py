@@ -106,8 +106,21 @@ def test_options_of_a_gpu_are_for_a_gpu_alone(monkeypatch):
 
 
 def test_a_step_of_few_tokens_runs_kernels_side_by_side():
-    assert compilation.training(64 * 64 * 192) == compilation.SMALL_TRAINING
-    assert compilation.training(8 * 2048 * 192) == compilation.TRAINING
+    small, large = (
+        compilation.training(n * 192, kernels=True, devices=1) for n in (64 * 64, 8 * 2048)
+    )
+    assert small["xla_gpu_command_buffer_scheduling_mode"] == "CONCURRENT"
+    assert large == compilation.TRAINING
+
+
+def test_products_are_tried_as_triton_kernels_where_a_model_has_no_kernels_of_ours():
+    # chunked recurrences train a sixth slower without them
+    tried = "xla_gpu_enable_triton_gemm"
+    for number in (1, 4):
+        for activation in (2**10, 2**30):
+            plain = compilation.training(activation, kernels=False, devices=number)
+            assert tried not in plain and "xla_gpu_autotune_level" not in plain
+            assert compilation.training(activation, kernels=True, devices=number)[tried] is False
 
 
 def test_programs_compile_side_by_side_and_errors_come_where_results_are_asked_for():

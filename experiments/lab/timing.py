@@ -15,7 +15,7 @@ from gt_jax.generation import Request, prefill, slots
 from gt_jax.generation.weights import prepare_weights
 from gt_jax.models import make_model
 from gt_jax.training import parallel
-from gt_jax.training.model import make_model_config
+from gt_jax.training.model import make_model_config, takes_kernels
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.prefetch import prefetch
 from gt_jax.training.step import init_state, make_train_step
@@ -60,7 +60,12 @@ class Trainer:
         began = time.perf_counter()
         make_step = functools.partial(make_train_step, self.model, tx, schedule, config)
         train_step = parallel.compile_train_step(
-            make_step, self.mesh, "jit", self.shapes, activation=B * T * self.model.config.dim
+            make_step,
+            self.mesh,
+            "jit",
+            self.shapes,
+            activation=B * T * self.model.config.dim,
+            kernels=takes_kernels(self.model.config),
         )
         batch = next(self.read())
         with LOWERING:

@@ -19,7 +19,7 @@ from gt_jax.models import ModelConfig, confined_to_device, count_parameters, fsd
 from gt_jax.training import hosts, memory, parallel, tuning
 from gt_jax.training.display import say
 from gt_jax.training.loggers import import_services
-from gt_jax.training.model import make_model_config
+from gt_jax.training.model import make_model_config, takes_kernels
 from gt_jax.training.optimizer import make_optimizer, make_schedule
 from gt_jax.training.progress import Progress
 from gt_jax.training.step import (
@@ -225,7 +225,9 @@ def _programs(config: Config, mesh, model, examples, *, resumes: bool, sample, k
             raise InputError(f"parallel.fsdp={devices} must divide {size}")
     sharding = parallel.state_sharding(mesh, shapes)
     activation = config.train.batch_size * config.train.seq_len * model.config.dim
-    train_step = parallel.compile_train_step(make_step, mesh, mode, shapes, activation=activation)
+    train_step = parallel.compile_train_step(
+        make_step, mesh, mode, shapes, activation=activation, kernels=takes_kernels(model.config)
+    )
     once = functools.partial(
         jax.jit, out_shardings=sharding, compiler_options=compilation.options(compilation.UNTIMED)
     )

@@ -4,6 +4,7 @@ import dataclasses
 
 from gt_jax.config import Config, computation_dtype
 from gt_jax.errors import InputError, did_you_mean
+from gt_jax.kernels.pallas.devices import portable_unsupported
 from gt_jax.models import FUSIONS, ModelConfig, make_config
 
 
@@ -49,3 +50,10 @@ def make_model_config(config: Config, vocab_size: int, stored: dict | None = Non
             f"over at most {model_config.position_limit} tokens; set train.carry_state=False"
         )
     return model_config
+
+
+def takes_kernels(config: ModelConfig) -> bool:
+    """Whether Pallas kernels compute the recurrences on this machine, for sizes that they take."""
+    recurrent = config.position_limit is None
+    wanted = config.impl in ("auto", "mosaic", "portable")
+    return recurrent and wanted and portable_unsupported() is None

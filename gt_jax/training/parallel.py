@@ -58,7 +58,13 @@ def state_sharding(mesh: Mesh, state: TrainState | None = None) -> TrainState:
 
 
 def compile_train_step(
-    make_step: Callable, mesh: Mesh, mode: str, state: TrainState | None = None, *, activation: int
+    make_step: Callable,
+    mesh: Mesh,
+    mode: str,
+    state: TrainState | None = None,
+    *,
+    activation: int,
+    kernels: bool = True,
 ) -> Callable:
     """The train step over all devices; the state given to it is used up.
 
@@ -68,6 +74,7 @@ def compile_train_step(
         mode: "jit" or "pmap".
         state: as for `state_sharding`.
         activation: numbers of one activation, tokens x width; says how a lone GPU compiles.
+        kernels: whether Pallas kernels compute the recurrences; says so, too.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
@@ -75,7 +82,7 @@ def compile_train_step(
     if mode == "jit":
         shardings = state_sharding(mesh, state)
         one = mesh.size == 1
-        options = compilation.training(activation) if one else compilation.SEVERAL
+        options = compilation.training(activation, kernels=kernels, devices=mesh.size)
         return jax.jit(
             make_step() if one else make_step(mesh.axis_names, lambda f: _spread(f, mesh)),
             in_shardings=(shardings, None),
