@@ -31,12 +31,8 @@ SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.
 # Bytes a thread, on the GPU where it is most; a few percent above what was found.
 MOST_SPILLED = {
     "Branches, gated_blend, backward, 768 channels": 40,
-    "Gated scan, forward, 8 x 2048 x 192": 60,
     "Gated scan, backward, 8 x 2048 x 192": 30,
-    "Gated scan, forward, 8 x 2048 x 128": 60,
     "Gated scan, backward, 8 x 2048 x 128": 160,
-    "Memory scan, forward, 8 x 2048 x 192": 60,
-    "Memory scan, forward, 8 x 2048 x 128": 60,
     "Memory scan, backward, 8 x 2048 x 128": 160,
     "Blends, gradients by input": 90,
     "WKV6 portable, forward": 40,

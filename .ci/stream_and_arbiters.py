@@ -81,7 +81,7 @@ def linear_scan_kernels(calls_of, capability):
     for B, T, C in ((8, 2048, 3), (8, 2048, 192), (2048, 64, 384), (1, 65536, 192)):
         inputs = [array(B, T, C), array(B, T, C), array(B, C)]
         yield from named("Linear scan", linear_scan.scan, inputs, B, T, C)
-    # On GPUs that have clusters, of 2 and 4 blocks and none
+    # Gradients, on GPUs that have clusters: of 2 and 4 blocks and none
     for B, T, C in ((8, 2048, 192), (8, 2048, 128), (2048, 64, 384), (1, 65536, 192)):
         inputs = [array(B, T, 2 * C, dtype=jnp.bfloat16), array(C), array(B, C)]
         resets = jnp.zeros((B, T), jnp.int32) if T == 2048 else None

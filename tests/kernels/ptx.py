@@ -18,6 +18,7 @@ from tests.kernels.ptx_shared import Fault, SharedMemory
 
 WARP = 32
 _GUARD = 256  # bytes between arrays, which nobody may touch
+_BLOCK = 24  # bits of an address in a cluster below the block's number plus 1
 
 
 def execute(
@@ -216,13 +217,13 @@ class _Machine:
         *_, places = self._place(["global", "b32"], numbers, source, mask)
         if not self.readable[places].all():
             raise Fault("a copy from outside the inputs")
-        *_, to = self._place(["shared", "b32"], numbers, target, mask)
+        to = self._place(["shared", "b32"], numbers, target, mask)[-1]
         self.shared.start_copy(to, self.thread[mask], self.memory[places])
 
     def _mapa(self, options, operands, mask):
-        target, address, block = operands
-        block = self.value(block, "u4").astype(np.uint64) + np.uint64(1)
-        self.put(target, self.value(address, "u8") | block << np.uint64(32), mask)
+        size = {"u64": "u8", "u32": "u4"}[options[-1]]  # JAX 0.11, and 0.12
+        block = self.value(operands[2], "u4").astype(size) + 1
+        self.put(operands[0], self.value(operands[1], size) | block << _BLOCK, mask)
 
     def _elect(self, options, operands, mask):
         lane, elected = operands[0].split("|")
@@ -322,8 +323,8 @@ class _Machine:
                 raise Fault("an output is written twice")
             self.memory[places] = np.concatenate(values, 1)
         else:
-            far = options[0] == "shared::cluster"
-            self.shared.write(places, self.thread[mask], np.concatenate(values, 1), far)
+            values, far = np.concatenate(values, 1), options[0] == "shared::cluster"
+            self.shared.write(places, self.thread[mask], values, far)
 
     def _place(self, options, registers, address, mask):
         """The registers of an access, their size, and the bytes of each thread of the mask."""
@@ -332,13 +333,15 @@ class _Machine:
         registers = [z.strip() for z in registers.strip("{}").split(",")]
         size = arithmetic.WIDTH[options[-1].lstrip("bufs")]
         base, offset = re.match(r"\[([%\w]+)(?:\+(-?\d+))?\]$", address).groups()
-        where = self.value(base, "u8")[mask].astype(np.int64) + int(offset or 0)
+        kind = f"u{getattr(self.registers.get(base), 'itemsize', 8)}"
+        where = self.value(base, kind)[mask].astype(np.int64) + int(offset or 0)
         length = size * len(registers)
         if (where % length).any():
             raise Fault("an address that is not aligned")
         block = self.thread[mask] // self.threads
         if options[0] == "shared::cluster":
-            block, where = block - block % self.cluster + (where >> 32) - 1, where & 2**32 - 1
+            block += (where >> _BLOCK) - 1 - block % self.cluster
+            where &= 2**_BLOCK - 1
         limit = len(self.memory) if options[0] == "global" else self.shared.size
         if (where < 0).any() or (where + length > limit).any():
             raise Fault(f"an address outside {options[0]} memory")

@@ -55,20 +55,24 @@ class Grid(NamedTuple):
 
 
 def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
-    """How a call is divided on the GPU that is there: in clusters where they fill it.
+    """How a gradient is divided on the GPU that is there: in clusters where they fill it.
 
     Args:
         batch, length, channels: of the arrays; channels is a multiple of 4.
         read: bytes of a token's inputs for each channel.
     """
-    running = pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)  # one a multiprocessor
-    grid = clustered(batch, length, channels, read, running) if clusters.available() else None
-    return grid or of_single_blocks(batch, length, channels, running)
+    grid = clustered(batch, length, channels, read) if clusters.available() else None
+    return grid or single_blocks(batch, length, channels)
 
 
-def clustered(batch: int, length: int, channels: int, read: int, running: int) -> Grid | None:
-    """Clusters as large as occupy no more than `running` multiprocessors, of blocks whose slabs are
-    wide and whose tiles are copied ahead.
+def _running() -> int:
+    """Blocks that run at a time: one a multiprocessor."""
+    return pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)
+
+
+def clustered(batch: int, length: int, channels: int, read: int) -> Grid | None:
+    """Clusters as large as run all at a time, of blocks whose slabs are wide and whose tiles are
+    copied ahead.
 
     With fewer channels a block reads a part of what memory gives it, and others read it again. None
     where half of the multiprocessors or more would have nothing to do, and where a row would have
@@ -77,7 +81,7 @@ def clustered(batch: int, length: int, channels: int, read: int, running: int) -
     lanes = next((n for n in _LANES if channels % (n * _VECTOR) == 0), None)
     if lanes is None:
         return None
-    row = rows.Row(lanes, _VECTOR)
+    row, running = rows.Row(lanes, _VECTOR), _running()
     grid = Grid(row, _CLUSTERED, 1, 1, 1, channels // row.channels, length, copied=True)
     blocks = batch * grid.slabs
     fits = lambda n: n * blocks <= running and 2 * n * grid.number <= length
@@ -93,10 +97,11 @@ def clustered(batch: int, length: int, channels: int, read: int, running: int) -
     return grid._replace(tiles=pl.cdiv(length, grid.walked))
 
 
-def of_single_blocks(batch, length, channels, running):
+def single_blocks(batch: int, length: int, channels: int) -> Grid:
     """Slabs as wide as give no multiprocessor a quarter more to do than narrower ones, 32 bytes of
     float32 or more where that can be; splits of a sequence where blocks are too few nevertheless.
     """
+    running = _running()
     rows_of = [rows.Row(n, _VECTOR) for n in (32, 16, 8, 4, 2) if channels % (n * _VECTOR) == 0]
     rows_of = rows_of or [rows.Row(1, _VECTOR)]
     most = [  # channels of a multiprocessor

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gt_jax.kernels.elementwise.linear_scan_copies import Stash, bytes_read
-from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_for
+from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_for, single_blocks
 from gt_jax.kernels.elementwise.linear_scan_rows import Place, run
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop
@@ -93,43 +93,31 @@ def states_of_tokens(
         dtype: of s; None for float32 and no state at the end.
     """
     batch, channels = state.shape
-    grid = grid_for(batch, length, channels, bytes_read(inputs, channels))
+    grid = single_blocks(batch, length, channels)
     states = states_before(grid, inputs, terms, state, reverse=False)
-    stash = Stash(grid, inputs, channels) if grid.copied else None
 
     def body(refs):
         place = Place(grid, refs, batch, reverse=False)
 
-        def compute(n, tokens, values, s, ahead=lambda: None):
-            """The state after tile n, and what `ahead` gives, which reads while rows fold."""
-            found = list(terms.of_tokens(place, tokens, values))
-            coming = ahead()
+        def step(n, carry):
+            s, given = carry
+            tokens = place.tokens(n)
+            found = list(terms.of_tokens(place, tokens, given))
+            given = terms.given_of(place, place.tokens_after(n))  # on their way from here on
             s, after, _ = place.fold(found, s, lax.rem(n, jnp.int32(2)))
             for token, (decay, x) in zip(tokens, found):
                 s = decay * s + x
                 place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
-            return after, coming
+            return after, given
 
-        def step(n, carry):
-            s, values = carry
-            ahead = lambda: terms.given_of(place, place.tokens_after(n))
-            return compute(n, place.tokens(n), values, s, ahead)
-
-        def step_copied(n, tokens, values, s):
-            return compute(n, tokens, [values(j) for j in range(grid.span)], s)[0]
-
-        if stash is None:
-            first = terms.given_of(place, place.tokens(jnp.int32(0)))
-            last, _ = loop(grid.tiles, step, (place.start(), first))
-        else:
-            given = lambda tokens, j: terms.given(place, tokens[j])
-            last = stash.walk(place, given, step_copied, place.start())
+        first = terms.given_of(place, place.tokens(jnp.int32(0)))
+        last, _ = loop(grid.tiles, step, (place.start(), first))
         if dtype is not None:
             place.store_of_split(refs.last_gmem, last)
 
     like = jax.ShapeDtypeStruct((batch, length, channels), dtype or jnp.float32)
     outputs = {"s": like, "last": None if dtype is None else _of_splits(grid, state)}
-    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs, stash)
+    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs)
     return [s, *(z[:, -1] for z in last)]
 
 
