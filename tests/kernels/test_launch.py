@@ -18,7 +18,7 @@ ROW = rows.Row(32, 4)
 @pytest.fixture(autouse=True)
 def without_tracebacks():
     """As `compilation.use_cache` sets it: a kernel is the same wherever it is traced."""
-    before = jax.config.jax_include_full_tracebacks_in_locations
+    before = jax.config.values["jax_include_full_tracebacks_in_locations"]
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     yield
     jax.config.update("jax_include_full_tracebacks_in_locations", before)
