@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 
-from gt_jax.kernels.pallas import devices
+from gt_jax.kernels.pallas import devices, warps
 from tests.kernels.hopper_kernels import too_old
 
 pytestmark = too_old
@@ -19,21 +19,21 @@ SHARED = 227 * 1024 - 16  # bytes a block may have, but for what is not dynamic
 
 
 def inputs_of(dtypes, B, T, C):
-    """Inputs of the kernels, of which tiles are copied."""
+    """Inputs of the kernels of gradients, of which tiles are copied."""
     array = lambda parts, dtype: jax.ShapeDtypeStruct((B, T, parts * C), dtype)
     scores, c = dtypes
-    gated, memory = {"gates": array(2, scores)}, {"scores": array(2, scores), "c": array(1, c)}
-    s = {"s": array(1, scores)}
-    linear = {"decay": array(1, "float32"), "x": array(1, "float32")}
-    backward = [gated | s, memory | s | {"ds": array(1, scores)}]
-    return [gated, memory, linear, *backward, linear | {"s": array(1, "float32")}]
+    gated = {"gates": array(2, scores), "s": array(1, scores)}
+    memory = {"scores": array(2, scores), "c": array(1, c)}
+    memory |= {"ds": array(1, scores), "s": array(1, scores)}
+    return [gated, memory, {name: array(1, "float32") for name in ("decay", "ds", "s")}]
 
 
 @pytest.mark.parametrize("running", MULTIPROCESSORS)
-def test_blocks_walk_all_tokens_and_have_room(running):
+def test_blocks_walk_all_tokens_and_have_room(running, monkeypatch):
     from gt_jax.kernels.elementwise import linear_scan_copies as copies
     from gt_jax.kernels.elementwise import linear_scan_grids as grids
 
+    monkeypatch.setattr(warps, "blocks_at_once", lambda: running * warps.BLOCKS_AT_ONCE)
     seen = set()
     with devices.simulated("lower"):
         for B, T, C in itertools.product(BATCHES, LENGTHS, CHANNELS):
@@ -42,8 +42,7 @@ def test_blocks_walk_all_tokens_and_have_room(running):
                 for inputs in inputs_of(dtypes, B, T, C):
                     calls[copies.bytes_read(inputs, C)] = inputs
             for read, inputs in calls.items():
-                grid = grids.clustered(B, T, C, read, running)
-                grid = grid or grids.of_single_blocks(B, T, C, running)
+                grid = grids.clustered(B, T, C, read) or grids.single_blocks(B, T, C)
                 assert grid.slabs * grid.row.channels == C
                 assert grid.walked * (grid.splits - 1) < T <= grid.walked * grid.splits
                 if not grid.copied:
