@@ -115,7 +115,8 @@ def _without_number(name: str) -> None:
 def lowered_once(*static: str) -> Callable:
     """Decorates a function that calls a kernel: calls of one shape share one lowering.
 
-    Lowering a kernel takes seconds, and the layers of a model would each do it again.
+    Lowering a kernel takes seconds, and the layers of a model would each do it again. A kernel may
+    be another on GPUs with clusters, so that those without share none with them.
 
     Args:
         static: names of hashable arguments that are not arrays.
@@ -124,14 +125,15 @@ def lowered_once(*static: str) -> Callable:
     def decorate(function):
         signature = inspect.signature(function)
 
-        @functools.partial(jax.jit, static_argnames=("simulation", "told", *static))
-        def lowered(simulation, told, **arguments):
+        @functools.partial(jax.jit, static_argnames=("simulation", "clustered", "told", *static))
+        def lowered(simulation, clustered, told, **arguments):
             return function(**arguments)
 
         @functools.wraps(function)
         def call(*args, **options):
             arguments = signature.bind(*args, **options).arguments
-            return lowered(simulation=simulation(), told=early.told(), **arguments)
+            traced_for = {"simulation": simulation(), "clustered": clusters.available()}
+            return lowered(told=early.told(), **traced_for, **arguments)
 
         return call
 

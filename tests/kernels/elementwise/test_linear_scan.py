@@ -206,11 +206,13 @@ def test_memories_match_the_recurrence_in_float64(shape, dtype):
         np.testing.assert_allclose(np.float64(z), expected, rtol=0, atol=error)
 
 
-# Wide slabs in clusters of 2 and 4 blocks on an H200, narrow ones, and splits. In more tokens the
-# rounding of decays that are nearly 1 adds up to more.
+# Wide slabs in clusters of 2, 4 and 8 blocks on an H200, narrow ones, and splits. In more tokens
+# the rounding of decays that are nearly 1 adds up to more.
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape", [(8, 700, 192), (8, 700, 128), (300, 500, 40), (1, 700, 8)], ids=str
+    "shape",
+    [(8, 700, 192), (8, 700, 128), (2, 1300, 256), (300, 500, 40), (1, 700, 8)],
+    ids=str,
 )
 def test_states_that_last_match_float64(shape):
     if reason := devices.portable_unsupported():

@@ -43,12 +43,14 @@ CALLS = [
     ((2, 150, 128), 4, "float32"),
     ((2, 17, 12), 132, "float32"),
     # Of the gradient tiles are copied ahead: of single blocks, of clusters of 2 in one tile and in
-    # many, as far as shared memory has room; of clusters of 4.
+    # many, as far as shared memory has room; of clusters of 4, and of 8.
     ((2, 900, 32), 3, "float32"),
     ((1, 1000, 16), 3, "float32"),
     ((2, 1500, 32), 4, "float32"),
     ((2, 1300, 64), 8, "bfloat16"),
     ((2, 1200, 32), 8, "bfloat16"),
+    ((1, 1024, 32), 8, "float32"),
+    ((1, 2100, 16), 8, "float32"),
 ]
 
 
