@@ -108,6 +108,8 @@ def test_hostile_bodies_are_refused_by_name_and_change_nothing(serving):
         assert len(error["message"]) < 400, body[:100]
         if body.startswith(b'{"prompt": "abc", "'):
             assert error["param"], (body[:100], answer)
+    _, answer = serving.post(f'{{"prompt": "abc", "max_tokens": {LONG}}}'.encode())
+    assert "a whole number of about 5000 digits" in answer["error"]["message"]
     assert serving.post(b" " * (2**20 + 1))[0] == 413
     assert serving.text() == before
     none_left(serving.worker)

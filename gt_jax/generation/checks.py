@@ -10,7 +10,18 @@ import numpy as np
 from gt_jax.errors import InputError
 
 INT32 = 2**31 - 1
-_BRIEF = reprlib.Repr()  # Python 3.11 takes no arguments here
+
+
+class _Brief(reprlib.Repr):
+    """Python's, with integers that repr refuses for their digits, inside of arrays too."""
+
+    def repr_int(self, x, level):
+        if abs(x) < 10**40:
+            return super().repr_int(x, level)
+        return f"<a whole number of about {int(x.bit_length() * math.log10(2)) + 1} digits>"
+
+
+_BRIEF = _Brief()  # Python 3.11 takes no arguments here
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 2, 4, 4, 4
 _BRIEF.maxstring, _BRIEF.maxother = 60, 60
 
@@ -25,8 +36,6 @@ class SettingError(InputError):
 
 def brief(value: Any) -> str:
     """repr(value) of at most about 200 characters, even for numbers that repr itself refuses."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
-        return f"<a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits>"
     return _BRIEF.repr(value)
 
 

@@ -1,7 +1,6 @@
 """JSON bodies of requests: read, their fields checked, each error naming the field at fault."""
 
 import json
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,11 +168,12 @@ def _no_name_twice(pairs):
 
 
 def _parse_int(digits):
-    """An int; an infinity where Python refuses so many digits, for the field's own error."""
+    """An int; one of as many digits where Python refuses to read so many, for the field's error."""
     try:
         return int(digits)
     except ValueError:
-        return math.copysign(math.inf, -1 if digits.startswith("-") else 1)
+        number = 10 ** (len(digits.lstrip("-")) - 1)
+        return -number if digits.startswith("-") else number
 
 
 def _check_type(name, value, known):
