@@ -82,11 +82,12 @@ def training(activation: int, *, kernels: bool, devices: int) -> dict:
         kernels: whether Pallas kernels compute the recurrences.
         devices: on how many it runs.
     """
+    chosen = TRAINING if kernels else PLAIN_TRAINING
     if devices > 1:
-        return (TRAINING if kernels else PLAIN_TRAINING) | _OF_SEVERAL
+        return chosen | _OF_SEVERAL
     if activation <= _SMALL:
-        return (UNTIMED if kernels else PLAIN_TRAINING) | _OF_SMALL
-    return TRAINING if kernels else PLAIN_TRAINING
+        return (UNTIMED if kernels else chosen) | _OF_SMALL
+    return chosen
 
 
 def default_cache() -> Path:

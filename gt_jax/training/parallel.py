@@ -74,7 +74,7 @@ def compile_train_step(
         mode: "jit" or "pmap".
         state: as for `state_sharding`.
         activation: numbers of one activation, tokens x width; says how a lone GPU compiles.
-        kernels: whether Pallas kernels compute the recurrences; says so, too.
+        kernels: whether Pallas kernels compute the recurrences; says how GPUs compile.
 
     Returns:
         step(state, batch) -> (state, metrics), with a batch from `prefetch`.
