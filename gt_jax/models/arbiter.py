@@ -15,7 +15,6 @@ from gt_jax.models.gates import branch_norm, branch_weights, head_bias, head_ker
 from gt_jax.models.layers import (
     fan_in_uniform,
     project,
-    project_pair,
     record,
     symmetric_uniform,
 )
@@ -127,8 +126,9 @@ class RunningMean(nn.Module):
 
     c_t = sum over s <= t of q_s x_s / sum of q_s,   x = [rwkv; mamba],   q = sigmoid(w . x + v)
 
-    W is applied before the sums, which are then of three numbers a token: q (W x) and q. A score
-    below -30 counts as -30, so that the sum of q is above zero from the first token on.
+    Two weights of a softmax are decided by one score, so W stands for W_0 - W_1 here. It is applied
+    before the sums, which are then of two numbers a token: q (W x) and q. A score below -30 counts
+    as -30, so that the sum of q is above zero from the first token on.
     """
 
     config: ModelConfig
@@ -143,17 +143,19 @@ class RunningMean(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
         """Both branches; W c_t and b, as `blend` takes them; the state."""
         D = self.config.dim
-        kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))
+        kernel = self.param("kernel", fan_in_uniform(), (2 * D, 1))[:, 0]
         bias = self.param("bias", initializers.zeros, (1,))
-        head = self.param("head_kernel", initializers.zeros, (2 * D, 2))
+        head = head_kernel(self, 2 * D)
+
+        # One vector at a time: on a GPU that is part of what reads the branches anyway. A product
+        # with both wants them in float32, written out, and so their gradients.
         wide = rwkv.astype(jnp.float32), mamba.astype(jnp.float32)
-        read = project_pair(*wide, jnp.concatenate([kernel, head], axis=1))  # [B, T, 3]
-        q = jax.nn.sigmoid(jnp.maximum(read[..., :1] + bias, -30))
-        terms = jnp.concatenate([q * read[..., 1:], q], axis=-1)
+        read = lambda of_x: wide[0] @ of_x[:D] + wide[1] @ of_x[D:]  # [B, T]
+        q = jax.nn.sigmoid(jnp.maximum(read(kernel) + bias, -30))
+        terms = jnp.stack([q * read(head), q], axis=-1)
         decay, impl = jnp.ones_like(terms), self.config.impl
         sums = linear_scan(decay, terms, state, segment_ids, impl=impl)
-        for_rwkv, for_mamba, total = jnp.split(sums, 3, axis=-1)  # [B, T, 1] each
-        score = (for_rwkv - for_mamba) / total
+        score = sums[..., :1] / sums[..., 1:]  # [B, T, 1]
         return (rwkv, mamba), score, head_bias(self), sums[:, -1]
 
     def __call__(
@@ -163,7 +165,7 @@ class RunningMean(nn.Module):
         state: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """rwkv, mamba [B, T, D]; state [B, 3] float32 or None -> fused [B, T, D], state."""
+        """rwkv, mamba [B, T, D]; state [B, 2] float32 or None -> fused [B, T, D], state."""
         return blend(self, *self.score(rwkv, mamba, state, segment_ids))
 
 
