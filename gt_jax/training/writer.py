@@ -202,7 +202,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         raise
     except InputError as error:  # of other shapes, though the parameters and the config are alike
         raise InputError(
-            f"{folder} is of an earlier version, whose optimizer kept its state in another layout; "
+            f"{folder} is of an earlier version, which kept the state of the optimizer, or the one "
+            "that train.carry_state carries, in another layout; "
             f"begin another run with its weights: --config.model.init_from={folder}"
         ) from error
     if adapted:
