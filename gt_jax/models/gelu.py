@@ -24,6 +24,8 @@ def _gelu_in_bfloat16(x):
 
 
 def _gelu_backward(x, g):
+    # Or XLA makes one of both passes' Phi(x) and keeps it in float32, twice the bytes of x.
+    x = jax.lax.optimization_barrier(x)
     wide = x.astype(jnp.float32)
     below, density = _normal_distribution(wide)
     return ((g.astype(jnp.float32) * (below + wide * density)).astype(x.dtype),)
