@@ -74,9 +74,10 @@ def choose(path: str | Path) -> Choice:
         return Choice((run,), str(run))
     kept = steps(run)
     if not kept:
-        raise InputError(
-            f"{path} holds no checkpoint; give a run's workdir or one of its {FOLDER}/STEP folders"
-        )
+        hint = f"give a run's workdir or one of its {FOLDER}/STEP folders"
+        if run.is_file() or any(run.glob("*.safetensors")) or any(run.glob("pytorch_model*.bin")):
+            hint = f"make one of its weights: python -m gt_jax.convert import {run} DST"
+        raise InputError(f"{path} holds no checkpoint; {hint}")
     last = run / FOLDER / str(kept[0])
     if name and set(name) <= set("0123456789+"):
         named = set(name.split("+"))

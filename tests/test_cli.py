@@ -247,7 +247,11 @@ def test_missing_config_or_checkpoint_is_one_line(tmp_path, capsys):
     assert "nowhere.py" in error_of(train, "--config=nowhere.py", capsys=capsys)
     for program, more in ((evaluate, []), (generate, ["--prompt=a"])):
         error = error_of(program, f"--checkpoint={tmp_path}", *more, capsys=capsys)
-        assert "holds no checkpoint" in error
+        assert "holds no checkpoint; give a run's workdir" in error
+    (tmp_path / "model.safetensors").touch()
+    for exported in (tmp_path, tmp_path / "model.safetensors"):
+        error = error_of(generate, f"--checkpoint={exported}", "--prompt=a", capsys=capsys)
+        assert f"python -m gt_jax.convert import {exported} DST" in error
     assert "--checkpoint is missing" in error_of(generate, "--prompt=a", capsys=capsys)
 
 

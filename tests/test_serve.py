@@ -8,9 +8,11 @@ import pytest
 
 from gt_jax import server
 from gt_jax.data import tokenizer_from_dict
+from gt_jax.errors import InputError
 from gt_jax.generation import Request, Worker, complete, engine
 from gt_jax.generation import worker as worker_module
 from gt_jax.server import app as app_module
+from gt_jax.server import completions
 from tests.models.small_models import small_model
 from tests.serving import none_left
 
@@ -97,6 +99,23 @@ def test_clients_at_once_get_what_they_would_alone(client, gf):
     none_left(client.worker)
 
 
+@pytest.mark.parametrize(
+    "preset, length, max_tokens, asked",
+    [("gf", 6, 100, 16), ("gf", 6, 5, 5), ("gpt2", 6, 100, 16), ("gpt2", 30, 100, 11)],
+)
+def test_body_that_says_no_length_is_never_refused_for_it(preset, length, max_tokens, asked):
+    body = json.dumps({"prompt": ["a", "a" * length]}).encode()
+    model = small_model(preset).model  # gpt2 has 40 positions, and the last token needs none
+    parsed = completions.parse(body, model, LETTERS, max_tokens)
+    assert [request.max_tokens for request in parsed.requests] == [asked, asked]
+
+
+def test_prompt_longer_than_the_model_reads_is_refused_as_such():
+    body = json.dumps({"prompt": "a" * 41}).encode()
+    with pytest.raises(InputError, match="prompt of 41 tokens must have at most 40"):
+        completions.parse(body, small_model("gpt2").model, LETTERS, 5)
+
+
 def test_equal_prompts_without_a_seed_get_texts_of_their_own(client):
     several = {"prompt": ["abc"] * 4, "n": 2, "max_tokens": 12}
     texts = [choice["text"] for choice in ask(client, **several, seed=None).json()["choices"]]
@@ -119,9 +138,9 @@ def test_equal_prompts_without_a_seed_get_texts_of_their_own(client):
         ({"prompt": {"a": 1}}, "prompt={'a': 1} must be a string or an array, not an object"),
         ({"prompt": "a" * (2**16 + 1)}, "prompt of 65537 tokens must have at most 65536"),
         ({"prompt": "xyz"}, "text holds 'x', 'y', 'z', not among the 17"),
-        ({"max_tokens": 10**9}, "max_tokens=1000000000 must be at most 100000000"),
+        ({"max_tokens": 10**9}, "max_tokens=1000000000 must be a whole number, 1 to 100000000"),
         ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number, not a number"),
-        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 to 2147483647"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, 1 to 100000000"),
         ({"temperature": True}, "temperature=True must be a number, not true or false"),
         ({"top_p": 2}, "top_p=2 must be a number above 0, at most 1"),
         ({"stop": ["a", 1]}, "stop=['a', 1] must be at most 16 texts"),

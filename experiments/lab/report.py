@@ -64,7 +64,8 @@ def collect(folder: Path) -> tuple[dict[str, dict], list[str]]:
     found, others = {}, []
     for path in sorted(folder.glob("*.json")):
         try:
-            if "measures" not in json.loads(path.read_text("utf-8")):
+            stored = json.loads(path.read_text("utf-8"))
+            if not isinstance(stored, dict) or "measures" not in stored:
                 others.append(path.name)
                 continue
         except ValueError:

@@ -94,10 +94,12 @@ def token_ids(name: str, tokens: Any) -> np.ndarray:
         raise SettingError(name, f"{name} must be one list of token ids") from error
     if ids.ndim != 1:
         raise SettingError(name, f"{name} has {ids.ndim} axes; give one list of token ids")
-    if ids.size and ids.dtype.kind not in "iu":
-        whole = lambda i: isinstance(i, int) and not isinstance(i, bool) and abs(i) <= INT32
-        odd = next((i for i in ids.tolist() if not whole(i)), ids.dtype)
-        raise SettingError(name, f"{name} holds {brief(odd)}, which is no token id")
+    if ids.size and (ids.dtype.kind not in "iu" or ids.dtype == np.uint64):
+        whole = lambda i: isinstance(i, numbers.Integral) and not isinstance(i, bool)
+        given = tokens if isinstance(tokens, list | tuple) else ids.tolist()
+        for odd in (i for i in given if not whole(i) or abs(int(i)) > INT32):
+            raise SettingError(name, f"{name} holds {brief(odd)}, which is no token id")
+        ids = np.asarray([int(i) for i in given])
     return ids.astype(np.int64)
 
 

@@ -184,6 +184,11 @@ def check_request(model: LanguageModel, request: Request, tokenizer: Tokenizer |
     if length == 0:
         raise SettingError("prompt", "prompt is empty; give it at least one token")
     limit = config.position_limit
+    if limit is not None and length > limit:
+        raise SettingError(
+            "prompt",
+            f"prompt of {length} tokens exceeds the {limit} positions of this model; shorten it",
+        )
     # The model never reads the last token drawn.
     if limit is not None and length + request.max_tokens - 1 > limit:
         raise SettingError(

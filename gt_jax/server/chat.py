@@ -10,7 +10,7 @@ from gt_jax.generation.checks import SettingError, brief, check_surrogates, chec
 from gt_jax.generation.requests import MOST_TOP_LOGPROBS, Delta, Request, check_request
 from gt_jax.models import LanguageModel
 from gt_jax.server import answers, bodies
-from gt_jax.server.completions import check_most, prompt_ids
+from gt_jax.server.completions import prompt_ids, tokens_asked
 
 MESSAGES, ROLE_CHARACTERS = 1024, 64  # at most
 FIELDS = bodies.COMMON | {"messages": (list,), "logprobs": (bool,), "top_logprobs": (int,)}
@@ -42,13 +42,10 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
         text = render_chat(tokenizer, messages)
     except InputError as error:
         raise SettingError("messages", str(error)) from error
-    ids = prompt_ids(_ids(tokenizer, text), tokenizer, "messages")
+    ids = prompt_ids(_ids(tokenizer, text), tokenizer, model, "messages")
     n, _ = bodies.choices_asked(body, [ids])
     name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    room = model.config.position_limit or math.inf
-    most = body.get(name, max(int(min(max_tokens, room - len(ids) + 1)), 1))
-    check_most(most, max_tokens, name)
-    check_whole(name, most, 1, max_tokens)
+    most = tokens_asked(body, model, len(ids), max_tokens, default=max_tokens, name=name)
     logprobs = _logprobs(body)
     more = {"max_tokens": most, "stop_ids": tokenizer.stop_ids, "top_logprobs": logprobs or 0}
     requests = [Request(ids, **more, **one) for one in bodies.sampling(body, n)]

@@ -1,6 +1,7 @@
 """OpenAI's /v1/completions: the Requests in a body, and the answer's objects."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from gt_jax.data.base import Tokenizer
@@ -29,7 +30,7 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
     """
     body = bodies.read_body(data, FIELDS, NEUTRAL)
     prompts = prompts_of(body.get("prompt", ""))
-    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    ids = [prompt_ids(prompt, tokenizer, model) for prompt in prompts]
     n, best_of = bodies.choices_asked(body, ids)
     streams, echo = body.get("stream", False), body.get("echo", False)
     if streams and best_of > n:
@@ -37,9 +38,9 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
     logprobs = body.get("logprobs")
     if logprobs is not None:
         check_whole("logprobs", logprobs, 0, MOST_TOP_LOGPROBS)
-    most = body.get("max_tokens", DEFAULT_TOKENS)
-    check_most(most, max_tokens)
-    draws = not (echo and most == 0)  # the prompt alone: one token is drawn, and left out
+    longest, least = max(map(len, ids)), 0 if echo else 1
+    most = tokens_asked(body, model, longest, max_tokens, default=DEFAULT_TOKENS, least=least)
+    draws = most > 0  # else the prompt alone: one token is drawn, and left out
     more = {"max_tokens": most if draws else 1, "stop_ids": tokenizer.stop_ids}
     more |= {"top_logprobs": logprobs or 0, "prompt_logprobs": echo and logprobs is not None}
     # Without a seed each prompt has one of its own: equal prompts would get equal answers.
@@ -53,10 +54,28 @@ def parse(data: bytes, model: LanguageModel, tokenizer: Tokenizer, max_tokens: i
     return bodies.Ask(requests, n, best_of, streams, logprobs, usage, echoes, draws)
 
 
-def check_most(most: int, max_tokens: int, name: str = "max_tokens") -> None:
-    """Raise SettingError if a request asks for more tokens than one may."""
-    if most > max_tokens:
-        raise SettingError(name, f"{name}={brief(most)} must be at most {max_tokens}")
+def tokens_asked(
+    body: Mapping[str, Any],
+    model: LanguageModel,
+    longest: int,
+    max_tokens: int,
+    *,
+    default: int,
+    least: int = 1,
+    name: str = "max_tokens",
+) -> int:
+    """How many tokens a body asks for in the field `name`.
+
+    Args:
+        longest: tokens of its longest prompt.
+        max_tokens: that it may ask for.
+        default: what a body gets that says nothing, or fewer where there is room for no more.
+        least: that it may ask for.
+    """
+    if name in body:
+        return check_whole(name, body[name], least, max_tokens)
+    room = (model.config.position_limit or math.inf) - longest + 1
+    return int(max(min(default, max_tokens, room), 1))
 
 
 def prompts_of(prompt: str | list) -> list[str | list]:
@@ -70,8 +89,10 @@ def prompts_of(prompt: str | list) -> list[str | list]:
     return prompts
 
 
-def prompt_ids(prompt: str | list, tokenizer: Tokenizer, name: str = "prompt") -> Any:
-    """[T] ids of one prompt, a text or ids; `name` is its field."""
+def prompt_ids(
+    prompt: str | list, tokenizer: Tokenizer, model: LanguageModel, name: str = "prompt"
+) -> Any:
+    """[T] ids of one prompt, a text or ids, as many as `model` takes; `name` is its field."""
     if isinstance(prompt, str):
         try:
             prompt = encode_prompt(tokenizer, prompt, "prompt").tolist()
@@ -81,10 +102,9 @@ def prompt_ids(prompt: str | list, tokenizer: Tokenizer, name: str = "prompt") -
             raise SettingError("prompt", str(error)) from error
     for odd in (p for p in prompt if type(p) is not int):
         raise SettingError("prompt", f"prompt holds {brief(odd)}, which is no token id")
-    if len(prompt) > PROMPT_TOKENS:
-        raise SettingError(
-            name, f"{name} of {len(prompt)} tokens must have at most {PROMPT_TOKENS}"
-        )
+    most = min(PROMPT_TOKENS, model.config.position_limit or PROMPT_TOKENS)
+    if len(prompt) > most:
+        raise SettingError(name, f"{name} of {len(prompt)} tokens must have at most {most}")
     return prompt
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from gt_jax.config import Config, computation_dtype
 from gt_jax.errors import InputError, did_you_mean
-from gt_jax.kernels.pallas.devices import portable_unsupported
+from gt_jax.kernels.pallas.devices import hopper_unsupported, portable_unsupported
 from gt_jax.models import FUSIONS, ModelConfig, make_config
 
 
@@ -56,4 +56,6 @@ def takes_kernels(config: ModelConfig) -> bool:
     """Whether Pallas kernels compute the recurrences on this machine, for sizes that they take."""
     recurrent = config.position_limit is None
     wanted = config.impl in ("auto", "mosaic", "portable")
-    return recurrent and wanted and portable_unsupported() is None
+    # Of other dtypes, Hopper's alone are.
+    unsupported = portable_unsupported if config.dtype == "bfloat16" else hopper_unsupported
+    return recurrent and wanted and unsupported() is None

@@ -255,7 +255,10 @@ def test_stop_string_and_stop_id_end_a_request_early_and_only_it(gf):
         ({"stop_ids": 3}, "stop_ids=3 must be a list of token ids"),
         ({"stop_ids": (1.5,)}, "stop_ids=1.5 must be a whole number, 0 to 2147483647"),
         ({"prompt": "abc"}, "prompt='abc' must be token ids; encode the text"),
-        ({"prompt": [1, 2.5]}, "prompt holds 1.0, which is no token id"),
+        ({"prompt": [1, 2.5]}, "prompt holds 2.5, which is no token id"),
+        ({"prompt": [1, 2**63]}, "prompt holds 9223372036854775808, which is no token id"),
+        ({"prompt": [1, 2**63, -1]}, "prompt holds 9223372036854775808, which is no token id"),
+        ({"prompt": np.array([1, 2**63], np.uint64)}, "prompt holds 9223372036854775808"),
         ({"prompt": [10**30]}, "prompt holds 1000000000000000000000000000000, which is no token"),
         ({"prompt": [[1], [2]]}, "prompt has 2 axes; give one list of token ids"),
         ({"prompt": [[1], [2, 3]]}, "prompt must be one list of token ids"),
@@ -275,6 +278,7 @@ def test_impossible_setting_is_refused(setting, message):
         (Request([3, 17]), "prompt has the id 17; ids are 0 to 16"),
         (Request([-1]), "prompt has the id -1; ids are 0 to 16"),
         (Request(TEXT, stop=("a",)), "needs a tokenizer"),
+        (Request(TEXT[:41], max_tokens=1), "prompt of 41 tokens exceeds the 40 positions"),
         (Request(TEXT[:7], max_tokens=35), "max_tokens=35 after a prompt of 7 .* 40 positions"),
     ],
 )
@@ -292,6 +296,8 @@ def test_impossible_number_of_rows_is_refused(rows):
 def test_numpy_numbers_are_numbers():
     request = Request(jax.numpy.array([1, 2]), max_tokens=np.int64(3), temperature=np.float32(0.5))
     assert (request.max_tokens, request.temperature) == (3, 0.5)
+    for prompt in (np.array([1, 2], np.uint64), [np.uint64(1), 2]):
+        np.testing.assert_array_equal(Request(prompt).prompt, [1, 2])
     assert type(request.max_tokens) is int and type(request.temperature) is float
 
 

@@ -74,10 +74,11 @@ def page(tmp_path, capsys):
         text = json.dumps(a_result(name, measures if name == "fusion" else None))
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "other.json").write_text('{"rows": []}')
+    (tmp_path / "null.json").write_text("null")
     out = tmp_path / "page" / "report.html"
     report.main([f"--results={tmp_path}", f"--out={out}"])
     said = capsys.readouterr().out
-    assert "fusion, fusion-legacy, custom (left out: other.json)" in said
+    assert "fusion, fusion-legacy, custom (left out: null.json, other.json)" in said
     assert "claims: 1 reproduced, 0 refuted, 1 artefact," in said
     return out
 
