@@ -155,7 +155,7 @@ def test_fingerprint_sees_every_value_and_its_place(gf):
         ([], "prompt is empty"),
         ([3, 17], "the id 17; ids are 0 to 16"),
         ([-1], "the id -1"),
-        ([1, 2.5], "prompt holds 1.0, which is no token id"),
+        ([1, 2.5], "prompt holds 2.5, which is no token id"),
     ],
 )
 def test_impossible_text_is_refused(gf, tokens, message):
