@@ -27,8 +27,8 @@ from gt_jax.kernels.pallas import early
 PLAIN_TRAINING = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 # Training with them: it would do the same with each product as a Triton kernel of many sizes,
 # beside those of cuBLAS: 14 of 94 seconds to measure gf_mh_base, which takes 96.5 ms a step so and
-# 96.7 otherwise (H200). The small products of chunked recurrences lose: gf_mh at 8 x 2048 made
-# 841 000 tokens/s with Triton's and 705 000 without, in two builds (H200).
+# 96.7 otherwise (H200). The small products of chunked recurrences lose: gf_mh at 8 x 2048 makes
+# 865 000 tokens/s with Triton's and made 705 000 without, in two builds (H200).
 TRAINING = PLAIN_TRAINING | {"xla_gpu_enable_triton_gemm": False}
 # What runs for a short time, and the laboratory: nothing is tried out on the device while programs
 # compile, not even kernels of cuBLAS. That is most of compiling, and waits for what runs meanwhile.
