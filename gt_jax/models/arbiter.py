@@ -84,6 +84,7 @@ class MinGRU(nn.Module):
 
     config: ModelConfig
     only_in_products = (("candidate_kernel", "update_kernel"),)
+    only_in_differences = ("head_kernel",)
 
     @nn.compact
     def score(
@@ -132,6 +133,7 @@ class RunningMean(nn.Module):
     """
 
     config: ModelConfig
+    only_in_differences = ("head_kernel",)
 
     @nn.compact
     def score(

@@ -65,8 +65,11 @@ def caller(
         """Of all blocks; None for one without."""
         names = (f"blocks_{layer}" for layer in range(config.layers))
         params = [model.get_variable("params", name) for name in names]
-        of_fusion = getattr(FUSIONS[config.fusion], "only_in_products", ())
-        return rounded_together(params, config.dtype, of_fusion) if few_numbers else params
+        if not few_numbers:
+            return params
+        kinds = ("only_in_products", "only_in_differences")
+        of_fusion = (getattr(FUSIONS[config.fusion], kind, ()) for kind in kinds)
+        return rounded_together(params, config.dtype, *of_fusion)
 
     # New for every trace: one kept between traces would not see what a context has changed.
     @functools.partial(jax.jit, static_argnums=0)

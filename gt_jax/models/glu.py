@@ -42,6 +42,7 @@ class GLU(nn.Module):
     config: ModelConfig
     reads_input = True
     only_in_products = ("rwkv_kernel", "mamba_kernel"), ("output_kernel",)
+    only_in_differences = ("head_kernel",)
 
     @nn.compact
     def __call__(
@@ -126,6 +127,7 @@ class ParallelScan(nn.Module):
     config: ModelConfig
     reads_input = True
     only_in_products = ("decay_kernel", "input_kernel"), ("output_kernel",)
+    only_in_differences = ("head_kernel",)
 
     @nn.compact
     def __call__(

@@ -24,7 +24,10 @@ _MOST = 88
 
 
 def rounded_together(
-    blocks: list[Any], dtype: str, of_fusion: Sequence[tuple[str, ...]] = ()
+    blocks: list[Any],
+    dtype: str,
+    of_fusion: Sequence[tuple[str, ...]] = (),
+    in_differences: Sequence[str] = (),
 ) -> list[Any]:
     """The parameters of blocks with their weights in `dtype`; gradients are float32, each rounded
     once, as of weights that are rounded one by one.
@@ -33,6 +36,8 @@ def rounded_together(
         blocks: trees of parameters, float32.
         dtype: of products.
         of_fusion: `only_in_products` of the fusion, see gt_jax/models/fusion.py.
+        in_differences: its `only_in_differences`. Their first column becomes what it is more than
+            the second, and the second zero.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(blocks)
     found = [leaf for _, leaf in leaves]
@@ -44,6 +49,10 @@ def rounded_together(
     chosen += [
         tuple(places[z] for z in names) for names in beside if all(z in places for z in names)
     ]
+    heads = [places[(*z, name)] for z in fusions for name in in_differences if (*z, name) in places]
+    if heads:
+        for place, head in zip(heads, _differences([found[n] for n in heads])):
+            found[place] = head
     while chosen:
         places = [chosen.pop(0)]
         while chosen and sum(map(len, [*places, chosen[0]])) <= _MOST:
@@ -69,6 +78,21 @@ def side_by_side(kernels: Sequence[jax.Array], dtype: DTypeLike) -> jax.Array:
     if kernels[0].dtype == dtype:
         return jnp.concatenate(kernels, axis=-1)
     return checkpoint_name(_joined(dtype, kernels[0].dtype, tuple(kernels)), ROUNDED)
+
+
+@jax.custom_vjp
+def _differences(matrices: list[jax.Array]) -> list[jax.Array]:
+    """[W_0 - W_1, 0] of each [D, 2] matrix W."""
+    joined = jnp.concatenate([w[:, 0] - w[:, 1] for w in matrices])
+    joined = jax.lax.optimization_barrier(joined)  # as in `_value`
+    each = jnp.split(joined, len(matrices))
+    return [jnp.stack([z, jnp.zeros_like(z)], axis=1) for z in each]
+
+
+_differences.defvjp(
+    lambda matrices: (_differences(matrices), None),
+    lambda _, grads: ([jnp.stack([g[:, 0], -g[:, 0]], axis=1) for g in grads],),
+)
 
 
 def _names(path):

@@ -31,34 +31,41 @@ def _given_backward(place, token):
 
 
 def _gates(candidate, update):
-    """z, 1 - z, g and its slope."""
-    candidate, update = candidate.astype(jnp.float32), update.astype(jnp.float32)
-    below = jnp.minimum(row_functions.sigmoid(candidate), 0.5)  # one half from zero on
-    slope = jnp.where(candidate >= 0, 1.0, below * (1 - below))
-    return *row_functions.sigmoids(update), jnp.maximum(candidate, 0.0) + below, slope
+    """exp(-update) and, of the candidate from below zero up to zero, exp(candidate); one over one
+    plus each, in a product: special functions are what takes longest."""
+    power = row_functions.exp_of_negative(update.astype(jnp.float32), most=124)
+    below = row_functions.exp(jnp.minimum(candidate.astype(jnp.float32), 0.0))
+    return power, below, row_functions.reciprocal((1 + below) * power + (1 + below))
 
 
 def _terms(place, token, given):
     candidate, update, reset = given
-    z, keep, value, _ = _gates(candidate, update)
-    return place.existing(token, place.unless_reset(keep, reset), z * value)
+    power, below, both = _gates(candidate, update)
+    z = (1 + below) * both
+    # g is a sigmoid below zero, below / (1 + below), and one half more than the candidate above.
+    x = z * jnp.maximum(candidate.astype(jnp.float32), 0.0) + below * both
+    return place.existing(token, place.unless_reset(power * z, reset), x)
 
 
 def _terms_backward(place, token, given):
-    candidate, update, reset, d_score = given
-    _, keep, *_ = _gates(candidate, update)
+    _, update, reset, d_score = given
+    _, keep = row_functions.sigmoids(update.astype(jnp.float32))
     return place.existing(token, place.unless_reset(keep, reset), d_score * place.parameter)
 
 
 def _gradients(place, token, given, dx, s):
     candidate, update, reset, d_score = given
     refs, s = place.refs, place.unless_reset(s, reset)
-    z, keep, value, slope = _gates(candidate, update)
-    of_head = (keep * s + z * value) * d_score
+    candidate = candidate.astype(jnp.float32)
+    # Each sigmoid by itself: keep, which `_terms_backward` wants, is then computed once.
+    z, keep = row_functions.sigmoids(update.astype(jnp.float32))
+    below = jnp.minimum(row_functions.sigmoid(candidate), 0.5)  # one half from zero on
+    slope = jnp.where(candidate >= 0, 1.0, below * (1 - below))
+    step = jnp.maximum(candidate, 0.0) + below - s  # from the state before to g
     dx = dx * z
-    for offset, d in ((0, dx * slope), (place.channels, dx * keep * (value - s))):
+    for offset, d in ((0, dx * slope), (place.channels, dx * keep * step)):
         place.store(refs.d_gates_gmem, token, d.astype(refs.d_gates_gmem.dtype), offset)
-    return rows.masked(of_head, token[1])
+    return rows.masked((s + z * step) * d_score, token[1])
 
 
 @lowered_once()
@@ -95,7 +102,7 @@ def backward(
         d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
     inputs = {"gates": gates, "resets": resets, "parameter": head, "d_score": d_score}
-    terms = Terms(_given_backward, _terms_backward)
+    terms = Terms(_given_backward, _terms_backward, (("gates", 1),))
     given = inputs, terms, _gradients, s, state, d_last
     outputs = {"d_gates": gates, "d_state": None, "total": None}
     return gradients_of_tokens("gated_scan_backward", *given, outputs)

@@ -4,6 +4,7 @@ The assembler puts off loads of the next tile until the tile is computed, or the
 copies (pallas/row_copies.py) do neither, and what is computed twice reads its inputs twice.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -34,10 +35,12 @@ class Stash:
         grid: of the call.
         inputs: of the kernel, of which [B, T, n C] are copied.
         channels: C.
+        early: `Terms.reads`, of which the copies begin first: what is computed of it alone need not
+            wait for the others.
     """
 
-    def __init__(self, grid, inputs, channels):
-        self.grid, self.places, end = grid, {}, 0
+    def __init__(self, grid, inputs, channels, early):
+        self.grid, self.early, self.places, end = grid, early, {}, 0
         for name, (parts, size) in _of_channels(inputs, channels).items():
             self.places[name] = end
             end += parts * size * grid.row.vector
@@ -45,6 +48,7 @@ class Stash:
         self.token = end * self.threads  # bytes
         self.stages = max(1, min(grid.tiles, ROOM // (grid.span * self.token)))
         self.doing, self.first = None, None  # what a read does, and the token's first byte
+        self.starts_early = True  # whether it starts the copies of `early`, or the others
         self.numbers = [{} for _ in range(grid.span)]  # scalars of the tokens of a tile
 
     def scratch(self):
@@ -56,31 +60,45 @@ class Stash:
         """carry after step(n, tokens, values, carry) of every tile n, whose tokens are `tokens`.
 
         read(tokens, j) reads through the place what the step needs of tokens[j], and values(j) are
-        its results. The place's refs have the scratch as `stash`.
+        its results: at its first call `early` has arrived, then all. The place's refs have the
+        scratch as `stash`.
         """
         self.place, self.read_of_token = place, read
         for n in range(self.stages):
-            self._start(jnp.int32(n))
-            row_copies.commit()
+            self._start(jnp.int32(n), True)
 
         def one(n, carry):
-            tokens = place.tokens(n)
+            tokens, calls = place.tokens(n), [0] * self.grid.span
             for j in range(self.grid.span):
                 self._through("scalars", n, tokens, j)  # while copies arrive
-            row_copies.wait(self.stages - 1)
-            carry = step(n, tokens, lambda j: self._through("read", n, tokens, j), carry)
-            if self.stages < self.grid.tiles:
+
+            def values(j):
+                group = min(calls[j], 1) * self.grid.span + j  # in the order of `_start`
+                row_copies.wait(self.stages * 2 * self.grid.span - 1 - group)
+                calls[j] += 1
+                return self._through("read", n, tokens, j)
+
+            carry = step(n, tokens, values, carry)
+            if self.grid.tiles > 1:
                 following = n + self.stages
-                pl.when(following < self.grid.tiles)(lambda: self._start(following))
-            row_copies.commit()
+                self._start(following, self.stages < self.grid.tiles and following < self.grid.tiles)
             return carry
 
         return loop(self.grid.tiles, one, carry)
 
-    def _start(self, n):
+    def _start(self, n, exists):
+        """Copies of tile n, two groups for each token: of nothing if there is no such tile, so that
+        `wait` counts as many."""
         tokens = self.place.tokens(n)
-        for j in range(self.grid.span):
+
+        def start(j):
             self._through("start", n, tokens, j)
+
+        for self.starts_early in (True, False):
+            for j in range(self.grid.span):
+                if exists is not False:
+                    pl.when(exists)(functools.partial(start, j))
+                row_copies.commit()
 
     def _through(self, doing, n, tokens, j):
         stage = lax.rem(n, jnp.int32(self.stages)) if self.stages > 1 else 0
@@ -96,7 +114,7 @@ class Stash:
         memory = self.place.refs.stash
         if self.doing == "read":
             return row_copies.read(memory, slot, ref.dtype, row)
-        if self.doing == "start":
+        if self.doing == "start" and self.starts_early == ((name, part) in self.early):
             row_copies.start(ref, index, column, row, memory, slot)
         return rows.zeros(row).astype(ref.dtype)
 

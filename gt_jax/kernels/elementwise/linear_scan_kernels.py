@@ -15,7 +15,7 @@ def _given(place, token):
     return place.load("decay", token), place.load("x", token)
 
 
-_TERMS = Terms(_given, lambda place, token, given: given)
+_TERMS = Terms(_given, lambda place, token, given: given, (("decay", 0), ("x", 0)))
 
 
 def _gradients(place, token, given, dx, s):

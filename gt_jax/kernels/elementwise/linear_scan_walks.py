@@ -26,6 +26,7 @@ class Terms(NamedTuple):
 
     given: Callable  # function of a Place and a token -> arrays as they lie in memory, and others
     of_given: Callable  # function of a Place, a token and what is given of it -> decay and x
+    reads: tuple = ()  # what of_given needs of inputs [B, T, n C]: (name, which of the n)
 
     def given_of(self, place: Place, tokens: list) -> list:
         """What is given of each token."""
@@ -149,7 +150,7 @@ def gradients_of_tokens(
     of_tokens = inputs | {"s": s}
     grid = grid_for(batch, length, channels, bytes_read(of_tokens, channels))
     states = states_before(grid, inputs, terms, d_last, reverse=True)
-    stash = Stash(grid, of_tokens, channels) if grid.copied else None
+    stash = Stash(grid, of_tokens, channels, terms.reads) if grid.copied else None
 
     def body(refs):
         place = Place(grid, refs, batch, reverse=True)

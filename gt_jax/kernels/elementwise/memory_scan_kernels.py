@@ -6,6 +6,8 @@ With dx the gradient of (1 - a) i c, as in linear_scan_walks.py:
     d read_t = dx_t (1 - a_t) c_t i_t (1 - i_t),   d c_t = dx_t (1 - a_t) i_t
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,28 +33,33 @@ def _given_backward(place, token):
 
 
 def _gates(place, forget, read):
-    """a, 1 - a and i."""
-    forget, read = forget.astype(jnp.float32), read.astype(jnp.float32)
-    return *row_functions.sigmoids(forget + place.parameter), row_functions.sigmoid(read)
+    """exp(-forget - bias) and exp(-read); one over one plus each, in a product: special functions
+    are what takes longest."""
+    # At most 2^62, so that the product of both is finite: no gate is below 2e-19.
+    exp = functools.partial(row_functions.exp_of_negative, most=62)
+    forget, read = exp(forget.astype(jnp.float32), place.parameter), exp(read.astype(jnp.float32))
+    return forget, read, row_functions.reciprocal((1 + read) * forget + (1 + read))
 
 
 def _terms(place, token, given):
     forget, read, c, reset = given
-    kept, takes, read = _gates(place, forget, read)
-    x = takes * read * c.astype(jnp.float32)
+    forget, read, both = _gates(place, forget, read)
+    kept, x = (1 + read) * both, forget * both * c.astype(jnp.float32)
     return place.existing(token, place.unless_reset(kept, reset), x)
 
 
 def _terms_backward(place, token, given):
-    forget, read, _, reset, ds = given
-    kept, *_ = _gates(place, forget, read)
+    forget, _, _, reset, ds = given
+    kept, _ = row_functions.sigmoids(forget.astype(jnp.float32), place.parameter)
     return place.existing(token, place.unless_reset(kept, reset), ds.astype(jnp.float32))
 
 
 def _gradients(place, token, given, dx, s):
     forget, read, c, reset, _ = given
     refs, c = place.refs, c.astype(jnp.float32)
-    kept, takes, read = _gates(place, forget, read)
+    # Each sigmoid by itself: kept, which `_terms_backward` wants, is then computed once.
+    kept, takes = row_functions.sigmoids(forget.astype(jnp.float32), place.parameter)
+    read = row_functions.sigmoid(read.astype(jnp.float32))
     dx = dx * takes
     d_forget = dx * kept * (place.unless_reset(s, reset) - read * c)
     for offset, d in ((0, d_forget), (place.channels, dx * c * read * (1 - read))):
@@ -99,7 +106,7 @@ def backward(
         d_last: [B, C] float32, cotangent of the last token's s as a state.
     """
     inputs = {"scores": scores, "c": c, "parameter": bias, "resets": resets, "ds": ds}
-    terms = Terms(_given_backward, _terms_backward)
+    terms = Terms(_given_backward, _terms_backward, (("scores", 0), ("ds", 0)))
     given = inputs, terms, _gradients, s, state, d_last
     outputs = {"d_scores": scores, "dc": c, "total": None, "d_state": None}
     return gradients_of_tokens("memory_scan_backward", *given, outputs)

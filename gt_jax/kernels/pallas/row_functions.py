@@ -14,12 +14,23 @@ def sigmoid(x):
     return reciprocal(1 + jnp.exp2(x * -_LOG2_E))
 
 
-def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would round to zero from x = 17 on."""
-    # exp(-x), finite, and its reciprocal normal even if rounded down: others are taken for zero.
-    power = jnp.exp2(jnp.minimum(x * -_LOG2_E, 125.0))
+def sigmoids(x, bias=None):
+    """sigmoid(x + bias) and sigmoid(-x - bias); one less the first would be zero from 17 on."""
+    power = exp_of_negative(x, bias)
     upper = reciprocal(1 + power)
     return upper, power * upper
+
+
+def exp(x):
+    """exp(x) of a float32 value."""
+    return jnp.exp2(x * _LOG2_E)
+
+
+def exp_of_negative(x, bias=None, most=125):
+    """exp(-(x + bias)), at most 2^most: so that what is divided by it stays normal, even if rounded
+    down. Other numbers are taken for zero."""
+    power = x * -_LOG2_E if bias is None else x * -_LOG2_E + bias * -_LOG2_E
+    return jnp.exp2(jnp.minimum(power, float(most)))
 
 
 def reciprocal(y):

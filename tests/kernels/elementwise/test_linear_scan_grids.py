@@ -50,7 +50,7 @@ def test_blocks_walk_all_tokens_and_have_room(running, monkeypatch):
                     continue
                 seen.add((grid.cluster, grid.row.lanes))
                 assert grid.splits == 1 and grid.cluster * B * grid.slabs <= running
-                stash = copies.Stash(grid, inputs, C)
+                stash = copies.Stash(grid, inputs, C, ())
                 assert 1 <= stash.stages <= grid.tiles
                 # As linear_scan_rows.run lays it out: products and ends, of two turns.
                 of_cluster = grid.groups + grid.cluster if grid.cluster > 1 else 0

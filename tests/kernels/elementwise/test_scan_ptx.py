@@ -139,7 +139,7 @@ BROKEN_CLUSTERS = {
         "cluster's barrier",
     ),
     "telling the first block alone": (r"(mapa.*), [^,;]+;", r"\1, 0;", "never written"),
-    "not waiting for copies": (r"(wait_group) \t?\d+;", r"\1 7;", "never written"),
+    "not waiting for copies": (r"(wait_group) \t?\d+;", r"\1 63;", "never written"),
 }  # fmt: skip
 
 
