@@ -96,7 +96,7 @@ def _prepare(source: str, target: str, flags) -> None:
 
     given = flags.tokenizer and read_tokenizer(flags.tokenizer, "--tokenizer")
     sized = f"{kind} of {size} ids" if kind in ("bpe", "sentencepiece") else kind
-    with _bar() as progress:
+    with _bar() as progress, _own_flag():
         index = prepare(
             source,
             target,
@@ -107,6 +107,15 @@ def _prepare(source: str, target: str, flags) -> None:
             progress=progress,
         )
     print(_report(index, target, time.perf_counter() - began))
+
+
+@contextlib.contextmanager
+def _own_flag() -> Iterator[None]:
+    """Errors name --field, where those of training name data.field."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("data.field=", "--field=", 1)) from error
 
 
 @contextlib.contextmanager
@@ -143,7 +152,8 @@ def _report(index: dict, target: str, seconds: float) -> str:
         lines.append(f"skipped  {_counted(count, 'file')}: {first} {reason}")
     for reason, count in index["skipped_documents"].items():
         lines.append(
-            f"skipped  {_counted(count, f'{reason} document')}: {index['first_skipped'][reason]}"
+            f"skipped  {_counted(count, f'{reason} document')}: "
+            + index["first_skipped"][reason].replace("data.field=", "--field=", 1)
         )
     for split in SPLITS:
         own = [shard for shard in shards if shard["split"] == split]

@@ -92,7 +92,12 @@ def test_bits_per_character_and_byte_are_of_the_text(run):
         ("rwkv6", "text.txt", ["--seq_len=8", "--stride=9"], "--stride=9 must be at most"),
         ("rwkv6", "text.txt", ["--batch_size=0"], "--batch_size=0"),
         ("rwkv6", "nowhere.txt", [], "nowhere.txt' is no file"),
-        ("rwkv6", "many.jsonl", ["--field=words"], "name one of its fields: text, body"),
+        (
+            "rwkv6",
+            "many.jsonl",
+            ["--field=words"],
+            "no text in --field='words'; name one of its fields: text, body",
+        ),
         ("rwkv6", "wide.txt", [], "wide.txt: text holds '猫'"),
         ("ids", "text.txt", [], "text.txt: this model has no tokenizer"),
     ],

@@ -100,7 +100,10 @@ def load_held_out(
     try:
         documents, held_out, _, test = _read(source, field)
     except InputError as error:  # names the field that names a text in all other cases
-        raise InputError(str(error).replace("data.source=", f"{name}=", 1)) from error
+        said = str(error).replace("data.source=", f"{name}=", 1)
+        if name.startswith("--"):
+            said = said.replace("data.field=", "--field=", 1)
+        raise InputError(said) from error
     if held_out is None and test is not None:
         raise InputError(
             f"{name}={source!r} holds files to train and to test on and none to validate on; name "

@@ -18,6 +18,8 @@ from gt_jax.errors import InputError, one_line
 KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
 PREPARED_TOKENIZER = "tokenizer.gt_jax.json"  # in a folder that gt_jax.prepare made
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
+_JSON_NAMES = dict.fromkeys((int, float), "a number")
+_JSON_NAMES |= {bool: "true or false", list: "a list", dict: "an object"}
 _TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -87,7 +89,12 @@ def _read_folder(folder, source, field):
         if (folder / PREPARED_TOKENIZER).exists():
             raise InputError(
                 f"data.source={short(source)} is a prepared folder, whose text is tokens already; "
-                "only training reads it"
+                "only training reads it; name the text that it was made of"
+            )
+        if any(folder.rglob("*.arrow")):
+            raise InputError(
+                f"data.source={short(source)} holds .arrow files: turn them into a folder to train "
+                f"from with `python -m gt_jax.prepare {source} DST`, or save them as .parquet"
             )
         raise InputError(
             f"data.source={short(source)} holds no .txt or .jsonl file, and no .parquet; add one"
@@ -212,6 +219,7 @@ _MAGIC = {  # how data begins that is no text -> what it is, and what to do
     b"BZh": "is packed by bzip2; end its name in .bz2",
     b"\xfd7zXZ": "is packed by xz; end its name in .xz",
     b"PAR1": "is a Parquet table; end its name in .parquet",
+    b"ARROW1\0\0": "is an Arrow file (Feather); save it as .parquet",
     b"PK\x03\x04": "is a zip archive; unpack it and name the folder",
     b"7z\xbc\xaf": "is an archive; unpack it and name the folder",
     codecs.BOM_UTF16_LE: "is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
@@ -281,11 +289,13 @@ def text_field(where: str, row: object, field: str) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
+        said = f"{where} has no text in data.field={field!r}"
+        if value is not None:
+            kind = _JSON_NAMES.get(type(value), type(value).__name__)
+            raise InputError(f"{said} but {kind}; make it a string, or name another field")
         names = [one_line(name[:40]) for name in row] if isinstance(row, dict) else []
         has = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise InputError(
-            f"{where} has no text in data.field={field!r}; name one of its fields: {has or 'none'}"
-        )
+        raise InputError(f"{said}; name one of its fields: {has or 'none'}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gt_jax.data.files import text_field
+from gt_jax.data.files import refuse_other_kinds, text_field
 from gt_jax.errors import InputError, one_line
 
 _ROWS = 256  # read at once
@@ -58,6 +58,8 @@ def arrow_rows(path: Path, field: str, count: Callable[[int], None]) -> Iterator
     pyarrow = _pyarrow(path)
     row = at = 0
     with _failing(path, "Arrow stream"), pyarrow.OSFile(str(path)) as file:
+        refuse_other_kinds(file.read(64), str(path))
+        file.seek(0)
         stream = pyarrow.ipc.open_stream(file)
         _check_field(path, stream.schema.names, field)
         for batch in stream:

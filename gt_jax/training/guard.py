@@ -146,7 +146,9 @@ class Guard:
                 if progress.suspects < train.rewind_steps:
                     return
                 first = step - progress.suspects + 1
-                said = f"spike of the loss in steps {first} to {step}: {loss:.4f} above {limit:.4f}"
+                high = "not finite in loss or gradient" if skipped else f"{loss:.4f}"
+                high += "" if skipped else f" above {limit:.4f}"
+                said = f"spike of the loss in steps {first} to {step}: {high}"
                 if min(self._saved(), default=first) < first:
                     raise Spike(first, step, position, said)
                 self._say(f"{said}; there is no checkpoint from before, training continues")

@@ -82,10 +82,15 @@ def _join(parallel: Parallel) -> None:
     """Start JAX's distributed runtime where the config or the environment asks for it."""
     address = parallel.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not address:
-        if parallel.num_processes > 1:
+        given = f"parallel.num_processes={parallel.num_processes}"
+        alone = parallel.num_processes <= 1
+        if parallel.num_processes == 0 and "JAX_NUM_PROCESSES" in os.environ:
+            given = f"JAX_NUM_PROCESSES={os.environ['JAX_NUM_PROCESSES']}"
+            alone = os.environ["JAX_NUM_PROCESSES"] in ("", "0", "1")
+        if not alone:
             raise InputError(
-                f"parallel.num_processes={parallel.num_processes} needs "
-                "parallel.coordinator_address: HOST:PORT of process 0, or auto"
+                f"{given} needs parallel.coordinator_address (or JAX_COORDINATOR_ADDRESS): "
+                "HOST:PORT of process 0, or auto"
             )
         return
     known: dict[str, Any] = {}

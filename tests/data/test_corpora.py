@@ -71,7 +71,12 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
             r"line 2 .*'text'; name one of its fields: body",
         ),
         ("b.jsonl", '{"text": "a"}\n{"text":', r"line 2 is not JSON"),
-        ("c.jsonl", '{"text": 3}', r"line 1 has no text in data.field='text'"),
+        ("c.jsonl", '{"text": 3}', r"no text in data.field='text' but a number; make it a string"),
+        ("c.jsonl", '{"text": ["a"]}', r"no text in data.field='text' but a list; make it a"),
+        ("c.jsonl", '{"text": {"a": 1}}', r"no text in data.field='text' but an object; make"),
+        ("c.jsonl", '{"text": true}', r"no text in data.field='text' but true or false; make"),
+        ("c.jsonl", '{"text": null}', r"no text in data.field='text'; name one of its fields: te"),
+        ("c.arrow", b"ARROW1\0\0\xff", r"c.arrow' is an Arrow file \(Feather\); save it as"),
         ("d.jsonl", "[1]", r"line 1 has no text .* its fields: none"),
         ("e.jsonl", '{"text": ' + "9" * 5000 + "}", r"line 1 is not JSON \(Exceeds the limit"),
         ("f.jsonl", '{"text": "a"}\n' + "[" * 100_000, r"line 2 is nested too deeply"),
@@ -203,9 +208,17 @@ def test_parquet_is_a_document_a_row(write, monkeypatch):
     parquet.write_table(pyarrow.table({"body": rows, "n": list(range(1000))}), path)
     corpus = load_corpus(path, field="body")
     assert corpus.train + corpus.validation == tuple(rows)
-    for field, fields in (("text", "body, n"), ("n", "n")):
-        with pytest.raises(InputError, match=rf"no text in data.field='{field}'.*: {fields}$"):
+    for field, fix in (("text", "; name .*: body, n$"), ("n", " but a number; make it a string")):
+        with pytest.raises(InputError, match=rf"no text in data.field='{field}'{fix}"):
             load_corpus(path, field=field)
+
+
+def test_a_folder_of_arrow_files_names_the_program_that_reads_it(tmp_path):
+    """`save_to_disk` of Hugging Face's datasets wrote it."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff")
+    with pytest.raises(InputError, match=r"holds .arrow files: .*python -m gt_jax.prepare .* DST`"):
+        load_corpus(str(tmp_path))
 
 
 def test_names_of_fields_in_messages_are_one_line_that_prints(write):

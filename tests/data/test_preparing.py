@@ -226,11 +226,12 @@ def test_a_finished_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path
         ({"a.txt": b"line\n" * 900 + b"\xff\n" + b"line\n" * 900}, "is not UTF-8 at byte 4,500;"),
         ({"a.txt": b"\x1f\x8b\x08 packed" * 900}, "is packed by gzip; end its name in .gz"),
         ({"a.parquet": b"PAR1 damaged"}, "is no Parquet table, or damaged"),
+        ({"a.arrow": b"ARROW1\0\0 of polars"}, "a.arrow is an Arrow file .Feather.; save it as"),
     ],
     ids=lambda value: str(list(value))[:30] if isinstance(value, dict) else "",
 )
 def test_a_text_that_cannot_be_read_is_an_error_of_one_line(files, message, small, tmp_path):
-    if "a.parquet" in files:
+    if files.keys() & {"a.parquet", "a.arrow"}:
         pytest.importorskip("pyarrow", reason="Parquet needs it")
     (tmp_path / "text").mkdir()
     for name, data in files.items():
@@ -256,6 +257,19 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path):
     with pytest.raises(InputError, match="out holds other files; name another folder"):
         prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer=tokenizer, processes=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_the_program_names_its_own_flag(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "some text"}\n{"text": 3}\n')
+    program = [sys.executable, "-m", "gt_jax.prepare", "--train_tokenizer=char", "--processes=1"]
+    run = lambda name: subprocess.run(
+        [*program, tmp_path / name, tmp_path / f"{name}.out"], capture_output=True, text=True
+    )
+    ended = run("a.jsonl")
+    assert ended.returncode == 1
+    assert "has no text in --field='text'; name one of its fields: body" in ended.stderr
+    assert "b.jsonl at byte 22 has no text in --field='text' but a number;" in run("b.jsonl").stdout
 
 
 def test_the_program_says_what_it_read_skipped_and_wrote(tmp_path):

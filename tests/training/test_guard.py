@@ -51,6 +51,23 @@ def test_steps_that_are_not_finite_end_a_run_at_most_two_steps_late(
     assert counts[steps.step - 1] in (10, 11, 12)
 
 
+@pytest.mark.parametrize("loss", [1.0, math.nan])
+def test_spike_of_steps_that_are_not_finite_says_so(make_config, make_batch, tmp_path, loss):
+    """Their loss may be low: only the gradient is not finite then."""
+    changes = {"train.rewind_mads": 20.0, "train.rewind_steps": 2, "checkpoint.every": 10}
+    steps = Steps(make_config(**changes), tmp_path, saved=())
+    for step in range(60):
+        steps.add(make_batch(0), 2 + 0.01 * (step % 7))
+    for count in (1, 2, 0, 0):
+        steps.add(make_batch(0), loss if count else 2.0, skipped=count)
+    assert any(
+        line.startswith(
+            "spike of the loss in steps 61 to 62: not finite in loss or gradient; there"
+        )
+        for line in steps.said
+    ), steps.said
+
+
 def test_last_steps_are_looked_at_before_a_save(make_config, make_batch, tmp_path):
     steps = Steps(make_config(**{"train.max_nonfinite": 1}), tmp_path)
     steps.add(make_batch(0), skipped=1)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint
-from gt_jax.training import metrics
+from gt_jax.config import Parallel
+from gt_jax.errors import InputError
+from gt_jax.training import metrics, runtime
 from tests.ports import free_port
 from tests.training.nursery import Nursery
 
@@ -127,6 +129,17 @@ def test_error_of_one_process_is_the_line_of_both(pair, tmp_path):
     for _, printed in ended:
         assert "optim.lr=0.5 in process 1 on" in printed and "0.003 in process 0" in printed
         assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("field, environment", [(2, "1"), (0, "2"), (0, "two")])
+def test_processes_without_a_coordinator_are_no_lone_run(field, environment, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", environment)
+    name = "parallel.num_processes=2" if field else f"JAX_NUM_PROCESSES={environment}"
+    with pytest.raises(
+        InputError, match=rf"^{name} needs parallel.coordinator_address .or JAX_COO"
+    ):
+        runtime._join(Parallel(num_processes=field))
 
 
 def test_coordinator_that_does_not_answer_is_named_in_time(pair, tmp_path):
