@@ -86,10 +86,8 @@ class Stash:
 
             carry = step(n, tokens, values, carry)
             if self.grid.tiles > 1:
-                following = n + self.stages
-                self._start(
-                    following, self.stages < self.grid.tiles and following < self.grid.tiles
-                )
+                following, more = n + self.stages, self.stages < self.grid.tiles
+                self._start(following, more and following < self.grid.tiles)
             return carry
 
         return loop(self.grid.tiles, one, carry)

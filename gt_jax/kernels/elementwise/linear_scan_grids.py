@@ -86,10 +86,13 @@ def clustered(batch: int, length: int, channels: int, read: int) -> Grid | None:
     the multiprocessors or more would have nothing to do, and where a row would have one token.
     """
     lanes = [n for n in _LANES if channels % (n * _VECTOR) == 0]
-    grids = [grid for n in lanes if (grid := _clusters_of(n, batch, length, channels))]
-    if not grids:
+    if not lanes:
         return None
-    grid = min(grids, key=lambda grid: (grid.cluster == 1, grid.cluster))  # the wider of equal ones
+    widest, *narrower = (_clusters_of(n, batch, length, channels) for n in lanes)
+    if widest is None:
+        return None
+    smaller = (grid for grid in narrower if grid and 1 < grid.cluster < widest.cluster)
+    grid = next(smaller, widest)
     of_token = 128 * _CLUSTERED * _VECTOR * read  # bytes, for a token of each row
     spans = [n for n in (2, 4, 8) if n * of_token <= ROOM]
     whole = (n for n in spans if grid._replace(span=n).walked >= length)
