@@ -11,6 +11,8 @@ branch records that weight as "gate" and starts it at initial_share(self). Its c
     branch_epsilon   of its branch_norm where model.branch_epsilon is None: 1e-2 if not said
     only_in_products names of matrices, in tuples, that nothing but products in model.dtype reads,
                      those of a tuple side by side, of one shape: small steps round all at once
+    only_in_differences names of matrices [.., 2] of which W_0 - W_1 alone is read: small steps
+                     subtract for all blocks at once, and give [W_0 - W_1, 0] for W
     score            a method, as MinGRU's, of one that is `blend` of what it gives: a kernel may
                      then join the branches, add them to the stream and take the next norm
 

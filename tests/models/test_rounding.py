@@ -13,20 +13,37 @@ def blocks_of(model_params):
     return [model_params[f"blocks_{layer}"] for layer in range(2)]
 
 
+def model_with_heads(fusion, **changes):
+    """A small model of two blocks whose fusions decide something: heads start at zero."""
+    given = {"fusion": fusion, "layers": 2, "impl": "chunked"} | changes
+    model, params = small_model("gf", **given)[:2]
+    draw = lambda path, leaf: (
+        jax.random.normal(jax.random.key(len(leaf)), leaf.shape)
+        if path[-1].key == "head_kernel"
+        else leaf
+    )
+    return model, jax.tree_util.tree_map_with_path(draw, params)
+
+
 # What products alone read of a fusion's parameters.
 OF_FUSIONS = {
     "gf": (),
     "mingru": ("candidate_kernel", "update_kernel"),
     "pscan": ("decay_kernel", "input_kernel", "output_kernel"),
     "glu": ("rwkv_kernel", "mamba_kernel", "output_kernel"),
+    "linrec": (),
 }
+# Of which the difference of both columns is read.
+HEADS = {fusion: ("head_kernel",) for fusion in ("mingru", "pscan", "glu", "linrec")}
 
 
 def one_by_one(blocks, fusion="gf"):
-    """Each weight rounded by itself."""
+    """Each weight rounded, and each difference taken, by itself."""
 
     def rounded(path, leaf):
         names = [entry.key for entry in path[1:]]
+        if "fusion" in names and names[-1] in HEADS.get(fusion, ()):
+            return jnp.stack([leaf[:, 0] - leaf[:, 1], jnp.zeros(len(leaf))], axis=1)
         weights = ("kernel", "time_maa_w1", "time_decay_w1", "time_decay_w2")
         weights = OF_FUSIONS[fusion] if "fusion" in names else weights
         return leaf.astype(jnp.bfloat16) if names[-1] in weights and leaf.ndim == 2 else leaf
@@ -35,14 +52,15 @@ def one_by_one(blocks, fusion="gf"):
 
 
 def rounded_together(blocks, fusion):
-    of_fusion = getattr(FUSIONS[fusion], "only_in_products", ())
-    return rounding.rounded_together(blocks, "bfloat16", of_fusion)
+    kinds = ("only_in_products", "only_in_differences")
+    of_fusion = (getattr(FUSIONS[fusion], kind, ()) for kind in kinds)
+    return rounding.rounded_together(blocks, "bfloat16", *of_fusion)
 
 
 @pytest.mark.parametrize("fusion", OF_FUSIONS)
 def test_weights_and_their_gradients_are_those_of_rounding_one_by_one(monkeypatch, fusion):
     monkeypatch.setattr(rounding, "_MOST", 7)  # several vectors, the last one not full
-    params = blocks_of(small_model("gf", fusion=fusion, layers=2, impl="chunked")[1])
+    params = blocks_of(model_with_heads(fusion)[1])
 
     def loss(rounded, params):
         leaves = jax.tree.leaves(rounded(params))
@@ -58,8 +76,7 @@ def test_weights_and_their_gradients_are_those_of_rounding_one_by_one(monkeypatc
 
 @pytest.mark.parametrize("fusion", OF_FUSIONS)
 def test_a_model_computes_the_same_loss_with_weights_rounded_together(fusion):
-    given = {"fusion": fusion, "layers": 2, "impl": "chunked", "dtype": "bfloat16"}
-    model, params = small_model("gf", **given)[:2]
+    model, params = model_with_heads(fusion, dtype="bfloat16")
     blocks = rounded_together(blocks_of(params), fusion)
     rounded = params | {f"blocks_{layer}": block for layer, block in enumerate(blocks)}
     tokens = random_tokens(2, 9)
@@ -108,6 +125,7 @@ def test_weights_rounded_together_lie_side_by_side_already():
 def test_a_fusion_that_says_nothing_is_given_its_parameters_as_they_are():
     """One that a user adds may read what has these names in float32, in any shapes."""
     shapes = {"output_kernel": (4, 4), "rwkv_kernel": (4, 8), "mamba_kernel": (4, 4)}
+    shapes["head_kernel"] = (4, 2)
     fusion = {name: jnp.full(shape, 1 / 3) for name, shape in shapes.items()}
     blocks = [{"fusion": fusion, "out": {"kernel": jnp.full((4, 4), 1 / 3)}}]
     (found,) = rounding.rounded_together(blocks, "bfloat16")

@@ -22,6 +22,12 @@ def bytes_read(inputs: dict, channels: int) -> int:
     return sum(parts * size for parts, size in _of_channels(inputs, channels).values())
 
 
+def parts_of(inputs: dict, channels: int) -> list[tuple]:
+    """(name, n) of the n-th C channels of every input [B, T, ... C]: all that a Stash may copy."""
+    of_channels = _of_channels(inputs, channels)
+    return [(name, n) for name, (parts, _) in of_channels.items() for n in range(parts)]
+
+
 def _of_channels(inputs, channels):
     """name -> how often an input [B, T, n C] has a channel, and bytes of a number."""
     found = {name: z for name, z in inputs.items() if z is not None and z.ndim == 3}
@@ -80,8 +86,8 @@ class Stash:
 
             carry = step(n, tokens, values, carry)
             if self.grid.tiles > 1:
-                following = n + self.stages
-                self._start(following, self.stages < self.grid.tiles and following < self.grid.tiles)
+                following, more = n + self.stages, self.stages < self.grid.tiles
+                self._start(following, more and following < self.grid.tiles)
             return carry
 
         return loop(self.grid.tiles, one, carry)

@@ -54,7 +54,7 @@ class Grid(NamedTuple):
         return self.tiles * self.cluster * self.number * self.span
 
 
-def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
+def grid_of_gradient(batch: int, length: int, channels: int, read: int) -> Grid:
     """How a gradient is divided on the GPU that is there: in clusters where they fill it.
 
     Args:
@@ -65,36 +65,50 @@ def grid_for(batch: int, length: int, channels: int, read: int) -> Grid:
     return grid or single_blocks(batch, length, channels)
 
 
+def grid_of_states(batch: int, length: int, channels: int, read: int) -> Grid:
+    """The same of a forward walk: in clusters where one tile is all of it, or single blocks are
+    faster."""
+    grid = grid_of_gradient(batch, length, channels, read)
+    return grid if grid.tiles == 1 and grid.copied else single_blocks(batch, length, channels)
+
+
 def _running() -> int:
     """Blocks that run at a time: one a multiprocessor."""
     return pl.cdiv(warps.blocks_at_once(), warps.BLOCKS_AT_ONCE)
 
 
 def clustered(batch: int, length: int, channels: int, read: int) -> Grid | None:
-    """Clusters as large as run all at a time, of blocks whose slabs are wide and whose tiles are
-    copied ahead.
+    """Clusters that run all at a time, of blocks whose slabs are wide and whose tiles are copied
+    ahead.
 
-    With fewer channels a block reads a part of what memory gives it, and others read it again. None
-    where half of the multiprocessors or more would have nothing to do, and where a row would have
-    one token.
+    With fewer channels a block reads a part of what memory gives it, and others read it again; yet
+    clusters of two blocks are faster than those of four with twice the channels. None where half of
+    the multiprocessors or more would have nothing to do, and where a row would have one token.
     """
-    lanes = next((n for n in _LANES if channels % (n * _VECTOR) == 0), None)
-    if lanes is None:
+    lanes = [n for n in _LANES if channels % (n * _VECTOR) == 0]
+    if not lanes:
         return None
-    row, running = rows.Row(lanes, _VECTOR), _running()
-    grid = Grid(row, _CLUSTERED, 1, 1, 1, channels // row.channels, length, copied=True)
-    blocks = batch * grid.slabs
-    fits = lambda n: n * blocks <= running and 2 * n * grid.number <= length
-    cluster = max(filter(fits, clusters.SIZES), default=0)
-    if 2 * cluster * blocks <= running:
+    widest, *narrower = (_clusters_of(n, batch, length, channels) for n in lanes)
+    if widest is None:
         return None
-    grid = grid._replace(cluster=cluster)
+    smaller = (grid for grid in narrower if grid and 1 < grid.cluster < widest.cluster)
+    grid = next(smaller, widest)
     of_token = 128 * _CLUSTERED * _VECTOR * read  # bytes, for a token of each row
     spans = [n for n in (2, 4, 8) if n * of_token <= ROOM]
     whole = (n for n in spans if grid._replace(span=n).walked >= length)
     two = (n for n in spans[::-1] if 2 * n * of_token <= ROOM)
     grid = grid._replace(span=next(whole, next(two, 1)))
     return grid._replace(tiles=pl.cdiv(length, grid.walked))
+
+
+def _clusters_of(lanes, batch, length, channels):
+    """The largest clusters of such rows that run all at a time, if they fill half of the GPU."""
+    row, running = rows.Row(lanes, _VECTOR), _running()
+    grid = Grid(row, _CLUSTERED, 1, 1, 1, channels // row.channels, length, copied=True)
+    blocks = batch * grid.slabs
+    fits = lambda n: n * blocks <= running and 2 * n * grid.number <= length
+    cluster = max(filter(fits, clusters.SIZES), default=0)
+    return grid._replace(cluster=cluster) if 2 * cluster * blocks > running else None
 
 
 def single_blocks(batch: int, length: int, channels: int) -> Grid:

@@ -6,15 +6,15 @@ token t reads, and g the cotangent of s:
     u_t = decay_t u_{t+1} + decay_t g_t,   dx_t = g_t + u_{t+1},   d decay_t = dx_t s_{t-1}
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gt_jax.kernels.elementwise.linear_scan_copies import Stash, bytes_read
-from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_for, single_blocks
+from gt_jax.kernels.elementwise.linear_scan_copies import Stash, bytes_read, parts_of
+from gt_jax.kernels.elementwise.linear_scan_grids import Grid, grid_of_gradient, grid_of_states
 from gt_jax.kernels.elementwise.linear_scan_rows import Place, run
 from gt_jax.kernels.pallas import rows
 from gt_jax.kernels.pallas.launch import loop
@@ -32,7 +32,7 @@ class Terms(NamedTuple):
         """What is given of each token."""
         return [self.given(place, token) for token in tokens]
 
-    def of_tokens(self, place: Place, tokens: list, given: list) -> Iterator:
+    def of_tokens(self, place: Place, tokens: list, given: Iterable) -> Iterator:
         """Decay and x of one token after another, so that those of few are held at a time."""
         return (self.of_given(place, *z) for z in zip(tokens, given))
 
@@ -94,31 +94,44 @@ def states_of_tokens(
         dtype: of s; None for float32 and no state at the end.
     """
     batch, channels = state.shape
-    grid = single_blocks(batch, length, channels)
+    grid = grid_of_states(batch, length, channels, bytes_read(inputs, channels))
     states = states_before(grid, inputs, terms, state, reverse=False)
+    stash = Stash(grid, inputs, channels, parts_of(inputs, channels)) if grid.copied else None
 
     def body(refs):
         place = Place(grid, refs, batch, reverse=False)
 
-        def step(n, carry):
-            s, given = carry
-            tokens = place.tokens(n)
-            found = list(terms.of_tokens(place, tokens, given))
-            given = terms.given_of(place, place.tokens_after(n))  # on their way from here on
+        def compute(n, tokens, found, s, coming=lambda: None):
+            """The state after tile n, and what `coming` reads meanwhile."""
+            found = list(found)
+            ahead = coming()  # on its way from here on
             s, after, _ = place.fold(found, s, lax.rem(n, jnp.int32(2)))
             for token, (decay, x) in zip(tokens, found):
                 s = decay * s + x
                 place.store(refs.s_gmem, token, s if dtype is None else s.astype(dtype))
-            return after, given
+            return after, ahead
 
-        first = terms.given_of(place, place.tokens(jnp.int32(0)))
-        last, _ = loop(grid.tiles, step, (place.start(), first))
+        def step(n, carry):
+            (s, given), tokens = carry, place.tokens(n)
+            coming = lambda: terms.given_of(place, place.tokens_after(n))
+            return compute(n, tokens, terms.of_tokens(place, tokens, given), s, coming)
+
+        def step_copied(n, tokens, values, s):
+            given = map(values, range(grid.span))
+            return compute(n, tokens, terms.of_tokens(place, tokens, given), s)[0]
+
+        if stash is None:
+            first = terms.given_of(place, place.tokens(jnp.int32(0)))
+            last, _ = loop(grid.tiles, step, (place.start(), first))
+        else:
+            read = lambda tokens, j: terms.given(place, tokens[j])
+            last = stash.walk(place, read, step_copied, place.start())
         if dtype is not None:
             place.store_of_split(refs.last_gmem, last)
 
     like = jax.ShapeDtypeStruct((batch, length, channels), dtype or jnp.float32)
     outputs = {"s": like, "last": None if dtype is None else _of_splits(grid, state)}
-    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs)
+    s, *last = run(grid, body, name, batch, inputs | {"states": states}, outputs, stash)
     return [s, *(z[:, -1] for z in last)]
 
 
@@ -148,7 +161,7 @@ def gradients_of_tokens(
     """
     batch, length, channels = s.shape
     of_tokens = inputs | {"s": s}
-    grid = grid_for(batch, length, channels, bytes_read(of_tokens, channels))
+    grid = grid_of_gradient(batch, length, channels, bytes_read(of_tokens, channels))
     states = states_before(grid, inputs, terms, d_last, reverse=True)
     stash = Stash(grid, of_tokens, channels, terms.reads) if grid.copied else None
 

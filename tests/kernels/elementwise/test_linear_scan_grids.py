@@ -58,3 +58,21 @@ def test_blocks_walk_all_tokens_and_have_room(running, monkeypatch):
                 size = stash.stages * grid.span * stash.token + 4 * grid.row.channels * folds
                 assert size <= SHARED, (grid, read)
     assert seen <= set(itertools.product((1, 2, 4, 8), (4, 8))) and len(seen) >= 4
+
+
+@pytest.mark.parametrize("name, channels, tiles", [("minGRU", 192, 2), ("ParallelScan", 128, 1)])
+def test_clusters_are_of_two_blocks_where_those_were_the_fastest(
+    name, channels, tiles, monkeypatch
+):
+    """The sizes of gt_jax/kernels/README.md, on an H200: forward too, if one tile is all of it."""
+    from gt_jax.kernels.elementwise import linear_scan_copies as copies
+    from gt_jax.kernels.elementwise import linear_scan_grids as grids
+
+    monkeypatch.setattr(warps, "blocks_at_once", lambda: 132 * warps.BLOCKS_AT_ONCE)
+    gated, memory, _ = inputs_of(("bfloat16", "bfloat16"), 8, 2048, channels)
+    read = copies.bytes_read(gated if name == "minGRU" else memory, channels)
+    with devices.simulated("lower"):
+        gradient = grids.grid_of_gradient(8, 2048, channels, read)
+        states = grids.grid_of_states(8, 2048, channels, read)
+    assert gradient.copied and gradient.cluster == 2 and gradient.tiles == tiles
+    assert states.cluster == (2 if tiles == 1 else 1)
