@@ -15,7 +15,8 @@ from typing import NamedTuple
 from gt_jax.data.splits import named_splits
 from gt_jax.errors import InputError, one_line
 
-KINDS = (".txt", ".jsonl", ".parquet")  # that are looked for in a folder
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # that are looked for in a folder
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # the last where it is named itself: others are lists
 PREPARED_TOKENIZER = "tokenizer.gt_jax.json"  # in a folder that gt_jax.prepare made
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
 _JSON_NAMES = dict.fromkeys((int, float), "a number")
@@ -130,7 +131,7 @@ def _read_file(path, field):
         return _read_parquet(path, where, field), None
     data = _read_bytes(path, where, packing)
     text = decode(data, where, packing)
-    if kind == ".jsonl":
+    if kind in JSON_LINES:
         lines = enumerate(text.split("\n"), start=1)
         return [read_json(f"{where} line {n}", x, field) for n, x in lines if x.strip()], None
     if hashlib.sha256(data).hexdigest() == _TINY_SHAKESPEARE:
@@ -285,7 +286,12 @@ def text_field(where: str, row: object, field: str) -> str:
     Raises:
         InputError: it is not there, no text, or holds half of a surrogate pair; `where` begins it.
     """
-    value = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        kind = _JSON_NAMES.get(type(row), "text" if isinstance(row, str) else "null")
+        raise InputError(
+            f"{where} is {kind}, not an object with a data.field={field!r}; write an object a line"
+        )
+    value = row.get(field)
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
@@ -293,7 +299,7 @@ def text_field(where: str, row: object, field: str) -> str:
         if value is not None:
             kind = _JSON_NAMES.get(type(value), type(value).__name__)
             raise InputError(f"{said} but {kind}; make it a string, or name another field")
-        names = [one_line(name[:40]) for name in row] if isinstance(row, dict) else []
+        names = [one_line(name[:40]) for name in row]
         has = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise InputError(f"{said}; name one of its fields: {has or 'none'}")
     try:

@@ -9,6 +9,7 @@ from typing import IO, Any, NamedTuple
 
 from gt_jax.data.corpora import SHAKESPEARE, load_shakespeare
 from gt_jax.data.files import (
+    JSON_LINES,
     UNPACK,
     decode,
     kind_of,
@@ -70,7 +71,7 @@ def documents(
         return
     try:
         with path.open("rb", buffering=0) as raw:
-            if kind == ".jsonl":
+            if kind in JSON_LINES:
                 yield from _json_lines(raw, path, part, packing, field, count)
             else:
                 yield _text(raw, path, part, packing, count)

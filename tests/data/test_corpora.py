@@ -43,6 +43,18 @@ def test_a_folder_is_split_by_documents_in_order_of_path(write, tmp_path):
     assert corpus.validation == ("second",)
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json", "c4-train.00000-of-01024.json.gz"])
+def test_other_names_of_json_lines_are_read_as_they_are(name, tmp_path):
+    """As polars writes them, and as C4 does; a .json beside others is a list of something else."""
+    lines = b'{"text": "first"}\n{"text": "second"}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    assert files.read_path(str(path), "text", unknown="").train == ["first", "second"]
+    (tmp_path / "b.txt").write_text("third")
+    beside = files.read_path(str(tmp_path), "text", unknown="").train
+    assert beside == (["first", "second", "third"] if name == "a.ndjson" else ["third"])
+
+
 def test_jsonl_is_a_document_a_line(write):
     rows = [{"body": f"document {i}\u2028\n"} for i in range(10)]
     path = write("a.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
@@ -71,6 +83,10 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
             r"line 2 .*'text'; name one of its fields: body",
         ),
         ("b.jsonl", '{"text": "a"}\n{"text":', r"line 2 is not JSON"),
+        ("b.json", '[{"text": "a"}]', r"line 1 is a list, not an object with a data.field='text'"),
+        ("b.json", '{\n "text": "a"\n}', r"line 1 is not JSON"),
+        ("c.jsonl", '"a"\n', r"line 1 is text, not an object with .*; write an object a line"),
+        ("c.jsonl", "null\n", r"line 1 is null, not an object"),
         ("c.jsonl", '{"text": 3}', r"no text in data.field='text' but a number; make it a string"),
         ("c.jsonl", '{"text": ["a"]}', r"no text in data.field='text' but a list; make it a"),
         ("c.jsonl", '{"text": {"a": 1}}', r"no text in data.field='text' but an object; make"),

@@ -113,6 +113,15 @@ def test_named_splits_are_kept_and_test_is_left_out(tmp_path):
     assert index["skipped_files"] == {"test/a.txt": "belongs to the test split"}
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json"])
+def test_other_names_of_json_lines_are_read_as_they_are(name, tmp_path):
+    (tmp_path / name).write_text('{"text": "first"}\n{"text": "second"}\n')
+    tokenizer = make_tokenizer("char97", load_corpus("shakespeare"))
+    prepare(str(tmp_path / name), tmp_path / "out", tokenizer=tokenizer, processes=1)
+    found = [tokenizer.decode(ids) for ids in documents_of(tmp_path / "out")]
+    assert found == ["first", "second"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
 def test_tables_are_read_as_text_is(kind, small, tmp_path):
     pytest.importorskip("pyarrow", reason="tables need it")
@@ -217,7 +226,7 @@ def test_a_finished_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({}, "holds no file of .txt, .jsonl, .parquet or .arrow; add one"),
+        ({}, "holds no file of .txt, .jsonl, .ndjson, .parquet or .arrow; add one"),
         ({"a.md": b"x"}, "holds no file of"),
         ({"a.txt": b" \n"}, "holds no text to train on: .*a.txt is empty"),
         ({"a.jsonl": b'{"body": "x"}\n'}, "no text to train on: .*no text in data.field='text'"),
