@@ -220,8 +220,8 @@ class Adapter:
 def start_id(tokenizer: Tokenizer) -> int:
     """The token to put before a text.
 
-    A published model has a token for the beginning or end of a text; other models take a newline,
-    and where the vocabulary has none, what their tokenizer names for the beginning or the end.
+    A published model has a token for the beginning or end of a text; others take a newline, and
+    where the vocabulary has none, what their tokenizer names for the beginning or the end.
 
     Raises:
         InputError: the tokenizer has none of these.
@@ -237,13 +237,12 @@ def start_id(tokenizer: Tokenizer) -> int:
     for mark in ("<|endoftext|>", "\n"):
         try:
             ids = tokenizer.encode_after(mark, "")
-        except InputError:
-            continue  # a character tokenizer without this one
+        except InputError:  # a character tokenizer without this one
+            continue
         if len(ids) == 1 and tokenizer.decode(ids) == mark:  # not the id of all unknown text
             return int(ids[0])
-    for i in (tokenizer.special.bos, tokenizer.eos_id):
-        if i is not None:
-            return int(i)
+    if named := [i for i in (tokenizer.special.bos, tokenizer.eos_id) if i is not None]:
+        return int(named[0])
     raise InputError(
         f"the tokenizer of this model ({tokenizer.kind}) has no token for the beginning or the "
         "end of a text and none for a newline; convert the model with --tokenizer=FILE"

@@ -180,7 +180,7 @@ def test_a_vocabulary_of_bytes_has_a_newline():
 
 
 def test_a_tokenizer_without_newline_and_special_ids_has_no_start():
-    with pytest.raises(InputError, match="huggingface.* none for a newline; convert"):
+    with pytest.raises(InputError, match=r"huggingface.* none for a newline; convert"):
         harness.start_id(words())
 
 

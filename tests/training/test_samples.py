@@ -36,8 +36,12 @@ program.main(sys.argv)
 
 @pytest.mark.parametrize(
     ("settings", "programs", "devices"),
-    [({}, ["begin", "burst"], 1), ({"parallel.sequence": 2}, ["begin", "burst"], 1)]
-    + [({"parallel.fsdp": 4}, [], 4), ({"parallel.mode": "pmap"}, [], 1)],
+    [
+        ({}, ["begin", "burst"], 1),
+        ({"parallel.sequence": 2}, ["begin", "burst"], 1),
+        ({"parallel.fsdp": 4}, [], 4),
+        ({"parallel.mode": "pmap"}, [], 1),
+    ],
     ids=["jit", "sequence", "fsdp", "pmap"],
 )
 def test_several_devices_draw_what_one_draws(tmp_path, settings, programs, devices):
