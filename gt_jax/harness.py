@@ -220,10 +220,11 @@ class Adapter:
 def start_id(tokenizer: Tokenizer) -> int:
     """The token to put before a text.
 
-    A published model has a token for the beginning or end of a text; other models take a newline.
+    A published model has a token for the beginning or end of a text; others take a newline, and
+    where the vocabulary has none, what their tokenizer names for the beginning or the end.
 
     Raises:
-        InputError: the tokenizer has neither.
+        InputError: the tokenizer has none of these.
     """
     candidates = []
     if tokenizer.kind in ("rwkv-world", "huggingface", "ids"):
@@ -236,13 +237,15 @@ def start_id(tokenizer: Tokenizer) -> int:
     for mark in ("<|endoftext|>", "\n"):
         try:
             ids = tokenizer.encode_after(mark, "")
-        except InputError:
-            continue  # a character tokenizer without this one
-        if len(ids) == 1:
+        except InputError:  # a character tokenizer without this one
+            continue
+        if len(ids) == 1 and tokenizer.decode(ids) == mark:  # not the id of all unknown text
             return int(ids[0])
+    if named := [i for i in (tokenizer.special.bos, tokenizer.eos_id) if i is not None]:
+        return int(named[0])
     raise InputError(
-        f"the tokenizer of this model ({tokenizer.kind}) has no token for the end of a text and "
-        "none for a newline; convert the model with --tokenizer=FILE"
+        f"the tokenizer of this model ({tokenizer.kind}) has no token for the beginning or the "
+        "end of a text and none for a newline; convert the model with --tokenizer=FILE"
     )
 
 

@@ -42,6 +42,7 @@ from gt_jax.training.job import Job, first_state, prepare, progress_of
 from gt_jax.training.loggers import Service
 from gt_jax.training.metrics import Metrics, plain
 from gt_jax.training.metrics import read as read_metrics
+from gt_jax.training.placement import on_one_device
 from gt_jax.training.plot import prepare_to_draw, prepare_to_draw_beside
 from gt_jax.training.prefetch import prefetch
 from gt_jax.training.progress import Progress
@@ -308,7 +309,7 @@ def _prompt(config: Config, text: Text) -> np.ndarray:
 def _sample(job: Job, params, step, stop: Stop, samples: Samples, display) -> None:
     """Let the model write, keep and show it; a sample that cannot be made ends no run."""
     most, seed = job.config.train.sample_tokens, job.config.seed
-    params = parallel.on_one_device(params, job.mesh)
+    params = on_one_device(params, job.mesh)
     draw = functools.partial(sample, programs=job.sampling) if job.sampling else generate
     try:
         tokens = stop.until(draw(job.model, params, job.prompt, max_tokens=most, seed=seed))

@@ -1,5 +1,6 @@
 """The adapter's three answers, and a local task run by lm-evaluation-harness where it is there."""
 
+import io
 import json
 import string
 import sys
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint, cli, harness, scoring
-from gt_jax.data.pretrained import IdTokenizer, WorldTokenizer
-from gt_jax.data.tokenizers import CharTokenizer
+from gt_jax.data.pretrained import HuggingFaceTokenizer, IdTokenizer, WorldTokenizer
+from gt_jax.data.sentence_piece import SentencePieceTokenizer
+from gt_jax.data.tokenizers import CharTokenizer, TaggedCharTokenizer
 from gt_jax.errors import InputError
 from gt_jax.models import ModelConfig, make_model
 from tests.models.small_models import lively_parameters, random_tokens
@@ -122,8 +124,64 @@ def test_what_it_cannot_do_is_said(folder, adapter):
         adapter.generate_until(requests(("a", {"num_beams": 4})))
     with pytest.raises(InputError, match="holds '猫'"):
         adapter.loglikelihood_rolling(requests(("猫",)))
-    with pytest.raises(InputError, match=r"\(ids\) has no token for the end"):
+    with pytest.raises(InputError, match=r"\(ids\) has no token for the beginning or the end"):
         harness.start_id(IdTokenizer(29))
+
+
+def words(*more):
+    """A tokenizer.json that names no special ids; id 0 stands for all text it does not know."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(("[UNK]", "a", *more))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
+    return HuggingFaceTokenizer(made.to_str())
+
+
+def sentence_piece(**options):
+    """Of these options; it names 1 and 2 for the beginning and the end of a text."""
+    sentencepiece, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat", "a cat ran"] * 20),
+        model_writer=model,
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=4,
+        **options,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("make", "start"),
+    [
+        (lambda: CharTokenizer("\nab"), 0),
+        (lambda: words("\n"), 2),
+        (lambda: words("\n", "<|endoftext|>"), 3),
+        (lambda: TaggedCharTokenizer("ab\n"), 32),
+        (lambda: TaggedCharTokenizer("ab"), 2),
+        (lambda: sentence_piece(user_defined_symbols=["\n"]), 3),
+        (lambda: sentence_piece(model_type="word"), 1),
+        (sentence_piece, 1),
+    ],
+)
+def test_texts_start_with_a_newline_else_with_what_the_tokenizer_names(make, start):
+    """Never with the id of unknown text."""
+    assert harness.start_id(make()) == start
+
+
+def test_a_vocabulary_of_bytes_has_a_newline():
+    """Llama's kind without its special tokens, whose newline is the byte 10."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<unk>": 0} | {f"<0x{i:02X}>": 1 + i for i in range(256)} | {"a": 257}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.decoder = tokenizers.decoders.ByteFallback()
+    assert harness.start_id(HuggingFaceTokenizer(made.to_str())) == 1 + ord("\n")
+
+
+def test_a_tokenizer_without_newline_and_special_ids_has_no_start():
+    with pytest.raises(InputError, match=r"huggingface.* none for a newline; convert"):
+        harness.start_id(words())
 
 
 class Bar:

@@ -1,6 +1,7 @@
 """A thread that answers the requests of many clients in one batch, whenever they arrive."""
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import threading
@@ -17,6 +18,9 @@ from gt_jax.models import LanguageModel, Params
 class Worker:
     """Works through requests of asyncio clients.
 
+    Python waits for the thread at its exit, for no longer than a call of the device takes: a worker
+    that nobody stopped drops its requests there.
+
     clients: request number -> the client's event loop and queue. tokenizer: makes the text.
     """
 
@@ -27,15 +31,19 @@ class Worker:
         self._model, self._options = (model, params), {"tokenizer": tokenizer, "rows": rows}
         self._queue, self._some = deque(), threading.Event()
         self._numbers, self.clients = itertools.count(), {}
-        self._ends = False
+        self._ends = self._drops = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        # Python ends a daemon thread where it next takes Python's lock; in XLA's code that aborts.
+        atexit.register(self._leave)
 
     def stop(self, seconds: float) -> None:
         """End the thread, once nothing is under way; wait at most so long for it."""
         self._ends = True
         self._some.set()
         self._thread.join(seconds)
+        if not self._thread.is_alive():
+            atexit.unregister(self._leave)  # which keeps the model in memory
 
     @contextlib.asynccontextmanager
     async def deltas(
@@ -61,12 +69,20 @@ class Worker:
             for number in numbers:
                 del self.clients[number]
 
+    def _leave(self):
+        self._drops = self._ends = True
+        self._some.set()
+        self._thread.join()
+
+    def _is_wanted(self, number):
+        return number in self.clients and not self._drops
+
     def _run(self):
         while self._some.wait() and not self._ends:
             self._some.clear()
             try:
                 for news in run_queue(
-                    *self._model, self._queue, wanted=self.clients.__contains__, **self._options
+                    *self._model, self._queue, wanted=self._is_wanted, **self._options
                 ):
                     self._tell(news)
             except Exception as error:  # tell every client, so that none waits for ever

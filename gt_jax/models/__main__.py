@@ -2,14 +2,16 @@
 
     python -m gt_jax.models
 
-"legacy" counts the model with model.branch=legacy, "embedding" the embedding, its output head if it
-has one of its own, and segment vectors; "other" is the rest.
+"legacy" counts the model with model.branch=legacy, "embedding" the embedding,
+its output head if it has one of its own, and segment vectors; "other" is the
+rest. What is wider than the terminal becomes several tables.
 """
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from gt_jax import terminal
 from gt_jax.models.language_model import count_parameters
 from gt_jax.models.presets import ALIASES, PRESETS, make_config
 
@@ -49,16 +51,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     if arguments:
         print(f"error: {arguments[0]} is not a flag; there is only --help", file=sys.stderr)
         sys.exit(1)
-    table = list(rows())
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text_columns = (0, 1, 2, len(widths) - 1)
+    lines = terminal.table(list(rows()), texts=(0, 1, 2, 11))
     try:
-        for row in table:
-            cells = (
-                cell.ljust(width) if i in text_columns else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join(cells).rstrip())
+        print("\n".join(lines))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough; Python would flush again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -138,7 +138,8 @@ def prepare(
     model = make_model(model_config)
     identity = [*_identity(config, model_config, examples), len(prompt)]
     sample = {}
-    if config.train.sample_tokens and config.parallel.mode == "jit" and mesh.size == 1:
+    # With "fsdp" no program of one device is compiled: the whole model may not fit there.
+    if config.train.sample_tokens and config.parallel.mode == "jit" and config.parallel.fsdp == 1:
         sample = lower_sample(model, prompt)
     kept = _kept(config, identity, sample, resumes=bool(about))
     counted = functools.partial(_count, config, model_config)

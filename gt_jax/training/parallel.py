@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from gt_jax import compilation
 from gt_jax.data import Batch
 from gt_jax.models import fsdp
-from gt_jax.training.placement import placed
+from gt_jax.training.placement import one_device, placed
 from gt_jax.training.step import Gradients, TrainState
 
 
@@ -147,7 +147,8 @@ def lower_programs(
         mesh: from `make_mesh`.
         batches: a training and an evaluation Batch as for `put_batch`; only their shapes count.
         carry: the zero state of an evaluation, or None.
-        sample: name -> (shapes of the parameters to evaluate) -> a program of a sample, lowered.
+        sample: name -> (shapes of the parameters to evaluate, on `one_device`) -> a program of a
+            sample, lowered.
 
     Returns:
         "train": train_step(state, batch), "init": make_state(seed), "evaluate": eval_step(params,
@@ -170,7 +171,7 @@ def lower_programs(
     )
     carry = shapes_on(placed(mesh, P(_row_axes(mesh))), carry)
     evaluate = _jit_eval_step(eval_step, mesh)
-    of_sample = lambda lower: lambda: lower(states()[1])
+    of_sample = lambda lower: lambda: lower(shapes_on(one_device(mesh), states()[1]))
     return {
         "train": lambda: train_step.lower(states()[0], training),
         "init": lambda: make_state.lower(seed),
@@ -240,19 +241,6 @@ def put_whole(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
     return jax.tree.map(put, tree, shardings)
-
-
-def on_one_device(tree: Any, mesh: Mesh) -> Any:
-    """A tree on a device of this process, where it is spread over several processes.
-
-    What "fsdp" cuts is put together first, in which all processes take part.
-    """
-    leaves = jax.tree.leaves(tree)
-    if all(x.is_fully_addressable for x in leaves):
-        return tree
-    if not all(x.is_fully_replicated for x in leaves):
-        tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> slice:

@@ -3,6 +3,7 @@
 from gt_jax import checkpoint
 from gt_jax.data import count_tokens
 from gt_jax.scoring import loss_unit
+from gt_jax.terminal import fill
 from gt_jax.training import hosts
 from gt_jax.training.display import Speed, say
 from gt_jax.training.job import Job
@@ -13,30 +14,33 @@ from gt_jax.training.stopping import Stop
 def introduce(job: Job, start: int) -> None:
     """Say what is about to be trained, on what, and how."""
     model_config, text, mesh = job.model_config, job.text, job.mesh
+    tell = lambda label, text: say(fill(text, f"{label:8}"))
     counts = {name: n for name, n in job.parameters.items() if name != "total"}
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     name, init_from = job.config.model.preset, job.config.model.init_from
     if init_from:
         name = f"{model_config.architecture} from {init_from}"
-    say(f"model:  {name}, {job.parameters['total']:,} parameters ({parts})")
+    tell("model:", f"{name}, {job.parameters['total']:,} parameters ({parts})")
     if (tune := job.config.train.tune) != "none":
-        say(f"tune:   {tune}, {job.trained:,} parameters; all others stay as they are")
+        tell("tune:", f"{tune}, {job.trained:,} parameters; all others stay as they are")
     device = mesh.devices.flat[0].device_kind
     spread = f" on {hosts.count()} processes" if hosts.count() > 1 else ""
     mode = job.config.parallel.mode
-    say(f"device: {mesh.size} x {device}{spread}, {model_config.dtype}, {mode}")
+    tell("device:", f"{mesh.size} x {device}{spread}, {model_config.dtype}, {mode}")
     for op, (name, reason) in job.kernels.items():
         if model_config.impl != "auto":
             name, reason = model_config.impl, "set by model.impl"
-        say(f"{op + ':':8}{name} ({reason})")
+        tell(f"{op}:", f"{name} ({reason})")
     tokens, kind = text.tokens, text.tokenizer.kind
     sizes = [count_tokens(documents) for documents in (tokens.train, tokens.validation)]
-    say(
-        f"data:   {text.corpus.name}, {sizes[0]:,} tokens to train on and {sizes[1]:,} to "
-        f"validate; vocabulary of {text.tokenizer.vocab_size} ({kind})"
+    tell(
+        "data:",
+        f"{text.corpus.name}, {sizes[0]:,} tokens to train on and {sizes[1]:,} to "
+        f"validate; vocabulary of {text.tokenizer.vocab_size} ({kind})",
     )
     if text.corpus.note:
-        say(f"        {text.corpus.note}")
+        tell("", text.corpus.note)
+    # Not in lines: a path may hold spaces.
     say(f"run:    {job.workdir}" + (f", resuming at step {start}" if start else ""))
 
 

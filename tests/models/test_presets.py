@@ -15,7 +15,7 @@ from gt_jax.models import (
     make_config,
     make_model,
 )
-from gt_jax.models.__main__ import main
+from gt_jax.models.__main__ import main, rows
 
 # With the legacy branch: preset -> vocabulary -> parameters, as the reference repository counts.
 LEGACY_TOTALS = {
@@ -157,12 +157,37 @@ def test_config_survives_json():
 def test_table_lists_presets_with_their_counts(capsys, monkeypatch):
     some = {name: PRESETS[name] for name in ("tiny", "gf-mh", "gpt2-3m")}
     monkeypatch.setattr("gt_jax.models.__main__.PRESETS", some)
+    monkeypatch.setenv("COLUMNS", "200")
     main()
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.startswith("preset")
     assert [line.split()[0].rstrip(",") for line in lines] == list(some)
     for number in ("gf", "128", "97", "3,128,680", "3,583,336", "12,416"):
         assert number in lines[1]
+
+
+@pytest.mark.parametrize(("columns", "tables"), [(80, 3), (120, 2), (200, 1)])
+def test_table_fits_the_terminal_and_loses_nothing(capsys, monkeypatch, columns, tables):
+    names = ("tiny", "twin-debate", "medium", "gf-mh-1b", "gpt2")
+    some = {name: PRESETS[name] for name in names}
+    monkeypatch.setattr("gt_jax.models.__main__.PRESETS", some)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main()
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    parts = printed.split("\n\n")
+    assert len(parts) == tables
+    for part in parts:
+        begins = [line.split()[0].rstrip(",") for line in part.splitlines() if line[:1] != " "]
+        assert begins == ["preset", *names]
+    for row in rows():
+        for cell in row:
+            assert " ".join(cell.split()) in " ".join(printed.split())
+
+
+def test_help_fits_80_columns(capsys):
+    main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
