@@ -1,15 +1,16 @@
-"""Text and tables as wide as the terminal; 80 columns where output is no terminal."""
+"""Text and tables as wide as the terminal; in whole lines where output is a file or a pipe."""
 
 import shutil
 import textwrap
 from collections.abc import Collection, Sequence
 
 _GAP = "  "  # between two columns of a table
+_WHOLE = 100_000  # columns of a file or a pipe, whose lines a program may look for
 
 
 def width() -> int:
-    """Columns of the terminal: what COLUMNS says, else its own, else 80."""
-    return shutil.get_terminal_size().columns
+    """Columns of the terminal, by COLUMNS or its own; without one, more than lines have."""
+    return shutil.get_terminal_size((_WHOLE, 24)).columns
 
 
 def fill(text: str, label: str = "") -> str:
