@@ -93,7 +93,7 @@ def test_tiny_shakespeare_is_recognised(write, monkeypatch):
         ("c.jsonl", '{"text": true}', r"no text in data.field='text' but true or false; make"),
         ("c.jsonl", '{"text": null}', r"no text in data.field='text'; name one of its fields: te"),
         ("c.arrow", b"ARROW1\0\0\xff", r"c.arrow' is an Arrow file \(Feather\); save it as"),
-        ("d.jsonl", "[1]", r"line 1 has no text .* its fields: none"),
+        ("d.jsonl", "[1]", r"line 1 is a list, not an object with a data.field"),
         ("e.jsonl", '{"text": ' + "9" * 5000 + "}", r"line 1 is not JSON \(Exceeds the limit"),
         ("f.jsonl", '{"text": "a"}\n' + "[" * 100_000, r"line 2 is nested too deeply"),
         ("g.jsonl", '{"a":' * 100_000, r"line 1 is nested too deeply"),
