@@ -118,7 +118,8 @@ def test_other_names_of_json_lines_are_read_as_they_are(name, tmp_path):
     (tmp_path / name).write_text('{"text": "first"}\n{"text": "second"}\n')
     tokenizer = make_tokenizer("char97", load_corpus("shakespeare"))
     prepare(str(tmp_path / name), tmp_path / "out", tokenizer=tokenizer, processes=1)
-    found = [tokenizer.decode(ids[:-1]) for ids in documents_of(tmp_path / "out")]  # the last ends it
+    ids = documents_of(tmp_path / "out")
+    found = [tokenizer.decode(each[:-1]) for each in ids]  # without what ends it
     assert found == ["first", "second"]
 
 
