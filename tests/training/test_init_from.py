@@ -43,8 +43,9 @@ def config_of(stored, **changes):
 
 
 def test_run_begins_with_the_stored_model_and_resumes_without_it(
-    stored, tmp_path, capsys, no_curve
+    stored, tmp_path, capsys, no_curve, monkeypatch
 ):
+    monkeypatch.setenv("COLUMNS", "400")  # pytest's workers have 80
     train(config_of(stored), tmp_path / "run")
     assert f"mamba2 from {stored}" in capsys.readouterr().out
     (model, before, tokenizer), (_, after, its) = map(gt_jax.load, (stored, tmp_path / "run"))
