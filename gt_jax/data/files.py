@@ -19,7 +19,7 @@ KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # that are looked for in a fo
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # the last where it is named itself: others are lists
 PREPARED_TOKENIZER = "tokenizer.gt_jax.json"  # in a folder that gt_jax.prepare made
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
-_JSON_NAMES = dict.fromkeys((int, float), "a number")
+_JSON_NAMES: dict[type, str] = dict.fromkeys((int, float), "a number")
 _JSON_NAMES |= {bool: "true or false", list: "a list", dict: "an object"}
 _TINY_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
