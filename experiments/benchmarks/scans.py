@@ -42,9 +42,9 @@ def main(argv=None):
         sets = [inputs(name, *shape, channels, jax.random.key(n)) for n in range(SETS)]
         found = times(name, sets, len(options.seeds))
         row = [name, channels]
-        for direction, us in zip(PASSES, (found[direction] for direction in PASSES)):
-            measures[f"us {name}, {direction}"] = spread(us)
-            row += [spread(us), 1e6 * moved(name, direction, *sets[0]) / bandwidth]
+        for direction in PASSES:
+            us = measures[f"us {name}, {direction}"] = spread(found[direction])
+            row += [us, 1e6 * moved(name, direction, *sets[0]) / bandwidth]
         rows.append(row)
     results.write(
         options,
@@ -78,7 +78,7 @@ def run_once(name, arguments, cotangents):
 
 
 def times(name, sets, turns):
-    """ "forward" and "backward" -> us of each call."""
+    """Of PASSES, us of each call."""
     call = jax.jit(lambda sets: [run_once(name, *each) for each in sets])
     jax.block_until_ready(call(sets))
     events = traces.kernels(lambda: jax.block_until_ready([call(sets) for _ in range(turns)]))

@@ -16,7 +16,7 @@ from gt_jax.data.splits import named_splits
 from gt_jax.errors import InputError, one_line
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # that are looked for in a folder
-JSON_LINES = (".jsonl", ".ndjson", ".json")  # the last where it is named itself: others are lists
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # .json if named itself: in a folder it may be anything
 PREPARED_TOKENIZER = "tokenizer.gt_jax.json"  # in a folder that gt_jax.prepare made
 PACKED_RATIO, PACKED_FLOOR = 100, 64 * 2**20  # a packed file may grow so far, or to so many bytes
 _JSON_NAMES: dict[type, str] = dict.fromkeys((int, float), "a number")
